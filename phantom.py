@@ -25,12 +25,12 @@ HEALTHY, SICK_RATE = 0.4, 0.28            # share of normal patients; chance of 
 
 # one row a scanner: tone (centre, steepness), unsharp mask, blur (px at 256), noise, border (grey or None), marker chance
 DOMAINS = (
-    dict(name="film",     centre=0.62, steep=4.5, sharpen=0.0, blur=0.9, noise=0.020, border=None, marker=0.5),
-    dict(name="digital",  centre=0.58, steep=6.0, sharpen=0.6, blur=0.5, noise=0.012, border=None, marker=0.7),
-    dict(name="bright",   centre=0.48, steep=5.0, sharpen=0.2, blur=0.7, noise=0.012, border=0.02, marker=0.8),
-    dict(name="contrast", centre=0.66, steep=8.0, sharpen=0.4, blur=0.6, noise=0.015, border=0.03, marker=0.6),
-    dict(name="portable", centre=0.55, steep=3.6, sharpen=0.1, blur=1.2, noise=0.030, border=0.98, marker=0.9),
-    dict(name="flat",     centre=0.66, steep=2.6, sharpen=0.3, blur=0.8, noise=0.012, border=None, marker=0.3),
+    dict(name="film",     centre=0.45, steep=3.6, sharpen=0.0, blur=0.80, noise=0.010, border=None, marker=0.5),
+    dict(name="digital",  centre=0.55, steep=4.6, sharpen=0.5, blur=0.45, noise=0.006, border=None, marker=0.7),
+    dict(name="bright",   centre=0.35, steep=4.2, sharpen=0.2, blur=0.60, noise=0.006, border=0.02, marker=0.8),
+    dict(name="contrast", centre=0.62, steep=6.0, sharpen=0.3, blur=0.50, noise=0.008, border=0.03, marker=0.6),
+    dict(name="portable", centre=0.50, steep=2.8, sharpen=0.1, blur=1.00, noise=0.020, border=0.98, marker=0.9),
+    dict(name="flat",     centre=0.70, steep=2.2, sharpen=0.3, blur=0.70, noise=0.006, border=None, marker=0.3),
 )
 
 
@@ -59,22 +59,28 @@ class Sheet:
         return (np.asarray(points) - (0, 0.5)) @ turn * zoom + (0.5 + dx, 0.5 + dy)
 
     def draw(self, *shapes):
-        """Shapes (kind, points, grey 0..1, width) painted in order, a later one over an earlier one → float32 (size, size)."""
-        image = Image.new("L", (2 * self.size, 2 * self.size))
+        """Shapes (kind "area" or "line", points (n, 2) or (k, n, 2), grey 0..1, line width) painted in order → float32 (size, size)."""
+        canvas = 2 * self.size
+        image = Image.new("L", (canvas, canvas))
         pen = ImageDraw.Draw(image)
         for kind, points, grey, width in shapes:
-            flat = (self.place(points) * 2 * self.size - 0.5).ravel().tolist()
-            if kind == "area":
-                pen.polygon(flat, fill=int(255 * grey))
-            else:
-                pixels = width * 2 * self.size                    # below a pixel, thin lines get fainter instead
-                pen.line(flat, fill=int(255 * grey * min(1, pixels)), width=max(1, round(pixels)), joint="curve")
+            points = np.asarray(points)
+            flat = (self.place(points) * canvas - 0.5).reshape(-1, 2 * points.shape[-2]).tolist()
+            pixels = width * canvas                               # below a pixel, thin lines get fainter instead
+            for xy in flat:
+                if kind == "area":
+                    pen.polygon(xy, fill=int(255 * grey))
+                else:
+                    pen.line(xy, fill=int(255 * grey * min(1, pixels)), width=max(1, round(pixels)), joint="curve" if pixels > 3 else None)
         return np.asarray(image.reduce(2), np.float32) / 255
 
     def blur(self, layer, radius):
-        """Gaussian blur, radius in units of the film's side."""
-        image = Image.fromarray((layer * 255).astype(np.uint8))
-        return np.asarray(image.filter(ImageFilter.GaussianBlur(radius * self.size)), np.float32) / 255
+        """Gaussian blur, radius in units of the film's side; wide blurs run on a coarser copy, which costs nothing visible."""
+        image, pixels = Image.fromarray((layer * 255 + 0.5).astype(np.uint8)), radius * self.size
+        if pixels < 6:
+            return np.asarray(image.filter(ImageFilter.GaussianBlur(pixels)), np.float32) / 255
+        small = image.reduce(4).filter(ImageFilter.GaussianBlur(pixels / 4))
+        return np.asarray(Image.fromarray(np.asarray(small, np.float32)).resize(image.size, Image.BICUBIC)) / 255
 
 
 def cloud(rng, size, grid):
@@ -88,9 +94,10 @@ def cloud(rng, size, grid):
 def make_patient(rng, enlarged):
     """Shape parameters of one patient, and the findings' sides and places, which stay through all films."""
     u = rng.uniform
-    p = dict(width=u(0.33, 0.39), apex=u(0.12, 0.17), base=u(0.68, 0.76), lean=u(-0.012, 0.012), woman=rng.random() < 0.5,
-             fat=u(0.02, 0.07), rib_drop=u(0.17, 0.24), rib_gap=u(0.056, 0.064), rib_width=u(0.009, 0.012), knob=u(0.055, 0.085),
-             arms=u(0.0, 0.09), bubble=u(0, 1), heart=u(0.90, 1.10), clavicle=u(-0.02, 0.02), bone=u(0.8, 1.2), breast=u(0.5, 1.1))
+    p = dict(width=u(0.34, 0.40), apex=u(0.10, 0.16), base=u(0.68, 0.77), lean=u(-0.012, 0.012), woman=rng.random() < 0.5,
+             fat=u(0.02, 0.08), rib_drop=u(0.24, 0.34), rib_gap=u(0.060, 0.069), rib_width=u(0.010, 0.0135), knob=u(0.055, 0.085),
+             arms=u(0.0, 0.09), bubble=u(0.2, 1.2), heart=u(0.88, 1.08), clavicle=u(-0.02, 0.02), bone=u(0.75, 1.25), breast=u(0.6, 1.15),
+             thick=u(0.9, 1.12))
     p["heart"] = u(1.32, 1.6) if enlarged else p["heart"]
     p["shape"] = rng.normal(0, 0.006, (64, 2))                   # small wobbles, shared out to the outlines' control points
     p["side"] = {name: rng.choice((-1, 1)) for name in FINDINGS}
@@ -150,82 +157,79 @@ def body_outlines(p):
 def ribs(p, sheet):
     """Posterior and anterior ribs, (size, size): each rib is a tilted half ring in space, seen from the front."""
     back, front = [], []
-    angle = np.linspace(0.12, 0.86 * np.pi, 40)[:, None]
-    for side in (-1, 1):
-        for i in range(11):
-            start = p["apex"] - 0.035 + i * p["rib_gap"]
-            drop = p["rib_drop"] * (0.45 + 0.55 * min(1, i / 3))
-            reach = p["width"] * min(1.0, 0.42 + 0.28 * i - 0.045 * i * i) if i < 4 else p["width"] * (1.0 + 0.006 * (i - 4))
-            x, y = reach * np.sin(angle), start + drop * ((1 - np.cos(angle)) / 2) ** 1.2
-            curve = np.concatenate([x * side + p["lean"], y], 1)
+    angle = np.linspace(0.10, 0.84 * np.pi, 40)
+    turn = (1 - np.cos(angle)) / 2                               # 0 at the spine, 1/2 at the chest wall, 1 at the breastbone
+    for i in range(11):
+        start = p["apex"] - 0.045 + i * p["rib_gap"]
+        reach = p["width"] * (0.44, 0.68, 0.84, 0.94, 1.0, 1.02, 1.035, 1.04, 1.04, 1.03, 1.0)[i]
+        y = start + p["rib_drop"] * (0.35 + 0.65 * min(1, i / 4)) * turn ** 1.15 - 0.035 * np.sin(angle) ** 2 * (1 - turn)
+        for side in (-1, 1):
+            curve = np.stack([reach * np.sin(angle) * side + p["lean"], y + 0.3 * p["shape"][i + (side > 0), 1]], 1)
             slope = np.gradient(curve, axis=0)
             normal = slope[:, ::-1] * (-1, 1) / np.linalg.norm(slope, axis=1, keepdims=True) * p["rib_width"]
-            for shapes, part, thick, grey in ((back, slice(0, 22), 1.0, 1.0), (front, slice(19, 40), 1.15, 0.6)):
-                if shapes is front and i > 7:
-                    continue
+            for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 40), 1.15, 0.55))[:2 if i < 8 else 1]:
                 upper, lower = curve[part] + normal[part] * thick, curve[part] - normal[part] * thick
-                shapes += [("area", np.concatenate([upper, lower[::-1]]), 0.55 * grey, 0),
-                           ("line", upper, 0.85 * grey, 0.003), ("line", lower, 0.85 * grey, 0.003)]
+                shapes += [("area", np.concatenate([upper, lower[::-1]]), 0.5 * grey, 0), ("line", [upper, lower], 0.8 * grey, 0.0035)]
     return sheet.draw(*back) + sheet.draw(*front)
 
 
 def shoulder_bones(p, sheet):
     """Clavicles, shoulder blades and humeral heads, (size, size); and the middle of the right clavicle (2,)."""
-    shapes, lift = [], p["clavicle"]
-    for side in (-1, 1):
-        flip = lambda points: spline(points) * (side, 1) + (p["lean"], 0)
-        y = p["apex"] + lift
-        clavicle = flip([(0.035, y + 0.065), (0.10, y + 0.045), (0.18, y + 0.015), (0.27, y - 0.03), (0.37, y - 0.045)])
-        blade = flip([(0.30, y + 0.02), (0.37, y + 0.03), (0.43, y + 0.06), (0.42, y + 0.13), (0.385, y + 0.25), (0.35, y + 0.37), (0.335, y + 0.3), (0.31, y + 0.13), (0.30, y + 0.02)])
-        humerus = flip([(0.44, y + 0.0), (0.50, y + 0.0), (0.52, y + 0.07), (0.54, y + 0.3), (0.58, y + 0.7), (0.52, y + 0.7), (0.48, y + 0.3), (0.45, y + 0.1), (0.44, y)])
-        shapes += [("area", blade, 0.25, 0), ("line", blade, 0.4, 0.005), ("area", humerus, 0.6, 0), ("line", humerus, 0.85, 0.006),
-                   ("line", clavicle, 0.95, 0.026), ("line", clavicle, 0.65, 0.017)]
-    middle = np.array([-0.18 + p["lean"], p["apex"] + lift + 0.015])
-    return sheet.draw(*shapes), middle
+    y = p["apex"] + p["clavicle"]
+    clavicle = spline([(0.03, y + 0.07), (0.10, y + 0.05), (0.18, y + 0.012), (0.27, y - 0.03), (0.37, y - 0.04)])
+    blade = spline([(0.33, y), (0.40, y + 0.0), (0.44, y + 0.05), (0.43, y + 0.12), (0.405, y + 0.2), (0.385, y + 0.36), (0.36, y + 0.30), (0.345, y + 0.15), (0.33, y)])
+    ridge = spline([(0.34, y + 0.055), (0.39, y + 0.03), (0.44, y - 0.02), (0.47, y - 0.03)])
+    humerus = spline([(0.44, y + 0.02), (0.48, y - 0.005), (0.52, y + 0.03), (0.53, y + 0.1), (0.56, y + 0.3), (0.62, y + 0.9), (0.56, y + 0.9), (0.50, y + 0.3), (0.46, y + 0.1), (0.44, y + 0.02)])
+    both = lambda line: np.stack([line * (side, 1) + (p["lean"], 0) for side in (-1, 1)])
+    shapes = [("area", both(blade), 0.2, 0), ("line", both(blade), 0.4, 0.004), ("line", both(ridge), 0.4, 0.012), ("area", both(humerus), 0.45, 0),
+              ("line", both(humerus), 0.6, 0.005), ("line", both(clavicle), 0.8, 0.024), ("line", both(clavicle), 0.6, 0.016)]
+    return sheet.draw(*shapes), clavicle[16] * (-1, 1) + (p["lean"], 0)
 
 
 def spine(p, sheet):
     """Vertebral column, (size, size): bodies, end plates, pedicles and spinous processes, growing downwards."""
-    shapes, y = [("area", np.array([(-0.03, -0.3), (0.03, -0.3), (0.045, 1.2), (-0.045, 1.2)]), 0.45, 0)], -0.15
-    while y < 1.1:
-        h, w = 0.036 + 0.016 * max(y, 0), 0.030 + 0.012 * y
-        box = np.array([(-w, y), (w, y), (0.9 * w, y + h / 2), (w, y + h), (-w, y + h), (-0.9 * w, y + h / 2)])
-        shapes += [("area", box, 0.75, 0), ("line", box[[0, 1]], 1.0, 0.004), ("line", box[[3, 4]], 1.0, 0.004),
-                   ("line", np.array([(0, y + 0.4 * h), (0, y + 1.1 * h)]), 0.95, 0.007)]
-        shapes += [("line", np.array([(s * 0.62 * w, y + 0.25 * h), (s * 0.62 * w, y + 0.6 * h)]), 1.0, 0.008) for s in (-1, 1)]
-        y += h * 1.22
-    return sheet.draw(*[(kind, points + (p["lean"], 0), grey, width) for kind, points, grey, width in shapes])
+    tops = np.cumsum(0.036 * 1.035 ** np.arange(28)) - 0.25
+    box = np.array([(-1, 0.06), (1, 0.06), (0.88, 0.45), (1, 0.84), (-1, 0.84), (-0.88, 0.45), (-1, 0.06)])
+    scale = np.stack([0.030 + 0.012 * tops, np.gradient(tops)], 1)[:, None]
+    put = lambda points: np.asarray(points) * scale + np.stack([np.full(28, p["lean"]), tops], 1)[:, None]
+    ovals = [put([(s * 0.6, 0.2), (s * 0.6, 0.5)]) for s in (-1, 1)]
+    return sheet.draw(("area", put(box), 0.6, 0), ("line", put(box), 0.8, 0.004), *[("line", oval, 0.9, 0.012) for oval in ovals],
+                      *[("line", oval, 0.65, 0.005) for oval in ovals], ("line", put([(0, 0.4), (0.06, 1.0)]), 0.9, 0.007))
 
 
 def vessel_tree(p, sheet, hila):
     """Pulmonary vessels branching outwards from the two hila, (size, size)."""
     rng, shapes = np.random.default_rng(p["trees"]), []
     for side, hilum in zip((-1, 1), hila):
-        angle = np.linspace(-1.35, 1.45, 8) + rng.normal(0, 0.12, 8)
-        start, width, length = np.repeat(hilum[None], 8, 0) + rng.normal(0, 0.01, (8, 2)), np.full(8, 0.011), rng.uniform(0.05, 0.08, 8)
+        angle = np.array([-1.3, -0.95, -0.6, -0.1, 0.35, 0.7, 0.95, 1.15, 1.4]) + rng.normal(0, 0.12, 9)
+        start = hilum + np.stack([rng.normal(0, 0.008, 9), 0.03 * np.sin(angle)], 1)
+        width, length = rng.uniform(0.008, 0.013, 9), rng.uniform(0.05, 0.1, 9)
         for level in range(5):
-            bend = angle + rng.normal(0, 0.15, len(angle))
-            half = start + length[:, None] / 2 * np.stack([side * np.cos(bend), np.sin(bend)], 1)
-            end = half + length[:, None] / 2 * np.stack([side * np.cos(angle), np.sin(angle)], 1)
-            shapes += [("line", np.stack(points), 0.9 - 0.12 * level, w) for *points, w in zip(start, half, end, width)]
-            split = rng.uniform(0.15, 0.5, (2, len(angle))) * np.array([[1], [-1]])
-            angle, start, width = (angle + split).ravel(), np.tile(end, (2, 1)), np.tile(width * 0.68, 2)
-            length = np.tile(length, 2) * rng.uniform(0.65, 1.05, len(angle))
+            bends = [angle + rng.normal(0, 0.3, len(angle)) for _ in range(2)] + [angle]
+            steps = [length[:, None] / 3 * np.stack([side * np.cos(bend), np.sin(bend)], 1) for bend in bends]
+            line = start[:, None] + np.cumsum([0 * start] + steps, 0).transpose(1, 0, 2)
+            shapes += [("line", part, 0.95 - 0.13 * level, w) for part, w in zip(np.array_split(line, 3), sorted(width)[::len(width) // 3])]
+            split = rng.uniform(0.05, 0.55, (2, len(angle))) * np.array([[1], [-1]])
+            angle, start, width = (angle + split).ravel(), np.tile(line[:, -1], (2, 1)), np.tile(width * 0.66, 2)
+            length = rng.uniform(0.03, 0.075, len(angle))
     return sheet.draw(*shapes[::-1])
 
 
-def soft_tissue(p, sheet):
-    """Torso, arms, breasts: attenuation of everything soft, as if there were no air inside, (size, size)."""
+def soft_tissue(p, sheet, breath):
+    """Torso, arms, breasts, belly: attenuation of everything soft, as if there were no air inside, (size, size)."""
     torso, *arms = body_outlines(p)
-    body = sheet.draw(("area", torso, 1, 0))
-    limbs = sheet.draw(*[("area", arm, 1, 0) for arm in arms])
-    tissue = body * (0.25 + 0.55 * sheet.blur(body, 0.07)) + (1 - body) * limbs * (0.2 + 0.25 * sheet.blur(limbs, 0.03))
+    body, limbs = sheet.draw(("area", torso, 1, 0)), sheet.draw(("area", arms, 1, 0))
+    depth = (np.arange(sheet.size, dtype=np.float32)[:, None] + 0.5) / sheet.size
+    tissue = body * (0.12 + (0.5 + 0.25 * depth) * sheet.blur(body, 0.11)) + (1 - body) * limbs * (0.15 + 0.25 * sheet.blur(limbs, 0.03))
+    belly = spline([(-0.6, 1.5), (-0.4, 0.09), (-0.19, 0.0), (0.0, 0.07), (0.2, 0.03), (0.4, 0.11), (0.6, 1.5)]) + (p["lean"], p["base"] + breath)
+    tissue += 0.22 * body * sheet.blur(sheet.draw(("area", belly, 1, 0)), 0.03)
+    turn = np.linspace(0, 2 * np.pi, 40)
     if p["woman"]:
-        turn = np.linspace(0, 2 * np.pi, 40)[:, None]
-        oval = np.concatenate([0.12 * np.cos(turn), 0.13 * np.sin(turn)], 1) * p["breast"]
-        breasts = sheet.draw(*[("area", oval + (s * 0.6 * p["width"], p["base"] - 0.02), 1, 0) for s in (-1, 1)])
-        tissue = tissue + 0.09 * breasts * sheet.blur(breasts, 0.03)
-    return tissue
+        oval = np.stack([0.17 * np.cos(turn), 0.22 * np.sin(turn)], 1) * p["breast"]
+        breasts = sheet.draw(("area", [oval + (s * 0.6 * p["width"], p["base"] - 0.06) for s in (-1, 1)], 1, 0))
+        tissue += 0.14 * breasts * np.clip((depth - p["base"] + 0.25) / 0.3, 0, 1)
+    gas = np.stack([0.075 * np.cos(turn), 0.05 * np.minimum(np.sin(turn), 0.4)], 1) * p["bubble"] + (0.16, p["base"] + breath + 0.10)
+    return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(("area", gas, 1, 0)), 0.004)
 
 
 # ---------------------------------------------------------------- findings
@@ -355,21 +359,21 @@ def build(p, names, anomaly, breath, sheet, rng):
     heart_line, chest_line = heart_outline(p, breath) * mirror, mediastinum_outline(p) * mirror
     sides = [lung_outline(p, s, breath) for s in (-1, 1) if not (anomaly == "missing lung" and s == p["side"]["effusion"])]
     lung, heart, chest = (sheet.draw(*[("area", line, 1, 0) for line in lines]) for lines in (sides, [heart_line], [chest_line]))
-    hila = np.array([(-0.085, p["apex"] + 0.29), (0.09, p["apex"] + 0.27)]) + (p["lean"], 0)
-    clear = lung * (1 - np.maximum(heart, chest))
+    hila = np.array([(-0.075, p["apex"] + 0.29), (0.075, p["apex"] + 0.27)]) + (p["lean"], 0)
+    solid = np.maximum(np.sqrt(np.clip(2 * sheet.blur(heart, 0.025) - 0.9, 0, 1)) * heart, 0.9 * sheet.blur(chest, 0.004))
     lost, extra, lung_left = add_findings(names, p, rng, sheet, lung, heart, breath)
-    depth = 0.45 + 0.55 * sheet.blur(lung, 0.035)                       # lungs thin out towards their edges
-    air = clear * depth * (1 - lost)
-    vessels = sheet.blur(vessel_tree(p, sheet, hila), 0.002) * (0.3 + 0.7 * lung_left) * lung
+    air = lung * (0.35 + 0.65 * sheet.blur(lung, 0.05)) * (1 - 0.9 * solid) * (1 - lost)
+    vessels = sheet.blur(vessel_tree(p, sheet, hila), 0.002) * lung_left * sheet.blur(lung, 0.006)
+    trachea = sheet.draw(("line", spline([(0, -0.3), (0, 0.1), (-0.01, p["apex"] + 0.22)]) + (p["lean"], 0), 1, 0.042))
     bones, clavicle = shoulder_bones(p, sheet)
-    body = soft_tissue(p, sheet)
-    attenuation = (body * (1 + 0.04 * cloud(rng, sheet.size, 6)) - 0.52 * air + 0.10 * sheet.blur(heart, 0.012) + 0.03 * chest
-                   + p["bone"] * (0.13 * ribs(p, sheet) + 0.22 * bones + 0.16 * spine(p, sheet)) * (body > 0.05)
-                   + 0.20 * vessels * (1 - 0.7 * lost) * lung_left + extra * lung
-                   + 0.012 * clear * lung_left * cloud(rng, sheet.size, 64))
+    body = soft_tissue(p, sheet, breath)
+    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.5 * air + 0.08 * sheet.blur(heart, 0.03) - 0.09 * sheet.blur(trachea, 0.006)
+                   + p["bone"] * (0.10 * ribs(p, sheet) + 0.15 * bones + 0.10 * spine(p, sheet)) * np.clip(4 * body, 0, 1)
+                   + 0.11 * vessels * (1 - 0.7 * lost) + extra * lung
+                   + 0.012 * air * lung_left * cloud(rng, sheet.size, 64))
     knob = np.array([0.55 * p["knob"], p["apex"] + 0.17]) * mirror + (p["lean"], 0)
     ventricle = 0.75 * heart_line[np.argmax(heart_line[:, 0] * mirror[0])] + 0.25 * heart_line.mean(0)
-    return attenuation, clear > 0.5, heart > 0.5, np.stack([knob, hila[0], ventricle, clavicle])
+    return attenuation, (lung * (1 - np.maximum(heart, chest))) > 0.5, heart > 0.5, np.stack([knob, hila[0], ventricle, clavicle])
 
 
 # ---------------------------------------------------------------- files
