@@ -25,12 +25,12 @@ HEALTHY, SICK_RATE = 0.4, 0.28            # share of normal patients; chance of 
 
 # one row a scanner: tone (centre, steepness), unsharp mask, blur (px at 256), noise, border (grey or None), marker chance
 DOMAINS = (
-    dict(name="film",     centre=0.45, steep=3.6, sharpen=0.0, blur=0.80, noise=0.010, border=None, marker=0.5),
-    dict(name="digital",  centre=0.55, steep=4.6, sharpen=0.5, blur=0.45, noise=0.006, border=None, marker=0.7),
-    dict(name="bright",   centre=0.35, steep=4.2, sharpen=0.2, blur=0.60, noise=0.006, border=0.02, marker=0.8),
-    dict(name="contrast", centre=0.62, steep=6.0, sharpen=0.3, blur=0.50, noise=0.008, border=0.03, marker=0.6),
-    dict(name="portable", centre=0.50, steep=2.8, sharpen=0.1, blur=1.00, noise=0.020, border=0.98, marker=0.9),
-    dict(name="flat",     centre=0.70, steep=2.2, sharpen=0.3, blur=0.70, noise=0.006, border=None, marker=0.3),
+    dict(name="film",     centre=0.45, steep=3.2, sharpen=0.0, blur=0.80, noise=0.006, border=None, marker=0.5),
+    dict(name="digital",  centre=0.50, steep=3.6, sharpen=0.4, blur=0.45, noise=0.003, border=None, marker=0.7),
+    dict(name="bright",   centre=0.30, steep=3.8, sharpen=0.2, blur=0.60, noise=0.004, border=0.02, marker=0.8),
+    dict(name="contrast", centre=0.58, steep=4.4, sharpen=0.3, blur=0.50, noise=0.004, border=0.03, marker=0.6),
+    dict(name="portable", centre=0.45, steep=2.6, sharpen=0.1, blur=1.00, noise=0.012, border=0.98, marker=0.9),
+    dict(name="flat",     centre=0.65, steep=1.8, sharpen=0.3, blur=0.70, noise=0.003, border=None, marker=0.3),
 )
 
 
@@ -95,9 +95,9 @@ def make_patient(rng, enlarged):
     """Shape parameters of one patient, and the findings' sides and places, which stay through all films."""
     u = rng.uniform
     p = dict(width=u(0.34, 0.40), apex=u(0.10, 0.16), base=u(0.68, 0.77), lean=u(-0.012, 0.012), woman=rng.random() < 0.5,
-             fat=u(0.02, 0.08), rib_drop=u(0.24, 0.34), rib_gap=u(0.060, 0.069), rib_width=u(0.010, 0.0135), knob=u(0.055, 0.085),
+             fat=u(0.02, 0.08), rib_drop=u(0.20, 0.30), rib_gap=u(0.060, 0.069), rib_width=u(0.010, 0.0135), knob=u(0.05, 0.075),
              arms=u(0.0, 0.09), bubble=u(0.2, 1.2), heart=u(0.88, 1.08), clavicle=u(-0.02, 0.02), bone=u(0.75, 1.25), breast=u(0.6, 1.15),
-             thick=u(0.9, 1.12))
+             thick=u(0.9, 1.12), dome=u(0.01, 0.05), angle=u(0.08, 0.13), mass=u(0.05, 0.12))
     p["heart"] = u(1.32, 1.6) if enlarged else p["heart"]
     p["shape"] = rng.normal(0, 0.006, (64, 2))                   # small wobbles, shared out to the outlines' control points
     p["side"] = {name: rng.choice((-1, 1)) for name in FINDINGS}
@@ -106,26 +106,28 @@ def make_patient(rng, enlarged):
     return p
 
 
+WALL = np.array([(0.0, 0.32), (0.05, 0.60), (0.18, 0.79), (0.4, 0.92), (0.7, 0.99), (0.95, 1.0)])    # depth in the lung → half width
+
+
 def lung_outline(p, side, breath):
     """Closed outline of one lung; side -1 = the patient's right, on the image's left. breath moves the diaphragm."""
     w, top = p["width"], p["apex"]
-    base = p["base"] + breath + (0.035 if side > 0 else 0.0)      # the right dome stands higher: the liver is below it
+    base = p["base"] + breath + (p["dome"] if side > 0 else 0.0)      # the right dome stands higher: the liver is below it
     wobble = p["shape"][:20] if side > 0 else p["shape"][20:40]
     y = lambda f: top + f * (base - top)
-    wall = [(0.115, top), (0.62 * w, y(0.06)), (0.79 * w, y(0.2)), (0.92 * w, y(0.43)), (0.98 * w, y(0.7)), (w, y(0.95)), (0.985 * w, base + 0.085)]
-    dome = [wall[-1], (0.85 * w, base + 0.03), (0.58 * w, base), (0.33 * w, base + 0.012), (0.05, base + 0.045)]
-    middle = [dome[-1], (0.045, y(0.75)), (0.05, y(0.45)), (0.045, y(0.25)), (0.075, y(0.06)), (0.115, top)]
-    wall, dome, middle = (np.array(part) for part in (wall, dome, middle))
+    wall = np.array([(w * half, y(f)) for f, half in WALL] + [(0.975 * w, base + p["angle"])])
+    dome = np.array([wall[-1], (0.86 * w, base + 0.3 * p["angle"]), (0.60 * w, base), (0.34 * w, base + 0.006), (0.05, base + 0.045)])
+    middle = np.array([dome[-1], (0.045, y(0.75)), (0.05, y(0.45)), (0.04, y(0.22)), (0.065, y(0.06)), wall[0]])
     wall[1:-1] += wobble[:5] * 0.6
-    dome[1:-1] += wobble[5:8] * 0.6
+    dome[1:-1] += wobble[5:8] * 0.8
     outline = np.concatenate([spline(wall), spline(dome)[1:], spline(middle)[1:-1]])
     return outline * (side, 1) + (p["lean"], 0)
 
 
 def heart_outline(p, breath):
     """Closed outline of the heart: right atrium, apex, left ventricle, pulmonary trunk; the apex lies at positive x."""
-    points = np.array([(-0.045, 0.36), (-0.06, 0.44), (-0.088, 0.54), (-0.095, 0.62), (-0.075, 0.70), (-0.02, 0.745), (0.08, 0.765),
-                       (0.165, 0.755), (0.205, 0.715), (0.2, 0.65), (0.165, 0.56), (0.115, 0.475), (0.08, 0.41), (0.045, 0.36)])
+    points = np.array([(-0.045, 0.33), (-0.058, 0.44), (-0.088, 0.54), (-0.095, 0.62), (-0.075, 0.70), (-0.02, 0.745), (0.08, 0.765),
+                       (0.165, 0.755), (0.205, 0.715), (0.2, 0.65), (0.165, 0.56), (0.118, 0.475), (0.085, 0.405), (0.05, 0.33)])
     points[1:-1] += p["shape"][40:52] * 0.7
     bottom = p["base"] + breath + 0.055
     points = (points - (0, 0.765)) * (p["heart"] * p["width"] / 0.37, (bottom - p["apex"]) / 0.62 * (0.8 + 0.2 * p["heart"])) + (p["lean"], bottom)
@@ -158,13 +160,16 @@ def ribs(p, sheet):
     """Posterior and anterior ribs, (size, size): each rib is a tilted half ring in space, seen from the front."""
     back, front = [], []
     angle = np.linspace(0.10, 0.84 * np.pi, 40)
-    turn = (1 - np.cos(angle)) / 2                               # 0 at the spine, 1/2 at the chest wall, 1 at the breastbone
+    half = np.minimum(angle, np.pi - angle)
+    turn = (0.5 * np.sin(half) ** 2 + 0.5 * (1 - np.cos(half))) / 2
+    turn = np.where(angle < np.pi / 2, turn, 1 - turn)           # 0 at the spine, 1/2 at the chest wall, 1 at the breastbone
     for i in range(11):
         start = p["apex"] - 0.045 + i * p["rib_gap"]
-        reach = p["width"] * (0.44, 0.68, 0.84, 0.94, 1.0, 1.02, 1.035, 1.04, 1.04, 1.03, 1.0)[i]
-        y = start + p["rib_drop"] * (0.35 + 0.65 * min(1, i / 4)) * turn ** 1.15 - 0.035 * np.sin(angle) ** 2 * (1 - turn)
+        drop = p["rib_drop"] * (0.45 + 0.55 * min(1, i / 5))
+        y = start + drop * turn - 0.012 * np.sin(np.minimum(2 * angle, np.pi))
+        reach = 0.006 + p["width"] * np.interp((start + drop / 2 - p["apex"]) / (p["base"] - p["apex"]), *WALL.T)
         for side in (-1, 1):
-            curve = np.stack([reach * np.sin(angle) * side + p["lean"], y + 0.3 * p["shape"][i + (side > 0), 1]], 1)
+            curve = np.stack([reach * np.sin(angle) * side + p["lean"], y + 0.5 * p["shape"][i + (side > 0), 1]], 1)
             slope = np.gradient(curve, axis=0)
             normal = slope[:, ::-1] * (-1, 1) / np.linalg.norm(slope, axis=1, keepdims=True) * p["rib_width"]
             for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 40), 1.15, 0.55))[:2 if i < 8 else 1]:
@@ -193,8 +198,8 @@ def spine(p, sheet):
     scale = np.stack([0.030 + 0.012 * tops, np.gradient(tops)], 1)[:, None]
     put = lambda points: np.asarray(points) * scale + np.stack([np.full(28, p["lean"]), tops], 1)[:, None]
     ovals = [put([(s * 0.6, 0.2), (s * 0.6, 0.5)]) for s in (-1, 1)]
-    return sheet.draw(("area", put(box), 0.6, 0), ("line", put(box), 0.8, 0.004), *[("line", oval, 0.9, 0.012) for oval in ovals],
-                      *[("line", oval, 0.65, 0.005) for oval in ovals], ("line", put([(0, 0.4), (0.06, 1.0)]), 0.9, 0.007))
+    return sheet.draw(("area", [[(-0.03, -0.3), (0.03, -0.3), (0.042, 1.2), (-0.042, 1.2)]], 0.4, 0), ("area", put(box), 0.6, 0), ("line", put(box), 0.72, 0.004), *[("line", oval, 0.85, 0.011) for oval in ovals],
+                      *[("line", oval, 0.65, 0.005) for oval in ovals], ("line", put([(0, 0.4), (0.06, 1.0)]), 0.8, 0.006))
 
 
 def vessel_tree(p, sheet, hila):
@@ -220,14 +225,14 @@ def soft_tissue(p, sheet, breath):
     torso, *arms = body_outlines(p)
     body, limbs = sheet.draw(("area", torso, 1, 0)), sheet.draw(("area", arms, 1, 0))
     depth = (np.arange(sheet.size, dtype=np.float32)[:, None] + 0.5) / sheet.size
-    tissue = body * (0.12 + (0.5 + 0.25 * depth) * sheet.blur(body, 0.11)) + (1 - body) * limbs * (0.15 + 0.25 * sheet.blur(limbs, 0.03))
+    tissue = body * (0.24 + (0.42 + 0.22 * depth) * sheet.blur(body, 0.11)) + (1 - body) * limbs * (0.15 + 0.25 * sheet.blur(limbs, 0.03))
     belly = spline([(-0.6, 1.5), (-0.4, 0.09), (-0.19, 0.0), (0.0, 0.07), (0.2, 0.03), (0.4, 0.11), (0.6, 1.5)]) + (p["lean"], p["base"] + breath)
     tissue += 0.22 * body * sheet.blur(sheet.draw(("area", belly, 1, 0)), 0.03)
     turn = np.linspace(0, 2 * np.pi, 40)
     if p["woman"]:
-        oval = np.stack([0.17 * np.cos(turn), 0.22 * np.sin(turn)], 1) * p["breast"]
-        breasts = sheet.draw(("area", [oval + (s * 0.6 * p["width"], p["base"] - 0.06) for s in (-1, 1)], 1, 0))
-        tissue += 0.14 * breasts * np.clip((depth - p["base"] + 0.25) / 0.3, 0, 1)
+        oval = np.stack([0.18 * np.cos(turn), 0.20 * np.sin(turn)], 1) * p["breast"] + (0.6 * p["width"], p["base"] - 0.01)
+        breasts = sheet.draw(("area", oval, 1, 0)) + sheet.draw(("area", oval * (-1, 1), 1, 0))
+        tissue += p["mass"] * sheet.blur(breasts, 0.003) * np.clip((depth - p["base"] + 0.2) / 0.3, 0, 1)
     gas = np.stack([0.075 * np.cos(turn), 0.05 * np.minimum(np.sin(turn), 0.4)], 1) * p["bubble"] + (0.16, p["base"] + breath + 0.10)
     return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(("area", gas, 1, 0)), 0.004)
 
@@ -260,7 +265,7 @@ def add_findings(names, p, rng, sheet, lungs, heart, breath):
         side, size, (along, up) = p["side"][name], amount[name], p["spot"][name]
         out = x * side / w                                               # 0 at the spine, 1 at the chest wall
         if name == "effusion":                                           # fluid with a meniscus that climbs the chest wall
-            level = base + 0.06 - 0.17 * size - 0.10 * np.clip(out - 0.4, 0, 1) ** 2 + (0.035 if side > 0 else 0)
+            level = base + 0.07 - 0.15 * size - 0.16 * np.clip(out - 0.4, 0, 1) ** 2 + (0.035 if side > 0 else 0)
             lost = np.maximum(lost, step(y - level, 0.05) * (out > 0))
         elif name == "pneumothorax":                                     # air outside the visceral pleura: no vessels, thin bright line
             edge = 1 - (0.10 + 0.22 * size) * (1.2 - 0.9 * np.clip((y - p["apex"]) / (base - p["apex"]), 0, 1))
@@ -274,8 +279,8 @@ def add_findings(names, p, rng, sheet, lungs, heart, breath):
             extra += 0.17 * np.sqrt(lump)
         elif name == "consolidation":
             cx, cy = side * w * (0.45 + 0.3 * along), p["apex"] + (0.25 + 0.55 * up) * (base - p["apex"])
-            reach = ((x - cx) / (0.05 + 0.06 * size)) ** 2 + ((y - cy) / (0.05 + 0.08 * size)) ** 2
-            lost = np.maximum(lost, (0.35 + 0.4 * size) * step(1.1 - reach + 0.35 * texture, 1.4) * (out > 0))
+            reach = ((x - cx) / (0.06 + 0.07 * size)) ** 2 + ((y - cy) / (0.06 + 0.09 * size)) ** 2
+            lost = np.maximum(lost, (0.35 + 0.35 * size) * step(0.7 - reach + 0.7 * texture, 1.8) * step(1.5 - reach, 1.5) * (out > 0))
     return lost, extra, lung_left
 
 
@@ -299,6 +304,7 @@ def expose(attenuation, domain, rng, sheet):
     grey = 1 / (1 + np.exp(-steep * (attenuation - centre)))
     low, high = 1 / (1 + np.exp(steep * centre)), 1 / (1 + np.exp(-steep * (1.3 - centre)))
     grey = np.clip((grey - low) / (high - low), 0, 1)
+    grey = rng.uniform(0.0, 0.05) + rng.uniform(0.82, 0.93) * grey
     grey = sheet.blur(grey, domain["blur"] * rng.uniform(0.7, 1.3) / 256)
     grain = rng.standard_normal(grey.shape, np.float32)
     return grey + domain["noise"] * min(1.0, scale) * rng.uniform(0.5, 1.2) * grain * (0.4 + 0.6 * grey)
@@ -367,8 +373,8 @@ def build(p, names, anomaly, breath, sheet, rng):
     trachea = sheet.draw(("line", spline([(0, -0.3), (0, 0.1), (-0.01, p["apex"] + 0.22)]) + (p["lean"], 0), 1, 0.042))
     bones, clavicle = shoulder_bones(p, sheet)
     body = soft_tissue(p, sheet, breath)
-    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.5 * air + 0.08 * sheet.blur(heart, 0.03) - 0.09 * sheet.blur(trachea, 0.006)
-                   + p["bone"] * (0.10 * ribs(p, sheet) + 0.15 * bones + 0.10 * spine(p, sheet)) * np.clip(4 * body, 0, 1)
+    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.42 * air + 0.08 * sheet.blur(heart, 0.03) - 0.09 * sheet.blur(trachea, 0.006)
+                   + p["bone"] * (0.10 * ribs(p, sheet) + 0.15 * bones + 0.09 * spine(p, sheet)) * np.clip(4 * body, 0, 1)
                    + 0.11 * vessels * (1 - 0.7 * lost) + extra * lung
                    + 0.012 * air * lung_left * cloud(rng, sheet.size, 64))
     knob = np.array([0.55 * p["knob"], p["apex"] + 0.17]) * mirror + (p["lean"], 0)
