@@ -71,7 +71,7 @@ class Sheet:
                 if kind == "area":
                     pen.polygon(xy, fill=int(255 * grey))
                 else:
-                    pen.line(xy, fill=int(255 * grey * min(1, pixels)), width=max(1, round(pixels)), joint="curve" if pixels > 3 else None)
+                    pen.line(xy, fill=int(255 * grey * min(1, pixels)), width=max(1, round(pixels)), joint="curve" if pixels > 7 else None)
         return np.asarray(image.reduce(2), np.float32) / 255
 
     def blur(self, layer, radius):
@@ -95,13 +95,13 @@ def make_patient(rng, enlarged):
     """Shape parameters of one patient, and the findings' sides and places, which stay through all films."""
     u = rng.uniform
     p = dict(width=u(0.34, 0.40), apex=u(0.10, 0.16), base=u(0.68, 0.77), lean=u(-0.012, 0.012), woman=rng.random() < 0.5,
-             fat=u(0.02, 0.08), rib_drop=u(0.20, 0.30), rib_gap=u(0.060, 0.069), rib_width=u(0.010, 0.0135), knob=u(0.05, 0.075),
+             fat=u(0.03, 0.11), rib_drop=u(0.20, 0.30), rib_gap=u(0.064, 0.074), rib_width=u(0.011, 0.0145), knob=u(0.05, 0.075),
              arms=u(0.0, 0.09), bubble=u(0.2, 1.2), heart=u(0.88, 1.08), clavicle=u(-0.02, 0.02), bone=u(0.75, 1.25), breast=u(0.6, 1.15),
-             thick=u(0.9, 1.12), dome=u(0.01, 0.05), angle=u(0.08, 0.13), mass=u(0.05, 0.12))
+             thick=u(0.9, 1.12), dome=u(0.01, 0.05), angle=u(0.08, 0.13), mass=u(0.03, 0.09))
     p["heart"] = u(1.32, 1.6) if enlarged else p["heart"]
     p["shape"] = rng.normal(0, 0.006, (64, 2))                   # small wobbles, shared out to the outlines' control points
-    p["side"] = {name: rng.choice((-1, 1)) for name in FINDINGS}
-    p["spot"] = {name: rng.uniform(0, 1, 2) for name in FINDINGS}
+    p["side"] = {name: int(rng.choice((-1, 1))) for name in FINDINGS}
+    p["spot"] = {name: rng.uniform(0, 1, 2).tolist() for name in FINDINGS}
     p["trees"] = int(rng.integers(1 << 31))
     return p
 
@@ -130,7 +130,9 @@ def heart_outline(p, breath):
                        (0.165, 0.755), (0.205, 0.715), (0.2, 0.65), (0.165, 0.56), (0.118, 0.475), (0.085, 0.405), (0.05, 0.33)])
     points[1:-1] += p["shape"][40:52] * 0.7
     bottom = p["base"] + breath + 0.055
-    points = (points - (0, 0.765)) * (p["heart"] * p["width"] / 0.37, (bottom - p["apex"]) / 0.62 * (0.8 + 0.2 * p["heart"])) + (p["lean"], bottom)
+    bottom = p["base"] + breath + 0.055
+    grow = 1 + (p["heart"] - 1) * np.clip((points[:, :1] * 0 + points[:, 1:] - 0.33) / 0.2, 0, 1)       # the great vessels' end keeps its width
+    points = (points - (0, 0.765)) * np.concatenate([grow * p["width"] / 0.37, 0 * grow + (bottom - p["apex"]) / 0.62], 1) + (p["lean"], bottom)
     return spline(np.concatenate([points, points[:1]]))
 
 
@@ -172,7 +174,7 @@ def ribs(p, sheet):
             curve = np.stack([reach * np.sin(angle) * side + p["lean"], y + 0.5 * p["shape"][i + (side > 0), 1]], 1)
             slope = np.gradient(curve, axis=0)
             normal = slope[:, ::-1] * (-1, 1) / np.linalg.norm(slope, axis=1, keepdims=True) * p["rib_width"]
-            for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 40), 1.15, 0.55))[:2 if i < 8 else 1]:
+            for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 38), 1.15, 0.4))[:2 if i < 8 else 1]:
                 upper, lower = curve[part] + normal[part] * thick, curve[part] - normal[part] * thick
                 shapes += [("area", np.concatenate([upper, lower[::-1]]), 0.5 * grey, 0), ("line", [upper, lower], 0.8 * grey, 0.0035)]
     return sheet.draw(*back) + sheet.draw(*front)
@@ -206,15 +208,17 @@ def vessel_tree(p, sheet, hila):
     """Pulmonary vessels branching outwards from the two hila, (size, size)."""
     rng, shapes = np.random.default_rng(p["trees"]), []
     for side, hilum in zip((-1, 1), hila):
-        angle = np.array([-1.3, -0.95, -0.6, -0.1, 0.35, 0.7, 0.95, 1.15, 1.4]) + rng.normal(0, 0.12, 9)
-        start = hilum + np.stack([rng.normal(0, 0.008, 9), 0.03 * np.sin(angle)], 1)
-        width, length = rng.uniform(0.008, 0.013, 9), rng.uniform(0.05, 0.1, 9)
+        angle = np.array([-1.3, -0.85, -0.3, 0.3, 0.75, 1.05, 1.4]) + rng.normal(0, 0.15, 7)
+        start = hilum + np.stack([rng.normal(0, 0.008, 7), 0.03 * np.sin(angle)], 1)
+        width, length = rng.uniform(0.009, 0.014, 7), rng.uniform(0.05, 0.1, 7)
+        artery = spline(np.array([(-0.02, -0.05), (0.005, -0.02), (0.012, 0.02), (0.02, 0.06), (0.03, 0.11)]) * (side, 1) + hilum)
+        shapes += [("line", artery[9:], 0.8, 0.016), ("line", artery[:20], 0.9, 0.024)]
         for level in range(5):
             bends = [angle + rng.normal(0, 0.3, len(angle)) for _ in range(2)] + [angle]
             steps = [length[:, None] / 3 * np.stack([side * np.cos(bend), np.sin(bend)], 1) for bend in bends]
             line = start[:, None] + np.cumsum([0 * start] + steps, 0).transpose(1, 0, 2)
             shapes += [("line", part, 0.95 - 0.13 * level, w) for part, w in zip(np.array_split(line, 3), sorted(width)[::len(width) // 3])]
-            split = rng.uniform(0.05, 0.55, (2, len(angle))) * np.array([[1], [-1]])
+            split = rng.uniform(0.1, 0.6, (2, len(angle))) * np.array([[1], [-1]])
             angle, start, width = (angle + split).ravel(), np.tile(line[:, -1], (2, 1)), np.tile(width * 0.66, 2)
             length = rng.uniform(0.03, 0.075, len(angle))
     return sheet.draw(*shapes[::-1])
@@ -225,16 +229,17 @@ def soft_tissue(p, sheet, breath):
     torso, *arms = body_outlines(p)
     body, limbs = sheet.draw(("area", torso, 1, 0)), sheet.draw(("area", arms, 1, 0))
     depth = (np.arange(sheet.size, dtype=np.float32)[:, None] + 0.5) / sheet.size
-    tissue = body * (0.24 + (0.42 + 0.22 * depth) * sheet.blur(body, 0.11)) + (1 - body) * limbs * (0.15 + 0.25 * sheet.blur(limbs, 0.03))
+    tissue = np.maximum(body * (0.24 + (0.42 + 0.22 * depth) * sheet.blur(body, 0.11)), 0.36 * limbs)
     belly = spline([(-0.6, 1.5), (-0.4, 0.09), (-0.19, 0.0), (0.0, 0.07), (0.2, 0.03), (0.4, 0.11), (0.6, 1.5)]) + (p["lean"], p["base"] + breath)
     tissue += 0.22 * body * sheet.blur(sheet.draw(("area", belly, 1, 0)), 0.03)
     turn = np.linspace(0, 2 * np.pi, 40)
     if p["woman"]:
         oval = np.stack([0.18 * np.cos(turn), 0.20 * np.sin(turn)], 1) * p["breast"] + (0.6 * p["width"], p["base"] - 0.01)
         breasts = sheet.draw(("area", oval, 1, 0)) + sheet.draw(("area", oval * (-1, 1), 1, 0))
-        tissue += p["mass"] * sheet.blur(breasts, 0.003) * np.clip((depth - p["base"] + 0.2) / 0.3, 0, 1)
+        tissue += p["mass"] * breasts * np.clip((depth - p["base"] + 0.2) / 0.3, 0, 1)
     gas = np.stack([0.075 * np.cos(turn), 0.05 * np.minimum(np.sin(turn), 0.4)], 1) * p["bubble"] + (0.16, p["base"] + breath + 0.10)
-    return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(("area", gas, 1, 0)), 0.004)
+    trachea = spline([(0, -0.3), (0, 0.1), (-0.01, p["apex"] + 0.22)]) + (p["lean"], 0)
+    return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(("area", gas, 1, 0), ("line", trachea, 0.6, 0.042)), 0.005)
 
 
 # ---------------------------------------------------------------- findings
@@ -243,8 +248,8 @@ def coordinates(sheet):
     """Patient-frame x and y of every pixel, two (size, size) arrays: the inverse of Sheet.place."""
     angle, zoom, dx, dy = sheet.pose
     u = (np.arange(sheet.size, dtype=np.float32) + 0.5) / sheet.size
-    a, b = (u[None] - 0.5 - dx) / zoom, (u[:, None] - 0.5 - dy) / zoom
-    return a * np.cos(angle) + b * np.sin(angle), 0.5 - a * np.sin(angle) + b * np.cos(angle)
+    a, b, cos, sin = (u[None] - 0.5 - dx) / zoom, (u[:, None] - 0.5 - dy) / zoom, float(np.cos(angle)), float(np.sin(angle))
+    return a * cos + b * sin, 0.5 - a * sin + b * cos
 
 
 def step(x, width):
@@ -258,7 +263,7 @@ def add_findings(names, p, rng, sheet, lungs, heart, breath):
     x = x - p["lean"]
     lost, extra, lung_left = np.zeros((3, sheet.size, sheet.size), np.float32)
     lung_left += 1
-    amount = dict(zip(FINDINGS, rng.uniform(0.3, 1, len(FINDINGS))))     # drawn for all: one finding never moves another
+    amount = dict(zip(FINDINGS, rng.uniform(0.3, 1, len(FINDINGS)).tolist()))     # drawn for all: one finding never moves another
     texture = cloud(rng, sheet.size, 7) + 0.6 * cloud(rng, sheet.size, 24)
     w, base = p["width"], p["base"] + breath
     for name in names:
@@ -297,12 +302,12 @@ def nodule_place(p, breath):
 def expose(attenuation, domain, rng, sheet):
     """Attenuation map → grey values 0..1: unsharp mask, tone curve (Hurter-Driffield), blur, noise, collimation."""
     scale = sheet.size / 256
-    centre, steep = domain["centre"] + rng.normal(0, 0.03), domain["steep"] * np.exp(rng.normal(0, 0.1))
+    centre, steep = domain["centre"] + rng.normal(0, 0.03), domain["steep"] * rng.uniform(0.85, 1.15)
     if domain["sharpen"]:
         local = sheet.blur(np.clip(attenuation / 1.6, 0, 1), 0.04) * 1.6
         attenuation = attenuation + domain["sharpen"] * (attenuation - local)
     grey = 1 / (1 + np.exp(-steep * (attenuation - centre)))
-    low, high = 1 / (1 + np.exp(steep * centre)), 1 / (1 + np.exp(-steep * (1.3 - centre)))
+    low, high = 1 / (1 + float(np.exp(steep * centre))), 1 / (1 + float(np.exp(-steep * (1.3 - centre))))
     grey = np.clip((grey - low) / (high - low), 0, 1)
     grey = rng.uniform(0.0, 0.05) + rng.uniform(0.82, 0.93) * grey
     grey = sheet.blur(grey, domain["blur"] * rng.uniform(0.7, 1.3) / 256)
@@ -366,17 +371,16 @@ def build(p, names, anomaly, breath, sheet, rng):
     sides = [lung_outline(p, s, breath) for s in (-1, 1) if not (anomaly == "missing lung" and s == p["side"]["effusion"])]
     lung, heart, chest = (sheet.draw(*[("area", line, 1, 0) for line in lines]) for lines in (sides, [heart_line], [chest_line]))
     hila = np.array([(-0.075, p["apex"] + 0.29), (0.075, p["apex"] + 0.27)]) + (p["lean"], 0)
-    solid = np.maximum(np.sqrt(np.clip(2 * sheet.blur(heart, 0.025) - 0.9, 0, 1)) * heart, 0.9 * sheet.blur(chest, 0.004))
+    round_heart = sheet.blur(heart, 0.028)
+    solid = np.maximum(np.sqrt(np.clip(2 * round_heart - 0.9, 0, 1)) * heart, 0.9 * chest)
     lost, extra, lung_left = add_findings(names, p, rng, sheet, lung, heart, breath)
     air = lung * (0.35 + 0.65 * sheet.blur(lung, 0.05)) * (1 - 0.9 * solid) * (1 - lost)
-    vessels = sheet.blur(vessel_tree(p, sheet, hila), 0.002) * lung_left * sheet.blur(lung, 0.006)
-    trachea = sheet.draw(("line", spline([(0, -0.3), (0, 0.1), (-0.01, p["apex"] + 0.22)]) + (p["lean"], 0), 1, 0.042))
+    vessels = vessel_tree(p, sheet, hila) * lung_left * lung * (1 - 0.7 * solid) * (1 - 0.7 * lost)
     bones, clavicle = shoulder_bones(p, sheet)
     body = soft_tissue(p, sheet, breath)
-    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.42 * air + 0.08 * sheet.blur(heart, 0.03) - 0.09 * sheet.blur(trachea, 0.006)
+    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.42 * air + 0.08 * round_heart
                    + p["bone"] * (0.10 * ribs(p, sheet) + 0.15 * bones + 0.09 * spine(p, sheet)) * np.clip(4 * body, 0, 1)
-                   + 0.11 * vessels * (1 - 0.7 * lost) + extra * lung
-                   + 0.012 * air * lung_left * cloud(rng, sheet.size, 64))
+                   + 0.08 * vessels + extra * lung + 0.01 * air * lung_left * (cloud(rng, sheet.size, 64) + cloud(rng, sheet.size, 24)))
     knob = np.array([0.55 * p["knob"], p["apex"] + 0.17]) * mirror + (p["lean"], 0)
     ventricle = 0.75 * heart_line[np.argmax(heart_line[:, 0] * mirror[0])] + 0.25 * heart_line.mean(0)
     return attenuation, (lung * (1 - np.maximum(heart, chest))) > 0.5, heart > 0.5, np.stack([knob, hila[0], ventricle, clavicle])
