@@ -26,11 +26,11 @@ HEALTHY, SICK_RATE = 0.4, 0.28            # share of normal patients; chance of 
 # one row a scanner: tone (centre, steepness), unsharp mask, blur (px at 256), noise, border (grey or None), marker chance
 DOMAINS = (
     dict(name="film",     centre=0.45, steep=3.2, sharpen=0.0, blur=0.80, noise=0.006, border=None, marker=0.5),
-    dict(name="digital",  centre=0.50, steep=3.6, sharpen=0.4, blur=0.45, noise=0.003, border=None, marker=0.7),
-    dict(name="bright",   centre=0.30, steep=3.8, sharpen=0.2, blur=0.60, noise=0.004, border=0.02, marker=0.8),
-    dict(name="contrast", centre=0.58, steep=4.4, sharpen=0.3, blur=0.50, noise=0.004, border=0.03, marker=0.6),
-    dict(name="portable", centre=0.45, steep=2.6, sharpen=0.1, blur=1.00, noise=0.012, border=0.98, marker=0.9),
-    dict(name="flat",     centre=0.65, steep=1.8, sharpen=0.3, blur=0.70, noise=0.003, border=None, marker=0.3),
+    dict(name="digital",  centre=0.50, steep=3.4, sharpen=0.4, blur=0.55, noise=0.003, border=None, marker=0.7),
+    dict(name="bright",   centre=0.30, steep=3.6, sharpen=0.2, blur=0.65, noise=0.003, border=0.02, marker=0.8),
+    dict(name="contrast", centre=0.58, steep=4.2, sharpen=0.3, blur=0.60, noise=0.004, border=0.03, marker=0.6),
+    dict(name="portable", centre=0.42, steep=2.6, sharpen=0.0, blur=1.10, noise=0.010, border=0.98, marker=0.9),
+    dict(name="flat",     centre=0.60, steep=1.9, sharpen=0.3, blur=0.75, noise=0.003, border=None, marker=0.3),
 )
 
 
@@ -71,7 +71,7 @@ class Sheet:
                 if kind == "area":
                     pen.polygon(xy, fill=int(255 * grey))
                 else:
-                    pen.line(xy, fill=int(255 * grey * min(1, pixels)), width=max(1, round(pixels)), joint="curve" if pixels > 7 else None)
+                    pen.line(xy, fill=int(255 * grey * min(1, pixels)), width=max(1, round(pixels)))
         return np.asarray(image.reduce(2), np.float32) / 255
 
     def blur(self, layer, radius):
@@ -106,7 +106,7 @@ def make_patient(rng, enlarged):
     return p
 
 
-WALL = np.array([(0.0, 0.32), (0.05, 0.60), (0.18, 0.79), (0.4, 0.92), (0.7, 0.99), (0.95, 1.0)])    # depth in the lung → half width
+WALL = np.array([(0.0, 0.36), (0.045, 0.58), (0.18, 0.79), (0.4, 0.92), (0.7, 0.99), (0.95, 1.0)])    # depth in the lung → half width
 
 
 def lung_outline(p, side, breath):
@@ -115,10 +115,10 @@ def lung_outline(p, side, breath):
     base = p["base"] + breath + (p["dome"] if side > 0 else 0.0)      # the right dome stands higher: the liver is below it
     wobble = p["shape"][:20] if side > 0 else p["shape"][20:40]
     y = lambda f: top + f * (base - top)
-    wall = np.array([(w * half, y(f)) for f, half in WALL] + [(0.975 * w, base + p["angle"])])
+    wall = np.array([(0.062, y(0.075))] + [(w * half, y(f)) for f, half in WALL] + [(0.975 * w, base + p["angle"])])
     dome = np.array([wall[-1], (0.86 * w, base + 0.3 * p["angle"]), (0.60 * w, base), (0.34 * w, base + 0.006), (0.05, base + 0.045)])
-    middle = np.array([dome[-1], (0.045, y(0.75)), (0.05, y(0.45)), (0.04, y(0.22)), (0.065, y(0.06)), wall[0]])
-    wall[1:-1] += wobble[:5] * 0.6
+    middle = np.array([dome[-1], (0.045, y(0.75)), (0.05, y(0.45)), (0.042, y(0.22)), wall[0]])
+    wall[2:-1] += wobble[:5] * 0.6
     dome[1:-1] += wobble[5:8] * 0.8
     outline = np.concatenate([spline(wall), spline(dome)[1:], spline(middle)[1:-1]])
     return outline * (side, 1) + (p["lean"], 0)
@@ -127,7 +127,7 @@ def lung_outline(p, side, breath):
 def heart_outline(p, breath):
     """Closed outline of the heart: right atrium, apex, left ventricle, pulmonary trunk; the apex lies at positive x."""
     points = np.array([(-0.045, 0.33), (-0.058, 0.44), (-0.088, 0.54), (-0.095, 0.62), (-0.075, 0.70), (-0.02, 0.745), (0.08, 0.765),
-                       (0.165, 0.755), (0.205, 0.715), (0.2, 0.65), (0.165, 0.56), (0.118, 0.475), (0.085, 0.405), (0.05, 0.33)])
+                       (0.165, 0.755), (0.205, 0.715), (0.2, 0.65), (0.178, 0.565), (0.132, 0.48), (0.085, 0.405), (0.05, 0.33)])
     points[1:-1] += p["shape"][40:52] * 0.7
     bottom = p["base"] + breath + 0.055
     bottom = p["base"] + breath + 0.055
@@ -166,17 +166,16 @@ def ribs(p, sheet):
     turn = (0.5 * np.sin(half) ** 2 + 0.5 * (1 - np.cos(half))) / 2
     turn = np.where(angle < np.pi / 2, turn, 1 - turn)           # 0 at the spine, 1/2 at the chest wall, 1 at the breastbone
     for i in range(11):
-        start = p["apex"] - 0.045 + i * p["rib_gap"]
+        start = p["apex"] - 0.045 + i * p["rib_gap"] + 0.5 * p["shape"][i, 1]
         drop = p["rib_drop"] * (0.45 + 0.55 * min(1, i / 5))
-        y = start + drop * turn - 0.012 * np.sin(np.minimum(2 * angle, np.pi))
-        reach = 0.006 + p["width"] * np.interp((start + drop / 2 - p["apex"]) / (p["base"] - p["apex"]), *WALL.T)
-        for side in (-1, 1):
-            curve = np.stack([reach * np.sin(angle) * side + p["lean"], y + 0.5 * p["shape"][i + (side > 0), 1]], 1)
-            slope = np.gradient(curve, axis=0)
-            normal = slope[:, ::-1] * (-1, 1) / np.linalg.norm(slope, axis=1, keepdims=True) * p["rib_width"]
-            for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 38), 1.15, 0.4))[:2 if i < 8 else 1]:
-                upper, lower = curve[part] + normal[part] * thick, curve[part] - normal[part] * thick
-                shapes += [("area", np.concatenate([upper, lower[::-1]]), 0.5 * grey, 0), ("line", [upper, lower], 0.8 * grey, 0.0035)]
+        reach = p["width"] * np.interp((start + drop / 2 - p["apex"]) / (p["base"] - p["apex"]), *WALL.T) - 0.003
+        curve = np.stack([reach * np.sin(angle), start + drop * turn - 0.012 * np.sin(np.minimum(2 * angle, np.pi))], 1)
+        slope = np.gradient(curve, axis=0)
+        normal = slope[:, ::-1] * (-1, 1) / np.linalg.norm(slope, axis=1, keepdims=True) * p["rib_width"]
+        for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 38), 1.15, 0.45))[:2 if i < 8 else 1]:
+            edges = np.stack([curve[part] + normal[part] * thick, (curve[part] - normal[part] * thick)[::-1]])
+            edges = np.concatenate([edges, edges * (-1, 1)]) + (p["lean"], 0)                        # both sides of the body
+            shapes += [("area", edges.reshape(2, -1, 2), 0.55 * grey, 0), ("line", edges, 0.85 * grey, 0.0035)]
     return sheet.draw(*back) + sheet.draw(*front)
 
 
@@ -184,11 +183,12 @@ def shoulder_bones(p, sheet):
     """Clavicles, shoulder blades and humeral heads, (size, size); and the middle of the right clavicle (2,)."""
     y = p["apex"] + p["clavicle"]
     clavicle = spline([(0.03, y + 0.07), (0.10, y + 0.05), (0.18, y + 0.012), (0.27, y - 0.03), (0.37, y - 0.04)])
-    blade = spline([(0.33, y), (0.40, y + 0.0), (0.44, y + 0.05), (0.43, y + 0.12), (0.405, y + 0.2), (0.385, y + 0.36), (0.36, y + 0.30), (0.345, y + 0.15), (0.33, y)])
+    blade = spline([(0.335, y + 0.02), (0.39, y + 0.01), (0.43, y + 0.04), (0.425, y + 0.11), (0.405, y + 0.2), (0.385, y + 0.33), (0.365, y + 0.345), (0.35, y + 0.25),
+                    (0.335, y + 0.1), (0.335, y + 0.02)])
     ridge = spline([(0.34, y + 0.055), (0.39, y + 0.03), (0.44, y - 0.02), (0.47, y - 0.03)])
     humerus = spline([(0.44, y + 0.02), (0.48, y - 0.005), (0.52, y + 0.03), (0.53, y + 0.1), (0.56, y + 0.3), (0.62, y + 0.9), (0.56, y + 0.9), (0.50, y + 0.3), (0.46, y + 0.1), (0.44, y + 0.02)])
     both = lambda line: np.stack([line * (side, 1) + (p["lean"], 0) for side in (-1, 1)])
-    shapes = [("area", both(blade), 0.2, 0), ("line", both(blade), 0.4, 0.004), ("line", both(ridge), 0.4, 0.012), ("area", both(humerus), 0.45, 0),
+    shapes = [("area", both(blade), 0.12, 0), ("line", both(blade[22:50]), 0.3, 0.006), ("line", both(ridge), 0.4, 0.012), ("area", both(humerus), 0.45, 0),
               ("line", both(humerus), 0.6, 0.005), ("line", both(clavicle), 0.8, 0.024), ("line", both(clavicle), 0.6, 0.016)]
     return sheet.draw(*shapes), clavicle[16] * (-1, 1) + (p["lean"], 0)
 
@@ -229,7 +229,8 @@ def soft_tissue(p, sheet, breath):
     torso, *arms = body_outlines(p)
     body, limbs = sheet.draw(("area", torso, 1, 0)), sheet.draw(("area", arms, 1, 0))
     depth = (np.arange(sheet.size, dtype=np.float32)[:, None] + 0.5) / sheet.size
-    tissue = np.maximum(body * (0.24 + (0.42 + 0.22 * depth) * sheet.blur(body, 0.11)), 0.36 * limbs)
+    skin = np.sqrt(np.clip(2.2 * sheet.blur(body, 0.035) - 1.05, 0, 1))                      # thickness falls to nothing at the skin
+    tissue = np.maximum(body * (0.05 + 0.2 * skin + (0.40 + 0.22 * depth) * sheet.blur(body, 0.11)), 0.38 * limbs * sheet.blur(limbs, 0.02))
     belly = spline([(-0.6, 1.5), (-0.4, 0.09), (-0.19, 0.0), (0.0, 0.07), (0.2, 0.03), (0.4, 0.11), (0.6, 1.5)]) + (p["lean"], p["base"] + breath)
     tissue += 0.22 * body * sheet.blur(sheet.draw(("area", belly, 1, 0)), 0.03)
     turn = np.linspace(0, 2 * np.pi, 40)
@@ -239,7 +240,7 @@ def soft_tissue(p, sheet, breath):
         tissue += p["mass"] * breasts * np.clip((depth - p["base"] + 0.2) / 0.3, 0, 1)
     gas = np.stack([0.075 * np.cos(turn), 0.05 * np.minimum(np.sin(turn), 0.4)], 1) * p["bubble"] + (0.16, p["base"] + breath + 0.10)
     trachea = spline([(0, -0.3), (0, 0.1), (-0.01, p["apex"] + 0.22)]) + (p["lean"], 0)
-    return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(("area", gas, 1, 0), ("line", trachea, 0.6, 0.042)), 0.005)
+    return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(("area", gas, 1, 0), ("line", trachea, 0.5, 0.036)), 0.007)
 
 
 # ---------------------------------------------------------------- findings
@@ -281,7 +282,7 @@ def add_findings(names, p, rng, sheet, lungs, heart, breath):
         elif name == "nodule":
             centre, radius = nodule_place(p, breath), 0.014 + 0.022 * size
             lump = np.clip(1 - ((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / radius ** 2 * (1 + 0.12 * texture), 0, 1)
-            extra += 0.17 * np.sqrt(lump)
+            extra += (0.06 + 0.08 * size) * np.sqrt(lump)
         elif name == "consolidation":
             cx, cy = side * w * (0.45 + 0.3 * along), p["apex"] + (0.25 + 0.55 * up) * (base - p["apex"])
             reach = ((x - cx) / (0.06 + 0.07 * size)) ** 2 + ((y - cy) / (0.06 + 0.09 * size)) ** 2
@@ -302,14 +303,14 @@ def nodule_place(p, breath):
 def expose(attenuation, domain, rng, sheet):
     """Attenuation map → grey values 0..1: unsharp mask, tone curve (Hurter-Driffield), blur, noise, collimation."""
     scale = sheet.size / 256
-    centre, steep = domain["centre"] + rng.normal(0, 0.03), domain["steep"] * rng.uniform(0.85, 1.15)
+    centre, steep = domain["centre"] + rng.normal(0, 0.06), domain["steep"] * rng.uniform(0.75, 1.2)
     if domain["sharpen"]:
         local = sheet.blur(np.clip(attenuation / 1.6, 0, 1), 0.04) * 1.6
         attenuation = attenuation + domain["sharpen"] * (attenuation - local)
     grey = 1 / (1 + np.exp(-steep * (attenuation - centre)))
     low, high = 1 / (1 + float(np.exp(steep * centre))), 1 / (1 + float(np.exp(-steep * (1.3 - centre))))
     grey = np.clip((grey - low) / (high - low), 0, 1)
-    grey = rng.uniform(0.0, 0.05) + rng.uniform(0.82, 0.93) * grey
+    grey = rng.uniform(0.0, 0.08) + rng.uniform(0.80, 0.92) * grey
     grey = sheet.blur(grey, domain["blur"] * rng.uniform(0.7, 1.3) / 256)
     grain = rng.standard_normal(grey.shape, np.float32)
     return grey + domain["noise"] * min(1.0, scale) * rng.uniform(0.5, 1.2) * grain * (0.4 + 0.6 * grey)
@@ -356,7 +357,7 @@ def make_phantom(seed, index, size=256, anomaly=None, findings=None):
     p = make_patient(np.random.default_rng((seed, patient, 1)), "cardiomegaly" in names)
     rng = np.random.default_rng((seed, index, 2))
     number, breath = int(rng.integers(len(DOMAINS))), rng.uniform(-0.03, 0.02)
-    sheet = Sheet(size, (rng.normal(0, 0.025), rng.uniform(0.9, 1.08), rng.normal(0, 0.015), rng.uniform(-0.02, 0.03)))
+    sheet = Sheet(size, (rng.normal(0, 0.03), rng.uniform(0.88, 1.12), rng.normal(0, 0.02), rng.uniform(-0.02, 0.05)))
     attenuation, lungs, heart, points = build(p, names, anomaly, breath, sheet, rng)
     grey, marker = stamp(expose(attenuation, DOMAINS[number], rng, sheet), DOMAINS[number], rng)
     landmarks = sheet.place(points)[:, ::-1] * size - 0.5
@@ -378,9 +379,10 @@ def build(p, names, anomaly, breath, sheet, rng):
     vessels = vessel_tree(p, sheet, hila) * lung_left * lung * (1 - 0.7 * solid) * (1 - 0.7 * lost)
     bones, clavicle = shoulder_bones(p, sheet)
     body = soft_tissue(p, sheet, breath)
-    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.42 * air + 0.08 * round_heart
-                   + p["bone"] * (0.10 * ribs(p, sheet) + 0.15 * bones + 0.09 * spine(p, sheet)) * np.clip(4 * body, 0, 1)
-                   + 0.08 * vessels + extra * lung + 0.01 * air * lung_left * (cloud(rng, sheet.size, 64) + cloud(rng, sheet.size, 24)))
+    edge = 1 - 0.5 * solid                                               # behind the heart scatter hides detail
+    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.42 * air + 0.08 * round_heart + 0.07 * sheet.blur(solid, 0.07)
+                   + p["bone"] * (0.085 * edge * ribs(p, sheet) + 0.14 * bones + 0.09 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
+                   + 0.07 * vessels + extra * lung + 0.01 * air * lung_left * (cloud(rng, sheet.size, 64) + cloud(rng, sheet.size, 24)))
     knob = np.array([0.55 * p["knob"], p["apex"] + 0.17]) * mirror + (p["lean"], 0)
     ventricle = 0.75 * heart_line[np.argmax(heart_line[:, 0] * mirror[0])] + 0.25 * heart_line.mean(0)
     return attenuation, (lung * (1 - np.maximum(heart, chest))) > 0.5, heart > 0.5, np.stack([knob, hila[0], ventricle, clavicle])
