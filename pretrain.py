@@ -1,0 +1,410 @@
+"""Pre-train CheXWorld.
+
+    python pretrain.py                                          # laptop: the demo, synthetic films, five minutes on two CPU cores
+    python pretrain.py --data /cxr --size base                  # one GPU: the paper's recipe on any folder of films, or on a packed file
+    torchrun --nproc_per_node=8 pretrain.py --data /cxr         # eight GPUs, the same code
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --data /cxr.pack
+
+The data decides the recipe: none means the demo, given means the paper; flags override both. The same command again goes on
+where the last one stopped. --out receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
+"""
+import dataclasses
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import augment
+import evaluate
+import phantom
+try:
+    import pictures
+except ImportError:
+    pictures = None
+import runtime
+from data import BadFilm, Batches, Views, open_films
+from masks import mask_sizes, sample_masks
+from metrics import feature_std, rankme
+from model import SIZES, CheXWorld, load_checkpoint
+from runtime import Stop, flag
+
+RECIPES = {
+    "demo": dict(size="tiny", image=64, patch=8, batch=32, epochs=12, warmup=1.0, lr=2e-3, ema=0.98, log_every=20, save_every=200, seed=0),
+    "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0, lr=2e-4, ema=0.996, log_every=20, save_every=500, seed=0),
+}
+FREE = {"out", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile", "data", "probe", "patients", "phantoms", "checkpointing"}  # may change on resume
+
+
+@dataclasses.dataclass
+class Config:
+    data: str = flag(None, "folder of films (searched recursively; MIMIC-CXR-JPG, CheXpert, ChestX-ray14 are recognised) or a .pack file; none = the demo")
+    out: str = flag(None, "folder of the run [runs/demo, or runs/pretrain with --data]")
+    size: str = flag(None, "network: tiny 128 × 4, small 384 × 12, base 768 × 12 (the paper's), large 1024 × 24", list(SIZES))
+    image: int = flag(None, "side of the crops, px [demo 64, paper 224]")
+    patch: int = flag(None, "side of a patch, px [demo 8, paper 16]")
+    batch: int = flag(None, "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 32, paper 2048]")
+    micro: int = flag(None, "films a forward pass on one GPU [at most 256 on a GPU, 64 on a CPU]")
+    epochs: int = flag(None, "passes over the films; sets the schedules [demo 12, paper 300]")
+    warmup: float = flag(None, "epochs of linear warm-up [demo 1, paper 40]")
+    max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
+    lr: float = flag(None, "peak learning rate [demo 2e-3, paper 2e-4]")
+    min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
+    weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
+    clip: float = flag(1.0, "largest gradient norm")
+    ema: float = flag(None, "momentum of the target encoder at the start; 1.0 at the end [demo 0.98, paper 0.996]")
+    tasks: str = flag("local,global,domain", "world modelling tasks, any subset (Table 3)")
+    no_delta: bool = flag(False, "ablation: hide the relative position Δ (the target's own grid instead of φ)")
+    no_action: bool = flag(False, "ablation: hide the action a from the policy network, augmentation kept")
+    not_unified: bool = flag(False, "ablation: a separate forward pass for each task")
+    probe: str = flag(None, "CSV tables filename,label,split joined by commas: linear probes at the end; their test films are left out of training")
+    patients: str = flag(None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on")
+    holdout: int = flag(50, "films held out for the closing domain test when --probe names none")
+    phantoms: int = flag(3000, "synthetic films of the demo")
+    precision: str = flag("auto", "auto = bfloat16 on GPUs and, for wide models, on CPUs that have it", ["auto", "float32", "bfloat16"])
+    compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    seed: int = flag(None, "of everything random [0]")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+    workers: int = flag(None, "loader processes a GPU [0 when the films fit into memory, else 8 on a GPU and 1 on a CPU]")
+    log_every: int = flag(None, "steps between rows of log.csv")
+    save_every: int = flag(None, "steps between checkpoints [demo 200, paper 500]")
+
+
+def choose(config):
+    """Fill what the user left open from the recipe of the data. → (Config, name of the recipe)"""
+    recipe = "paper" if config.data else "demo"
+    for key, value in RECIPES[recipe].items():
+        if getattr(config, key) is None:
+            setattr(config, key, value)
+    config.out = config.out or ("runs/pretrain" if config.data else "runs/demo")
+    for key in ("batch", "epochs", "image", "patch", "log_every", "save_every"):
+        if getattr(config, key) < 1:
+            raise Stop(f"--{key} {getattr(config, key)}: must be at least 1")
+    if config.image % config.patch:
+        raise Stop(f"--image {config.image} is not a multiple of --patch {config.patch}")
+    if not set(config.tasks.split(",")) <= {"local", "global", "domain"}:
+        raise Stop(f"--tasks {config.tasks}: any of local,global,domain, joined by commas")
+    return config, recipe
+
+
+def demo_data(config, team):
+    """The demo's films: phantoms written once as PNG files with a CSV, then read by the real loader. → (folder, CSV)"""
+    folder = Path(config.out) / "phantoms"
+    if team.lead and not (folder / "phantoms.csv").is_file():
+        team.say(f"demo: drawing {config.phantoms} synthetic films into {folder}")
+        phantom.write_phantoms(folder, config.phantoms, size=128, seed=config.seed, workers=os.cpu_count() or 1)
+    return folder / "films", folder / "phantoms.csv"
+
+
+class InMemory:
+    """A small set, each film decoded once and then kept. Same names, patients and errors as the set behind it."""
+
+    def __init__(self, films):
+        self.films, self.kept, self.names, self.patients = films, {}, films.names, films.patients
+
+    def __len__(self):
+        return len(self.films)
+
+    def __getitem__(self, i):
+        if i not in self.kept:
+            try:
+                self.kept[i] = self.films[i]
+            except BadFilm as error:
+                self.kept[i] = error
+        if isinstance(self.kept[i], BadFilm):
+            raise self.kept[i]
+        return self.kept[i]
+
+
+def split_films(films, tables, config):
+    """Training films and held-out ones, no patient on both sides. Test films of the probe tables are held out, else `holdout` films. → (train, held)"""
+    patients = list(films.patients)
+    held = set()
+    for table in tables:
+        where = table.locate(films)
+        for i, patient in zip(where, table.patients):
+            if i >= 0 and patients[i] == films.names[i]:           # the folder knew nobody: the table may
+                patients[i] = patient
+        held |= {int(i) for i in where[(table.split == "test") & (where >= 0)]}
+    if not tables:
+        order = np.random.default_rng((3, config.seed)).permutation(len(films))
+        held = {int(i) for i in order[:min(config.holdout, len(films) // 10)]}
+    away = {patients[i] for i in held}
+    train = [i for i in range(len(films)) if patients[i] not in away]
+    if not train:
+        raise Stop("every film is held out: nothing is left to train on; lower --holdout or check --probe")
+    return np.array(train), np.array(sorted(held), dtype=int)
+
+
+def micro_batch(config, team):
+    """Films a forward pass: the largest divisor of this rank's share within the limit. Stop when the share is not whole."""
+    if config.batch % team.world:
+        raise Stop(f"--batch {config.batch} is not a multiple of the {team.world} processes")
+    share = config.batch // team.world
+    limit = config.micro or (256 if team.device.type == "cuda" else 64)
+    return max(m for m in range(1, min(limit, share) + 1) if share % m == 0)
+
+
+def parameter_groups(world, weight_decay):
+    """AdamW groups: no decay on biases, norms and the mask token (all of them are vectors)."""
+    trained = [p for p in world.parameters() if p.requires_grad]
+    return [{"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
+
+
+def prepare(item, config, step, places, device):
+    """A loaded micro-batch → what CheXWorld.forward takes, for both views. All randomness is keyed by (seed, step, place in the global batch)."""
+    generator, B, grid = runtime.keyed(4, config.seed, step), config.batch, config.image // config.patch
+    jitter = augment.sample_jitter(B, generator)[places]                                       # (b, 2): shared by both views
+    both = torch.cat([places, places + B])                                                     # rows of view 1, then of view 2
+    action = augment.sample_actions(2 * B, generator)[both].to(device, non_blocking=True)      # (2b, 4)
+    keep, masked = sample_masks(2 * B, grid, generator, both, device)                          # (2b, K), (2b, M)
+    views = augment.to_float(item["views"].to(device, non_blocking=True))                      # (b, 2, H, W)
+    y = augment.apply_jitter(views, jitter.to(device)).transpose(0, 1).flatten(0, 1)[:, None]  # (2b, 1, H, W)
+    boxes, flips = (item[k].to(device).transpose(0, 1) for k in ("boxes", "flips"))            # (2, b, ·)
+    coords = augment.relative_coords(boxes.flatten(0, 1), boxes.flip(0).flatten(0, 1), grid, flips.flatten(), flips.flip(0).flatten())
+    return dict(y=y, x=augment.apply_action(y, action), keep=keep, masked=masked, coords=coords, action=action)
+
+
+def health(features, team):
+    """feature_std and RankMe of the pooled target features of the whole step. (n, D) on each rank → two floats"""
+    if team.world > 1:
+        parts = [torch.empty_like(features) for _ in range(team.world)]
+        torch.distributed.all_gather(parts, features.contiguous())
+        features = torch.cat(parts)
+    features = features.float().cpu()
+    return feature_std(features), rankme(features)
+
+
+def recipe_of(config, names):
+    """What a run must keep to be continued: every setting that changes the numbers, and the films by name."""
+    recipe = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    return recipe | {"films": len(names), "names": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]}
+
+
+def resume(path, recipe, world, optimizer):
+    """Continue from last.pt when there is one; a changed recipe is refused. → step to go on with"""
+    if not path.is_file():
+        return 0
+    saved = load_checkpoint(path)
+    if not {"world", "optimizer", "recipe", "step"} <= saved.keys():
+        raise Stop(f"{path} is not a checkpoint of this program: move it away or choose another --out")
+    changed = [f"{k} {saved['recipe'].get(k)} → {v}" for k, v in recipe.items() if saved["recipe"].get(k) != v]
+    if changed:
+        raise Stop(f"{path.parent} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew")
+    world.load_state_dict(saved["world"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+def save(out, world, optimizer, recipe, step):
+    """last.pt: all that resuming needs; encoder.pt: the target encoder alone. Both atomically."""
+    runtime.save_atomic({"world": world.state_dict(), "config": world.config, "optimizer": optimizer.state_dict(), "recipe": recipe, "step": step}, out / "last.pt")
+    encoder = world.target_encoder
+    runtime.save_atomic({"encoder": encoder.state_dict(), "config": encoder.config, "step": step}, out / "encoder.pt")
+
+
+class BadFilms:
+    """Names and counts what the loader replaced; more than 1 % of the films bad stops the run."""
+
+    def __init__(self, films, team):
+        self.films, self.team, self.seen = films, team, set()
+
+    def note(self, numbers):
+        """numbers (b,): -1 or the number of a film that could not be read."""
+        for i in set(numbers[numbers >= 0].tolist()) - self.seen:
+            self.seen.add(i)
+            print(f"bad film, skipped ({len(self.seen)} so far): {self.films.names[i]}", flush=True)
+        if len(self.seen) > 0.01 * len(self.films):
+            names = ", ".join(self.films.names[i] for i in sorted(self.seen)[:5])
+            raise Stop(f"{len(self.seen)} of {len(self.films)} films cannot be read, more than 1 %: {names} … run python data.py check --data … for all, with reasons")
+
+
+def main():
+    # config
+    config, recipe_name = choose(runtime.parse(Config, __doc__))
+    out = Path(config.out)
+
+    # devices
+    team = runtime.start_team(config.device)
+    hosts = runtime.host_group(team)
+    device, dim = team.device, SIZES[config.size]["dim"]
+    config.precision = runtime.choose_precision(config.precision, device, dim)
+    torch.manual_seed(config.seed)
+
+    # data
+    probes = config.probe.split(",") if config.probe else []
+    if recipe_name == "demo":
+        config.data, table = demo_data(config, team)
+        probes = probes or [table]
+        runtime.any_rank(False, team, hosts)                                                   # the others wait for the films
+    films = open_films(config.data, out, side=round(config.image * 320 / 224), patients=config.patients)
+    team.say("\n".join(films.summary))
+    tables = [evaluate.Labels(path) for path in probes]
+    train, held = split_films(films, tables, config)
+    memory = len(films) * (config.image * 1.5) ** 2 * 1.3 < 1e9
+    films = InMemory(films) if memory else films
+    workers = config.workers if config.workers is not None else 0 if memory else 8 if device.type == "cuda" else 1
+    micro = micro_batch(config, team)
+    accumulate = config.batch // team.world // micro
+    per_epoch = len(train) // config.batch
+    total = config.epochs * per_epoch
+    end = min(total, config.max_steps or total)
+    views = Views(films, config.image, config.seed, train)
+    bad = BadFilms(films, team)
+
+    # model
+    world = CheXWorld(config.image, config.patch, **SIZES[config.size], tasks=config.tasks, delta=not config.no_delta, action=not config.no_action,
+                      unified=not config.not_unified).to(device)
+    world.encoder.save_memory = world.predictor.save_memory = config.checkpointing
+    K, M = mask_sizes(world.encoder.grid)
+    parameters = [p for p in world.parameters() if p.requires_grad]
+    team.say(f"{recipe_name} recipe: {config.size} ViT, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {config.image}² px in {config.patch}² patches "
+             f"({K} visible, {M} masked of {world.encoder.grid ** 2})\n{len(train)} films to train on, {len(held)} held out; batch {config.batch} = {micro} × {accumulate} accumulated × "
+             f"{team.world} process(es); {config.epochs} epochs = {total} steps; {config.precision} on {device}; run in {out}")
+
+    # optimizer
+    optimizer = torch.optim.AdamW(parameter_groups(world, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+    # resume
+    recipe = recipe_of(config, [films.names[i] for i in train])
+    start = resume(out / "last.pt", recipe, world, optimizer)
+    if start:
+        team.say(f"going on at step {start} of {total}")
+    if team.lead:
+        runtime.write_json(out / "config.json", {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()})
+        columns = ["step", "epoch", "images", "loss", *LOSSES, "lr", "momentum", "feature_std", "rankme", "images_per_s", "data_wait"]
+        log = runtime.Log(out / "log.csv", columns, start)
+        if not start:
+            first = pictures and prepare(batch_of(views, range(4)), config, 0, torch.arange(4), "cpu")
+            pictures and pictures.save(views_picture(first, batch_of(views, range(4)), films, train), out / "views.png")
+
+    # compile, DDP
+    on = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
+    forward = torch.compile(world) if on else world
+    forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False) if team.world > 1 else forward
+
+    # loop
+    batches = Batches(len(train), config.batch, micro, team.rank, team.world, config.seed, start, end)
+    loader = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda"))
+    bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
+    asked, finite, waited, since, logged = runtime.Preempted(), torch.ones((), device=device), 0.0, time.perf_counter(), start
+    for step in range(start, end):
+        lr = runtime.warmup_cosine(step, total, round(config.warmup * per_epoch), config.lr, config.min_lr)
+        momentum = runtime.cosine(step, total, config.ema, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        terms = []
+        for part in range(accumulate):
+            waiting = time.perf_counter()
+            item = next(loader)
+            waited += time.perf_counter() - waiting
+            bad.note(item["bad"])
+            places = team.rank * micro * accumulate + part * micro + torch.arange(micro)
+            batch = prepare(item, config, step, places, device)
+            sync = forward.no_sync() if team.world > 1 and part + 1 < accumulate else runtime.contextlib.nullcontext()
+            with sync, runtime.autocast(device, config.precision):
+                losses = forward(**batch)
+                (losses["loss"] / accumulate).backward()
+            terms.append(losses)
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        world.update_target(momentum)
+        finite = finite * torch.isfinite(losses["loss"].detach())                              # stays on the device until it is asked
+        bar.update()
+
+        done = step + 1
+        stopping = runtime.any_rank(asked.asked, team, hosts)
+        saving = done % config.save_every == 0 or done == end or stopping
+        if done % config.log_every == 0 or done == end or saving:
+            if runtime.any_rank(finite.item() == 0, team, hosts):
+                raise Stop(f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32")
+        if done % config.log_every == 0 or done == end:
+            names = [n for n in LOSSES + ["loss"] if n in terms[0]]
+            mean = runtime.reduce_mean(torch.stack([torch.stack([t[n].detach() for t in terms]).mean() for n in names]), team)
+            std, rank = health(torch.cat([t["features"] for t in terms]), team)
+            now = time.perf_counter()
+            rate, wait = (done - logged) * config.batch / (now - since), waited / (now - since)
+            waited, since, logged = 0.0, now, done
+            values = {n: "" for n in LOSSES} | dict(zip(names, mean.tolist()))
+            if team.lead:
+                log.row(step=done, epoch=done / per_epoch, images=done * config.batch, lr=lr, momentum=momentum, feature_std=std, rankme=rank, images_per_s=rate, data_wait=wait, **values)
+                bar.set_postfix_str(f"loss {values['loss']:.3f} rank {rank:.1f} {rate:.0f} images/s wait {wait:.0%}")
+                warn_of_collapse(std, rank, done, total, bar)
+        if saving and team.lead:
+            save(out, world, optimizer, recipe, done)
+        if stopping:
+            break
+    bar.close()
+
+    if team.lead and not asked.asked:
+        closing(config, out, world, films, held, tables, device)
+    if asked.asked:
+        team.say(f"SIGTERM: saved at step {done} in {out}; the same command goes on from there")
+    runtime.end_team(team)
+
+
+LOSSES = ["l11", "l22", "l12", "l21", "d11", "d22"]            # d: the separate domain losses of --not_unified
+
+
+def warn_of_collapse(std, rank, step, total, bar):
+    """Say what to do when the target features lose their variety; early steps are always poor, so only after a tenth of the training."""
+    if step > total / 10 and (std < 0.02 or rank < 1.5):
+        bar.write(f"warning: step {step}: the features collapse (std {std:.3f}, RankMe {rank:.1f}): lower --lr, raise --ema or lengthen --warmup; python analyze.py health tells more")
+
+
+def batch_of(views, numbers):
+    """Items of epoch 0 as one batch, the way the loader stacks them."""
+    return torch.utils.data.default_collate([views[0, i] for i in numbers])
+
+
+def views_picture(batch, item, films, train):
+    """Films with their two boxes, then for each view: the target crop and the augmented context with its hidden patches greyed. → picture"""
+    rows = []
+    for b in range(len(item["views"])):
+        film = films[int(train[b])]
+        row = [pictures.draw_boxes(film, item["boxes"][b].numpy(), ["#ffb000", "#4cc9f0"])]
+        for view in (0, 1):
+            k = b + view * len(item["views"])
+            n = int(len(batch["coords"][k]) ** 0.5)
+            seen = torch.zeros(n * n).index_fill_(0, batch["keep"][k], 1).view(n, n).repeat_interleave(len(film) and batch["x"].shape[-1] // n, 0)
+            seen = seen.repeat_interleave(batch["x"].shape[-1] // n, 1)
+            row += [batch["y"][k, 0].numpy(), (batch["x"][k, 0] * seen + 0.35 * (1 - seen)).numpy()]
+        rows.append(row)
+    titles = ["film and its two boxes", "target y1", "context x1 = mask(T(y1))", "target y2", "context x2"]
+    return pictures.grid([[(255 * c).astype(np.uint8) if isinstance(c, np.ndarray) and c.dtype != np.uint8 else c for c in row] for row in rows], column_titles=titles)
+
+
+def closing(config, out, world, films, held, tables, device):
+    """The closing table on held-out films: domain sensitivity test with and without the action, linear probes against random features and raw pixels."""
+    world.eval()
+    held = evaluate.readable(films, held)
+    images = evaluate.whole(films, held[np.linspace(0, len(held) - 1, min(50, len(held))).astype(int)], config.image)
+    result = {"domain": evaluate.domain_test(world, images, progress=True), "probe": {}}
+    print(f"\nheld-out films: domain sensitivity test, {result['domain']['images']} films × {result['domain']['candidates']} candidates (Table 4), percent")
+    for name, label in (("action", "with the action"), ("no_action", "without"), ("random", "chance")):
+        print(f"  {label:22s}" + "".join(f"  Recall@{k} {result['domain'][name][f'recall@{k}']:6.2f}" for k in (1, 3, 5)))
+    torch.manual_seed(config.seed)
+    fresh = CheXWorld(**world.config).to(device).eval().target_encoder
+    for table in tables:
+        scores = evaluate.probe_table(table, films, {"pre-trained": world.target_encoder, "random initialisation": fresh}, config.image)
+        result["probe"][table.path.stem] = scores
+        print(f"linear probe on {table.path.stem} ({', '.join(table.classes)}), test AUROC, percent")
+        for name, value in scores.items():
+            print(f"  {name:22s}  {value:6.2f}")
+    runtime.write_json(out / "result.json", result)
+    rows = runtime.read_log(out / "log.csv")
+    read = lambda key: ([float(r["step"]) for r in rows if r[key]], [float(r[key]) for r in rows if r[key]])
+    losses = pictures.curves({n: read(n) for n in LOSSES if read(n)[0]}, "loss terms", "step", "squared error")
+    pictures.save(pictures.stack([losses, pictures.curves({"RankMe": read("rankme")}, "RankMe of the pooled target features", "step", "effective rank")]), out / "curve.png")
+    print(f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, all numbers {out}/result.json")
+
+
+if __name__ == "__main__":
+    runtime.main(main)
