@@ -72,13 +72,13 @@ class Sheet:
                     pen.polygon(xy, fill=int(255 * grey))
                 else:
                     pen.line(xy, fill=int(255 * grey * min(1, pixels)), width=max(1, round(pixels)))
-        return np.asarray(image.reduce(2), np.float32) / 255
+        return np.multiply(image.reduce(2), 1 / 255, dtype=np.float32)
 
     def blur(self, layer, radius):
         """Gaussian blur, radius in units of the film's side; wide blurs run on a coarser copy, which costs nothing visible."""
         image, pixels = Image.fromarray((layer * 255 + 0.5).astype(np.uint8)), radius * self.size
         if pixels < 6:
-            return np.asarray(image.filter(ImageFilter.GaussianBlur(pixels)), np.float32) / 255
+            return np.multiply(image.filter(ImageFilter.GaussianBlur(pixels)), 1 / 255, dtype=np.float32)
         small = image.reduce(4).filter(ImageFilter.GaussianBlur(pixels / 4))
         return np.asarray(Image.fromarray(np.asarray(small, np.float32)).resize(image.size, Image.BICUBIC)) / 255
 
@@ -96,9 +96,9 @@ def make_patient(rng, enlarged):
     u = rng.uniform
     p = dict(width=u(0.34, 0.40), apex=u(0.10, 0.16), base=u(0.68, 0.77), lean=u(-0.012, 0.012), woman=rng.random() < 0.5,
              fat=u(0.03, 0.11), rib_drop=u(0.20, 0.30), rib_gap=u(0.064, 0.074), rib_width=u(0.011, 0.0145), knob=u(0.05, 0.075),
-             arms=u(0.0, 0.09), bubble=u(0.2, 1.2), heart=u(0.88, 1.08), clavicle=u(-0.02, 0.02), bone=u(0.75, 1.25), breast=u(0.6, 1.15),
-             thick=u(0.9, 1.12), dome=u(0.01, 0.05), angle=u(0.08, 0.13), mass=u(0.03, 0.09))
-    p["heart"] = u(1.32, 1.6) if enlarged else p["heart"]
+             arms=u(0.0, 0.09), bubble=u(0.2, 1.2), heart=u(0.98, 1.18), clavicle=u(-0.02, 0.02), bone=u(0.75, 1.25), breast=u(0.85, 1.25),
+             thick=u(0.9, 1.12), dome=u(0.01, 0.05), angle=u(0.08, 0.13), mass=u(0.02, 0.08), bend=u(-0.012, 0.012))
+    p["heart"] = u(1.38, 1.65) if enlarged else p["heart"]
     p["shape"] = rng.normal(0, 0.006, (64, 2))                   # small wobbles, shared out to the outlines' control points
     p["side"] = {name: int(rng.choice((-1, 1))) for name in FINDINGS}
     p["spot"] = {name: rng.uniform(0, 1, 2).tolist() for name in FINDINGS}
@@ -139,8 +139,8 @@ def heart_outline(p, breath):
 def mediastinum_outline(p):
     """Closed outline of the great vessels: the superior vena cava on the right, the aortic knob bulging on the left."""
     k, y = p["knob"], p["apex"] + 0.17
-    points = np.array([(-0.06, -0.2), (-0.04, 0.1), (-0.045, y), (-0.05, y + 0.12), (-0.04, 0.8), (0.05, 0.8), (0.045, y + 0.2), (0.5 * k, y + 0.07),
-                       (0.95 * k, y + 0.03), (k, y), (0.85 * k, y - 0.03), (0.035, y - 0.055), (0.035, 0.1), (0.06, -0.2)])
+    points = np.array([(-0.06, -0.2), (-0.04, 0.1), (-0.045, y), (-0.05, y + 0.12), (-0.04, 0.8), (0.05, 0.8), (0.045, y + 0.2), (0.75 * k, y + 0.08),
+                       (0.95 * k, y + 0.04), (k, y), (0.88 * k, y - 0.035), (0.038, y - 0.065), (0.035, 0.1), (0.06, -0.2)])
     points[1:-1] += p["shape"][52:64] * 0.4
     return spline(points) + (p["lean"], 0)
 
@@ -172,7 +172,7 @@ def ribs(p, sheet):
         curve = np.stack([reach * np.sin(angle), start + drop * turn - 0.012 * np.sin(np.minimum(2 * angle, np.pi))], 1)
         slope = np.gradient(curve, axis=0)
         normal = slope[:, ::-1] * (-1, 1) / np.linalg.norm(slope, axis=1, keepdims=True) * p["rib_width"]
-        for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 38), 1.15, 0.45))[:2 if i < 8 else 1]:
+        for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 30 + 2 * min(i, 4)), 1.15, 0.45))[:2 if i < 8 else 1]:
             edges = np.stack([curve[part] + normal[part] * thick, (curve[part] - normal[part] * thick)[::-1]])
             edges = np.concatenate([edges, edges * (-1, 1)]) + (p["lean"], 0)                        # both sides of the body
             shapes += [("area", edges.reshape(2, -1, 2), 0.55 * grey, 0), ("line", edges, 0.85 * grey, 0.0035)]
@@ -195,12 +195,14 @@ def shoulder_bones(p, sheet):
 
 def spine(p, sheet):
     """Vertebral column, (size, size): bodies, end plates, pedicles and spinous processes, growing downwards."""
-    tops = np.cumsum(0.036 * 1.035 ** np.arange(28)) - 0.25
+    tops = np.cumsum(0.036 * 1.04 ** np.arange(23)) - 0.2
     box = np.array([(-1, 0.06), (1, 0.06), (0.88, 0.45), (1, 0.84), (-1, 0.84), (-0.88, 0.45), (-1, 0.06)])
     scale = np.stack([0.030 + 0.012 * tops, np.gradient(tops)], 1)[:, None]
-    put = lambda points: np.asarray(points) * scale + np.stack([np.full(28, p["lean"]), tops], 1)[:, None]
+    middle = np.stack([p["lean"] + p["bend"] * np.sin(6 * tops), tops], 1)
+    put = lambda points: np.asarray(points) * scale + middle[:, None]
+    column = np.concatenate([middle - scale[:, 0] * (1, 0), (middle + scale[:, 0] * (1, 0))[::-1]])
     ovals = [put([(s * 0.6, 0.2), (s * 0.6, 0.5)]) for s in (-1, 1)]
-    return sheet.draw(("area", [[(-0.03, -0.3), (0.03, -0.3), (0.042, 1.2), (-0.042, 1.2)]], 0.4, 0), ("area", put(box), 0.6, 0), ("line", put(box), 0.72, 0.004), *[("line", oval, 0.85, 0.011) for oval in ovals],
+    return sheet.draw(("area", column, 0.4, 0), ("area", put(box), 0.6, 0), ("line", put(box), 0.72, 0.004), *[("line", oval, 0.85, 0.011) for oval in ovals],
                       *[("line", oval, 0.65, 0.005) for oval in ovals], ("line", put([(0, 0.4), (0.06, 1.0)]), 0.8, 0.006))
 
 
@@ -357,7 +359,7 @@ def make_phantom(seed, index, size=256, anomaly=None, findings=None):
     p = make_patient(np.random.default_rng((seed, patient, 1)), "cardiomegaly" in names)
     rng = np.random.default_rng((seed, index, 2))
     number, breath = int(rng.integers(len(DOMAINS))), rng.uniform(-0.03, 0.02)
-    sheet = Sheet(size, (rng.normal(0, 0.03), rng.uniform(0.88, 1.12), rng.normal(0, 0.02), rng.uniform(-0.02, 0.05)))
+    sheet = Sheet(size, (rng.normal(0, 0.03), rng.uniform(0.92, 1.15), rng.normal(0, 0.02), rng.uniform(-0.02, 0.05)))
     attenuation, lungs, heart, points = build(p, names, anomaly, breath, sheet, rng)
     grey, marker = stamp(expose(attenuation, DOMAINS[number], rng, sheet), DOMAINS[number], rng)
     landmarks = sheet.place(points)[:, ::-1] * size - 0.5
@@ -379,9 +381,9 @@ def build(p, names, anomaly, breath, sheet, rng):
     vessels = vessel_tree(p, sheet, hila) * lung_left * lung * (1 - 0.7 * solid) * (1 - 0.7 * lost)
     bones, clavicle = shoulder_bones(p, sheet)
     body = soft_tissue(p, sheet, breath)
-    edge = 1 - 0.5 * solid                                               # behind the heart scatter hides detail
-    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.42 * air + 0.08 * round_heart + 0.07 * sheet.blur(solid, 0.07)
-                   + p["bone"] * (0.085 * edge * ribs(p, sheet) + 0.14 * bones + 0.09 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
+    edge = (1 - 0.5 * solid) * (0.35 + 0.65 * sheet.blur(lung, 0.03))      # behind heart and liver scatter hides detail
+    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.40 * air + 0.08 * round_heart + 0.07 * sheet.blur(solid, 0.07)
+                   + p["bone"] * (0.075 * edge * ribs(p, sheet) + 0.14 * bones + 0.08 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
                    + 0.07 * vessels + extra * lung + 0.01 * air * lung_left * (cloud(rng, sheet.size, 64) + cloud(rng, sheet.size, 24)))
     knob = np.array([0.55 * p["knob"], p["apex"] + 0.17]) * mirror + (p["lean"], 0)
     ventricle = 0.75 * heart_line[np.argmax(heart_line[:, 0] * mirror[0])] + 0.25 * heart_line.mean(0)
