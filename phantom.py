@@ -23,14 +23,14 @@ LANDMARKS = ("aortic_arch", "right_hilum", "left_ventricle", "clavicle")
 ANOMALIES = (None, "mirrored heart", "missing lung")
 HEALTHY, SICK_RATE = 0.4, 0.28            # share of normal patients; chance of each finding in the others, at least one
 
-# one row a scanner: tone (centre, steepness), unsharp mask, blur (px at 256), noise, border (grey or None), marker chance
+# one row a scanner: tone (centre, steepness), unsharp mask, blur (px at 256), noise, border (grey or None), chance of a marker, of leads
 DOMAINS = (
-    dict(name="film",     centre=0.45, steep=3.2, sharpen=0.0, blur=0.80, noise=0.006, border=None, marker=0.5),
-    dict(name="digital",  centre=0.50, steep=3.4, sharpen=0.4, blur=0.55, noise=0.003, border=None, marker=0.7),
-    dict(name="bright",   centre=0.30, steep=3.6, sharpen=0.2, blur=0.65, noise=0.003, border=0.02, marker=0.8),
-    dict(name="contrast", centre=0.58, steep=4.2, sharpen=0.3, blur=0.60, noise=0.004, border=0.03, marker=0.6),
-    dict(name="portable", centre=0.42, steep=2.6, sharpen=0.0, blur=1.10, noise=0.010, border=0.98, marker=0.9),
-    dict(name="flat",     centre=0.60, steep=1.9, sharpen=0.3, blur=0.75, noise=0.003, border=None, marker=0.3),
+    dict(name="film",     centre=0.45, steep=3.2, sharpen=0.0, blur=0.80, noise=0.006, border=None, marker=0.5, leads=0.1),
+    dict(name="digital",  centre=0.50, steep=3.4, sharpen=0.4, blur=0.55, noise=0.003, border=None, marker=0.7, leads=0.1),
+    dict(name="bright",   centre=0.30, steep=3.6, sharpen=0.2, blur=0.65, noise=0.003, border=0.02, marker=0.8, leads=0.1),
+    dict(name="contrast", centre=0.58, steep=4.2, sharpen=0.3, blur=0.60, noise=0.004, border=0.03, marker=0.6, leads=0.1),
+    dict(name="portable", centre=0.42, steep=2.6, sharpen=0.0, blur=1.10, noise=0.010, border=0.98, marker=0.9, leads=0.7),
+    dict(name="flat",     centre=0.60, steep=1.9, sharpen=0.3, blur=0.75, noise=0.003, border=None, marker=0.3, leads=0.1),
 )
 
 
@@ -83,10 +83,13 @@ class Sheet:
         return np.asarray(Image.fromarray(np.asarray(small, np.float32)).resize(image.size, Image.BICUBIC)) / 255
 
 
-def cloud(rng, size, grid):
-    """Smooth random field (size, size), about standard normal, with structures of size/grid pixels."""
-    coarse = Image.fromarray(rng.standard_normal((grid, grid), np.float32))
-    return np.asarray(coarse.resize((size, size), Image.BICUBIC))
+def cloud(rng, size, *grids):
+    """Smooth random field (size, size): per grid, structures of size/grid pixels and unit variance, coarsest grid first."""
+    field = Image.new("F", (1, 1))
+    for grid in grids:
+        coarse = np.asarray(field.resize((grid, grid), Image.BICUBIC))
+        field = Image.fromarray(coarse + rng.standard_normal((grid, grid), np.float32))
+    return np.asarray(field.resize((size, size), Image.BICUBIC))
 
 
 # ---------------------------------------------------------------- anatomy: outlines in the patient's frame
@@ -97,7 +100,7 @@ def make_patient(rng, enlarged):
     p = dict(width=u(0.34, 0.40), apex=u(0.10, 0.16), base=u(0.68, 0.77), lean=u(-0.012, 0.012), woman=rng.random() < 0.5,
              fat=u(0.03, 0.11), rib_drop=u(0.20, 0.30), rib_gap=u(0.064, 0.074), rib_width=u(0.011, 0.0145), knob=u(0.05, 0.075),
              arms=u(0.0, 0.09), bubble=u(0.2, 1.2), heart=u(0.98, 1.18), clavicle=u(-0.02, 0.02), bone=u(0.75, 1.25), breast=u(0.85, 1.25),
-             thick=u(0.9, 1.12), dome=u(0.01, 0.05), angle=u(0.08, 0.13), mass=u(0.02, 0.08), bend=u(-0.012, 0.012))
+             thick=u(0.9, 1.12), dome=u(0.01, 0.05), angle=u(0.08, 0.13), mass=u(0.02, 0.08), bend=u(-0.012, 0.012), gut=u(0, 8))
     p["heart"] = u(1.38, 1.65) if enlarged else p["heart"]
     p["shape"] = rng.normal(0, 0.006, (64, 2))                   # small wobbles, shared out to the outlines' control points
     p["side"] = {name: int(rng.choice((-1, 1))) for name in FINDINGS}
@@ -227,22 +230,50 @@ def vessel_tree(p, sheet, hila):
 
 
 def soft_tissue(p, sheet, breath):
-    """Torso, arms, breasts, belly: attenuation of everything soft, as if there were no air inside, (size, size)."""
+    """Torso, arms, belly and breasts, less the gas in windpipe and gut: attenuation if the lungs held no air, (size, size)."""
     torso, *arms = body_outlines(p)
     body, limbs = sheet.draw(("area", torso, 1, 0)), sheet.draw(("area", arms, 1, 0))
     depth = (np.arange(sheet.size, dtype=np.float32)[:, None] + 0.5) / sheet.size
-    skin = np.sqrt(np.clip(2.2 * sheet.blur(body, 0.035) - 1.05, 0, 1))                      # thickness falls to nothing at the skin
-    tissue = np.maximum(body * (0.05 + 0.2 * skin + (0.40 + 0.22 * depth) * sheet.blur(body, 0.11)), 0.38 * limbs * sheet.blur(limbs, 0.02))
-    belly = spline([(-0.6, 1.5), (-0.4, 0.09), (-0.19, 0.0), (0.0, 0.07), (0.2, 0.03), (0.4, 0.11), (0.6, 1.5)]) + (p["lean"], p["base"] + breath)
-    tissue += 0.22 * body * sheet.blur(sheet.draw(("area", belly, 1, 0)), 0.03)
-    turn = np.linspace(0, 2 * np.pi, 40)
+    skin = np.sqrt(np.clip(2.2 * sheet.blur(np.maximum(body, limbs), 0.035) - 1.05, 0, 1))   # thickness falls to nothing at the skin
+    tissue = np.maximum(body * (0.05 + 0.2 * skin + (0.40 + 0.22 * depth) * sheet.blur(body, 0.11)), limbs * (0.08 + 0.28 * skin))
+    middle = np.array([p["lean"], p["base"] + breath])
+    belly = spline([(-0.6, 1.5), (-0.4, 0.09), (-0.19, 0.0), (0.0, 0.07), (0.2, 0.03), (0.4, 0.11), (0.6, 1.5)]) + middle
+    core = np.array([(-0.08, -0.5), (0.08, -0.5), (0.17, 0.1), (-0.12, 0.1)]) + middle
+    tissue += 0.22 * body * sheet.blur(sheet.draw(("area", core, 0.35, 0), ("area", belly, 1, 0)), 0.04)
     if p["woman"]:
-        oval = np.stack([0.18 * np.cos(turn), 0.20 * np.sin(turn)], 1) * p["breast"] + (0.6 * p["width"], p["base"] - 0.01)
+        oval = ellipse(0.18, 0.20) * p["breast"] + (0.6 * p["width"], p["base"] - 0.01)
         breasts = sheet.draw(("area", oval, 1, 0)) + sheet.draw(("area", oval * (-1, 1), 1, 0))
         tissue += p["mass"] * breasts * np.clip((depth - p["base"] + 0.2) / 0.3, 0, 1)
-    gas = np.stack([0.075 * np.cos(turn), 0.05 * np.minimum(np.sin(turn), 0.4)], 1) * p["bubble"] + (0.16, p["base"] + breath + 0.10)
-    trachea = spline([(0, -0.3), (0, 0.1), (-0.01, p["apex"] + 0.22)]) + (p["lean"], 0)
-    return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(("area", gas, 1, 0), ("line", trachea, 0.5, 0.036)), 0.007)
+    return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(*gas(p, middle)), 0.005)
+
+
+def ellipse(across, down):
+    """Closed outline (40, 2) around (0, 0) with these half axes."""
+    turn = np.linspace(0, 2 * np.pi, 40)
+    return np.stack([across * np.cos(turn), down * np.sin(turn)], 1)
+
+
+def gas(p, middle):
+    """Shapes of the air outside the lungs: windpipe and main bronchi, gas bubble of the stomach on its fluid, gut."""
+    rng, fork = np.random.default_rng(p["trees"] + 2), p["apex"] + 0.22
+    bubble = np.minimum(ellipse(0.075, 0.05), (1, 0.02)) * p["bubble"] + middle + (0.16, 0.10)
+    tubes = [([(0, -0.3), (0, 0.1), (-0.01, fork)], 0.5, 0.036), ([(-0.01, fork - 0.01), (-0.035, fork + 0.03), (-0.07, fork + 0.07)], 0.3, 0.022),
+             ([(-0.01, fork - 0.01), (0.03, fork + 0.03), (0.075, fork + 0.06)], 0.3, 0.020)]
+    shapes = [("line", spline(line) + (p["lean"], 0), grey, width) for line, grey, width in tubes] + [("area", bubble, 1, 0)]
+    for _ in range(int(p["gut"])):
+        loop = ellipse(*rng.uniform(0.012, 0.04, 2)) + middle + (rng.uniform(-0.1, 0.3), rng.uniform(0.16, 0.3))
+        shapes += [("area", loop, rng.uniform(0.2, 0.6), 0)]
+    return shapes
+
+
+def leads(rng, sheet):
+    """Cables and electrodes over the chest of a bedside film, (size, size)."""
+    shapes = []
+    for side in (-1, 1):
+        pad = np.array([side * rng.uniform(0.1, 0.3), rng.uniform(0.15, 0.7)])
+        cable = spline([pad, pad + rng.normal(0, 0.08, 2), (rng.uniform(-0.2, 0.2), rng.uniform(0.6, 0.9)), (side * 0.5, rng.uniform(0.7, 1.1))])
+        shapes += [("line", cable, 0.7, 0.004), ("area", ellipse(0.013, 0.013) + pad, 1, 0)]
+    return sheet.draw(*shapes)
 
 
 # ---------------------------------------------------------------- findings
@@ -267,7 +298,7 @@ def add_findings(names, p, rng, sheet, lungs, heart, breath):
     lost, extra, lung_left = np.zeros((3, sheet.size, sheet.size), np.float32)
     lung_left += 1
     amount = dict(zip(FINDINGS, rng.uniform(0.3, 1, len(FINDINGS)).tolist()))     # drawn for all: one finding never moves another
-    texture = cloud(rng, sheet.size, 7) + 0.6 * cloud(rng, sheet.size, 24)
+    texture = cloud(np.random.default_rng(p["trees"] + 1), sheet.size, 7, 24) if names else 0
     w, base = p["width"], p["base"] + breath
     for name in names:
         side, size, (along, up) = p["side"][name], amount[name], p["spot"][name]
@@ -361,7 +392,10 @@ def make_phantom(seed, index, size=256, anomaly=None, findings=None):
     number, breath = int(rng.integers(len(DOMAINS))), rng.uniform(-0.03, 0.02)
     sheet = Sheet(size, (rng.normal(0, 0.03), rng.uniform(0.92, 1.15), rng.normal(0, 0.02), rng.uniform(-0.02, 0.05)))
     attenuation, lungs, heart, points = build(p, names, anomaly, breath, sheet, rng)
-    grey, marker = stamp(expose(attenuation, DOMAINS[number], rng, sheet), DOMAINS[number], rng)
+    domain = DOMAINS[number]
+    if rng.random() < domain["leads"]:
+        attenuation += 0.12 * leads(rng, sheet)
+    grey, marker = stamp(expose(attenuation, domain, rng, sheet), domain, rng)
     landmarks = sheet.place(points)[:, ::-1] * size - 0.5
     return dict(film=(np.clip(grey, 0, 1) * 255 + 0.5).astype(np.uint8), labels=np.array([int(name in names) for name in FINDINGS]), lungs=lungs, heart=heart,
                 landmarks=landmarks, domain=number, marker=marker, patient=patient)
@@ -374,17 +408,17 @@ def build(p, names, anomaly, breath, sheet, rng):
     sides = [lung_outline(p, s, breath) for s in (-1, 1) if not (anomaly == "missing lung" and s == p["side"]["effusion"])]
     lung, heart, chest = (sheet.draw(*[("area", line, 1, 0) for line in lines]) for lines in (sides, [heart_line], [chest_line]))
     hila = np.array([(-0.075, p["apex"] + 0.29), (0.075, p["apex"] + 0.27)]) + (p["lean"], 0)
-    round_heart = sheet.blur(heart, 0.028)
+    round_heart, round_lung = sheet.blur(heart, 0.028), sheet.blur(lung, 0.04)
     solid = np.maximum(np.sqrt(np.clip(2 * round_heart - 0.9, 0, 1)) * heart, 0.9 * chest)
     lost, extra, lung_left = add_findings(names, p, rng, sheet, lung, heart, breath)
-    air = lung * (0.35 + 0.65 * sheet.blur(lung, 0.05)) * (1 - 0.9 * solid) * (1 - lost)
+    air = lung * (0.35 + 0.65 * round_lung) * (1 - 0.9 * solid) * (1 - lost)
     vessels = vessel_tree(p, sheet, hila) * lung_left * lung * (1 - 0.7 * solid) * (1 - 0.7 * lost)
     bones, clavicle = shoulder_bones(p, sheet)
     body = soft_tissue(p, sheet, breath)
-    edge = (1 - 0.5 * solid) * (0.35 + 0.65 * sheet.blur(lung, 0.03))      # behind heart and liver scatter hides detail
-    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.40 * air + 0.08 * round_heart + 0.07 * sheet.blur(solid, 0.07)
-                   + p["bone"] * (0.075 * edge * ribs(p, sheet) + 0.14 * bones + 0.08 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
-                   + 0.07 * vessels + extra * lung + 0.01 * air * lung_left * (cloud(rng, sheet.size, 64) + cloud(rng, sheet.size, 24)))
+    sharp = (1 - 0.5 * solid) * (0.35 + 0.65 * round_lung)                # behind heart and liver scatter hides detail
+    attenuation = (body * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.40 * air + 0.10 * round_heart + 0.03 * chest
+                   + p["bone"] * (0.075 * sharp * ribs(p, sheet) + 0.14 * bones + 0.08 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
+                   + 0.07 * vessels + extra * lung + 0.01 * air * lung_left * cloud(rng, sheet.size, 24, 64))
     knob = np.array([0.55 * p["knob"], p["apex"] + 0.17]) * mirror + (p["lean"], 0)
     ventricle = 0.75 * heart_line[np.argmax(heart_line[:, 0] * mirror[0])] + 0.25 * heart_line.mean(0)
     return attenuation, (lung * (1 - np.maximum(heart, chest))) > 0.5, heart > 0.5, np.stack([knob, hila[0], ventricle, clavicle])
