@@ -80,12 +80,11 @@ def rankme(features):
 
 # ---------------------------------------------------------------- probes of frozen features
 
-def _standardise(train, *others):
-    """Centre and scale all arrays by the mean and standard deviation of train; constant dimensions become 0."""
+def _scaling(train):
+    """Mean and 1 / standard deviation of the columns of train (n, d); 0 for constant columns, which thereby drop out."""
     train = _array(train)
     mean, std = train.mean(0), train.std(0)
-    std = np.where(std > 1e-9 * (1 + np.abs(mean)), std, np.inf)
-    return [(_array(x) - mean) / std for x in (train, *others)]
+    return mean, np.where(std > 1e-9 * (1 + np.abs(mean)), 1 / np.maximum(std, 1e-300), 0.0)
 
 
 def _fit_logistic(x, y, l2, start=None):
@@ -105,8 +104,8 @@ def _fit_logistic(x, y, l2, start=None):
     return weights.detach()
 
 
-def _probe_one(train_x, y, val_x, val_y, test_x):
-    """Test scores (m,) of one binary label: one fit per strength, strong to weak, each starting from the last; best on validation wins."""
+def _fit_one(train_x, y, val_x, val_y):
+    """Weights (d + 1,) of one binary label: one fit per strength, strong to weak, each starting from the last; best on validation wins."""
     best, best_auroc, weights = None, -1.0, None
     can_choose = not np.isnan(auroc(np.zeros(len(val_y)), val_y))
     for l2 in (sorted(L2_GRID, reverse=True) if can_choose else [L2_FALLBACK]):
@@ -114,26 +113,35 @@ def _probe_one(train_x, y, val_x, val_y, test_x):
         value = auroc(val_x @ weights[:-1], val_y) if can_choose else 0.0
         if value > best_auroc:                                        # a tie keeps the stronger penalty
             best, best_auroc = weights, value
-    return (test_x @ best[:-1] + best[-1]).numpy()
+    return best.numpy()
+
+
+def fit_probe(train_x, train_y, val_x, val_y):
+    """Logistic regression on train_x (n, d), standardised by train; labels (n,) or, one regression a column, (n, c). The L2 strength is chosen
+    per label by validation AUROC (L2_FALLBACK where validation lacks a class). → weight (d, c), bias (c,): logits of raw features are x @ weight + bias."""
+    train_y, val_y = (y.reshape(len(y), -1) for y in (_array(train_y), _array(val_y)))
+    mean, scale = _scaling(train_x)
+    train, val = ((_array(x) - mean) * scale for x in (train_x, val_x))
+    basis = np.eye(train.shape[1])
+    if train.shape[1] > len(train):      # more dimensions than films: the solution lies in their span, so rotate into it (exact, and fast)
+        basis = np.linalg.svd(train, full_matrices=False)[2].T
+    train, val = (torch.from_numpy(np.ascontiguousarray(x @ basis)) for x in (train, val))
+    fitted = np.stack([_fit_one(train, torch.tensor(y), val, v) for y, v in zip(train_y.T, val_y.T)], 1)              # (d + 1, c)
+    weight = scale[:, None] * (basis @ fitted[:-1])
+    return weight, fitted[-1] - mean @ weight
 
 
 def linear_probe(train_x, train_y, val_x, val_y, test_x):
-    """Logits of test_x (m, d) by logistic regression on train_x (n, d), standardised by train; labels (n,) or, one regression a column, (n, c).
-    The L2 strength is chosen per label by validation AUROC (L2_FALLBACK where validation lacks a class). → (m,) or (m, c)."""
-    train_y, val_y = _array(train_y), _array(val_y)
-    xs = _standardise(train_x, val_x, test_x)
-    if xs[0].shape[1] > len(xs[0]):      # more dimensions than films: the solution lies in their span, so rotate into it (exact, and fast)
-        basis = np.linalg.svd(xs[0], full_matrices=False)[2].T
-        xs = [x @ basis for x in xs]
-    train, val, test = (torch.from_numpy(np.ascontiguousarray(x)) for x in xs)
-    columns = zip(train_y.reshape(len(train_y), -1).T, val_y.reshape(len(val_y), -1).T)
-    scores = [_probe_one(train, torch.tensor(y), val, v, test) for y, v in columns]
-    return scores[0] if train_y.ndim == 1 else np.stack(scores, 1)
+    """Logits of test_x (m, d) by fit_probe on the other two; labels (n,) or (n, c) → (m,) or (m, c)."""
+    weight, bias = fit_probe(train_x, train_y, val_x, val_y)
+    scores = _array(test_x) @ weight + bias
+    return scores[:, 0] if np.ndim(train_y) == 1 else scores
 
 
 def knn_scores(train_x, train_y, test_x, k=20):
     """Mean label of the k nearest training rows by cosine similarity of standardised features; labels (n,) or (n, c) → (m,) or (m, c)."""
-    train, test = _standardise(train_x, test_x)
+    mean, scale = _scaling(train_x)
+    train, test = ((_array(x) - mean) * scale for x in (train_x, test_x))
     train, test = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train, test))
     nearest = np.argsort(-(test @ train.T), axis=1, kind="stable")[:, :k]
     return _array(train_y)[nearest].mean(1)
