@@ -312,18 +312,19 @@ def main():
                 losses = forward(**batch)
                 (losses["loss"] / accumulate).backward()
             terms.append(losses)
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         world.update_target(momentum)
-        finite = finite * torch.isfinite(losses["loss"].detach())                              # stays on the device until it is asked
+        finite = finite * torch.isfinite(losses["loss"].detach()) * torch.isfinite(norm)       # stays on the device until it is asked
         bar.update()
 
         done = step + 1
         stopping = runtime.any_rank(asked.asked, team, hosts)
         saving = done % config.save_every == 0 or done == end or stopping
         if done % config.log_every == 0 or done == end or saving:
-            if runtime.any_rank(finite.item() == 0, team, hosts):
+            broken = finite.item() == 0 or saving and not all(torch.isfinite(p).all() for p in parameters)
+            if runtime.any_rank(broken, team, hosts):
                 raise Stop(f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32")
         if done % config.log_every == 0 or done == end:
             names = [n for n in LOSSES + ["loss"] if n in terms[0]]
