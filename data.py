@@ -331,11 +331,12 @@ class Views(torch.utils.data.Dataset):
                 return self.films[int(self.subset[(i + k) % len(self)])], first if k else -1
             except BadFilm as error:
                 reason = error
-        raise Stop(f"{tries} films in a row cannot be read, from {self.films.names[first]} on ({reason}): run python data.py check")
+        where = f"{min(tries, len(self))} films in a row cannot be read, from {self.films.names[first]} on ({reason})"
+        raise Stop(f"{where}: python data.py check --data … names them all")
 
 
 class Batches:
-    """Batch sampler: yields the list of (epoch, i) of every micro-batch of this rank, from `start_step` up to `steps`.
+    """Batch sampler: yields the list of (epoch, i) of every micro-batch of this rank, from `start_step` until `steps` (default: one epoch).
 
     Step s is a slice of `batch` places of the epochs' permutations of n, each cut to whole batches; a rank owns a contiguous share of
     it and takes that in micro-batches. So rank, world, micro and resuming never change which film lies at which place of which step.
@@ -347,7 +348,7 @@ class Batches:
         if batch % (micro * world):
             raise Stop(f"batch {batch} is not a multiple of micro-batch {micro} × {world} processes: change --batch")
         self.n, self.batch, self.micro, self.rank, self.world, self.seed = n, batch, micro, rank, world, seed
-        self.start_step, self.steps, self.steps_per_epoch = start_step, steps, n // batch
+        self.start_step, self.steps, self.steps_per_epoch = start_step, n // batch if steps is None else steps, n // batch
 
     def __len__(self):
         return max(0, self.steps - self.start_step) * (self.batch // self.world // self.micro)

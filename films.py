@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from runtime import Stop, write_text
@@ -47,8 +47,10 @@ def read_film(path, side=0):
         film = read_dicom(path, head[128:132] == b"DICM") if kind == "dicom" else read_image(path, side)
     except BadFilm:
         raise
+    except UnidentifiedImageError:
+        raise BadFilm("damaged image header") from None
     except Exception as error:                                     # a decoder may raise anything on a broken file
-        raise BadFilm((str(error).strip() or type(error).__name__).splitlines()[0]) from None
+        raise BadFilm((getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]) from None
     return refuse_flat(film)
 
 
@@ -149,7 +151,7 @@ def not_padding(data, values):
 
 
 # ------------------------------------------------------------------------------------------------ the packed file
-# MAGIC, the films' bytes one after the other, the index (npz), then a footer: where the index starts, its size, its checksum, MAGIC.
+# MAGIC, the films' bytes one after the other, the index (three .npy), then a footer: where the index starts, its size, its checksum, MAGIC.
 MAGIC = b"CXRPACK1"
 FOOTER = struct.Struct("<QQI8s")
 
@@ -169,10 +171,9 @@ class Pack:
             raise Stop(f"{path}: not a packed file ({error})") from None
         if magic != MAGIC or zlib.crc32(blob) != check:
             raise Stop(f"{path}: not a packed file, or one cut short: make it again with python data.py pack")
-        index = np.load(io.BytesIO(blob), allow_pickle=False)
-        self.shapes, self.sums = index["shapes"], index["sums"]    # (n, 2) and (n,), CRC-32
-        self.starts = place(self.shapes)
-        text = json.loads(index["text"].tobytes())
+        stream = io.BytesIO(blob)
+        self.shapes, self.sums, text = (np.load(stream, allow_pickle=False) for _ in range(3))      # (n, 2); (n,) CRC-32; JSON
+        self.starts, text = place(self.shapes), json.loads(text.tobytes())
         self.names, self.patients, self.side, self.bad, self.folder = (text[k] for k in ("names", "patients", "side", "bad", "folder"))
         self.told = f"{path}: {len(self.names):,} packed films, short side at most {self.side or 'as it was'}"
 
@@ -271,7 +272,8 @@ def finish(part, films, rows):
             "folder": os.path.basename(os.path.abspath(films.root)),
             "bad": [[films.names[i], row[3]] for i, row in enumerate(rows) if row[0] == "0"]}
     blob = io.BytesIO()
-    np.savez(blob, shapes=shapes, sums=sums, text=np.frombuffer(json.dumps(text).encode(), np.uint8))
+    for array in (shapes, sums, np.frombuffer(json.dumps(text).encode(), np.uint8)):
+        np.save(blob, array)
     with open(part, "ab") as file:
         file.write(blob.getvalue() + FOOTER.pack(int(starts[-1]), blob.tell(), zlib.crc32(blob.getvalue()), MAGIC))
         file.flush()
