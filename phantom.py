@@ -8,7 +8,6 @@ real radiograph, and a scanner's tone curve turns the sum into grey. Outlines li
 (the patient's left), 0 at the spine, y down, one unit = the film's side. Points are (n, 2) of (x, y); layers float32 (size, size).
 """
 import argparse
-import csv
 import multiprocessing
 import os
 from functools import partial
@@ -102,8 +101,6 @@ def cloud(rng, size, *grids):
     return np.asarray(field.resize((size, size), Image.BICUBIC))
 
 
-# ---------------------------------------------------------------- anatomy: outlines in the patient's frame
-
 WALL = np.array([(0.0, 0.36), (0.045, 0.58), (0.18, 0.79), (0.4, 0.92), (0.7, 0.99), (0.95, 1.0)])     # depth in the lung → half width
 
 
@@ -114,7 +111,7 @@ def make_patient(rng, enlarged):
              rib_drop=u(0.20, 0.30), rib_gap=u(0.064, 0.074), rib_width=u(0.011, 0.0145), bone=u(0.75, 1.25), bend=u(-0.012, 0.012),
              knob=u(0.05, 0.075), arms=u(0.0, 0.09), clavicle=u(-0.02, 0.02), dome=u(0.01, 0.05), angle=u(0.08, 0.13), gut=u(0, 8),
              bubble=u(0.2, 1.2), woman=u(0, 1) < 0.5, breast=u(0.85, 1.25), mass=u(0.02, 0.08))
-    p["heart"] = (u(0.98, 1.18), u(1.38, 1.65))[enlarged]                # both drawn: what follows is the same for either
+    p["heart"] = (u(0.95, 1.12), u(1.30, 1.62))[enlarged]                # both drawn: what follows is the same for either
     p["shape"] = rng.normal(0, 0.006, (64, 2))                           # wobbles, shared out to the outlines' control points
     p["side"] = {name: int(rng.choice((-1, 1))) for name in FINDINGS}
     p["side"]["nodule"] = -p["side"]["pneumothorax"]                     # never in the air around a collapsed lung
@@ -134,8 +131,7 @@ def lung_outline(p, side, breath):
     middle = np.array([dome[-1], (0.045, y(0.75)), (0.05, y(0.45)), (0.042, y(0.22)), wall[0]])
     wall[2:-1] += wobble[:5] * 0.6
     dome[1:-1] += wobble[5:] * 0.8
-    outline = np.concatenate([spline(wall), spline(dome)[1:], spline(middle)[1:-1]])
-    return outline * (side, 1) + (p["lean"], 0)
+    return np.concatenate([spline(wall), spline(dome)[1:], spline(middle)[1:-1]]) * (side, 1) + (p["lean"], 0)
 
 
 def heart_outline(p, breath):
@@ -143,8 +139,7 @@ def heart_outline(p, breath):
     points = np.array([(-0.045, 0.33), (-0.058, 0.44), (-0.088, 0.54), (-0.095, 0.62), (-0.075, 0.70), (-0.02, 0.745), (0.08, 0.765),
                        (0.165, 0.755), (0.205, 0.715), (0.2, 0.65), (0.178, 0.565), (0.132, 0.48), (0.085, 0.405), (0.05, 0.33)])
     points[1:-1] += p["shape"][40:52] * 0.7
-    x, y = points.T
-    bottom = p["base"] + breath + 0.055
+    (x, y), bottom = points.T, p["base"] + breath + 0.055
     grow = 1 + (p["heart"] - 1) * np.clip((y - 0.33) / 0.2, 0, 1)        # the end at the great vessels keeps its width
     points = np.stack([x * grow * p["width"] / 0.37 + p["lean"], bottom + (y - 0.765) * (bottom - p["apex"]) / 0.62], 1)
     return spline(np.concatenate([points, points[:1]]))
@@ -153,8 +148,8 @@ def heart_outline(p, breath):
 def mediastinum_outline(p):
     """Closed outline of the great vessels: the superior vena cava on the right, the aortic knob bulging on the left."""
     k, y = p["knob"], p["apex"] + 0.17
-    points = np.array([(-0.06, -0.2), (-0.04, 0.1), (-0.045, y), (-0.05, y + 0.12), (-0.04, 0.8), (0.05, 0.8), (0.045, y + 0.2), (0.75 * k, y + 0.08),
-                       (0.95 * k, y + 0.04), (k, y), (0.88 * k, y - 0.035), (0.038, y - 0.065), (0.035, 0.1), (0.06, -0.2)])
+    points = np.array([(-0.06, -0.2), (-0.04, 0), (-0.045, y), (-0.05, y + 0.12), (-0.04, 0.8), (0.05, 0.8), (0.045, y + 0.2),
+                       (0.75 * k, y + 0.08), (k, y + 0.03), (k, y - 0.01), (0.85 * k, y - 0.04), (0.038, y - 0.065), (0.04, 0), (0.06, -0.2)])
     points[1:-1] += p["shape"][52:64] * 0.4
     return spline(points) + (p["lean"], 0)
 
@@ -162,14 +157,11 @@ def mediastinum_outline(p):
 def body_outlines(p):
     """Torso with neck and shoulders (n, 2) and the two arms (2, m, 2)."""
     flank, lift = p["width"] + p["fat"], p["arms"]
-    side = spline([(0.10, -0.3), (0.105, 0.0), (0.16, 0.055), (0.33, 0.085), (0.47, 0.13), (0.52, 0.25), (flank + 0.03, 0.4), (flank, 0.55),
-                   (flank, 0.8), (flank + 0.02, 1.3)])
-    arm = spline(np.array([(0.40, 0.14), (0.50, 0.15), (0.58, 0.4), (0.60, 0.8), (0.60, 1.3), (0.46, 1.3), (0.46, 0.8), (0.44, 0.45), (0.40, 0.14)])
-                 + np.array([0, 0.5, 1, 2, 2, 2, 2, 1, 0])[:, None] * (lift, 0))
+    side = spline([(0.10, -0.3), (0.105, 0), (0.16, 0.055), (0.33, 0.085), (0.47, 0.13), (0.52, 0.25), (flank + 0.03, 0.4), (flank, 1.3)])
+    arm = np.array([(0.40, 0.14), (0.50, 0.15), (0.58, 0.4), (0.60, 0.8), (0.6, 1.3), (0.46, 1.3), (0.46, 0.8), (0.44, 0.45), (0.4, 0.14)])
+    arm = spline(arm + np.array([0, 0.5, 1, 2, 2, 2, 2, 1, 0])[:, None] * (lift, 0))
     return np.concatenate([side, side[::-1] * (-1, 1)]), np.stack([arm, arm * (-1, 1)])
 
-
-# ---------------------------------------------------------------- layers of attenuation, findings, the film
 
 def ribs(p, sheet):
     """Layer of posterior and anterior ribs: each rib is a tilted half ring in space, seen from the front."""
@@ -262,29 +254,25 @@ def gas(p, middle):
     return [(spline(line) + fork, 0.4, width) for line, width in tubes] + [(bubble, 1, None)] + [(loop, 0.4, None) for loop in loops]
 
 
-def step(x, width):
-    """Ramp from 0 to 1 of the given width, around x = 0."""
-    return np.clip(x / width + 0.5, 0, 1)
-
-
 def add_findings(names, p, rng, sheet, breath):
     """Three layers: the share of air lost, extra attenuation, the share of the lung that is still expanded (vessels, texture)."""
     x, y = sheet.coordinates()
     x, top, base, w = x - p["lean"], p["apex"], p["base"] + breath, p["width"]
+    step = lambda edge, width: np.clip(edge / width + 0.5, 0, 1)         # a ramp from 0 to 1
     lost, extra, expanded = np.zeros_like(x), np.zeros_like(x), np.ones_like(x)
     amounts = rng.uniform(0.3, 1, len(FINDINGS)).tolist()                # drawn for all: one finding never moves another
     texture = cloud(np.random.default_rng((p["trees"], 2)), sheet.size, 7, 24) if names else 0
     for name in names:
         amount, side, (along, up) = amounts[FINDINGS.index(name)], p["side"][name], p["spot"][name]
         out, here = x * side / w, x * side > 0                           # 0 at the spine, 1 at the chest wall; this half of the chest
+        away = lambda cx, cy, rx, ry: ((out - cx) * w / rx) ** 2 + ((y - top - cy * (base - top)) / ry) ** 2
         if name == "effusion":                                           # fluid, its meniscus climbing the chest wall
             level = base + (p["dome"] if side > 0 else 0) + 0.07 - 0.15 * amount - 0.16 * np.clip(out - 0.4, 0, 1) ** 2
             lost = np.maximum(lost, step(y - level, 0.05) * here)
         elif name == "nodule":                                           # a ball, clear of the heart, the apex and the dome
-            high = 0.3 if side > 0 else 0.5                              # on the left the heart reaches far out below
-            centre = side * w * (0.52 + 0.2 * along), top + (0.2 + high * up) * (base - top)
-            away = ((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / (0.014 + 0.022 * amount) ** 2
-            extra += (0.07 + 0.08 * amount) * np.sqrt(np.clip(1 - away * (1 + 0.1 * texture), 0, 1))
+            radius, high = 0.014 + 0.022 * amount, 0.3 if side > 0 else 0.5      # on the left the heart reaches far out below
+            ball = 1 - away(0.52 + 0.2 * along, 0.2 + high * up, radius, radius) * (1 + 0.1 * texture)
+            extra += (0.07 + 0.08 * amount) * np.sqrt(np.clip(ball, 0, 1))
         elif name == "pneumothorax":                                     # air outside the visceral pleura: no vessels, a thin bright line
             pleura = 1 - (0.10 + 0.22 * amount) * (1.2 - 0.9 * np.clip((y - top) / (base - top), 0, 1))
             pleura *= np.sqrt(np.clip((y - top - 0.05 * amount) / 0.25, 0, 1))
@@ -292,9 +280,8 @@ def add_findings(names, p, rng, sheet, breath):
             expanded = expanded * (1 - empty)
             extra += 0.07 * np.exp(-((out - pleura) / 0.008) ** 2) * (out > 0.1) - 0.05 * empty + 0.02 * here * (1 - empty)
         elif name == "consolidation":                                    # patchy loss of air around a centre
-            centre = side * w * (0.45 + 0.3 * along), top + (0.25 + 0.55 * up) * (base - top)
-            away = ((x - centre[0]) / (0.06 + 0.07 * amount)) ** 2 + ((y - centre[1]) / (0.06 + 0.09 * amount)) ** 2
-            lost = np.maximum(lost, (0.35 + 0.35 * amount) * step(0.8 - away + 0.45 * texture, 1.8) * step(1.5 - away, 1.5) * here)
+            far = away(0.45 + 0.3 * along, 0.25 + 0.55 * up, 0.06 + 0.07 * amount, 0.06 + 0.09 * amount)
+            lost = np.maximum(lost, (0.35 + 0.35 * amount) * step(0.8 - far + 0.45 * texture, 1.8) * step(1.5 - far, 1.5) * here)
     return lost, extra, expanded
 
 
@@ -302,16 +289,15 @@ def build(p, names, anomaly, breath, sheet, rng):
     """Add up all tissues → attenuation layer, masks of lungs and heart (bool), landmarks (4, 2) in the patient's frame."""
     mirror = (-1 if anomaly == "mirrored heart" else 1, 1)
     heart_line, chest_line = heart_outline(p, breath) * mirror, mediastinum_outline(p) * mirror
-    sides = [side for side in (-1, 1) if anomaly != "missing lung" or side != p["side"]["effusion"]]
-    lung, heart, chest = (sheet.draw(*[(line, 1, None) for line in lines]) for lines in
-                          ([lung_outline(p, side, breath) for side in sides], [heart_line], [chest_line]))
+    sides = [lung_outline(p, side, breath) for side in (-1, 1) if anomaly != "missing lung" or side != p["side"]["effusion"]]
+    lung, heart, chest = (sheet.draw(*[(line, 1, None) for line in lines]) for lines in (sides, [heart_line], [chest_line]))
     hila = np.array([(p["lean"] - 0.075, p["apex"] + 0.29), (p["lean"] + 0.075, p["apex"] + 0.27)])
     round_heart, round_lung = sheet.blur(heart, 0.028), sheet.blur(lung, 0.04)
-    solid = np.maximum(np.sqrt(np.clip(2 * round_heart - 0.9, 0, 1)) * heart, 0.9 * chest)       # how much of the ray meets heart or vessels
+    solid = np.maximum(np.sqrt(np.clip(2 * round_heart - 0.9, 0, 1)) * heart, 0.9 * chest)      # share of the ray in heart or vessels
     lost, extra, expanded = add_findings(names, p, rng, sheet, breath)
     air = lung * (0.35 + 0.65 * round_lung) * (1 - 0.9 * solid) * (1 - lost)                      # lungs thin out towards their edges
     vessels = vessel_tree(p, sheet, hila) * expanded * lung * (1 - 0.7 * solid) * (1 - 0.7 * lost)
-    sharp = (1 - 0.5 * solid) * (0.35 + 0.65 * round_lung)                                        # behind heart and liver scatter hides ribs
+    sharp = (1 - 0.5 * solid) * (0.35 + 0.65 * round_lung)                            # scatter hides ribs behind heart and liver
     tissue, body = soft_tissue(p, sheet, breath)
     bones, clavicle = shoulder_bones(p, sheet)
     bones = p["bone"] * (0.075 * sharp * ribs(p, sheet) + 0.14 * bones + 0.08 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
@@ -325,13 +311,11 @@ def build(p, names, anomaly, breath, sheet, rng):
 def expose(attenuation, domain, rng, sheet):
     """Attenuation → grey 0..1: unsharp mask, the sigmoid of film (Hurter and Driffield's curve), blur, noise."""
     centre, steep = domain["centre"] + rng.normal(0, 0.06), domain["steep"] * rng.uniform(0.75, 1.2)
-    black, white = rng.uniform(0.0, 0.08), rng.uniform(0.80, 0.92)
     if domain["sharpen"]:
-        local = 1.6 * sheet.blur(np.clip(attenuation / 1.6, 0, 1), 0.04)
-        attenuation = attenuation + domain["sharpen"] * (attenuation - local)
+        attenuation = attenuation + domain["sharpen"] * (attenuation - 1.6 * sheet.blur(np.clip(attenuation / 1.6, 0, 1), 0.04))
     curve = lambda a: 1 / (1 + np.exp(steep * (centre - a)))
     low, high = float(curve(0.0)), float(curve(1.3))
-    grey = black + white * np.clip((curve(attenuation) - low) / (high - low), 0, 1)
+    grey = rng.uniform(0.0, 0.08) + rng.uniform(0.80, 0.92) * np.clip((curve(attenuation) - low) / (high - low), 0, 1)
     grey = sheet.blur(grey, domain["blur"] * rng.uniform(0.7, 1.3) / 256)
     sigma = domain["noise"] * rng.uniform(0.5, 1.2) * min(1.0, sheet.size / 256)                  # a small film averages the noise away
     return grey + sigma * rng.standard_normal(grey.shape, np.float32) * (0.4 + 0.6 * grey)
@@ -347,18 +331,10 @@ def stamp(grey, domain, rng):
         return grey, None
     letter, tall = rng.choice(("L", "R")), rng.uniform(0.035, 0.06)
     top, left = rng.uniform(0.03, 0.15), rng.uniform(0.84, 0.9) if letter == "L" else rng.uniform(0.05, 0.12)
-    strokes = {"L": [[(0, 0), (0, 1), (0.6, 1)]], "R": [[(0, 1), (0, 0), (0.5, 0.05), (0.6, 0.28), (0.5, 0.5), (0, 0.52)], [(0.25, 0.52), (0.62, 1)]]}
+    stroke = [(0, 0), (0, 1), (0.6, 1)] if letter == "L" else [(0, 1), (0, 0), (0.5, 0.05), (0.6, 0.28), (0.5, 0.5), (0, 0.5), (0.6, 1)]
     flat = Sheet(size, (0, 1, -0.5, 0))                                   # the letter stays upright on the film whatever the patient does
-    ink = flat.draw(*[(np.array(stroke) * tall + (left, top), 0.94, 0.009) for stroke in strokes[letter]])
+    ink = flat.draw((np.array(stroke) * tall + (left, top), 0.94, 0.012))
     return np.maximum(grey, ink), tuple(round(v * size) for v in (top, left, tall, 0.62 * tall))
-
-
-def diagnose(rng):
-    """Findings of one patient → tuple of names, () if healthy."""
-    sick, found = rng.random() >= HEALTHY, ()
-    while sick and not found:
-        found = tuple(name for name in FINDINGS if rng.random() < SICK)
-    return found
 
 
 def make_phantom(seed, index, size=256, anomaly=None, findings=None):
@@ -367,8 +343,13 @@ def make_phantom(seed, index, size=256, anomaly=None, findings=None):
     marker box or None; patient int (every other one has two films). anomaly plants wrong anatomy, findings replaces the drawn names."""
     if anomaly not in ANOMALIES:
         raise ValueError(f"anomaly {anomaly!r} is unknown; choose one of {ANOMALIES}")
+    if not set(findings or ()) <= set(FINDINGS):
+        raise ValueError(f"findings {findings!r} are not all among {FINDINGS}")
     patient = index * 2 // 3
-    names = diagnose(np.random.default_rng((seed, patient, 0))) if findings is None else tuple(findings)
+    rng, names = np.random.default_rng((seed, patient, 0)), tuple(findings or ())
+    sick = findings is None and rng.random() >= HEALTHY
+    while sick and not names:
+        names = tuple(name for name in FINDINGS if rng.random() < SICK)
     p = make_patient(np.random.default_rng((seed, patient, 1)), "cardiomegaly" in names)
     if anomaly == "missing lung":                                        # nothing can be found in it
         names = tuple(name for name in names if name == "cardiomegaly" or p["side"][name] != p["side"]["effusion"])
@@ -377,16 +358,9 @@ def make_phantom(seed, index, size=256, anomaly=None, findings=None):
     sheet = Sheet(size, (rng.normal(0, 0.03), rng.uniform(0.94, 1.16), rng.normal(0, 0.02), rng.uniform(-0.01, 0.06)))
     attenuation, lungs, heart, points = build(p, names, anomaly, breath, sheet, rng)
     grey, marker = stamp(expose(attenuation, DOMAINS[number], rng, sheet), DOMAINS[number], rng)
-    return dict(film=(np.clip(grey, 0, 1) * 255 + 0.5).astype(np.uint8), labels=np.array([int(name in names) for name in FINDINGS]),
-                lungs=lungs, heart=heart, landmarks=sheet.place(points)[:, ::-1] * size - 0.5, domain=number, marker=marker, patient=patient)
-
-
-# ---------------------------------------------------------------- files
-
-def split_of(seed, patient):
-    """train, val or test (70 / 10 / 20 %), fixed by the patient."""
-    draw = np.random.default_rng((seed, patient, 3)).random()
-    return "train" if draw < 0.7 else "val" if draw < 0.8 else "test"
+    film, labels = (np.clip(grey, 0, 1) * 255 + 0.5).astype(np.uint8), np.array([int(name in names) for name in FINDINGS])
+    return dict(film=film, labels=labels, lungs=lungs, heart=heart, landmarks=sheet.place(points)[:, ::-1] * size - 0.5, domain=number,
+                marker=marker, patient=patient)
 
 
 def save(path, write):
@@ -397,28 +371,22 @@ def save(path, write):
 
 
 def write_one(folder, size, seed, index):
-    """Make film `index`, write its images → its row of phantoms.csv (dict)."""
+    """Make film `index`, write its images → its row of phantoms.csv (dict). The patient decides the split: 70 / 10 / 20 %."""
     item, name = make_phantom(seed, index, size), f"phantom_{index:06d}.png"
     for kind, image in (("films", item["film"]), ("masks", item["lungs"]), ("hearts", item["heart"])):
-        save(folder / kind / name, partial(Image.fromarray(image * np.uint8(255) if image.dtype == bool else image).save, format="PNG"))
+        image = Image.fromarray(image if kind == "films" else image * np.uint8(255))
+        save(folder / kind / name, partial(image.save, format="PNG"))
+    draw = np.random.default_rng((seed, item["patient"], 3)).random()
+    split = "train" if draw < 0.7 else "val" if draw < 0.8 else "test"
     label = "|".join(finding for finding, here in zip(FINDINGS, item["labels"]) if here) or "normal"
-    row = dict(filename=name, label=label, patient_id=f"p{item['patient']:06d}", split=split_of(seed, item["patient"]),
-               mask=f"masks/{name}", heart=f"hearts/{name}")
+    row = dict(filename=name, label=label, patient_id=f"p{item['patient']:06d}", split=split, mask=f"masks/{name}", heart=f"hearts/{name}")
     for landmark, (r, c) in zip(LANDMARKS, item["landmarks"]):
         row |= {f"{landmark}_row": f"{r:.2f}", f"{landmark}_col": f"{c:.2f}"}
     return row | dict(domain=item["domain"], marker="|".join(map(str, item["marker"] or ())))
 
 
-def write_table(rows, path):
-    """Write dicts as CSV."""
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-
-
 def write_phantoms(folder, count, size=256, seed=0, workers=1):
-    """Write films/, masks/ (lungs), hearts/ and last phantoms.csv, split by patient → path of the CSV. Any workers, same files."""
+    """Write films/, masks/ (lungs), hearts/ and last phantoms.csv → path of the CSV. Any workers, same files."""
     folder = Path(folder)
     for part in ("films", "masks", "hearts"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -428,16 +396,17 @@ def write_phantoms(folder, count, size=256, seed=0, workers=1):
             rows = list(bar(pool.imap(make, range(count), chunksize=16)))
     else:
         rows = list(bar(map(make, range(count))))
-    save(folder / "phantoms.csv", partial(write_table, rows))
+    lines = [",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))]      # no value holds a comma
+    save(folder / "phantoms.csv", lambda part: part.write_text("\n".join(lines) + "\n"))
     return folder / "phantoms.csv"
 
 
 def main():
     """Command line: write a folder of phantoms."""
-    parser = argparse.ArgumentParser(description="Write synthetic chest radiographs with ground truth: films/, masks/, hearts/, phantoms.csv.")
-    parser.add_argument("--out", default="phantoms", help="folder to write; its films/ is what --data of the other scripts reads (default: phantoms)")
+    parser = argparse.ArgumentParser(description="Synthetic chest radiographs with ground truth: films/, masks/, hearts/, phantoms.csv.")
+    parser.add_argument("--out", default="phantoms", help="folder to write; give its films/ to --data of other scripts (default: phantoms)")
     parser.add_argument("--count", type=int, default=2000, help="films to make; every other patient has two (default: 2000)")
-    parser.add_argument("--size", type=int, default=256, help="side of a film in pixels, 64 to 512; the anatomy stays the same (default: 256)")
+    parser.add_argument("--size", type=int, default=256, help="side of a film in pixels, 64 to 512; same anatomy (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another population of patients (default: 0)")
     parser.add_argument("--workers", type=int, default=1, help="processes; the files do not depend on it (default: 1)")
     args = parser.parse_args()
