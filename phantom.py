@@ -149,7 +149,7 @@ def mediastinum_outline(p):
     """Closed outline of the great vessels: the superior vena cava on the right, the aortic knob bulging on the left."""
     k, y = p["knob"], p["apex"] + 0.17
     points = np.array([(-0.06, -0.2), (-0.04, 0), (-0.045, y), (-0.05, y + 0.12), (-0.04, 0.8), (0.05, 0.8), (0.045, y + 0.2),
-                       (0.75 * k, y + 0.08), (k, y + 0.03), (k, y - 0.01), (0.85 * k, y - 0.04), (0.038, y - 0.065), (0.04, 0), (0.06, -0.2)])
+                       (0.75 * k, y + 0.08), (k, y + 0.03), (k, y), (0.85 * k, y - 0.04), (0.038, y - 0.065), (0.04, 0), (0.06, -0.2)])
     points[1:-1] += p["shape"][52:64] * 0.4
     return spline(points) + (p["lean"], 0)
 
@@ -179,7 +179,7 @@ def ribs(p, sheet):
         for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 30 + 2 * min(i, 4)), 1.15, 0.45))[:1 + (i < 8)]:
             edges = np.stack([curve[part] + normal[part] * thick, (curve[part] - normal[part] * thick)[::-1]])
             edges = np.concatenate([edges, edges * (-1, 1)]) + (p["lean"], 0)                              # both sides of the body
-            shapes += [(edges.reshape(2, -1, 2), 0.55 * grey, None), (edges, 0.85 * grey, 0.0035)]         # marrow, then the bright cortex
+            shapes += [(edges.reshape(2, -1, 2), 0.5 * grey, None), (edges, 0.95 * grey, 0.003)]         # marrow, then the bright cortex
     return sheet.draw(*back) + sheet.draw(*front)
 
 
@@ -278,7 +278,7 @@ def add_findings(names, p, rng, sheet, breath):
             pleura *= np.sqrt(np.clip((y - top - 0.05 * amount) / 0.25, 0, 1))
             empty = step(out - pleura, 0.006) * here
             expanded = expanded * (1 - empty)
-            extra += 0.07 * np.exp(-((out - pleura) / 0.008) ** 2) * (out > 0.1) - 0.05 * empty + 0.02 * here * (1 - empty)
+            extra += 0.055 * np.exp(-((out - pleura) / 0.008) ** 2) * (out > 0.1) - 0.035 * empty + 0.015 * here * (1 - empty)
         elif name == "consolidation":                                    # patchy loss of air around a centre
             far = away(0.45 + 0.3 * along, 0.25 + 0.55 * up, 0.06 + 0.07 * amount, 0.06 + 0.09 * amount)
             lost = np.maximum(lost, (0.35 + 0.35 * amount) * step(0.8 - far + 0.45 * texture, 1.8) * step(1.5 - far, 1.5) * here)
@@ -292,20 +292,21 @@ def build(p, names, anomaly, breath, sheet, rng):
     sides = [lung_outline(p, side, breath) for side in (-1, 1) if anomaly != "missing lung" or side != p["side"]["effusion"]]
     lung, heart, chest = (sheet.draw(*[(line, 1, None) for line in lines]) for lines in (sides, [heart_line], [chest_line]))
     hila = np.array([(p["lean"] - 0.075, p["apex"] + 0.29), (p["lean"] + 0.075, p["apex"] + 0.27)])
-    round_heart, round_lung = sheet.blur(heart, 0.028), sheet.blur(lung, 0.04)
-    solid = np.maximum(np.sqrt(np.clip(2 * round_heart - 0.9, 0, 1)) * heart, 0.9 * chest)      # share of the ray in heart or vessels
+    whole = np.maximum(heart, chest)
+    round_whole, round_lung = sheet.blur(whole, 0.024), sheet.blur(lung, 0.04)
+    solid = np.sqrt(np.clip(2.1 * round_whole - 0.95, 0, 1)) * whole      # share of the ray in heart or vessels: little at their edge
     lost, extra, expanded = add_findings(names, p, rng, sheet, breath)
     air = lung * (0.35 + 0.65 * round_lung) * (1 - 0.9 * solid) * (1 - lost)                      # lungs thin out towards their edges
     vessels = vessel_tree(p, sheet, hila) * expanded * lung * (1 - 0.7 * solid) * (1 - 0.7 * lost)
     sharp = (1 - 0.5 * solid) * (0.35 + 0.65 * round_lung)                            # scatter hides ribs behind heart and liver
     tissue, body = soft_tissue(p, sheet, breath)
     bones, clavicle = shoulder_bones(p, sheet)
-    bones = p["bone"] * (0.075 * sharp * ribs(p, sheet) + 0.14 * bones + 0.08 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
-    attenuation = (tissue * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.38 * air + 0.10 * round_heart + 0.03 * chest + bones + 0.07 * vessels
+    bones = p["bone"] * (0.075 * sharp * ribs(p, sheet) + 0.17 * bones + 0.08 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
+    attenuation = (tissue * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.38 * air + 0.12 * round_whole + bones + 0.07 * vessels
                    + extra * lung + 0.01 * air * expanded * cloud(rng, sheet.size, 24, 64))
     knob = np.array([0.55 * p["knob"], p["apex"] + 0.17]) * mirror + (p["lean"], 0)
     ventricle = 0.75 * heart_line[np.argmax(heart_line[:, 0] * mirror[0])] + 0.25 * heart_line.mean(0)
-    return attenuation, lung * (1 - np.maximum(heart, chest)) > 0.5, heart > 0.5, np.stack([knob, hila[0], ventricle, clavicle])
+    return attenuation, lung * (1 - whole) > 0.5, heart > 0.5, np.stack([knob, hila[0], ventricle, clavicle])
 
 
 def expose(attenuation, domain, rng, sheet):
