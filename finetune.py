@@ -1,0 +1,410 @@
+"""Fine-tune an encoder on one of the paper's eight benchmarks, or on your own films.
+
+    python finetune.py --task csv --data FOLDER --labels FILE.csv            # laptop: your films, the newest pre-training run under runs/
+    python finetune.py --task shenzhen --seeds 5                             # one GPU: the paper's recipe, films in $CXR/shenzhen or data/shenzhen
+    torchrun --nproc_per_node=8 finetune.py --task vindr --weights FILE      # eight GPUs, the same code
+    python finetune.py --task shenzhen --weights runs/shenzhen/seed0/best.pt --eval      # test a fine-tuned checkpoint again
+
+--weights none trains from scratch, --freeze fits a head on frozen features. The model is chosen on validation, the test films are used once, at the
+end. The same command again goes on where the last one stopped. --out receives seed*/{config.json,log.csv,best.pt,predictions.csv} and result.json.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import cases
+import metrics
+import runtime
+import tasks
+from cases import goals, judge, loss_of, predict, prepare, write_picture, write_predictions
+from data import Batches
+from heads import Classifier, Segmenter, layer_groups
+from model import SIZES, ViT, load_checkpoint, load_encoder
+from runtime import Stop, flag
+
+METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}
+PUBLISHED = ("vindr", "chexpert")                # tasks whose epochs and batch the authors tell
+MIN_STEPS = 600                                  # of the other tasks: few films mean more epochs
+SMALL = dict(lr=1e-3, drop_path=0.1)             # ours, for networks narrower than ViT-Small: METHOD.md's recipe is made for ViT-B
+FREE = {"out", "device", "workers", "max_steps", "log_every", "save_every", "compile", "memory_gb", "seed", "seeds", "micro", "eval", "data", "labels"}    # may change on resume
+
+
+@dataclasses.dataclass
+class Config:
+    task: str = flag("csv", "what to learn", list(tasks.TASKS))
+    data: str = flag(None, "folder of the films [$CXR/<task>, else data/<task>]")
+    labels: str = flag(None, "task csv: table filename,label[,patient_id][,split], or filename,mask; label is one class, 'a|b' or normal, or one 0/1 column a class")
+    column: str = flag(None, "task csv: the column to learn [mask, else label, else all 0/1 columns]")
+    weights: str = flag(None, "encoder.pt or last.pt of a run, the authors' or timm's file, or none [the newest encoder.pt under runs/]")
+    out: str = flag(None, "folder of the run [runs/<task>, or runs/<name of the table>]")
+    eval: bool = flag(False, "no training: test the fine-tuned checkpoint --weights")
+    freeze: bool = flag(False, "keep the encoder as it is: linear probe (segmentation: train the decoder alone)")
+    seed: int = flag(0, "first seed: of new layers, order, augmentation and draws from train")
+    seeds: int = flag(1, "number of seeds to train, one after the other; the result is their mean and standard deviation")
+    fraction: float = flag(1.0, "share of the training films to use, drawn by seed")
+    shots: int = flag(None, "training films of every class to use, drawn by seed, or MedFM's own lists")
+    size: str = flag(None, "network from scratch, with --weights none [base]", list(SIZES))
+    image: int = flag(None, "side of the film the network sees, px [as pre-trained; scratch 224]")
+    patch: int = flag(None, "side of a patch, px [as pre-trained; scratch 16]")
+    batch: int = flag(None, "films a step over all GPUs [from the task]")
+    micro: int = flag(None, "films a forward pass on one GPU [at most 128]")
+    epochs: int = flag(None, "passes over the training films; sets the schedule [from the task]")
+    max_steps: int = flag(None, "stop early after this many steps, without changing the schedule")
+    lr: float = flag(None, "peak learning rate of the last layer [from the task]")
+    min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
+    weight_decay: float = flag(None, "AdamW weight decay; none on biases and norms [from the task]")
+    layer_decay: float = flag(None, "each layer's learning rate as a share of the next one's [from the task]")
+    drop_path: float = flag(None, "chance that a film skips the last block's branches, linear over depth [from the task]")
+    warmup: float = flag(None, "epochs of linear warm-up [from the task, at most a tenth]")
+    patience: int = flag(None, "validations without a new best before stopping [from the task]")
+    clip: float = flag(1.0, "largest gradient norm")
+    ten_crop: bool = flag(False, "classification: average the test over five crops and their mirror images")
+    precision: str = flag("auto", "auto = bfloat16 on GPUs and, for wide models, on CPUs that have it", ["auto", "float32", "bfloat16"])
+    compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
+    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+    workers: int = flag(None, "loader processes a GPU [8 on a GPU, 0 on a CPU]")
+    memory_gb: float = flag(4.0, "keep the films decoded in memory when they take less than this")
+    log_every: int = flag(10, "steps between rows of log.csv")
+    save_every: int = flag(500, "steps between checkpoints, beside those at every validation")
+
+
+# ------------------------------------------------------------------------------------------------ what was chosen, and why
+def choose_weights(config, out):
+    """→ (path or None for scratch, why)."""
+    if config.weights == "none":
+        return None, "from scratch, as asked"
+    if config.weights:
+        path = Path(config.weights)
+        return (path / "encoder.pt" if path.is_dir() else path), "as asked"
+    begun = out / f"seed{config.seed}" / "config.json"
+    if begun.is_file():
+        path = json.loads(begun.read_text())["weights"]
+        return (None if path == "none" else Path(path)), f"as in the run in {out}"
+    found = sorted(Path("runs").rglob("encoder.pt"), key=os.path.getmtime) if Path("runs").is_dir() else []
+    if not found:
+        raise Stop("no pre-training run (encoder.pt) under runs/: run pretrain.py first, or give --weights FILE, or --weights none to train from scratch")
+    return found[-1], "newest pre-training run under runs/"
+
+
+def make_vit(config, path):
+    """The encoder at the wanted image and patch size, with drop path. path None: random weights of --size."""
+    if path is None:
+        size = {k: v for k, v in SIZES[config.size or "base"].items() if not k.startswith("predictor")}
+        return ViT(config.image, config.patch, **size, drop_path=config.drop_path)
+    return load_encoder(path).resized(config.image, config.patch, config.drop_path)
+
+
+def shape_of(config, path):
+    """image, patch, dim, depth of the encoder before any change."""
+    return load_encoder(path).config if path else dict(image=224, patch=16, **SIZES[config.size or "base"])
+
+
+def settle(config, kind, shape, films, team):
+    """A copy of config with nothing left open: the task's recipe, the encoder's shape, what few films allow. → (Config, why). films: to train on."""
+    recipe = dict(tasks.TASKS[config.task].recipe if config.task != "csv" else tasks.SEGMENT if kind == "mask" else tasks.CLASSIFY)
+    why = "the paper's" if config.task in PUBLISHED else "the paper's; epochs and batch are ours"
+    if shape["dim"] < SIZES["small"]["dim"]:
+        recipe |= SMALL
+        why = f"the paper's, with our {', '.join(f'{k} {v}' for k, v in SMALL.items())} for a small network; epochs and batch are ours"
+    given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    settled = {**recipe, "image": shape["image"], "patch": shape["patch"], **given}
+    settled["batch"] = max(1, min(settled["batch"], films) // team.world) * team.world
+    share = settled["batch"] // team.world
+    settled["micro"] = max(m for m in range(1, min(config.micro or 128, share) + 1) if share % m == 0)
+    settled["workers"] = config.workers if config.workers is not None else 8 if team.device.type == "cuda" else 0
+    settled["precision"] = runtime.choose_precision(config.precision, team.device, shape["dim"])
+    per_epoch = max(1, films // settled["batch"])
+    if config.epochs is None and config.task not in PUBLISHED and settled["epochs"] * per_epoch < MIN_STEPS:
+        settled["epochs"] = -(-MIN_STEPS // per_epoch)
+        why += f"; epochs raised to reach {MIN_STEPS} steps"
+    settled["warmup"] = min(settled["warmup"], settled["epochs"] / 10)
+    return dataclasses.replace(config, **settled), why
+
+
+def check(config):
+    """Stop on flags that make no sense together."""
+    if not 0 < config.fraction <= 1 or config.seeds < 1:
+        raise Stop(f"--fraction {config.fraction} must be above 0 and at most 1, --seeds {config.seeds} at least 1")
+    if config.shots is not None and (config.shots < 1 or config.fraction < 1):
+        raise Stop("--shots must be at least 1, and does not go with --fraction")
+    if config.eval and (config.weights in (None, "none")):
+        raise Stop("--eval needs --weights FILE, a best.pt of finetune.py")
+    if config.size and config.weights != "none":
+        raise Stop("--size is for --weights none; otherwise the weights say how large the network is")
+
+
+def describe(splits):
+    """Lines for the reader: the split with its counts, then what was decided on the way."""
+    lines = []
+    for split, c in splits.counts().items():
+        positive = ", ".join(f"{name} {n}" for name, n in c.get("positive", {}).items())
+        lines.append(f"{split}: {c['films']} films of {c['patients']} patients" + (f" ({positive})" if positive else ""))
+    return [*lines, *splits.notes, *tasks.warnings(splits)]
+
+
+def judgeable(splits):
+    """Stop before training when the test split cannot give a number."""
+    films = len(splits.test)
+    if splits.kind != "mask" and not any(0 < sum(c.target[k] for c in splits.test) < films for k in range(len(splits.labels))):
+        raise Stop(f"no class has both positive and negative films among the {films} test films: AUROC is undefined; choose another split")
+
+
+def recipe_line(config, kind, n, total, every):
+    """What will be trained, in one line."""
+    if config.freeze and kind != "mask":
+        return f"linear probe on {n} films, encoder frozen, {config.image} px in {config.patch} px patches, penalty chosen on validation"
+    return (f"{n} films, {config.image} px in {config.patch} px patches{', encoder frozen' if config.freeze else ''}, {config.epochs} epochs = {total} steps of {config.batch}, lr {config.lr:g}, "
+            f"weight decay {config.weight_decay:g}, layer decay {config.layer_decay:g}, drop path {config.drop_path:g}, {config.precision}; validation every {every} steps, "
+            f"stop after {config.patience} without a new best")
+
+
+# ------------------------------------------------------------------------------------------------ linear probe, result
+def solve_head(model, films, config, team, bad):
+    """The linear probe: logistic regression on frozen features of un-augmented films, its penalty chosen on validation, written into the head."""
+    x, y = {}, {}
+    for split in ("train", "val"):
+        rows = predict(model.features, "labels", films[split], config, team, bad)
+        x[split], y[split] = np.stack(list(rows.values())), goals(films[split], rows)
+    weight, bias = metrics.fit_probe(x["train"], y["train"], x["val"], y["val"])
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(weight.T))
+        model.head.bias.copy_(torch.from_numpy(bias))
+
+
+def summarise(out, config, splits, weights, results, team):
+    """result.json over the seeds trained so far, and the last lines on the screen."""
+    values, kind = [r["value"] for r in results], METRIC[splits.kind]
+    per_class = {name: [r["per_class"][name] for r in results] for name in results[0]["per_class"]}
+    per_class = {name: None if None in v else float(np.mean(v)) for name, v in per_class.items()}
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    result = {"task": config.task, "metric": kind, "mean": float(np.mean(values)), "std": std, "seeds": values, "per_class": per_class, "split": splits.counts(),
+              "notes": splits.notes, "weights": str(weights or "none"), "freeze": config.freeze, "fraction": config.fraction, "shots": config.shots,
+              "bad": sorted({name for r in results for name in r["bad"]})}
+    if team.lead:
+        runtime.write_json(out / "result.json", result)
+    for name, value in per_class.items():
+        team.say(f"  {name:32s} {'undefined: test lacks its positives or negatives' if value is None else f'{value:6.2f}'}")
+    paper = tasks.TASKS[config.task].paper
+    team.say(f"test {kind} {result['mean']:.2f} ± {std:.2f} % over {len(values)} seed(s){f' (paper {paper})' if paper else ''}: {out}/result.json")
+
+
+# ------------------------------------------------------------------------------------------------ runs that go on where they stopped
+def recipe_of(config, path, vit, drawn):
+    """What a run must keep to be continued: every setting that changes the numbers, the weights and the training films by fingerprint."""
+    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
+    films = repr([(str(c.path.name), c.target, c.mask and c.mask[0]) for c in drawn]).encode()
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vit.parameters()) if path else b""
+    recipe = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    return recipe | {"weights": str(path or "none"), "weights_are": digest(weights), "films_are": digest(films), "films": len(drawn)}
+
+
+def same_recipe(folder, recipe):
+    """Keep the recipe in config.json; Stop when the folder holds a run with another one."""
+    path = folder / "config.json"
+    if path.is_file():
+        old = json.loads(path.read_text())
+        changed = [f"{k} {old.get(k)} → {v}" for k, v in recipe.items() if old.get(k) != v]
+        if changed:
+            raise Stop(f"{folder} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew")
+    runtime.write_json(path, recipe)
+
+
+def finished(path, end):
+    """result.json of a seed that has nothing left to train, else None."""
+    result = json.loads(path.read_text()) if path.is_file() else None
+    return result if result and (result["final"] or result["steps"] >= end) else None
+
+
+def resume(path, model, optimizer, best):
+    """Continue from last.pt when there is one. → step to go on with, best so far on validation"""
+    if not path.is_file():
+        return 0, best
+    saved = load_checkpoint(path)
+    model.load_state_dict(saved["finetuned"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["best"]
+
+
+def judged(best, value, loss, step):
+    """The record of the best validation so far: a higher metric, or the same and a lower loss; stale counts the validations since."""
+    value = float(np.nan_to_num(value))
+    if (value, -loss) > (best["value"], -best["loss"]):
+        return {"value": value, "loss": float(loss), "step": step, "stale": 0}
+    return {**best, "stale": best["stale"] + 1}
+
+
+def load_finetuned(path, device, kind, labels):
+    """best.pt → the model in evaluation mode; Stop when it was trained for something else."""
+    saved = load_checkpoint(path)
+    if "finetuned" not in saved or "labels" not in saved:
+        raise Stop(f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs")
+    if (saved["kind"], tuple(saved["labels"])) != (kind, tuple(labels)):
+        raise Stop(f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), the data asks for {', '.join(labels)} ({kind})")
+    vit = ViT(**saved["config"])
+    model = Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))
+    model.load_state_dict(saved["finetuned"])
+    return model.to(device).eval()
+
+
+def main():
+    # config
+    asked = runtime.parse(Config, __doc__)
+    check(asked)
+    out = Path(asked.out or (Path(asked.weights).parent / "eval" if asked.eval else Path("runs") / (Path(asked.labels).stem if asked.labels else asked.task)))
+
+    # devices
+    team = runtime.start_team(asked.device)
+    hosts, device, preempted = runtime.host_group(team), team.device, runtime.Preempted()
+
+    # data
+    path, why = choose_weights(asked, out)
+    root = tasks.find_root(asked.task, asked.data)
+    splits = tasks.load(asked.task, root, asked.labels, asked.shots, asked.column, out / "index.txt" if team.lead else None)
+    kind, labels = splits.kind, splits.labels
+    ready = load_finetuned(path, device, kind, labels) if asked.eval else None
+    shape = ready.vit.config if ready else shape_of(asked, path)
+    team.say(f"weights: {path or 'none'} ({why}): ViT {shape['dim']} × {shape['depth']}, pre-trained at {shape['image']} px in {shape['patch']} px patches" if path else
+             f"weights: none ({why}): ViT {shape['dim']} × {shape['depth']}")
+    team.say("\n  ".join([f"data: {root}, task {asked.task}: {METRIC[kind]} of {', '.join(labels)}", *describe(splits)]))
+    judgeable(splits)
+    draws = {seed: splits.train if splits.drawn else tasks.draw(splits.train, asked.fraction, asked.shots, seed) for seed in range(asked.seed, asked.seed + asked.seeds)}
+    size, bad = asked.image or shape["image"], cases.Bad(sum(c["films"] for c in splits.counts().values()))
+    kept = {} if bad.total * (2 * size) ** 2 * 1.2 < asked.memory_gb * 1e9 else None
+    films = {split: cases.Films(getattr(splits, split), size, kept) for split in ("val", "test")}
+
+    results = []
+    for seed, drawn in draws.items():
+        films["train"] = cases.Films([] if ready else drawn, size, kept)
+        config, reason = settle(asked, kind, shape, len(drawn), team)
+        folder, n = out / ("" if ready else f"seed{seed}"), len(drawn)
+        per_epoch = n // config.batch
+        total = config.epochs * per_epoch
+        end, every = min(total, config.max_steps or total), max(per_epoch, total // 50)        # every: steps between validations
+        if not results:
+            team.say(f"recipe: {recipe_line(config, kind, n, total, every)} ({reason})" if not ready else "recipe: none, test only")
+
+        # model
+        torch.manual_seed(seed)
+        vit = ready.vit if ready else make_vit(config, path)
+        model = ready or (Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))).to(device)
+        model.vit.requires_grad_(not config.freeze)
+        recipe = recipe_of(config, path, vit, drawn)
+        if not ready and team.lead:
+            same_recipe(folder, recipe)
+        done = finished(folder / "result.json", end) if not ready else None
+        if done:
+            team.say(f"seed {seed}: finished before, test {METRIC[kind]} {done['value']:.2f} %")
+            results.append(done)
+            continue
+        meta = {"task": config.task, "kind": kind, "labels": list(labels), "recipe": recipe}
+        best, done = {"value": -1.0, "loss": float("inf"), "step": 0, "stale": 0}, 0
+        keep = lambda: runtime.save_atomic({"finetuned": model.state_dict(), "config": vit.config, **meta, "step": done, "val": best["value"]}, folder / "best.pt")
+        validate = lambda: judge(kind, labels, films["val"], predict(model.eval(), kind, films["val"], config, team, bad))
+        solved = config.freeze and kind != "mask"                                              # a linear probe has a closed optimum: no loop
+        if solved and not ready:
+            solve_head(model, films, config, team, bad)
+            best = judged(best, *validate()[:2], 0)
+            team.lead and keep()
+
+        # optimizer
+        optimizer = torch.optim.AdamW(layer_groups(model, config.weight_decay, config.layer_decay), lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+        # resume
+        start, best = resume(folder / "last.pt", model, optimizer, best)
+        if start:
+            team.say(f"seed {seed}: going on at step {start} of {total}")
+        end = start if ready or solved else end
+        log = runtime.Log(folder / "log.csv", ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"], start) if team.lead and start < end else None
+
+        # compile, DDP
+        forward = torch.compile(model) if config.compile == "on" or config.compile == "auto" and device.type == "cuda" else model
+        forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None) if team.world > 1 and start < end else forward
+
+        # loop
+        share, accumulate = config.batch // team.world, config.batch // team.world // config.micro
+        batches = Batches(n, config.batch, config.micro, team.rank, team.world, seed, start, end)
+        loader = iter(DataLoader(cases.Train(films["train"], seed), batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"))
+        bar, since, logged, stopping, stale = tqdm(total=end, initial=start, desc=f"seed {seed}", unit="step", disable=not team.lead or start == end), time.perf_counter(), start, False, False
+        for step in range(start, end):
+            model.train()
+            model.vit.train(not config.freeze)
+            torch.manual_seed(int(np.random.SeedSequence((8, seed, step, team.rank)).generate_state(1)[0]))     # drop path: the same again after a resume
+            lr = runtime.warmup_cosine(step, total, round(config.warmup * per_epoch), config.lr, config.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            losses = []
+            for part in range(accumulate):
+                item = next(loader)
+                bad.note(films["train"], item["bad"][item["bad"] >= 0].tolist())
+                places = team.rank * share + part * config.micro + torch.arange(config.micro)
+                images, goal = prepare(item, kind, seed, step, places, config.batch, device)
+                sync = forward.no_sync() if team.world > 1 and part + 1 < accumulate else contextlib.nullcontext()
+                with sync, runtime.autocast(device, config.precision):
+                    loss = loss_of(kind, forward(images), goal).mean() / accumulate
+                    loss.backward()
+                losses.append(loss.detach())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+
+            done, value, val_loss = step + 1, "", ""
+            validating = done % every == 0 or done == end
+            if validating or done % config.log_every == 0:
+                mean = runtime.reduce_mean(torch.stack(losses).sum(), team).item()
+                if not np.isfinite(mean):
+                    raise Stop(f"seed {seed}: the loss became NaN or infinite at step {done}: delete {folder} and start again with a lower --lr or --precision float32")
+            if validating:
+                value, val_loss, _ = validate()
+                best = judged(best, value, val_loss, done)
+                stale = best["stale"] >= config.patience
+                bar.set_postfix_str(f"val {METRIC[kind]} {value:.2f}, best {best['value']:.2f} at step {best['step']}")
+                if team.lead and best["stale"] == 0:
+                    keep()
+            if team.lead and (validating or done % config.log_every == 0):
+                rate, since, logged = (done - logged) * config.batch / (time.perf_counter() - since), time.perf_counter(), done
+                log.row(step=done, epoch=done / per_epoch, images=done * config.batch, loss=mean, lr=lr, val=value, val_loss=val_loss, images_per_s=rate)
+            stopping = runtime.any_rank(preempted.asked, team, hosts)
+            if team.lead and (validating or stopping or done % config.save_every == 0):
+                runtime.save_atomic({"finetuned": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}, folder / "last.pt")
+            if stopping or stale:
+                break
+        bar.close()
+        if stopping:
+            team.say(f"SIGTERM: saved at step {done} in {folder}; the same command goes on from there")
+            break
+
+        # test, once
+        runtime.any_rank(False, team, hosts)                                                   # best.pt is written
+        model = ready or load_finetuned(folder / "best.pt", device, kind, labels)
+        rows = predict(model, kind, films["test"], config, team, bad, config.ten_crop)
+        value, _, per_class = judge(kind, labels, films["test"], rows)
+        results.append({"value": value, "per_class": per_class, "bad": sorted(bad.names), "val": best["value"], "best_step": best["step"], "steps": done,
+                        "final": bool(ready or solved or stale or done >= total)})
+        if team.lead:
+            write_predictions(folder / "predictions.csv", kind, labels, films["test"], rows)
+            if kind == "mask":
+                write_picture(folder / "cases.png", model, films["test"], rows, device)
+            if not ready:
+                runtime.write_json(folder / "result.json", results[-1])
+            if results[-1]["final"]:
+                (folder / "last.pt").unlink(missing_ok=True)
+        team.say(f"seed {seed}: test {METRIC[kind]} {value:.2f} %, chosen at step {best['step']} by validation {best['value']:.2f} %")
+
+    if results and not preempted.asked:
+        summarise(out, asked, splits, path, results, team)
+    runtime.end_team(team)
+
+
+if __name__ == "__main__":
+    runtime.main(main)
