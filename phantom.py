@@ -165,22 +165,21 @@ def body_outlines(p):
 
 def ribs(p, sheet):
     """Layer of posterior and anterior ribs: each rib is a tilted half ring in space, seen from the front."""
-    back, front = [], []
-    angle = np.linspace(0.10, 0.84 * np.pi, 40)
-    half = np.minimum(angle, np.pi - angle)
-    turn = (np.sin(half) ** 2 + 1 - np.cos(half)) / 4
+    angle, number = np.linspace(0.10, 0.84 * np.pi, 40), np.arange(11)[:, None]
+    turn = (np.sin(angle) ** 2 + 1 - np.abs(np.cos(angle))) / 4
     turn = np.where(angle < np.pi / 2, turn, 1 - turn)                   # 0 at the spine, 1/2 at the chest wall, 1 at the breastbone
-    for i in range(11):
-        start, drop = p["apex"] - 0.045 + i * p["rib_gap"] + 0.5 * p["shape"][i, 1], p["rib_drop"] * (0.45 + 0.55 * min(1, i / 5))
-        reach = p["width"] * np.interp((start + drop / 2 - p["apex"]) / (p["base"] - p["apex"]), *WALL.T) - 0.003
-        curve = np.stack([reach * np.sin(angle), start + drop * turn - 0.012 * np.sin(np.minimum(2 * angle, np.pi))], 1)
-        slope = np.gradient(curve, axis=0)
-        normal = slope[:, ::-1] * (-1, 1) / np.linalg.norm(slope, axis=1, keepdims=True) * p["rib_width"]
-        for shapes, part, thick, grey in ((back, slice(0, 24), 1.0, 1.0), (front, slice(19, 30 + 2 * min(i, 4)), 1.15, 0.45))[:1 + (i < 8)]:
-            edges = np.stack([curve[part] + normal[part] * thick, (curve[part] - normal[part] * thick)[::-1]])
-            edges = np.concatenate([edges, edges * (-1, 1)]) + (p["lean"], 0)                              # both sides of the body
-            shapes += [(edges.reshape(2, -1, 2), 0.5 * grey, None), (edges, 0.95 * grey, 0.003)]         # marrow, then the bright cortex
-    return sheet.draw(*back) + sheet.draw(*front)
+    start, drop = p["apex"] - 0.045 + number * p["rib_gap"] + 0.5 * p["shape"][:11, 1:], p["rib_drop"] * np.minimum(1, 0.45 + 0.11 * number)
+    reach = p["width"] * np.interp((start + drop / 2 - p["apex"]) / (p["base"] - p["apex"]), *WALL.T) - 0.003
+    curve = np.stack([reach * np.sin(angle), start + drop * turn - 0.012 * np.sin(np.minimum(2 * angle, np.pi))], 2)       # (11, 40, 2)
+    slope = np.gradient(curve, axis=1)
+    normal = slope[..., ::-1] * (-1, 1) / np.linalg.norm(slope, axis=2, keepdims=True) * p["rib_width"]
+    layers = []
+    for part, thick, grey in ((np.s_[:, :24], 1.0, 1.0), (np.s_[:8, 19:36], 1.15, 0.45)):      # behind; in front, until cartilage follows
+        edges = np.stack([curve[part] + normal[part] * thick, (curve[part] - normal[part] * thick)[:, ::-1]], 1)
+        edges = np.concatenate([edges, edges * (-1, 1)]) + (p["lean"], 0)                                 # both sides of the body
+        marrow, cortex = edges.reshape(len(edges), -1, 2), edges.reshape(-1, *edges.shape[2:])
+        layers.append(sheet.draw((marrow, 0.5 * grey, None), (cortex, 0.95 * grey, 0.003)))
+    return sum(layers)
 
 
 def shoulder_bones(p, sheet):
@@ -239,8 +238,7 @@ def soft_tissue(p, sheet, breath):
     tissue += 0.22 * body * sheet.blur(sheet.draw((core, 0.35, None), (belly, 1, None)), 0.04)
     if p["woman"]:
         oval = ellipse(0.18, 0.20) * p["breast"] + (0.6 * p["width"], p["base"] - 0.01)
-        breasts = sheet.draw((oval, 1, None)) + sheet.draw((oval * (-1, 1), 1, None))
-        tissue += p["mass"] * breasts * np.clip((depth - p["base"] + 0.2) / 0.3, 0, 1)
+        tissue += p["mass"] * sheet.draw(([oval, oval * (-1, 1)], 1, None)) * np.clip((depth - p["base"] + 0.2) / 0.3, 0, 1)
     return tissue * p["thick"] - 0.15 * sheet.blur(sheet.draw(*gas(p, middle)), 0.005), body
 
 
@@ -255,19 +253,21 @@ def gas(p, middle):
 
 
 def add_findings(names, p, rng, sheet, breath):
-    """Three layers: the share of air lost, extra attenuation, the share of the lung that is still expanded (vessels, texture)."""
+    """Three layers (plain numbers if healthy): the share of air lost, extra attenuation, the share of the lung still expanded."""
+    amounts = rng.uniform(0.3, 1, len(FINDINGS)).tolist()                # drawn for all: one finding never moves another
+    if not names:
+        return 0.0, 0.0, 1.0
     x, y = sheet.coordinates()
     x, top, base, w = x - p["lean"], p["apex"], p["base"] + breath, p["width"]
     step = lambda edge, width: np.clip(edge / width + 0.5, 0, 1)         # a ramp from 0 to 1
     lost, extra, expanded = np.zeros_like(x), np.zeros_like(x), np.ones_like(x)
-    amounts = rng.uniform(0.3, 1, len(FINDINGS)).tolist()                # drawn for all: one finding never moves another
-    texture = cloud(np.random.default_rng((p["trees"], 2)), sheet.size, 7, 24) if names else 0
+    texture = cloud(np.random.default_rng((p["trees"], 2)), sheet.size, 7, 24)
     for name in names:
         amount, side, (along, up) = amounts[FINDINGS.index(name)], p["side"][name], p["spot"][name]
         out, here = x * side / w, x * side > 0                           # 0 at the spine, 1 at the chest wall; this half of the chest
         away = lambda cx, cy, rx, ry: ((out - cx) * w / rx) ** 2 + ((y - top - cy * (base - top)) / ry) ** 2
         if name == "effusion":                                           # fluid, its meniscus climbing the chest wall
-            level = base + (p["dome"] if side > 0 else 0) + 0.07 - 0.15 * amount - 0.16 * np.clip(out - 0.4, 0, 1) ** 2
+            level = base + (p["dome"] if side > 0 else 0) + 0.07 - 0.15 * amount - 0.25 * np.clip(out - 0.4, 0, 1) ** 2
             lost = np.maximum(lost, step(y - level, 0.05) * here)
         elif name == "nodule":                                           # a ball, clear of the heart, the apex and the dome
             radius, high = 0.014 + 0.022 * amount, 0.3 if side > 0 else 0.5      # on the left the heart reaches far out below
