@@ -111,7 +111,7 @@ def make_patient(rng, enlarged):
              rib_drop=u(0.20, 0.30), rib_gap=u(0.064, 0.074), rib_width=u(0.011, 0.0145), bone=u(0.75, 1.25), bend=u(-0.012, 0.012),
              knob=u(0.05, 0.075), arms=u(0.0, 0.09), clavicle=u(-0.02, 0.02), dome=u(0.01, 0.05), angle=u(0.08, 0.13), gut=u(0, 8),
              bubble=u(0.2, 1.2), woman=u(0, 1) < 0.5, breast=u(0.85, 1.25), mass=u(0.02, 0.08))
-    p["heart"] = (u(0.95, 1.12), u(1.30, 1.62))[enlarged]                # both drawn: what follows is the same for either
+    p["heart"] = (u(0.95, 1.13), u(1.26, 1.58))[enlarged]                # both drawn: what follows is the same for either
     p["shape"] = rng.normal(0, 0.006, (64, 2))                           # wobbles, shared out to the outlines' control points
     p["side"] = {name: int(rng.choice((-1, 1))) for name in FINDINGS}
     p["side"]["nodule"] = -p["side"]["pneumothorax"]                     # never in the air around a collapsed lung
@@ -358,7 +358,7 @@ def make_phantom(seed, index, size=256, anomaly=None, findings=None):
     number, breath = int(rng.integers(len(DOMAINS))), rng.uniform(-0.03, 0.02)
     sheet = Sheet(size, (rng.normal(0, 0.03), rng.uniform(0.94, 1.16), rng.normal(0, 0.02), rng.uniform(-0.01, 0.06)))
     attenuation, lungs, heart, points = build(p, names, anomaly, breath, sheet, rng)
-    grey, marker = stamp(expose(attenuation, DOMAINS[number], rng, sheet), DOMAINS[number], rng)
+    grey, marker = stamp(expose(attenuation, DOMAINS[number], rng, sheet), DOMAINS[number], np.random.default_rng((seed, index, 4)))
     film, labels = (np.clip(grey, 0, 1) * 255 + 0.5).astype(np.uint8), np.array([int(name in names) for name in FINDINGS])
     return dict(film=film, labels=labels, lungs=lungs, heart=heart, landmarks=sheet.place(points)[:, ::-1] * size - 0.5, domain=number,
                 marker=marker, patient=patient)

@@ -57,6 +57,8 @@ def test_making_other_films_first_changes_nothing():
 def test_anatomy_is_the_same_at_another_size():
     small, large = make_phantom(5, 11, 128), make_phantom(5, 11, 256)
     assert np.array_equal(small["labels"], large["labels"]) and small["domain"] == large["domain"]
+    boxes = [(item["marker"], len(item["film"])) for item in (small, large, make_phantom(5, 11, 64))]
+    assert all(np.allclose(np.array(box) / size, np.array(boxes[1][0]) / 256, atol=0.51 / 64 + 0.51 / 256) for box, size in boxes)
     assert np.allclose((small["landmarks"] + 0.5) * 2, large["landmarks"] + 0.5)
     shrunk = np.asarray(Image.fromarray(large["lungs"]).convert("L").reduce(2)) > 127
     assert (shrunk != small["lungs"]).mean() < 0.01
@@ -110,7 +112,7 @@ def test_cardiomegaly_is_a_heart_wider_than_half_the_chest(films):
 def test_effusion_fills_the_costophrenic_angle_of_one_side(index):
     gain, without, with_it = brightness_gain(index, "effusion")
     assert np.array_equal(without["lungs"], with_it["lungs"]) and np.array_equal(without["landmarks"], with_it["landmarks"])
-    half = np.arange(128) < without["landmarks"][1, 1] + 8                # the right hilum is a little right of the spine, seen from the patient
+    half = np.arange(128) < without["landmarks"][1, 1] + 9                # the spine is 7 % of the film away from the right hilum
     angles = []
     for side in (half, ~half):
         field = without["lungs"] & side
@@ -188,8 +190,8 @@ def test_marker_box_holds_the_brightest_ink(films):
 def folder(tmp_path_factory):
     """60 phantoms written by the command itself, in two processes."""
     out = tmp_path_factory.mktemp("phantoms")
-    command = [sys.executable, str(ROOT / "phantom.py"), "--out", str(out), "--count", "60", "--size", "64", "--seed", "2", "--workers", "2"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    flags = "--count 60 --size 64 --seed 2 --workers 2".split()
+    subprocess.run([sys.executable, str(ROOT / "phantom.py"), "--out", str(out), *flags], check=True, capture_output=True, timeout=120)
     return out
 
 
@@ -218,9 +220,9 @@ def test_splits_are_by_patient(folder):
 
 
 def test_split_shares(tmp_path, monkeypatch):
-    monkeypatch.setattr(phantom, "make_phantom", lambda seed, index, size: dict(make_phantom_row, patient=index))
     blank = np.zeros((4, 4), bool)
-    make_phantom_row = dict(film=blank.astype(np.uint8), lungs=blank, heart=blank, labels=np.zeros(5, int), landmarks=np.zeros((4, 2)), domain=0, marker=None)
+    row = dict(film=blank.astype(np.uint8), lungs=blank, heart=blank, labels=np.zeros(5), landmarks=np.zeros((4, 2)), domain=0, marker=None)
+    monkeypatch.setattr(phantom, "make_phantom", lambda seed, index, size: dict(row, patient=index))
     rows = list(csv.DictReader(open(write_phantoms(tmp_path, 1000, 4), newline="")))
     share = lambda split: sum(row["split"] == split for row in rows) / 1000
     assert abs(share("train") - 0.7) < 0.05 and abs(share("val") - 0.1) < 0.03 and abs(share("test") - 0.2) < 0.04
