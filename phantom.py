@@ -96,8 +96,7 @@ def cloud(rng, size, *grids):
     """Smooth random layer: the sum over grids of unit noise with structures of size / grid pixels; coarsest grid first."""
     field = Image.new("F", (1, 1))
     for grid in grids:
-        coarse = np.asarray(field.resize((grid, grid), Image.BICUBIC))
-        field = Image.fromarray(coarse + rng.standard_normal((grid, grid), np.float32))
+        field = Image.fromarray(np.asarray(field.resize((grid, grid), Image.BICUBIC)) + rng.standard_normal((grid, grid), np.float32))
     return np.asarray(field.resize((size, size), Image.BICUBIC))
 
 
@@ -299,7 +298,8 @@ def build(p, names, anomaly, breath, sheet, rng):
     air = lung * (0.35 + 0.65 * round_lung) * (1 - 0.9 * solid) * (1 - lost)                      # lungs thin out towards their edges
     vessels = vessel_tree(p, sheet, hila) * expanded * lung * (1 - 0.7 * solid) * (1 - 0.7 * lost)
     sharp = (1 - 0.5 * solid) * (0.35 + 0.65 * round_lung)                            # scatter hides ribs behind heart and liver
-    tissue, body = soft_tissue(p, sheet, breath)
+    coarse = soft_tissue(p, Sheet(sheet.size // 2, sheet.pose), breath)                           # nothing in it is sharp
+    tissue, body = (np.asarray(Image.fromarray(layer).resize(heart.shape, Image.BICUBIC)) for layer in coarse)
     bones, clavicle = shoulder_bones(p, sheet)
     bones = p["bone"] * (0.075 * sharp * ribs(p, sheet) + 0.17 * bones + 0.08 * spine(p, sheet)) * np.clip(4 * body - 0.2, 0, 1)
     attenuation = (tissue * (1 + 0.03 * cloud(rng, sheet.size, 5)) - 0.38 * air + 0.12 * round_whole + bones + 0.07 * vessels
