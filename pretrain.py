@@ -22,10 +22,7 @@ from tqdm import tqdm
 import augment
 import evaluate
 import phantom
-try:
-    import pictures
-except ImportError:
-    pictures = None
+import pictures
 import runtime
 from data import BadFilm, Batches, Views, open_films
 from masks import mask_sizes, sample_masks
@@ -281,8 +278,8 @@ def main():
         columns = ["step", "epoch", "images", "loss", *LOSSES, "lr", "momentum", "feature_std", "rankme", "images_per_s", "data_wait"]
         log = runtime.Log(out / "log.csv", columns, start)
         if not start:
-            first = pictures and prepare(batch_of(views, range(4)), config, 0, torch.arange(4), "cpu")
-            pictures and pictures.save(views_picture(first, batch_of(views, range(4)), films, train), out / "views.png")
+            first = prepare(batch_of(views, range(4)), config, 0, torch.arange(4), "cpu")
+            pictures.save(views_picture(first, batch_of(views, range(4)), films, train), out / "views.png")
 
     # compile, DDP
     on = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
