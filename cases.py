@@ -1,4 +1,4 @@
-"""Cases of a downstream task → what the model sees, and back: training crops, test views, masks that move with their film; loss, predictions, judgement.
+"""Cases of a downstream task → what the model sees (crops, views, masks that move with their film), and back: loss, predictions, judgement.
 
 Randomness is keyed by (seed, epoch, index); which worker or rank reads a film changes nothing.
 """
@@ -17,7 +17,7 @@ import runtime
 from augment import crop, sample_boxes, sample_jitter, to_float, tone
 from data import BadFilm, fit, read_film
 from listing import read_mask
-from metrics import accuracy, dice, mean_auroc
+from metrics import accuracy, dice, fit_probe, mean_auroc
 from runtime import Stop
 
 TRAIN_VIEW, JITTER = 5, 6                                   # first words of the random keys, as in data.py
@@ -63,7 +63,8 @@ class Films:
         self.cases, self.size, self.kept = cases, size, kept
         new = [] if kept is None else [i for i, c in enumerate(cases) if c.path not in kept]
         with ThreadPoolExecutor(threads) as pool:
-            for i, item in zip(new, tqdm(pool.map(self._attempt, new), total=len(new), desc="decode", unit=" films", leave=False, disable=None if new else True)):
+            read = tqdm(pool.map(self._attempt, new), "decode", len(new), unit=" films", leave=False, disable=None if new else True)
+            for i, item in zip(new, read):
                 kept[cases[i].path] = item
 
     def __len__(self):
@@ -88,7 +89,8 @@ class Films:
 
 
 class Train(torch.utils.data.Dataset):
-    """Item (epoch, i) → view uint8 (size, size), target float (c,) or mask (size, size); `bad` = i when film i gave way to the next readable one, else -1."""
+    """Item (epoch, i) → view uint8 (size, size), goal: target float (c,) or mask (size, size); bad: i when film i gave way to the next readable
+    one, else -1."""
 
     def __init__(self, films, seed):
         self.films, self.seed = films, seed
@@ -109,7 +111,7 @@ class Train(torch.utils.data.Dataset):
             view, goal = train_crop(film, rng, size), np.float32(self.films.cases[j].target)
         else:
             view, goal = shift_scale_flip(crop(film, (0, 0, *film.shape), size), mask, rng)
-        return {"view": np.ascontiguousarray(view), "goal": np.asarray(goal, np.float32), "bad": i if k else -1}
+        return {"view": np.array(view), "goal": np.asarray(goal, np.float32), "bad": i if k else -1}
 
 
 class Test(torch.utils.data.Dataset):
@@ -127,9 +129,9 @@ class Test(torch.utils.data.Dataset):
             film, mask = self.films[i]
             views = test_views(film, size, self.ten) if mask is None else crop(film, (0, 0, *film.shape), size)[None]
         except BadFilm:
-            views, mask = np.zeros((10 if self.ten and case.mask is None else 1, size, size), np.uint8), np.zeros((size, size), bool)
-            return {"views": views, "goal": np.float32(case.target if case.mask is None else mask), "index": i, "good": False}
-        return {"views": np.ascontiguousarray(views), "goal": np.float32(case.target if mask is None else mask), "index": i, "good": True}
+            goal = case.target if case.mask is None else np.zeros((size, size))
+            return {"views": np.zeros((10 if self.ten and case.mask is None else 1, size, size), np.uint8), "goal": np.float32(goal), "index": i, "good": False}
+        return {"views": np.array(views), "goal": np.float32(case.target if mask is None else mask), "index": i, "good": True}
 
 
 class Bad:
@@ -150,7 +152,8 @@ class Bad:
                     self.names[path] = str(error)
                 tqdm.write(f"bad film, skipped: {path}: {self.names[path]}")
         if len(self.names) > max(1, 0.01 * self.total):
-            raise Stop(f"{len(self.names)} of {self.total} films cannot be read, more than 1 %: {', '.join(list(self.names)[:3])}; mend them or take them out of the list")
+            first = ", ".join(list(self.names)[:3])
+            raise Stop(f"{len(self.names)} of {self.total} films cannot be read, more than 1 %: {first}; mend them or take them out of the list")
 
 
 # ---------------------------------------------------------------- loss, prediction, judgement
@@ -166,7 +169,7 @@ def loss_of(kind, logits, goal):
 
 
 def prepare(item, kind, seed, step, places, batch, device):
-    """A loaded micro-batch → images (b, 1, H, W) with brightness and contrast in 0.8 … 1.2, goal. Keyed by (seed, step, place in the global batch)."""
+    """A loaded micro-batch → images (b, 1, H, W) with brightness and contrast in 0.8 … 1.2, goal. Keyed by (seed, step, place in the batch)."""
     jitter = sample_jitter(batch, runtime.keyed(JITTER, seed, step), 0.8 if kind == "mask" else 1.0, (0.8, 1.2))[places].to(device)
     images = to_float(item["view"].to(device, non_blocking=True))
     return tone(images, jitter[:, 0], jitter[:, 1])[:, None], item["goal"].to(device, non_blocking=True)
@@ -175,8 +178,9 @@ def prepare(item, kind, seed, step, places, batch, device):
 @torch.no_grad()
 def predict(forward, kind, films, config, team, bad, ten=False):
     """{i: row} for every readable case: what forward gives, mean over its crops (c,); kind mask: (Dice, 1 if truth has any pixel, loss)."""
-    mine, rows, broken = range(team.rank, len(films), team.world), {}, []
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(Test(films, ten), mine), batch_size=max(1, config.micro // (10 if ten else 1)), num_workers=config.workers if films.kept is None else 0)
+    mine, rows, broken = torch.utils.data.Subset(Test(films, ten), range(team.rank, len(films), team.world)), {}, []
+    size, workers = max(1, config.micro // (10 if ten else 1)), config.workers if films.kept is None else 0
+    loader = torch.utils.data.DataLoader(mine, batch_size=size, num_workers=workers)
     for item in loader:
         views = to_float(item["views"].to(team.device))                                    # (b, v, H, W)
         with runtime.autocast(team.device, config.precision):
@@ -203,16 +207,29 @@ def goals(films, rows):
 
 
 def judge(kind, labels, films, rows):
-    """→ (metric in percent, loss, {class: percent or None}). A class without positives or negatives counts in no mean (METHOD.md: mean AUROC)."""
+    """→ (metric in percent, loss, {class: AUROC in percent or None}); a class without positives or negatives counts in no mean."""
     table = np.stack(list(rows.values()))
     percent = lambda x: None if np.isnan(x) else 100 * float(x)
     if kind == "mask":
         some = table[table[:, 1] > 0, 0]
-        return 100 * table[:, 0].mean(), table[:, 2].mean(), {"all films": percent(table[:, 0].mean()), "films with a mask": percent(some.mean() if len(some) else np.nan)}
+        each = {"all films": percent(table[:, 0].mean()), "films with a mask": percent(some.mean() if len(some) else np.nan)}
+        return 100 * table[:, 0].mean(), table[:, 2].mean(), each
     truth = goals(films, rows)
     mean, each = mean_auroc(table, truth)
-    loss = loss_of(kind, torch.tensor(table), torch.tensor(truth)).mean().item()
+    loss = loss_of(kind, torch.tensor(table), torch.tensor(truth, dtype=torch.float32)).mean().item()
     return 100 * (accuracy(table, truth.argmax(1)) if kind == "classes" else mean), loss, dict(zip(labels, map(percent, each)))
+
+
+def solve_head(model, films, config, team, bad):
+    """The linear probe: logistic regression on frozen features of un-augmented films, its penalty chosen on validation, written into the head."""
+    x, y = {}, {}
+    for split in ("train", "val"):
+        rows = predict(model.features, "labels", films[split], config, team, bad)
+        x[split], y[split] = np.stack(list(rows.values())), goals(films[split], rows)
+    weight, bias = fit_probe(x["train"], y["train"], x["val"], y["val"])
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(weight.T))
+        model.head.bias.copy_(torch.from_numpy(bias))
 
 
 def write_predictions(path, kind, labels, films, rows):
@@ -240,6 +257,8 @@ def write_picture(path, model, films, rows, device):
         tint[..., 0] += 100 * guess
         tint[..., 1] += 100 * item["goal"]
         pair = Image.fromarray(np.concatenate([film, tint.clip(0, 255).astype(np.uint8)], 1)).resize((2 * films.size * scale, films.size * scale))
-        ImageDraw.Draw(pair).text((4, 4), f"{word}: Dice {100 * rows[i][0]:.1f}  {films.cases[i].path.name}", fill="yellow")
+        draw = ImageDraw.Draw(pair)
+        draw.text((4, 4), f"{word}: Dice {100 * rows[i][0]:.1f}  {films.cases[i].path.name}", fill="yellow")
+        draw.text((4, pair.height - 14), "green: truth, red: prediction, yellow: both", fill="yellow")
         tiles.append(np.asarray(pair))
     runtime.replace_with(path, lambda file: Image.fromarray(np.concatenate(tiles)).save(file, "PNG"))

@@ -23,10 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import cases
-import metrics
 import runtime
 import tasks
-from cases import goals, judge, loss_of, predict, prepare, write_picture, write_predictions
+from cases import judge, loss_of, predict, prepare, solve_head, write_picture, write_predictions
 from data import Batches
 from heads import Classifier, Segmenter, layer_groups
 from model import SIZES, ViT, load_checkpoint, load_encoder
@@ -36,21 +35,22 @@ METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}
 PUBLISHED = ("vindr", "chexpert")                # tasks whose epochs and batch the authors tell
 MIN_STEPS = 600                                  # of the other tasks: few films mean more epochs
 SMALL = dict(lr=1e-3, drop_path=0.1)             # ours, for networks narrower than ViT-Small: METHOD.md's recipe is made for ViT-B
-FREE = {"out", "device", "workers", "max_steps", "log_every", "save_every", "compile", "memory_gb", "seed", "seeds", "micro", "eval", "data", "labels"}    # may change on resume
+FREE = {"out", "data", "labels", "eval", "seed", "seeds", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile",
+        "memory_gb"}                             # may change on resume
 
 
 @dataclasses.dataclass
 class Config:
     task: str = flag("csv", "what to learn", list(tasks.TASKS))
     data: str = flag(None, "folder of the films [$CXR/<task>, else data/<task>]")
-    labels: str = flag(None, "task csv: table filename,label[,patient_id][,split], or filename,mask; label is one class, 'a|b' or normal, or one 0/1 column a class")
+    labels: str = flag(None, "task csv: table filename,label[,patient_id][,split]; label: a class, 'a|b' or normal; or a 0/1 column a class; or mask")
     column: str = flag(None, "task csv: the column to learn [mask, else label, else all 0/1 columns]")
     weights: str = flag(None, "encoder.pt or last.pt of a run, the authors' or timm's file, or none [the newest encoder.pt under runs/]")
     out: str = flag(None, "folder of the run [runs/<task>, or runs/<name of the table>]")
     eval: bool = flag(False, "no training: test the fine-tuned checkpoint --weights")
     freeze: bool = flag(False, "keep the encoder as it is: linear probe (segmentation: train the decoder alone)")
     seed: int = flag(0, "first seed: of new layers, order, augmentation and draws from train")
-    seeds: int = flag(1, "number of seeds to train, one after the other; the result is their mean and standard deviation")
+    seeds: int = flag(1, "number of seeds, one after the other; the result is their mean and standard deviation")
     fraction: float = flag(1.0, "share of the training films to use, drawn by seed")
     shots: int = flag(None, "training films of every class to use, drawn by seed, or MedFM's own lists")
     size: str = flag(None, "network from scratch, with --weights none [base]", list(SIZES))
@@ -64,7 +64,7 @@ class Config:
     min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
     weight_decay: float = flag(None, "AdamW weight decay; none on biases and norms [from the task]")
     layer_decay: float = flag(None, "each layer's learning rate as a share of the next one's [from the task]")
-    drop_path: float = flag(None, "chance that a film skips the last block's branches, linear over depth [from the task]")
+    drop_path: float = flag(None, "chance that a film skips the last block, linear over depth [from the task]")
     warmup: float = flag(None, "epochs of linear warm-up [from the task, at most a tenth]")
     patience: int = flag(None, "validations without a new best before stopping [from the task]")
     clip: float = flag(1.0, "largest gradient norm")
@@ -92,7 +92,7 @@ def choose_weights(config, out):
         return (None if path == "none" else Path(path)), f"as in the run in {out}"
     found = sorted(Path("runs").rglob("encoder.pt"), key=os.path.getmtime) if Path("runs").is_dir() else []
     if not found:
-        raise Stop("no pre-training run (encoder.pt) under runs/: run pretrain.py first, or give --weights FILE, or --weights none to train from scratch")
+        raise Stop("no pre-training run (encoder.pt) under runs/: run pretrain.py, or give --weights FILE, or --weights none for scratch")
     return found[-1], "newest pre-training run under runs/"
 
 
@@ -115,7 +115,7 @@ def settle(config, kind, shape, films, team):
     why = "the paper's" if config.task in PUBLISHED else "the paper's; epochs and batch are ours"
     if shape["dim"] < SIZES["small"]["dim"]:
         recipe |= SMALL
-        why = f"the paper's, with our {', '.join(f'{k} {v}' for k, v in SMALL.items())} for a small network; epochs and batch are ours"
+        why = f"for a small network ours: {', '.join(f'{k} {v}' for k, v in SMALL.items())}; else " + why
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     settled = {**recipe, "image": shape["image"], "patch": shape["patch"], **given}
     settled["batch"] = max(1, min(settled["batch"], films) // team.world) * team.world
@@ -156,39 +156,29 @@ def judgeable(splits):
     """Stop before training when the test split cannot give a number."""
     films = len(splits.test)
     if splits.kind != "mask" and not any(0 < sum(c.target[k] for c in splits.test) < films for k in range(len(splits.labels))):
-        raise Stop(f"no class has both positive and negative films among the {films} test films: AUROC is undefined; choose another split")
+        raise Stop(f"no class has positive and negative films among the {films} test films: AUROC is undefined; choose another split")
 
 
 def recipe_line(config, kind, n, total, every):
     """What will be trained, in one line."""
     if config.freeze and kind != "mask":
         return f"linear probe on {n} films, encoder frozen, {config.image} px in {config.patch} px patches, penalty chosen on validation"
-    return (f"{n} films, {config.image} px in {config.patch} px patches{', encoder frozen' if config.freeze else ''}, {config.epochs} epochs = {total} steps of {config.batch}, lr {config.lr:g}, "
-            f"weight decay {config.weight_decay:g}, layer decay {config.layer_decay:g}, drop path {config.drop_path:g}, {config.precision}; validation every {every} steps, "
+    return (f"{n} films, {config.image} px in {config.patch} px patches{', encoder frozen' if config.freeze else ''}, "
+            f"{config.epochs} epochs = {total} steps of {config.batch}, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
+            f"layer decay {config.layer_decay:g}, drop path {config.drop_path:g}, {config.precision}; validation every {every} steps, "
             f"stop after {config.patience} without a new best")
 
 
-# ------------------------------------------------------------------------------------------------ linear probe, result
-def solve_head(model, films, config, team, bad):
-    """The linear probe: logistic regression on frozen features of un-augmented films, its penalty chosen on validation, written into the head."""
-    x, y = {}, {}
-    for split in ("train", "val"):
-        rows = predict(model.features, "labels", films[split], config, team, bad)
-        x[split], y[split] = np.stack(list(rows.values())), goals(films[split], rows)
-    weight, bias = metrics.fit_probe(x["train"], y["train"], x["val"], y["val"])
-    with torch.no_grad():
-        model.head.weight.copy_(torch.from_numpy(weight.T))
-        model.head.bias.copy_(torch.from_numpy(bias))
-
-
+# ------------------------------------------------------------------------------------------------ result
 def summarise(out, config, splits, weights, results, team):
     """result.json over the seeds trained so far, and the last lines on the screen."""
     values, kind = [r["value"] for r in results], METRIC[splits.kind]
     per_class = {name: [r["per_class"][name] for r in results] for name in results[0]["per_class"]}
     per_class = {name: None if None in v else float(np.mean(v)) for name, v in per_class.items()}
     std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    result = {"task": config.task, "metric": kind, "mean": float(np.mean(values)), "std": std, "seeds": values, "per_class": per_class, "split": splits.counts(),
-              "notes": splits.notes, "weights": str(weights or "none"), "freeze": config.freeze, "fraction": config.fraction, "shots": config.shots,
+    result = {"task": config.task, "metric": kind, "mean": float(np.mean(values)), "std": std, "seeds": values, "per_class": per_class,
+              "split": splits.counts(), "notes": splits.notes, "weights": str(weights or "none"), "freeze": config.freeze,
+              "fraction": config.fraction, "shots": config.shots, "trained_on": [r["films"] for r in results],
               "bad": sorted({name for r in results for name in r["bad"]})}
     if team.lead:
         runtime.write_json(out / "result.json", result)
@@ -222,7 +212,7 @@ def same_recipe(folder, recipe):
 def finished(path, end):
     """result.json of a seed that has nothing left to train, else None."""
     result = json.loads(path.read_text()) if path.is_file() else None
-    return result if result and (result["final"] or result["steps"] >= end) else None
+    return result if result and (result["over"] or result["steps"] >= end) else None
 
 
 def resume(path, model, optimizer, best):
@@ -260,7 +250,8 @@ def main():
     # config
     asked = runtime.parse(Config, __doc__)
     check(asked)
-    out = Path(asked.out or (Path(asked.weights).parent / "eval" if asked.eval else Path("runs") / (Path(asked.labels).stem if asked.labels else asked.task)))
+    name = Path(asked.labels).stem if asked.labels else asked.task
+    out = Path(asked.out or (Path(asked.weights).parent / "eval" if asked.eval else Path("runs") / name))
 
     # devices
     team = runtime.start_team(asked.device)
@@ -270,28 +261,31 @@ def main():
     path, why = choose_weights(asked, out)
     root = tasks.find_root(asked.task, asked.data)
     splits = tasks.load(asked.task, root, asked.labels, asked.shots, asked.column, out / "index.txt" if team.lead else None)
-    kind, labels = splits.kind, splits.labels
+    kind, labels, metric = splits.kind, splits.labels, METRIC[splits.kind]
     ready = load_finetuned(path, device, kind, labels) if asked.eval else None
     shape = ready.vit.config if ready else shape_of(asked, path)
-    team.say(f"weights: {path or 'none'} ({why}): ViT {shape['dim']} × {shape['depth']}, pre-trained at {shape['image']} px in {shape['patch']} px patches" if path else
-             f"weights: none ({why}): ViT {shape['dim']} × {shape['depth']}")
-    team.say("\n  ".join([f"data: {root}, task {asked.task}: {METRIC[kind]} of {', '.join(labels)}", *describe(splits)]))
+    came = f", pre-trained at {shape['image']} px in {shape['patch']} px patches" if path else ""
+    team.say(f"weights: {path or 'none'} ({why}): ViT {shape['dim']} × {shape['depth']}{came}")
+    team.say("\n  ".join([f"data: {root}, task {asked.task}: {metric} of {', '.join(labels)}", *describe(splits)]))
     judgeable(splits)
-    draws = {seed: splits.train if splits.drawn else tasks.draw(splits.train, asked.fraction, asked.shots, seed) for seed in range(asked.seed, asked.seed + asked.seeds)}
     size, bad = asked.image or shape["image"], cases.Bad(sum(c["films"] for c in splits.counts().values()))
-    kept = {} if bad.total * (2 * size) ** 2 * 1.2 < asked.memory_gb * 1e9 else None
+    kept = {} if bad.total * (2 * size) ** 2 * 1.2 < asked.memory_gb * 1e9 else None           # films decoded once, for all seeds
     films = {split: cases.Films(getattr(splits, split), size, kept) for split in ("val", "test")}
 
-    results = []
-    for seed, drawn in draws.items():
+    results, stopping = [], False
+    for seed in range(asked.seed, asked.seed + asked.seeds):
+        drawn = splits.train if splits.drawn else tasks.draw(splits.train, asked.fraction, asked.shots, seed)
+        if len(drawn) < len(splits.train):
+            lines = tasks.warnings(dataclasses.replace(splits, train=drawn), ["train"])
+            team.say("\n  ".join([f"seed {seed}: {len(drawn)} of the {len(splits.train)} training films drawn", *lines]))
         films["train"] = cases.Films([] if ready else drawn, size, kept)
         config, reason = settle(asked, kind, shape, len(drawn), team)
-        folder, n = out / ("" if ready else f"seed{seed}"), len(drawn)
-        per_epoch = n // config.batch
+        n, per_epoch = len(drawn), len(drawn) // config.batch
         total = config.epochs * per_epoch
         end, every = min(total, config.max_steps or total), max(per_epoch, total // 50)        # every: steps between validations
         if not results:
             team.say(f"recipe: {recipe_line(config, kind, n, total, every)} ({reason})" if not ready else "recipe: none, test only")
+        folder = out if ready else out / f"seed{seed}"
 
         # model
         torch.manual_seed(seed)
@@ -299,46 +293,50 @@ def main():
         model = ready or (Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))).to(device)
         model.vit.requires_grad_(not config.freeze)
         recipe = recipe_of(config, path, vit, drawn)
-        if not ready and team.lead:
+        if team.lead and not ready:
             same_recipe(folder, recipe)
-        done = finished(folder / "result.json", end) if not ready else None
-        if done:
-            team.say(f"seed {seed}: finished before, test {METRIC[kind]} {done['value']:.2f} %")
-            results.append(done)
+        if not ready and (past := finished(folder / "result.json", end)):
+            team.say(f"seed {seed}: finished before, test {metric} {past['value']:.2f} %")
+            results.append(past)
             continue
-        meta = {"task": config.task, "kind": kind, "labels": list(labels), "recipe": recipe}
+        about = {"config": vit.config, "task": config.task, "kind": kind, "labels": list(labels), "recipe": recipe}
         best, done = {"value": -1.0, "loss": float("inf"), "step": 0, "stale": 0}, 0
-        keep = lambda: runtime.save_atomic({"finetuned": model.state_dict(), "config": vit.config, **meta, "step": done, "val": best["value"]}, folder / "best.pt")
-        validate = lambda: judge(kind, labels, films["val"], predict(model.eval(), kind, films["val"], config, team, bad))
-        solved = config.freeze and kind != "mask"                                              # a linear probe has a closed optimum: no loop
+        solved = config.freeze and kind != "mask"                                              # a linear probe has one optimum: no loop
         if solved and not ready:
             solve_head(model, films, config, team, bad)
-            best = judged(best, *validate()[:2], 0)
-            team.lead and keep()
+            best = judged(best, *judge(kind, labels, films["val"], predict(model.eval(), kind, films["val"], config, team, bad))[:2], 0)
+            if team.lead:
+                runtime.save_atomic({"finetuned": model.state_dict(), **about, "step": 0}, folder / "best.pt")
 
         # optimizer
-        optimizer = torch.optim.AdamW(layer_groups(model, config.weight_decay, config.layer_decay), lr=config.lr, betas=(0.9, 0.999), fused=True)
+        groups = layer_groups(model, config.weight_decay, config.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
 
         # resume
         start, best = resume(folder / "last.pt", model, optimizer, best)
+        end = start if ready or solved else end
         if start:
             team.say(f"seed {seed}: going on at step {start} of {total}")
-        end = start if ready or solved else end
-        log = runtime.Log(folder / "log.csv", ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"], start) if team.lead and start < end else None
+        if team.lead and start < end:
+            log = runtime.Log(folder / "log.csv", ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"], start)
 
         # compile, DDP
-        forward = torch.compile(model) if config.compile == "on" or config.compile == "auto" and device.type == "cuda" else model
-        forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None) if team.world > 1 and start < end else forward
+        compiling = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
+        forward = torch.compile(model) if compiling else model
+        if team.world > 1 and start < end:
+            forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
 
         # loop
         share, accumulate = config.batch // team.world, config.batch // team.world // config.micro
         batches = Batches(n, config.batch, config.micro, team.rank, team.world, seed, start, end)
-        loader = iter(DataLoader(cases.Train(films["train"], seed), batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"))
-        bar, since, logged, stopping, stale = tqdm(total=end, initial=start, desc=f"seed {seed}", unit="step", disable=not team.lead or start == end), time.perf_counter(), start, False, False
+        views = cases.Train(films["train"], seed)
+        loader = iter(DataLoader(views, batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"))
+        bar = tqdm(total=end, initial=start, desc=f"seed {seed}", unit="step", disable=not team.lead or start == end)
+        since, logged, tired = time.perf_counter(), start, False
         for step in range(start, end):
             model.train()
             model.vit.train(not config.freeze)
-            torch.manual_seed(int(np.random.SeedSequence((8, seed, step, team.rank)).generate_state(1)[0]))     # drop path: the same again after a resume
+            torch.manual_seed(int(np.random.SeedSequence((8, seed, step, team.rank)).generate_state(1)[0]))     # drop path, the same after a resume
             lr = runtime.warmup_cosine(step, total, round(config.warmup * per_epoch), config.lr, config.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
@@ -359,25 +357,28 @@ def main():
             bar.update()
 
             done, value, val_loss = step + 1, "", ""
+            stopping = runtime.any_rank(preempted.asked, team, hosts)
             validating = done % every == 0 or done == end
-            if validating or done % config.log_every == 0:
+            logging = validating or done % config.log_every == 0
+            if logging:
                 mean = runtime.reduce_mean(torch.stack(losses).sum(), team).item()
                 if not np.isfinite(mean):
-                    raise Stop(f"seed {seed}: the loss became NaN or infinite at step {done}: delete {folder} and start again with a lower --lr or --precision float32")
+                    raise Stop(f"seed {seed}: the loss became NaN or infinite at step {done}: delete {folder}, start again with a lower --lr")
             if validating:
-                value, val_loss, _ = validate()
+                value, val_loss, _ = judge(kind, labels, films["val"], predict(model.eval(), kind, films["val"], config, team, bad))
                 best = judged(best, value, val_loss, done)
-                stale = best["stale"] >= config.patience
-                bar.set_postfix_str(f"val {METRIC[kind]} {value:.2f}, best {best['value']:.2f} at step {best['step']}")
-                if team.lead and best["stale"] == 0:
-                    keep()
-            if team.lead and (validating or done % config.log_every == 0):
+                tired = best["stale"] >= config.patience
+                bar.set_postfix_str(f"val {metric} {value:.2f}, best {best['value']:.2f} at step {best['step']}")
+                if team.lead and best["step"] == done:
+                    runtime.save_atomic({"finetuned": model.state_dict(), **about, "step": done}, folder / "best.pt")
+            if team.lead and logging:
                 rate, since, logged = (done - logged) * config.batch / (time.perf_counter() - since), time.perf_counter(), done
-                log.row(step=done, epoch=done / per_epoch, images=done * config.batch, loss=mean, lr=lr, val=value, val_loss=val_loss, images_per_s=rate)
-            stopping = runtime.any_rank(preempted.asked, team, hosts)
+                log.row(step=done, epoch=done / per_epoch, images=done * config.batch, loss=mean, lr=lr, val=value, val_loss=val_loss,
+                        images_per_s=rate)
             if team.lead and (validating or stopping or done % config.save_every == 0):
-                runtime.save_atomic({"finetuned": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}, folder / "last.pt")
-            if stopping or stale:
+                state = {"finetuned": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}
+                runtime.save_atomic(state, folder / "last.pt")
+            if stopping or tired:
                 break
         bar.close()
         if stopping:
@@ -385,23 +386,25 @@ def main():
             break
 
         # test, once
-        runtime.any_rank(False, team, hosts)                                                   # best.pt is written
+        runtime.any_rank(False, team, hosts)                                                   # the others wait for best.pt
         model = ready or load_finetuned(folder / "best.pt", device, kind, labels)
         rows = predict(model, kind, films["test"], config, team, bad, config.ten_crop)
         value, _, per_class = judge(kind, labels, films["test"], rows)
-        results.append({"value": value, "per_class": per_class, "bad": sorted(bad.names), "val": best["value"], "best_step": best["step"], "steps": done,
-                        "final": bool(ready or solved or stale or done >= total)})
+        over = bool(ready or solved or tired or done >= total)
+        results.append({"value": value, "per_class": per_class, "films": n, "val": best["value"], "best_step": best["step"], "steps": done,
+                        "over": over, "bad": sorted(bad.names)})
         if team.lead:
             write_predictions(folder / "predictions.csv", kind, labels, films["test"], rows)
             if kind == "mask":
                 write_picture(folder / "cases.png", model, films["test"], rows, device)
             if not ready:
                 runtime.write_json(folder / "result.json", results[-1])
-            if results[-1]["final"]:
+            if over:
                 (folder / "last.pt").unlink(missing_ok=True)
-        team.say(f"seed {seed}: test {METRIC[kind]} {value:.2f} %, chosen at step {best['step']} by validation {best['value']:.2f} %")
+        if not ready:
+            team.say(f"seed {seed}: test {metric} {value:.2f} %, of the model at step {best['step']}, the best on validation ({best['value']:.2f} %)")
 
-    if results and not preempted.asked:
+    if results and not stopping:
         summarise(out, asked, splits, path, results, team)
     runtime.end_team(team)
 
