@@ -16,6 +16,7 @@ import sys
 import time
 import zlib
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +26,9 @@ import torch
 from tqdm import tqdm
 
 from augment import crop, sample_boxes
-from films import BadFilm, Pack, attempts, fit, pack_films, read_film, sniff
+from films import BadFilm, Pack, attempts, fit, looks_like_film, pack_films, read_film
 from runtime import Stop, flag, main, parse, write_text
 
-FILM_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".jp2", ".dcm", ".dicom", ".dic"}
 VIEWS, BATCHES = 1, 2                           # first word of each random key: NumPy pads keys with zeros, so (s, e) would equal (s, e, 0)
 MIMIC_BAD = frozenset("""
     0518c887-b80608ca-830de2d5-89acf0e2-bd3ec900 03b2e67c-70631ff8-685825fb-6c989456-621ca64d 786d69d0-08d16a2c-dd260165-682e66e9-acf7e942
@@ -40,22 +40,23 @@ MIMIC_BAD = frozenset("""
     2b5edbbf-116df0e3-d0fea755-fabd7b85-cbb19d84 db9511e3-ee0359ab-489c3556-4a9b2277-c0bf0369 87495016-a6efd89e-a3697ec7-89a81d53-627a2e13
     810a8e3b-2cf85e71-7ed0b3d3-531b6b68-24a5ca89 a9f0620b-6e256cbd-a7f66357-2fe78c8a-49caac26
 """.split())                                    # unusable films of MIMIC-CXR that the authors drop
+NAMED = {"MIMIC-CXR-JPG": re.compile(r"(?:^|/)([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+$"),          # a set's film: its key is group 1
+         "CheXpert": re.compile(r"(patient\d+/study\d+/view\d+_[a-z]+)\.\w+$"), "ChestX-ray14": re.compile(r"(?:^|/)(\d{8}_\d{3})\.\w+$")}
 
 
 # ------------------------------------------------------------------------------------------------ the three sets, by their lists
 class Listed(NamedTuple):
-    """What the lists of one set say: films wanted {key: patient}, keys of all films they mention, and how a path shows its key."""
+    """What the lists of one set say: films wanted {key: patient}, keys of all films they mention, how the set should look on disk."""
     title: str
     wanted: dict
     known: set
-    pattern: re.Pattern
     tree: str
 
     def key(self, name):
         """The key of a film file of this set, else None."""
-        match = self.pattern.search(name)
-        key = match[1] if match else os.path.splitext(os.path.basename(name))[0]
-        return key if match or key in self.known else None
+        named = NAMED[self.title].search(name)
+        key = named[1] if named else os.path.splitext(os.path.basename(name))[0]
+        return key if named or key in self.known else None
 
 
 def rows(path, *columns):
@@ -88,13 +89,12 @@ def list_mimic(lists, every_split):
         known.add(film)
         if view in ("AP", "PA") and (every_split or film in train) and film not in MIMIC_BAD:
             wanted[film] = f"mimic:{subject}"
-    return Listed("MIMIC-CXR-JPG", wanted, known, re.compile(r"(?:^|/)([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+$"), tree)
+    return Listed("MIMIC-CXR-JPG", wanted, known, tree)
 
 
 def list_chexpert(lists, _):
     """CheXpert, any of its five layouts: frontal films of train.csv. A film is known by patient/study/view, whatever folders lie above."""
     tree = "CheXpert-v1.0[-small]/{train/patient00001/study1/view1_frontal.jpg, valid/…, train.csv} from stanfordmlgroup.github.io"
-    pattern = re.compile(r"(patient\d+/study\d+/view\d+_[a-z]+)\.\w+$")
     tables = []
     for path in (p for p in lists if p.name in ("train.csv", "valid.csv", "val_labels.csv", "test_labels.csv")):
         with open(path, errors="replace") as file:                 # other sets have a train.csv, too
@@ -104,11 +104,11 @@ def list_chexpert(lists, _):
         return None
     wanted, known = {}, set()
     for film, side in itertools.chain(*(rows(p, "Path", "Frontal/Lateral") for p in tables if p.name == "train.csv")):
-        if match := pattern.search(film):
-            known.add(match[1])
+        if named := NAMED["CheXpert"].search(film):
+            known.add(named[1])
             if side == "Frontal":
-                wanted[match[1]] = f"chexpert:{match[1].split('/')[0]}"
-    return Listed("CheXpert", wanted, known, pattern, tree)
+                wanted[named[1]] = f"chexpert:{named[1].split('/')[0]}"
+    return Listed("CheXpert", wanted, known, tree)
 
 
 def list_nih(lists, _):
@@ -121,10 +121,10 @@ def list_nih(lists, _):
     if not chosen:
         raise Stop(f"{tables[0]}: ChestX-ray14 without train_val_list.txt: its test films cannot be told; expected {tree}")
     stem = lambda name: name.strip().rsplit(".", 1)[0]
-    patients = {stem(film): int(who) for film, who in itertools.chain(*(rows(p, "Image Index", "Patient ID") for p in tables))}
+    patients = {stem(film): who for film, who in itertools.chain(*(rows(p, "Image Index", "Patient ID") for p in tables))}
     names, others = ({stem(line) for path in paths for line in path.read_text(errors="replace").split()} for paths in (chosen, tested))
     wanted = {key: f"nih:{patients.get(key, key.split('_')[0]):0>8}" for key in names}
-    return Listed("ChestX-ray14", wanted, names | others | patients.keys(), re.compile(r"(?:^|/)(\d{8}_\d{3})\.\w+$"), tree)
+    return Listed("ChestX-ray14", wanted, names | others | patients.keys(), tree)
 
 
 def choose(names, packed, sets):
@@ -132,14 +132,14 @@ def choose(names, packed, sets):
 
     packed: names of films that packed files hold; a set's film that is there counts as found.
     """
-    taken, folders, found, left, twice = [], [], [set() for _ in sets], [0] * len(sets), [0] * len(sets)
+    taken, others, found, left, twice = [], [], [set() for _ in sets], [0] * len(sets), [0] * len(sets)
     for s, listed in enumerate(sets):
         found[s].update(key for key in map(listed.key, packed) if key in listed.wanted)
     for name in names:
         s, key = next(((s, key) for s, listed in enumerate(sets) if (key := listed.key(name))), (None, None))
         if s is None:
             taken.append((name, name))
-            folders.append(os.path.dirname(name))
+            others.append(name)
         elif key not in sets[s].wanted:
             left[s] += 1
         elif key in found[s]:
@@ -148,8 +148,12 @@ def choose(names, packed, sets):
             found[s].add(key)
             taken.append((name, sets[s].wanted[key]))
     lines = [line for parts in zip(sets, found, left, twice) for line in report(*parts)]
-    if folders:
-        lines.append(f"{'other' if sets else 'any'} folder: {len(folders):,} films in {len(set(folders)):,} folders")
+    if others:
+        folders = {os.path.dirname(name) for name in others}
+        lines.append(f"{'other films' if sets else 'films'}: {len(others):,} in {len(folders):,} folder{'s' * (len(folders) > 1)}")
+    for title, pattern in NAMED.items():
+        if alike := sum(pattern.search(name) is not None for name in others):
+            lines.append(f"warning: {alike:,} films are named as in {title}, whose lists are not here: its test films are trained on, too")
     return [name for name, _ in taken], [who for _, who in taken], lines
 
 
@@ -166,63 +170,63 @@ def report(listed, found, left, twice):
 
 
 # ------------------------------------------------------------------------------------------------ folders → films
-def walk(root):
-    """Every file and folder below `root`, hidden ones left out → (sorted file paths relative to it, {folder: mtime in ns})."""
-    files, folders, todo, seen = [], {}, [""], set()
-    while todo:
-        folder = todo.pop()
-        try:
-            stat = os.stat(os.path.join(root, folder))
-            if (stat.st_dev, stat.st_ino) in seen:                 # a link back up
-                continue
-            with os.scandir(os.path.join(root, folder)) as entries:
-                below = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
-        except PermissionError:                                    # lost+found of a mounted disk
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[folder] = stat.st_mtime_ns
-        for name, is_folder in below:
-            (todo if is_folder else files).append(f"{folder}/{name}" if folder else name)
-    return sorted(files), folders
+def threaded(function, items):
+    """[function(item) for item in items] by 16 threads: on a cold disk or over a network, waiting is what looking costs."""
+    parts = [items[k:k + 100] for k in range(0, len(items), 100)]
+    with ThreadPoolExecutor(16) as pool:
+        return list(itertools.chain(*pool.map(lambda part: [function(item) for item in part], parts)))
 
 
-def looks_like_film(root, name):
-    """By suffix; a file without one, or with a number for one as DICOM UIDs have, by its first bytes."""
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix[1:] and not suffix[1:].isdigit():
-        return suffix in FILM_SUFFIXES
-    if os.path.basename(name) == "DICOMDIR":
-        return False
+def look(folder):
+    """One folder → ((device, inode) or None when it may not be read, mtime in ns, sorted [(name, is a folder)] without hidden ones)."""
     try:
-        with open(os.path.join(root, name), "rb") as file:
-            return bool(sniff(file.read(132)))
-    except OSError:
-        return False
+        stat = os.stat(folder)
+        with os.scandir(folder) as entries:
+            return (stat.st_dev, stat.st_ino), stat.st_mtime_ns, sorted((e.name, e.is_dir()) for e in entries if e.name[0] != ".")
+    except (PermissionError, FileNotFoundError):                   # lost+found of a mounted disk, say
+        return None, 0, []
+
+
+def walk(root):
+    """Every file and folder below `root` → (sorted file paths relative to it, {folder: mtime in ns})."""
+    files, folders, seen, level = [], {}, {None}, [""]
+    while level:
+        looked, below = threaded(look, [os.path.join(root, folder) for folder in level]), []
+        for folder, (identity, mtime, entries) in zip(level, looked):
+            if identity in seen:                                   # a link back up
+                continue
+            seen.add(identity)
+            folders[folder] = mtime
+            for name, is_folder in entries:
+                (below if is_folder else files).append(f"{folder}/{name}" if folder else name)
+        level = below
+    return sorted(files), folders
 
 
 def make_index(root, every_split):
     """Look through `root` → dict of names, patients, packs, summary, and the state of the folders and lists that this rests on."""
     files, folders = walk(root)
-    lists = [name for name in files if name.endswith((".csv", ".csv.gz", "train_val_list.txt", "test_list.txt"))]
+    lists = [name for name in files if name.endswith((".csv", ".csv.gz", "_list.txt")) and os.path.isfile(root / name)]
     packs = {name: Pack(root / name) for name in files if name.endswith(".pack")}
     packed = {f"{above}{name}" for path, pack in packs.items() for name in pack.names
               for above in ("", f"{os.path.dirname(path)}/", os.path.join(os.path.dirname(path), pack.folder, ""))}
     sets = [s for s in (read([root / p for p in lists], every_split) for read in (list_mimic, list_chexpert, list_nih)) if s]
-    films = [name for name in files if looks_like_film(root, name)]
-    names, patients, summary = choose([name for name in films if name not in packed], packed, sets)
+    films = threaded(lambda name: name if name not in packed and looks_like_film(f"{root}/{name}") else None, files)
+    names, patients, summary = choose([name for name in films if name], packed, sets)
     if not names and not packs:
         raise Stop(f"--data {root}: no films to train on below it ({len(files):,} files; {'; '.join(summary) or 'none looks like a film'})")
-    return {"names": names, "patients": patients, "packs": list(packs), "folders": folders,
-            "summary": summary + [pack.told for pack in packs.values()], "lists": {name: stamp(root / name) for name in [*lists, *packs]}}
+    summary += [pack.told for pack in packs.values()]
+    return {"names": names, "patients": patients, "packs": list(packs), "summary": summary,
+            "folders": folders, "lists": {name: stamp(f"{root}/{name}") for name in [*lists, *packs]}}
 
 
 def stamp(path):
-    """[size, mtime in ns] of a file or folder; [] when it is gone."""
+    """[size, mtime in ns] of a file or folder; [0, 0] when it is gone."""
     try:
         stat = os.stat(path)
         return [stat.st_size, stat.st_mtime_ns]
     except OSError:
-        return []
+        return [0, 0]
 
 
 def cached_index(root, cache, every_split):
@@ -230,9 +234,9 @@ def cached_index(root, cache, every_split):
     options = ["1", str(root.resolve()), every_split]
     try:
         index = json.loads(cache.read_text())
-        if (index["options"] == options and all(stamp(root / name) == old for name, old in index["lists"].items())
-                and all(stamp(root / name)[1:] == [old] for name, old in index["folders"].items())):
-            return index
+        if index["options"] == options and all(stamp(f"{root}/{name}") == old for name, old in index["lists"].items()):
+            if list(index["folders"].values()) == [now[1] for now in threaded(stamp, [f"{root}/{name}" for name in index["folders"]])]:
+                return index
     except (OSError, ValueError, KeyError, TypeError):
         pass                                                       # no cache, or one from another version: look again
     index = {"options": options, **make_index(root, every_split)}

@@ -20,6 +20,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000")       # name
 IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 DICOM_STARTS = (b"\x02\0\0\0", b"\x02\0\x10\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0")     # tags, without header
 OPENJPEG = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")           # JPEG 2000; every other compressed syntax: libjpeg
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".jp2", ".dcm", ".dicom", ".dic"}
 
 
 class BadFilm(Exception):
@@ -31,6 +32,19 @@ def sniff(head):
     if head[128:132] == b"DICM" or head.startswith(DICOM_STARTS):
         return "dicom"
     return "image" if head.startswith(IMAGE_STARTS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") else ""
+
+
+def looks_like_film(path):
+    """By suffix; a file without one, or with a number for one as DICOM UIDs have, by its first bytes."""
+    name = os.path.basename(path)
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix[1:] and not suffix[1:].isdigit():
+        return suffix in SUFFIXES
+    try:
+        with open(path, "rb") as file:
+            return name != "DICOMDIR" and bool(sniff(file.read(132)))
+    except OSError:
+        return False
 
 
 def read_film(path, side=0):
@@ -55,11 +69,13 @@ def read_film(path, side=0):
 
 
 def refuse_flat(film):
-    """The film itself, unless it is constant or nine tenths of it are pure black or white: no anatomy is left in it.
+    """The film itself, unless it is tiny, constant, or nine tenths of it are pure black or white: no anatomy is left in it.
 
     Of 2,050 real films the worst, a small body in a black border, has half of its pixels there; a posterised one 98 %.
     """
-    if film.size == 0 or film.min() == film.max():
+    if min(film.shape) < 16:
+        raise BadFilm(f"only {film.shape[1]} × {film.shape[0]} px")
+    if film.min() == film.max():
         raise BadFilm("constant image")
     step = max(1, min(film.shape) // 512)
     part = film[::step, ::step]

@@ -23,7 +23,7 @@ def test_any_folder(tmp_path):
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     found = open_films(tmp_path)
     assert found.names == ["3.jfif", "CR.1.2.840.113564.99", "a/2.JPG", "a/b/c/1.png", "noname", "å ü/4.webp"] == found.patients
-    assert found[0].shape == (40, 40) and len(found) == 6 and "6 films in 4 folders" in found.summary[0]
+    assert found[0].shape == (40, 40) and len(found) == 6 and "films: 6 in 4 folders" in found.summary[0]
     assert open_films(tmp_path, side=16)[3].shape == (16, 16)
     (tmp_path / "people.csv").write_text("filename,patient_id\nb/c/1.png,anna\nsomewhere/else/3.jfif,ben\nx/1.png,nobody\n")
     assert open_films(tmp_path, patients=tmp_path / "people.csv").patients == ["ben", *found.names[1:3], "anna", *found.names[4:]]
@@ -172,6 +172,12 @@ def test_nih_without_its_list(tmp_path):
         open_films(tmp_path)
 
 
+def test_a_set_without_its_lists_is_warned_of(tmp_path):
+    nih_tree(tmp_path / "nih")
+    found = open_films(tmp_path / "nih" / "images_001")
+    assert len(found) == 1 and found.summary[1].startswith("warning: 1 films are named as in ChestX-ray14, whose lists are not here")
+
+
 def test_all_sets_in_one_folder_beside_others(tmp_path):
     mimic_tree(tmp_path, "a/mimic")
     chexpert_tree(tmp_path / "b", "batches")
@@ -223,7 +229,7 @@ def test_commands_and_their_errors(tmp_path):
     tree(tmp_path / "films", ["a/1.png", "b/2.jpg"])
     tree(tmp_path / "films", ["b/3.jpg"], TINY[:len(TINY) // 2])
     result = run("check", "--data", tmp_path / "films", "--workers", 2)
-    assert result.returncode == 0 and "any folder: 3 films in 2 folders" in result.stdout and "2 of 3 films can be read" in result.stdout
+    assert result.returncode == 0 and "films: 3 in 2 folders" in result.stdout and "2 of 3 films can be read" in result.stdout
     assert "bad: b/3.jpg: image file is truncated" in result.stdout
     for words, line in ((["check", "--data", tmp_path / "no"], "no such folder"), (["check", "--dta", "x"], "unrecognized arguments"),
                         (["chek", "--data", "x"], "say what to do"), ([], "say what to do")):

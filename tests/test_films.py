@@ -154,9 +154,9 @@ def test_palettes_alpha_and_modes(tmp_path):
     half = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(film(4))))
     plain, colour = Image.fromarray(grey), Image.fromarray(grey).convert("RGB")
     for name, image, options in (
-            ("reversed.png", reversed_palette, {}), ("clear.png", reversed_palette, {"transparency": bytes(range(256))}), ("la.png", half, {}),
-            ("rgba.png", half.convert("RGBA"), {}), ("rgb.bmp", colour, {}), ("named_wrong.jpg", plain, {"format": "TIFF"}),
-            ("gif.png", plain, {"format": "GIF"}), ("webp.gif", colour, {"format": "WEBP", "lossless": True})):
+            ("reversed.png", reversed_palette, {}), ("clear.png", reversed_palette, {"transparency": bytes(range(256))}),
+            ("la.png", half, {}), ("rgba.png", half.convert("RGBA"), {}), ("rgb.bmp", colour, {}),
+            ("named_wrong.jpg", plain, {"format": "TIFF"}), ("gif.png", plain, {"format": "GIF"}), ("webp.gif", colour, {"format": "WEBP", "lossless": True})):
         assert np.abs(read_film(save(tmp_path, name, image, **options)).astype(int) - grey).max() <= 1, name
 
 
@@ -191,11 +191,13 @@ def test_exif_rotation_is_applied(tmp_path):
     (b"", "empty file"), (b"<html>404</html>" * 20, "neither.*<html>"), (TINY[:len(TINY) // 2], "truncated"),
     (b"\x89PNG\r\n\x1a\n" + b"\0" * 300, "header|PNG"),
     (b"\0" * 128 + b"DICM" + b"junk" * 40, "."), (jpeg(np.full((50, 50), 77, np.uint8)), "constant"),
+    (jpeg(film(2, 15, 90)), "only 90 × 15 px"),
     (jpeg(np.where(film(2) > 128, 255, 0).astype(np.uint8), 100), "black-and-white")])
 def test_bad_files_are_refused_with_a_reason(tmp_path, content, reason):
     (tmp_path / "film.png").write_bytes(content)
-    with pytest.raises(BadFilm, match=reason):
-        read_film(tmp_path / "film.png")
+    for side in (0, 16) if reason != "black-and-white" else (0,):  # scaled down, black and white blend to grey
+        with pytest.raises(BadFilm, match=reason):
+            read_film(tmp_path / "film.png", side)
     with pytest.raises(BadFilm, match="No such file"):
         read_film(tmp_path / "gone.png")
 
