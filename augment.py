@@ -114,7 +114,9 @@ def apply_action(images, action):
 
 def blur(images, sigma):
     """Gaussian blur with one sigma (px) an image, as two products with banded matrices; rows renormalised at the border. (B, 1, H, W), (B,)"""
-    rows, cols = (gaussian_matrix(size, sigma) for size in images.shape[-2:])
+    height, width = images.shape[-2:]
+    rows = gaussian_matrix(height, sigma)
+    cols = rows if width == height else gaussian_matrix(width, sigma)
     return (rows @ images[:, 0] @ cols.mT)[:, None]
 
 

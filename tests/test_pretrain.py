@@ -17,7 +17,7 @@ from PIL import Image
 import phantom
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 1e-3 --ema 0.9 --log_every 1 --save_every 1000 --device cpu --holdout 4".split()
+SMALL = "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 --log_every 1 --save_every 1000 --device cpu --holdout 4".split()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_bad_input_is_one_clear_line(films, reference, tmp_path):
     refused(run(films / "films", tmp_path / "o", "--tasks", "locall", ok=False), "locall")
     refused(run(films / "films", tmp_path / "o", "--batch", "4096", ok=False), "4096")
     refused(run(films / "films", tmp_path / "o", "--probe", str(tmp_path / "none.csv"), ok=False), "none.csv")
-    refused(run(films / "films", reference, "--lr", "5e-4", ok=False), "another recipe", "lr 0.001 → 0.0005")
+    refused(run(films / "films", reference, "--lr", "5e-4", ok=False), "another recipe", "lr 0.0002 → 0.0005")
 
 
 class Evil:
