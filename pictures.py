@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE, COLOURS = "#1b1b1f", "#d8d8dc", ["#3b6fb6", "#d1495b", "#3a9d5d", "#e09f3e", "#7d5ba6", "#5c6b73"]
-HEAT = np.array([[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]], float)  # dark → bright, even steps of lightness
+HEAT = np.array([[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]],
+                float)                                                        # dark → bright, even steps of lightness
 
 
 def font(size=13):
