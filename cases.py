@@ -10,9 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
+import pictures
 import runtime
 from augment import crop, sample_boxes, sample_jitter, to_float, tone
 from data import BadFilm, fit, read_film
@@ -59,10 +60,10 @@ class Films:
     """films[i] → (film uint8, mask bool (size, size) or None) of case i; raises BadFilm. Films come at a short side of at most twice `size`
     (the authors' 512 for 224). kept: a dict that holds decoded films by path, filled now by threads; None = decode at every use."""
 
-    def __init__(self, cases, size, kept=None, threads=4):
+    def __init__(self, cases, size, kept=None):
         self.cases, self.size, self.kept = cases, size, kept
         new = [] if kept is None else [i for i, c in enumerate(cases) if c.path not in kept]
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor() as pool:
             read = tqdm(pool.map(self._attempt, new), "decode", len(new), unit=" films", leave=False, disable=None if new else True)
             for i, item in zip(new, read):
                 kept[cases[i].path] = item
@@ -246,19 +247,15 @@ def write_predictions(path, kind, labels, films, rows):
 
 @torch.no_grad()
 def write_picture(path, model, films, rows, device):
-    """cases.png: best, median and worst film by Dice; green = truth, red = prediction, yellow = both; the film itself on the left."""
-    order = sorted(rows, key=lambda i: -rows[i][0])
-    tiles, scale = [], max(1, 256 // films.size)
-    for word, i in zip(("best", "median", "worst"), (order[0], order[len(order) // 2], order[-1])):
+    """cases.png: best, median and worst film by Dice, with truth in green, the prediction in red and what both hold in yellow beside it."""
+    order, pictures_of, captions = sorted(rows, key=lambda i: -rows[i][0]), [], []
+    for i in (order[0], order[len(order) // 2], order[-1]):
         item = Test(films)[i]
         guess = (model(to_float(torch.from_numpy(item["views"]))[:, None].to(device)) > 0)[0].cpu().numpy()
-        film = np.repeat(item["views"][0][..., None], 3, 2)
-        tint = film.astype(float) * 0.6
+        tint = np.repeat(item["views"][0][..., None] * 0.6, 3, 2)
         tint[..., 0] += 100 * guess
         tint[..., 1] += 100 * item["goal"]
-        pair = Image.fromarray(np.concatenate([film, tint.clip(0, 255).astype(np.uint8)], 1)).resize((2 * films.size * scale, films.size * scale))
-        draw = ImageDraw.Draw(pair)
-        draw.text((4, 4), f"{word}: Dice {100 * rows[i][0]:.1f}  {films.cases[i].path.name}", fill="yellow")
-        draw.text((4, pair.height - 14), "green: truth, red: prediction, yellow: both", fill="yellow")
-        tiles.append(np.asarray(pair))
-    runtime.replace_with(path, lambda file: Image.fromarray(np.concatenate(tiles)).save(file, "PNG"))
+        pictures_of.append([item["views"][0], tint.clip(0, 255).astype(np.uint8)])
+        captions.append([films.cases[i].path.name[:40], f"Dice {100 * rows[i][0]:.1f}"])
+    titles = ["film", "green truth, red prediction"]
+    pictures.save(pictures.grid(pictures_of, captions, titles, ["best", "median", "worst"], cell=256), path)

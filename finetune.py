@@ -73,7 +73,7 @@ class Config:
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
     workers: int = flag(None, "loader processes a GPU [8 on a GPU, 0 on a CPU]")
-    memory_gb: float = flag(4.0, "keep the films decoded in memory when they take less than this")
+    memory_gb: float = flag(16.0, "keep the films decoded in memory when they take less than this in all processes together")
     log_every: int = flag(10, "steps between rows of log.csv")
     save_every: int = flag(500, "steps between checkpoints, beside those at every validation")
 
@@ -268,8 +268,9 @@ def main():
     team.say(f"weights: {path or 'none'} ({why}): ViT {shape['dim']} × {shape['depth']}{came}")
     team.say("\n  ".join([f"data: {root}, task {asked.task}: {metric} of {', '.join(labels)}", *describe(splits)]))
     judgeable(splits)
-    size, bad = asked.image or shape["image"], cases.Bad(sum(c["films"] for c in splits.counts().values()))
-    kept = {} if bad.total * (2 * size) ** 2 * 1.2 < asked.memory_gb * 1e9 else None           # films decoded once, for all seeds
+    size, bad = shape["image"] if ready else asked.image or shape["image"], cases.Bad(sum(c["films"] for c in splits.counts().values()))
+    fits = bad.total * (2 * size) ** 2 * 1.2 * team.world < asked.memory_gb * 1e9
+    kept = {} if fits else None                                                                # films decoded once, for all seeds
     films = {split: cases.Films(getattr(splits, split), size, kept) for split in ("val", "test")}
 
     results, stopping = [], False
@@ -300,7 +301,7 @@ def main():
             results.append(past)
             continue
         about = {"config": vit.config, "task": config.task, "kind": kind, "labels": list(labels), "recipe": recipe}
-        best, done = {"value": -1.0, "loss": float("inf"), "step": 0, "stale": 0}, 0
+        best = {"value": -1.0, "loss": float("inf"), "step": 0, "stale": 0}
         solved = config.freeze and kind != "mask"                                              # a linear probe has one optimum: no loop
         if solved and not ready:
             solve_head(model, films, config, team, bad)
@@ -314,7 +315,8 @@ def main():
 
         # resume
         start, best = resume(folder / "last.pt", model, optimizer, best)
-        end = start if ready or solved else end
+        tired, done = best["stale"] >= config.patience, start
+        end = start if ready or solved or tired else end
         if start:
             team.say(f"seed {seed}: going on at step {start} of {total}")
         if team.lead and start < end:
@@ -332,7 +334,7 @@ def main():
         views = cases.Train(films["train"], seed)
         loader = iter(DataLoader(views, batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"))
         bar = tqdm(total=end, initial=start, desc=f"seed {seed}", unit="step", disable=not team.lead or start == end)
-        since, logged, tired = time.perf_counter(), start, False
+        since, logged = time.perf_counter(), start
         for step in range(start, end):
             model.train()
             model.vit.train(not config.freeze)
