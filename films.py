@@ -6,6 +6,8 @@ import io
 import json
 import os
 import struct
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -229,10 +231,21 @@ class Attempts(torch.utils.data.Dataset):
             return None, str(error)
 
 
+def leave_with_parent(_):
+    """In a worker: end when the parent is killed. PyTorch's own watch does not see it while a film waits in a pipe that nobody reads."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def attempts(films, start, workers, task):
     """Films from number `start` on, in order, read by `workers` processes, with a progress bar: yields (film or None, reason)."""
     loader = torch.utils.data.DataLoader(Attempts(films), batch_size=None, sampler=range(start, len(films)), num_workers=workers,
-                                         collate_fn=tuple, prefetch_factor=16 if workers else None)
+                                         collate_fn=tuple, prefetch_factor=16 if workers else None, worker_init_fn=leave_with_parent)
     return tqdm(loader, desc=task, initial=start, total=len(films), unit=" films", disable=None)
 
 

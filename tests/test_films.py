@@ -42,7 +42,7 @@ def tree(root, names, content=TINY):
 
 
 def run(*words, **options):
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, words)], capture_output=True, text=True, timeout=100, **options)
+    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, words)], capture_output=True, text=True, timeout=300, **options)
 
 
 # ------------------------------------------------------------------------------------------------ the formats, one by one
@@ -318,6 +318,15 @@ def test_pack_equals_direct_reading(tmp_path):
     assert np.array_equal(views["views"], packed["views"])
 
 
+def gone(pid, seconds=20):
+    """Whether a process ends within some time."""
+    status = Path(f"/proc/{pid}/stat")
+    while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z" and seconds > 0:
+        time.sleep(0.1)
+        seconds -= 0.1
+    return seconds > 0
+
+
 def test_pack_goes_on_after_kill_9(tmp_path):
     big_tree(tmp_path / "films", 120)
     words = [sys.executable, str(ROOT / "data.py"), "pack", "--data", "films", "--side", "320", "--workers", "1", "--out"]
@@ -326,8 +335,10 @@ def test_pack_goes_on_after_kill_9(tmp_path):
     while process.poll() is None and lines < 25:
         time.sleep(0.002)
         lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.wait()
+    assert workers and all(gone(pid) for pid in workers)
     assert 25 <= lines < 121 and not (tmp_path / "cut.pack").exists()
     with open(journal, "a") as file:
         file.write("320 3")                                         # a line that the kill has cut
