@@ -19,7 +19,7 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
     """Two boxes of the same size, placed independently, and two independent flips. (Sec. B.1)
 
     rng: NumPy generator. height, width: the film's, px. → boxes (2, 4) float64, flips (2,) bool.
-    Box 1 is tried ten times (area fraction uniform, aspect log-uniform); a film too narrow for all ten gives its largest central box.
+    Box 1 is tried ten times (area fraction uniform, aspect log-uniform); a film too narrow for all ten gives the largest box it holds.
     """
     u = rng.random(26)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:10])
@@ -97,7 +97,7 @@ def tone(images, brightness, contrast):
     shape = (-1,) + (1,) * (images.dim() - 1)
     images = (images * brightness.view(shape)).clamp(0, 1)
     mean = images.mean(dim=tuple(range(1, images.dim())), keepdim=True)
-    return (mean + (images - mean) * contrast.view(shape)).clamp(0, 1)
+    return (images * contrast.view(shape) + mean * (1 - contrast.view(shape))).clamp(0, 1)      # factors of 1 change no bit
 
 
 def apply_jitter(views, jitter):

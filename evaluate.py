@@ -10,11 +10,12 @@ import torch
 from tqdm import tqdm
 
 import augment
-from data import BadFilm
+from data import BadFilm, match
 from metrics import linear_probe, mean_auroc, recall_at_k
 from runtime import Stop, keyed
 
 NEGATIVE = {"", "normal", "no finding", "none", "negative", "0"}
+SPLITS = ("train", "val", "test")
 
 
 def whole(films, indices, size):
@@ -70,7 +71,10 @@ class Labels:
             rows = list(csv.DictReader(file))
         if not rows or not {"filename", "label", "split"} <= rows[0].keys():
             raise Stop(f"--probe {path}: the columns filename, label and split are wanted, found {', '.join(rows[0]) if rows else 'nothing'}")
-        self.names = [r["filename"] for r in rows]
+        for line, r in enumerate(rows, 2):
+            if not r["filename"] or r["label"] is None or (r["split"] or "").strip().lower() not in SPLITS:
+                raise Stop(f"--probe {path}, line {line}: a filename, a label and a split of {', '.join(SPLITS)} are wanted, found {','.join(map(str, r.values()))[:120]}")
+        self.names = [r["filename"].strip() for r in rows]
         parts = [{p.strip() for p in r["label"].split("|")} for r in rows]
         self.classes = sorted({p for each in parts for p in each if p.lower() not in NEGATIVE})
         self.y = np.array([[c in each for c in self.classes] for each in parts], dtype=float)
@@ -78,9 +82,15 @@ class Labels:
         self.patients = [r.get("patient_id") or r["filename"] for r in rows]
 
     def locate(self, films):
-        """Row → number of its film in `films` by base name, -1 where it is missing; Stop when none is there."""
-        where = {Path(name).name: i for i, name in enumerate(films.names)}
-        found = np.array([where.get(Path(name).name, -1) for name in self.names])
+        """Row → number of its film in `films` by path tail, -1 where it is missing; Stop when none is there, or when a row fits two."""
+        where = {}
+        for i, name in enumerate(match(films.names, self.names)):
+            if name is None:
+                continue
+            if name in where:                                      # CheXpert calls every film view1_frontal.jpg
+                raise Stop(f"--probe {self.path}: {name} fits both {films.names[where[name]]} and {films.names[i]}: write more of the path")
+            where[name] = i
+        found = np.array([where.get(name, -1) for name in self.names])
         if (found < 0).all():
             raise Stop(f"--probe {self.path}: none of its {len(found)} films is in the data (first: {self.names[0]})")
         return found

@@ -34,7 +34,7 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None, tries=8):
     best = short.argmin(1)[:, None, None].expand(-1, 1, grid * grid)                         # the first of the best: unbiased
     hidden, seen = hidden.gather(1, best)[:, 0], seen.gather(1, best)[:, 0]
     # One sort settles everything: hidden patches score 2 to 3, seen ones 0 to 1, those outside both 1 to 2, at random within.
-    ranked = (order + 1 + hidden.float() - seen.float()).argsort(1)
+    ranked = (order + 1 + hidden.float() - seen.float()).argsort(dim=1, stable=True)     # stable: a tie falls alike in every share of the batch
     return ranked[:, :keep_count].sort(1).values, ranked[:, -mask_count:].sort(1).values
 
 

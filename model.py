@@ -133,12 +133,19 @@ class ViT(nn.Module):
         new = ViT(**{**self.config, "image": image, "patch": patch}, drop_path=drop_path)
         state = self.state_dict()
         if new.grid != self.grid:
-            state["pos_embed"] = sincos((grid_coords(new.grid) + 0.5) * self.grid / new.grid - 0.5, self.dim)[None]
+            state["pos_embed"] = self.positions(new.grid)
         if patch != self.patch:
             kernel = F.interpolate(state["patch_embed.proj.weight"], (patch, patch), mode="bicubic", antialias=True)
             state["patch_embed.proj.weight"] = kernel * (self.patch / patch) ** 2                 # keeps the response to a constant
         new.load_state_dict(state)
         return new
+
+    def positions(self, n):
+        """This model's positions on an n × n grid over the same field: recomputed where they are the fixed table, resampled where learned (timm). → (1, n², D)"""
+        if torch.allclose(self.pos_embed.cpu(), sincos(grid_coords(self.grid), self.dim)[None], atol=1e-4):
+            return sincos((grid_coords(n) + 0.5) * self.grid / n - 0.5, self.dim)[None]
+        table = self.pos_embed.view(1, self.grid, self.grid, self.dim).permute(0, 3, 1, 2)
+        return F.interpolate(table, (n, n), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
 
 
 class Predictor(nn.Module):
@@ -332,6 +339,19 @@ class BadCheckpoint(ValueError):
     one_line = True
 
 
+UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)               # what a wrong dict of weights can raise
+
+
+def brief(error):
+    """The first line of an error, or its name when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def bare(state):
+    """A state dict without the prefix that DistributedDataParallel adds."""
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
 def load_checkpoint(path):
     """A checkpoint file → its dict. Nothing is unpickled but tensors, plain containers and argparse.Namespace (the authors' file holds one)."""
     path = Path(path)
@@ -342,8 +362,7 @@ def load_checkpoint(path):
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise BadCheckpoint(f"{path}: not a checkpoint that can be loaded safely ({reason}); nothing in it was run") from None
+        raise BadCheckpoint(f"{path}: not a checkpoint that can be loaded safely ({brief(error)}); nothing in it was run") from None
     if not isinstance(checkpoint, dict):
         raise BadCheckpoint(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
@@ -352,31 +371,31 @@ def load_checkpoint(path):
 def load_world(path):
     """last.pt of a run, or the authors' pre-trained file → CheXWorld, predictor included."""
     checkpoint = load_checkpoint(path)
-    state = {k.removeprefix("module."): v for k, v in checkpoint.get("model", {}).items()}
     try:
         if "world" in checkpoint:
             world = CheXWorld(**checkpoint["config"])
             world.load_state_dict(checkpoint["world"])
             return world
+        state = bare(checkpoint.get("model", {}))
         if any(k.startswith("predictor.") for k in state):
             return from_official(state, state["encoder.patch_embed.proj.weight"].shape[0] // 64)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: these weights do not fit CheXWorld ({str(error).splitlines()[0][:160]})") from None
+    except UNFIT as error:
+        raise BadCheckpoint(f"{path}: these weights do not fit CheXWorld ({brief(error)})") from None
     raise BadCheckpoint(f"{path}: holds no predictor, which is needed here: give a run's last.pt or the authors' pre-trained file")
 
 
 def load_encoder(path, which="target"):
     """encoder.pt or last.pt of a run, the authors' file, or a timm ViT state dict → ViT. which: 'target' (default, Sec. B.3) or 'context'."""
     checkpoint = load_checkpoint(path)
-    state = checkpoint.get("model", checkpoint)
-    if "world" in checkpoint or any("predictor." in k for k in state):
+    model = checkpoint.get("model")
+    if "world" in checkpoint or isinstance(model, dict) and any("predictor." in str(k) for k in model):
         world = load_world(path)
         return (world.target_encoder if which == "target" else world.encoder).requires_grad_(True)
     try:
         if "encoder" not in checkpoint:
-            return vit_from(state, rgb=((0.5,) * 3, (0.5,) * 3))                                  # timm's ViTs expect mean 0.5, std 0.5
+            return vit_from(bare(checkpoint.get("model", checkpoint)), rgb=((0.5,) * 3, (0.5,) * 3))    # timm's ViTs expect mean 0.5, std 0.5
         vit = ViT(**checkpoint["config"])
         vit.load_state_dict(checkpoint["encoder"])
         return vit
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: these weights do not fit a ViT ({str(error).splitlines()[0][:160]})") from None
+    except UNFIT as error:
+        raise BadCheckpoint(f"{path}: these weights do not fit a ViT ({brief(error)})") from None

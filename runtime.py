@@ -48,8 +48,8 @@ def flag(default, help, choices=None):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         known = [o for action in self._actions for o in action.option_strings]
-        unknown = message.split()[-1].split("=")[0] if "unrecognized" in message else ""
-        near = difflib.get_close_matches(unknown, known, 1)
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("-")] if "unrecognized" in message else []
+        near = difflib.get_close_matches(unknown[0], known, 1) if unknown else []
         raise Stop(f"{message}{f' (did you mean {near[0]}?)' if near else ''}; {self.prog} --help lists all flags")
 
 
@@ -94,8 +94,13 @@ def start_team(device="auto"):
         raise Stop("--device cuda, but this PyTorch sees no GPU: use --device cpu or install a CUDA build of torch")
     if device == "cuda":
         device = f"cuda:{local}"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise Stop(f"--device {device}: wanted auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise Stop(f"--device {device}, but this PyTorch sees {torch.cuda.device_count()} GPU(s)")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
@@ -148,7 +153,7 @@ def autocast(device, precision):
 
 
 def keyed(*key):
-    """A torch generator (on the CPU) that depends on the integers of `key` and nothing else."""
+    """A torch generator (on the CPU) that depends on the integers of `key`, 0 or more, and nothing else."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator().manual_seed(seed)
 
@@ -171,15 +176,18 @@ def cosine(step, total, start, end):
 def replace_with(path, write):
     """Call write(temporary file name) and rename it to `path`: readers see the old file or the new one, never half."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                       # a file for a folder, no permission; torch.save calls a full disk a RuntimeError
+        raise Stop(f"{path} cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_atomic(obj, path):
@@ -216,8 +224,8 @@ def read_log(path):
     """Rows of a log.csv as dicts of strings; a last row cut by a crash is left out."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = Path(path).read_text()
+    rows = list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
     return [r for r in rows if None not in r and None not in r.values() and r.get("step", "").strip()]
 
 
