@@ -8,6 +8,7 @@
 The data decides the recipe: none means the demo, given means the paper; flags override both. The same command again goes on
 where the last one stopped. --out receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
 """
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -25,6 +26,7 @@ import phantom
 import pictures
 import runtime
 from data import BadFilm, Batches, Views, open_films
+from films import leave_with_parent
 from masks import mask_sizes, sample_masks
 from metrics import feature_std, rankme
 from model import SIZES, CheXWorld, load_checkpoint
@@ -278,8 +280,7 @@ def main():
         columns = ["step", "epoch", "images", "loss", *LOSSES, "lr", "momentum", "feature_std", "rankme", "images_per_s", "data_wait"]
         log = runtime.Log(out / "log.csv", columns, start)
         if not start:
-            first = prepare(batch_of(views, range(4)), config, 0, torch.arange(4), "cpu")
-            pictures.save(views_picture(first, batch_of(views, range(4)), films, train), out / "views.png")
+            pictures.save(views_picture(views, config, min(4, config.batch)), out / "views.png")
 
     # compile, DDP
     on = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
@@ -288,7 +289,7 @@ def main():
 
     # loop
     batches = Batches(len(train), config.batch, micro, team.rank, team.world, config.seed, start, end)
-    loader = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda"))
+    loader = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=leave_with_parent))
     bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
     asked, finite, waited, since, logged = runtime.Preempted(), torch.ones((), device=device), 0.0, time.perf_counter(), start
     for step in range(start, end):
@@ -304,7 +305,7 @@ def main():
             bad.note(item["bad"])
             places = team.rank * micro * accumulate + part * micro + torch.arange(micro)
             batch = prepare(item, config, step, places, device)
-            sync = forward.no_sync() if team.world > 1 and part + 1 < accumulate else runtime.contextlib.nullcontext()
+            sync = forward.no_sync() if team.world > 1 and part + 1 < accumulate else contextlib.nullcontext()
             with sync, runtime.autocast(device, config.precision):
                 losses = forward(**batch)
                 (losses["loss"] / accumulate).backward()
@@ -362,32 +363,29 @@ def batch_of(views, numbers):
     return torch.utils.data.default_collate([views[0, i] for i in numbers])
 
 
-def views_picture(batch, item, films, train):
-    """Films with their two boxes, then for each view: the target crop and the augmented context with its hidden patches greyed. → picture"""
-    rows = []
-    for b in range(len(item["views"])):
-        film = films[int(train[b])]
-        row = [pictures.draw_boxes(film, item["boxes"][b].numpy(), ["#ffb000", "#4cc9f0"])]
-        for view in (0, 1):
-            k = b + view * len(item["views"])
-            n = int(len(batch["coords"][k]) ** 0.5)
-            seen = torch.zeros(n * n).index_fill_(0, batch["keep"][k], 1).view(n, n).repeat_interleave(len(film) and batch["x"].shape[-1] // n, 0)
-            seen = seen.repeat_interleave(batch["x"].shape[-1] // n, 1)
-            row += [batch["y"][k, 0].numpy(), (batch["x"][k, 0] * seen + 0.35 * (1 - seen)).numpy()]
-        rows.append(row)
-    titles = ["film and its two boxes", "target y1", "context x1 = mask(T(y1))", "target y2", "context x2"]
-    return pictures.grid([[(255 * c).astype(np.uint8) if isinstance(c, np.ndarray) and c.dtype != np.uint8 else c for c in row] for row in rows], column_titles=titles)
+def views_picture(views, config, count=4):
+    """Films with their two boxes, then for each view the target crop and the augmented context with its hidden patches grey: step 0 as the model sees it."""
+    item = batch_of(views, range(count))
+    batch = prepare(item, config, 0, torch.arange(count), "cpu")
+    n, patch = config.image // config.patch, config.patch
+    seen = torch.zeros(2 * count, n * n).scatter_(1, batch["keep"], 1.0).view(-1, 1, n, n)
+    context = torch.where(seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3) > 0, batch["x"], torch.tensor(0.35))
+    grey = lambda images: (255 * images[:, 0]).round().byte().numpy()
+    y, x = grey(batch["y"]), grey(context)
+    rows = [[pictures.draw_boxes(views.read(b)[0], item["boxes"][b].numpy(), ["#ffb000", "#4cc9f0"]), y[b], x[b], y[b + count], x[b + count]] for b in range(count)]
+    return pictures.grid(rows, column_titles=["film, boxes 1 and 2", "target y1", "context x1", "target y2", "context x2"])
 
 
 def closing(config, out, world, films, held, tables, device):
     """The closing table on held-out films: domain sensitivity test with and without the action, linear probes against random features and raw pixels."""
     world.eval()
-    held = evaluate.readable(films, held)
-    images = evaluate.whole(films, held[np.linspace(0, len(held) - 1, min(50, len(held))).astype(int)], config.image)
-    result = {"domain": evaluate.domain_test(world, images, progress=True), "probe": {}}
-    print(f"\nheld-out films: domain sensitivity test, {result['domain']['images']} films × {result['domain']['candidates']} candidates (Table 4), percent")
-    for name, label in (("action", "with the action"), ("no_action", "without"), ("random", "chance")):
-        print(f"  {label:22s}" + "".join(f"  Recall@{k} {result['domain'][name][f'recall@{k}']:6.2f}" for k in (1, 3, 5)))
+    result = {"domain": {}, "probe": {}}
+    held = evaluate.readable(films, held[np.linspace(0, len(held) - 1, min(50, len(held))).astype(int)])
+    if len(held):
+        result["domain"] = evaluate.domain_test(world, evaluate.whole(films, held, config.image), progress=True)
+        print(f"\nheld-out films: domain sensitivity test, {len(held)} films × {result['domain']['candidates']} candidates (Table 4), percent")
+        for name, label in (("action", "with the action"), ("no_action", "without"), ("random", "chance")):
+            print(f"  {label:22s}" + "".join(f"  Recall@{k} {result['domain'][name][f'recall@{k}']:6.2f}" for k in (1, 3, 5)))
     torch.manual_seed(config.seed)
     fresh = CheXWorld(**world.config).to(device).eval().target_encoder
     for table in tables:
