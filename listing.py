@@ -3,7 +3,6 @@
 Used by tasks.py for the downstream sets. Nothing here knows a data set by name.
 """
 import csv
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from data import walk
 from runtime import Stop, write_text
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
@@ -34,7 +34,7 @@ def key(name):
 
 
 class Index:
-    """Every file under root, walked once and kept in the text file `cache`; films are found by name or path tail, with or without suffix."""
+    """Every file under root but hidden ones, walked once and kept in the text file `cache`; films are found by name or path tail, with or without suffix."""
 
     def __init__(self, root, cache=None):
         self.root, self.cache = Path(root), cache and Path(cache)
@@ -44,8 +44,7 @@ class Index:
         self.tails = {}
 
     def _walk(self):
-        walk = os.walk(self.root, followlinks=True)
-        names = sorted(os.path.relpath(os.path.join(folder, f), self.root).replace(os.sep, "/") for folder, _, files in walk for f in files)
+        names, _ = walk(self.root)
         if self.cache:
             write_text(self.cache, "\n".join([str(self.root.resolve()), *names]) + "\n")
         return names
@@ -101,8 +100,8 @@ class Index:
 
 def read_list(path):
     """Lines 'name 0 1 0', 'name,1', 'name 0,0,1' or 'name' → [(name, (0, 1, 0))]; blank lines and CRLF are fine."""
-    words = [re.split(r"[\s,]+", line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     try:
+        words = [re.split(r"[\s,]+", line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         return [(w[0], tuple(int(float(x)) for x in w[1:] if x)) for w in words]
     except ValueError:
         raise Stop(f"{path}: not a split list of lines 'name 0 1 ...'") from None
@@ -110,13 +109,17 @@ def read_list(path):
 
 def read_table(path, *columns):
     """CSV → list of dicts; spaces around names and values dropped (SIIM's header), surplus fields too (NIH's commas). Stop unless `columns` are there."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
-        header = [h.strip() for h in rows.fieldnames or []]
-        absent = [c for c in columns if c not in header]
-        if absent:
-            raise Stop(f"{path}: no column {', '.join(absent)}; its columns are {', '.join(header)}")
-        return [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None} for row in rows]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            header = [h.strip() for h in rows.fieldnames or []]
+            table = [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None} for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Stop(f"{path}: cannot be read as a table ({error}); save it as CSV, UTF-8, with commas") from None
+    absent = [c for c in columns if c not in header]
+    if absent:
+        raise Stop(f"{path}: no column {', '.join(absent)}; its columns are {', '.join(header)}")
+    return table
 
 
 def number(text):
@@ -131,14 +134,20 @@ def number(text):
 # ---------------------------------------------------------------- masks
 
 def film_size(path):
-    """(height, width) in pixels from the header alone."""
+    """(height, width) in pixels from the header alone; Stop when there is none."""
     try:
         with Image.open(path) as image:
             return image.height, image.width
     except OSError:
+        pass
+    try:
         import pydicom
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
         return int(header.Rows), int(header.Columns)
+    except ImportError:
+        raise Stop('DICOM needs a reader: pip install "pydicom>=3"') from None
+    except Exception as error:                                             # a broken file may raise anything
+        raise Stop(f"{path}: no image size in its header ({error})") from None
 
 
 def choose_canvas(index, name, too_small):

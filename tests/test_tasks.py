@@ -401,6 +401,16 @@ def test_absent_files_show_the_tree_and_absent_films_their_count(tmp_path):
         tasks.find_root("siim", tmp_path / "nowhere")
 
 
+def test_tables_that_are_none_are_named(tmp_path):
+    table = csv_tree(tmp_path, "filename,label", ["0.png,a"])
+    table.write_bytes("filename,label\n0.png,Erguß".encode("cp1252"))
+    with pytest.raises(Stop, match="table.csv: cannot be read as a table"):
+        tasks.load("csv", tmp_path, table)
+    (tmp_path / "l.txt").write_text("a.png zero one")
+    with pytest.raises(Stop, match="l.txt: not a split list"):
+        read_list(tmp_path / "l.txt")
+
+
 def test_find_root_looks_in_cxr_and_rsna_tasks_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR", str(tmp_path))
     (tmp_path / "rsna").mkdir()
