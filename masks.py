@@ -5,9 +5,11 @@ context is its complement, cut to one square block of area fraction (0.75, 1). K
 of visible patches K and of predicted patches M stays the same for a whole training. Of eight drawn masks an image keeps
 the one whose union and context come closest to holding M and K patches, and then predicts M patches of the union *at
 random* and sees K patches of the context *at random*: never in raster order, which would blind the model to the
-costophrenic angles. What this costs: the union's remaining patches are hidden and not predicted, the context's remaining
-patches are not seen, and where even the best of eight falls short, the missing patches are taken at random from the
-rest (tests/test_masks.py measures how many).
+costophrenic angles. What this costs (tests/test_masks.py measures it):
+- the union's other patches (7 of 196 on average) are hidden and not predicted, the context's other patches (10) not seen;
+- where even the best of eight falls short (one image in ten), the missing patches are taken at random from the rest: 0.3 %
+  of the predicted patches lie outside the union, 0.3 % of the seen ones outside the context;
+- the best of eight favours large squares (mean area 0.95, drawn 0.88): a crop's corners are seen in 61 % of images, not 43 %.
 """
 import torch
 
