@@ -159,14 +159,14 @@ def judgeable(splits):
         raise Stop(f"no class has positive and negative films among the {films} test films: AUROC is undefined; choose another split")
 
 
-def recipe_line(config, kind, n, total, every):
-    """What will be trained, in one line."""
+def recipe_line(config, kind, n, total, every, reason):
+    """What will be trained and why so, in one line."""
     if config.freeze and kind != "mask":
         return f"linear probe on {n} films, encoder frozen, {config.image} px in {config.patch} px patches, penalty chosen on validation"
     return (f"{n} films, {config.image} px in {config.patch} px patches{', encoder frozen' if config.freeze else ''}, "
             f"{config.epochs} epochs = {total} steps of {config.batch}, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
             f"layer decay {config.layer_decay:g}, drop path {config.drop_path:g}, {config.precision}; validation every {every} steps, "
-            f"stop after {config.patience} without a new best")
+            f"stop after {config.patience} without a new best ({reason})")
 
 
 # ------------------------------------------------------------------------------------------------ result
@@ -285,7 +285,7 @@ def main():
         total = config.epochs * per_epoch
         end, every = min(total, config.max_steps or total), max(per_epoch, total // 50)        # every: steps between validations
         if not results:
-            team.say(f"recipe: {recipe_line(config, kind, n, total, every)} ({reason})" if not ready else "recipe: none, test only")
+            team.say("recipe: none, test only" if ready else f"recipe: {recipe_line(config, kind, n, total, every, reason)}")
         folder = out if ready else out / f"seed{seed}"
 
         # model
