@@ -110,7 +110,7 @@ def predictor(h, context_coords, target_coords, code, state, heads):
 
 
 def losses(state, batch, config):
-    """Eq. (10)–(12) and Table 3's switches, film by film, view by view: state of a CheXWorld, batch of arrays, its config. → dict of means."""
+    """Eq. (10)–(12) and Table 3's switches, view by view. state of a CheXWorld, batch of arrays, its config → dict of means."""
     encoder, target, g = (sub(state, name + ".") for name in ("encoder", "target_encoder", "predictor"))
     y, x = ((batch[k].astype(float) - 0.5) / 0.25 for k in ("y", "x"))                # the program's one mean and deviation
     n, films, tasks = config["image"] // config["patch"], len(y) // 2, config["tasks"].split(",")

@@ -1,4 +1,4 @@
-"""Crops, geometry and tone against independent references: NumPy resampling, films whose grey values are coordinates, PIL, SciPy, brute-force sampling."""
+"""Crops, geometry and tone against independent references: NumPy resampling, films whose grey values are coordinates, PIL, SciPy, loops."""
 import math
 import random
 
@@ -33,8 +33,11 @@ def resampling_matrix(length, start, extent, size):
     return weight / weight.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize("shape, box, size", [((90, 120), (0, 0, 90, 120), 32), ((90, 120), (10.3, 20.7, 70.2, 66.6), 32), ((90, 120), (33.25, 41.5, 20.5, 24.1), 64),
-                                              ((200, 150), (0.4, 0.2, 199.1, 149.5), 56), ((64, 64), (0, 0, 64, 64), 64), ((300, 280), (12, 7, 256, 240), 16)])
+CROPS = [((90, 120), (0, 0, 90, 120), 32), ((90, 120), (10.3, 20.7, 70.2, 66.6), 32), ((90, 120), (33.25, 41.5, 20.5, 24.1), 64),
+         ((200, 150), (0.4, 0.2, 199.1, 149.5), 56), ((64, 64), (0, 0, 64, 64), 64), ((300, 280), (12, 7, 256, 240), 16)]
+
+
+@pytest.mark.parametrize("shape, box, size", CROPS)
 @pytest.mark.parametrize("flip", [False, True])
 def test_crop_is_antialiased_bicubic(shape, box, size, flip):
     film, (top, left, height, width) = smooth_film(*shape), box
@@ -93,7 +96,7 @@ def test_boxes_follow_the_recipe(height, width):
 def test_a_strip_gives_the_largest_box_it_holds(height, width, h, w):
     boxes, _ = sample_boxes(np.random.default_rng(0), height, width)
     assert boxes[:, 2:] == pytest.approx(np.array([[h, w]] * 2))
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, 0] + boxes[:, 2] <= height + 1e-9).all() and (boxes[:, 1] + boxes[:, 3] <= width + 1e-9).all()
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= (height + 1e-9, width + 1e-9)).all()
 
 
 # ------------------------------------------------------------------------------------------------ geometry
@@ -122,16 +125,19 @@ def centres(view, n):
 
 @pytest.mark.parametrize("context_flip", [False, True])
 @pytest.mark.parametrize("target_flip", [False, True])
-@pytest.mark.parametrize("boxes", [((5, 10, 120, 140), (60, 50, 120, 140)), ((30.5, 2.25, 150, 90), (0, 80.75, 150, 90)), ((0, 0, 200, 200), (40, 60, 80, 100))])
+@pytest.mark.parametrize("boxes", [((5, 10, 120, 140), (60, 50, 120, 140)), ((30.5, 2.25, 150, 90), (0, 80.75, 150, 90)),
+                                   ((0, 0, 200, 200), (40, 60, 80, 100))])
 def test_relative_coords_against_films_that_know_where_they_are(boxes, context_flip, target_flip):
-    """The film's grey value is its row (or column): cut both views, read off where each target patch lies on the film, find that place in the context."""
+    """The film's grey value is its row (or column): cut both views, read off where each target patch lies on the film, find that
+    place in the context."""
     n, size, (context, target) = 8, 64, boxes
-    out = relative_coords(*(torch.tensor([b], dtype=torch.float64) for b in boxes), n, torch.tensor([context_flip]), torch.tensor([target_flip]))[0].numpy()
+    both = (torch.tensor([b], dtype=torch.float64) for b in boxes)
+    out = relative_coords(*both, n, torch.tensor([context_flip]), torch.tensor([target_flip]))[0].numpy()
     film = np.broadcast_to(np.arange(200, dtype=np.uint8), (200, 200))
     for axis, ramp in enumerate((np.ascontiguousarray(film.T), np.ascontiguousarray(film))):
         seen = centres(crop(ramp, target, size, target_flip).astype(float), n)              # film coordinate of each target patch
         along = centres(crop(ramp, context, size, context_flip).astype(float), n).reshape(n, n).mean(1 - axis)
-        slope, start = np.polyfit(along[1:-1], np.arange(n)[1:-1], 1)                       # context patch ← film coordinate, beyond its borders too
+        slope, start = np.polyfit(along[1:-1], np.arange(n)[1:-1], 1)       # context patch ← film coordinate, beyond its borders too
         assert np.abs(out[:, axis] - (slope * seen + start)).max() < 0.2                    # grey levels are whole, patches 11 px and more
         assert np.corrcoef(out[:, axis], seen)[0, 1] * (-1 if axis and context_flip else 1) > 0.999
 
@@ -201,7 +207,7 @@ def test_blur_is_a_gaussian_renormalised_at_the_border(sigma, shape):
     truth = blur(images[0, 0].double().numpy()) / blur(np.ones(shape))
     ours = apply_action(images, action(1, 1, 1, sigma))[0, 0].numpy()
     assert np.abs(ours - truth).max() < 1e-5
-    assert np.abs(ours[8:-8, 8:-8] - gaussian_filter(images[0, 0].numpy(), sigma)[8:-8, 8:-8]).max() < 2e-3     # SciPy's own radius, interior
+    assert np.abs(ours[8:-8, 8:-8] - gaussian_filter(images[0, 0].numpy(), sigma)[8:-8, 8:-8]).max() < 2e-3   # SciPy's own radius, interior
 
 
 def test_the_parts_follow_one_another_and_each_image_has_its_own():
@@ -212,7 +218,8 @@ def test_the_parts_follow_one_another_and_each_image_has_its_own():
         x = np.minimum(image * b, 1)
         x = np.clip(x.mean() + c * (x - x.mean()), 0, 1) ** g
         if s:
-            x = gaussian_filter(x, s, mode="constant", truncate=6.01 / s) / gaussian_filter(np.ones_like(x), s, mode="constant", truncate=6.01 / s)
+            blur = lambda x: gaussian_filter(x, s, mode="constant", truncate=6.01 / s)
+            x = blur(x) / blur(np.ones_like(x))
         assert np.abs(out - x).max() < 1e-5
     assert ours.min() >= 0 and ours.max() <= 1
 

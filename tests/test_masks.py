@@ -53,7 +53,7 @@ def test_a_share_of_the_batch_is_the_batchs_share(rows):
 
 
 def slow_sample(grid, rng):
-    """METHOD.md's recipe before any trimming, by loops: hidden = union of four rectangles, seen = a square block less the hidden. → two sets"""
+    """METHOD.md's recipe untrimmed, by loops: hidden = union of four rectangles, seen = a square block less the hidden. → two sets"""
     def rectangle(scale, aspect):
         area, ratio = rng.uniform(*scale) * grid * grid, math.exp(rng.uniform(*map(math.log, aspect)))
         h, w = (min(grid, max(1, round(math.sqrt(v)))) for v in (area * ratio, area / ratio))
@@ -79,8 +79,8 @@ def test_untruncated_means_are_the_papers():
 
 @pytest.mark.parametrize("grid, corner", [(8, 0.22), (14, 0.24), (16, 0.24)])
 def test_coverage_is_even(grid, corner):
-    """No raster order: opposite edges agree. Each patch is hidden as often as in the slow recipe, scaled to M; seen too, but for corners, since the
-    best of eight favours large squares: 0.61 against 0.43 on 14 × 14."""
+    """No raster order: opposite edges agree. Each patch is hidden as often as in the slow recipe, scaled to M; seen too, but for
+    corners, since the best of eight favours large squares: 0.61 against 0.43 on 14 × 14."""
     for indices, truth, most in zip(draw(8000, grid)[::-1], slow_frequency(grid), (0.08, corner)):
         share = frequency(indices, grid)
         for edge, opposite in ((share[0], share[-1]), (share[:, 0], share[:, -1]), (share[:2], share[-2:])):
@@ -98,7 +98,7 @@ def watched(monkeypatch, grid, batch=2000):
 
 
 def best_try(keep, masked, unions, squares):
-    """The drawn mask that an image kept: its union holds most of what is predicted, its context most of what is seen. → (B, N) bool twice"""
+    """The drawn mask that an image kept: its union holds most of what is predicted, its context of what is seen. → (B, N) bool twice"""
     contexts = squares & ~unions
     best = ((masked[:, None] & unions).sum(-1) + (keep[:, None] & contexts).sum(-1)).argmax(1)
     return (table[torch.arange(len(best)), best] for table in (unions, contexts))
@@ -106,7 +106,7 @@ def best_try(keep, masked, unions, squares):
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_what_the_constant_size_costs(monkeypatch, grid):
-    """Predicted patches lie in one union of four blocks, seen ones in its context, but for 0.3 %; nine images in ten break no rule at all."""
+    """Predicted patches lie in one union of four blocks, seen ones in its context, but for 0.3 %; nine images in ten break no rule."""
     keep, masked, unions, squares = watched(monkeypatch, grid)
     union, context = best_try(keep, masked, unions, squares)
     for chosen, within in ((masked, union), (keep, context)):

@@ -1,4 +1,4 @@
-"""Weights in and out: the authors' checkpoints by a slow literal re-statement of their conventions, timm both ways, files that are junk or malicious."""
+"""Weights in and out: the authors' checkpoints against a slow re-statement of their conventions, timm both ways, junk and malicious files."""
 import argparse
 import importlib.util
 import os
@@ -14,6 +14,7 @@ import plain
 from augment import relative_coords
 from model import IMAGENET, BadCheckpoint, CheXWorld, ViT, from_official, load_encoder, load_world, to_timm
 
+TINY = dict(image=32, patch=8, dim=32, depth=1, heads=4, predictor_dim=24, predictor_depth=1, predictor_heads=2)
 SIZE, PATCH, DIM, HEADS, WIDTH, PREDICTOR_HEADS, GRID = 32, 8, 128, 2, 96, 12, 4
 
 
@@ -44,7 +45,8 @@ def official_state(seed=0, width=WIDTH):
     state["predictor.mask_token"] = rng.normal(size=(1, 1, width))
     state["predictor.predictor_pos_embed"] = plain.mae_table(GRID, width)[None]
     blocks("predictor.predictor_blocks", 2, width), norm("predictor.predictor_norm", width)
-    layer("predictor.policy_net.0", width, width + 5), layer("predictor.policy_net.2", width, width), layer("predictor.policy_net.4", width, width)
+    for i, cols in ((0, width + 5), (2, width), (4, width)):
+        layer(f"predictor.policy_net.{i}", width, cols)
     return {k: torch.from_numpy(v).float() for k, v in state.items()}
 
 
@@ -67,7 +69,8 @@ def official_mask_coords(context_box, target_box, context_flip, target_flip):
 
 
 def official_predictor(h, keep, coords, action, p):
-    """Theirs, literally: context tokens get MAE's table, mask tokens [sin, cos of the row, sin, cos of the column] (row half first), five raw numbers of action."""
+    """Theirs, literally: context tokens get MAE's table, mask tokens [sin, cos of the row, sin, cos of the column] (row half
+    first) and five raw numbers of action."""
     width = p["mask_token"].size
     context = plain.linear(h, p, "predictor_embed") + p["predictor_pos_embed"][0][keep]
     at = np.stack([np.concatenate([plain.sincos_1d(row, width // 2), plain.sincos_1d(col, width // 2)]) for row, col in coords])
@@ -96,7 +99,8 @@ def test_authors_weights_compute_the_same_function(width):
         ours = world.encoder(images, torch.from_numpy(keep))
     assert np.abs(ours.numpy() - h).max() < 1e-4
 
-    context_box, target_box = np.array([[10, 20, 100, 80], [3, 5, 90, 120], [0, 0, 64, 64.0]]), np.array([[25, 0, 100, 80], [40, 61, 90, 120], [0, 0, 64, 64.0]])
+    context_box = np.array([[10, 20, 100, 80], [3, 5, 90, 120], [0, 0, 64, 64.0]])
+    target_box = np.array([[25, 0, 100, 80], [40, 61, 90, 120], [0, 0, 64, 64.0]])
     for flips in ((False, False), (True, False), (False, True), (True, True)):
         context_flip, target_flip = (torch.tensor([f] * 3) for f in flips)
         coords = relative_coords(torch.from_numpy(context_box), torch.from_numpy(target_box), GRID, context_flip, target_flip)
@@ -110,7 +114,8 @@ def test_authors_weights_compute_the_same_function(width):
 
 def test_mirrored_targets_of_the_same_box_run_backwards():
     box = np.array([3.0, 4, 50, 60])
-    assert official_mask_coords(box, box, False, True)[:4] == [(0, 3), (0, 2), (0, 1), (0, 0)] == official_mask_coords(box, box, True, False)[:4]
+    for flips in ((False, True), (True, False)):
+        assert official_mask_coords(box, box, *flips)[:4] == [(0, 3), (0, 2), (0, 1), (0, 0)]
 
 
 def test_authors_weights_still_differ_where_they_should():
@@ -126,8 +131,8 @@ def test_authors_weights_still_differ_where_they_should():
 def test_authors_world_goes_on_training():
     world = from_official(official_state(), HEADS, PREDICTOR_HEADS)
     order = torch.stack([torch.randperm(16) for _ in range(2)])
-    batch = dict(y=torch.rand(2, 1, SIZE, SIZE), x=torch.rand(2, 1, SIZE, SIZE), keep=order[:, :6], masked=order[:, 8:], coords=torch.rand(2, 16, 2), action=torch.tensor(ACTIONS[:2]))
-    world(**batch)["loss"].backward()
+    y, x = torch.rand(2, 2, 1, SIZE, SIZE)
+    world(y, x, order[:, :6], order[:, 8:], coords=torch.rand(2, 16, 2), action=torch.tensor(ACTIONS[:2]))["loss"].backward()
     assert all(p.grad is not None for p in [*world.encoder.parameters(), *world.predictor.parameters()])
     assert not any(p.requires_grad for p in world.target_encoder.parameters())
 
@@ -140,7 +145,8 @@ def same(a, b):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_authors_file(tmp_path, prefix):
     official, path = official_state(), tmp_path / "chexworld_pretrained.tar"
-    torch.save({"model": {prefix + k: v for k, v in official.items()}, "epoch": 3, "args": argparse.Namespace(lr=1e-3, data=["a", None], nested=argparse.Namespace(x=1))}, path)
+    args = argparse.Namespace(lr=1e-3, data=["a", None], nested=argparse.Namespace(x=1))
+    torch.save({"model": {prefix + k: v for k, v in official.items()}, "epoch": 3, "args": args}, path)
     expected = from_official(official, HEADS, PREDICTOR_HEADS)
     world = load_world(path)
     assert world.config == expected.config and same(world.state_dict(), expected.state_dict())
@@ -150,7 +156,7 @@ def test_authors_file(tmp_path, prefix):
 
 
 def test_our_own_files(tmp_path):
-    world = CheXWorld(image=32, patch=8, dim=32, depth=2, heads=4, predictor_dim=24, predictor_depth=1, predictor_heads=2, tasks="local", delta=False)
+    world = CheXWorld(**TINY, tasks="local", delta=False)
     with torch.no_grad():
         world.target_encoder.norm.bias.add_(1)
     torch.save({"world": world.state_dict(), "config": world.config, "step": 7}, tmp_path / "last.pt")
@@ -176,7 +182,6 @@ def saved(path, obj, **kwargs):
     torch.save(obj, path, **kwargs)
 
 
-TINY = dict(image=32, patch=8, dim=32, depth=1, heads=4, predictor_dim=24, predictor_depth=1, predictor_heads=2)
 JUNK = {
     "missing": lambda path: None,
     "folder": lambda path: path.mkdir(),
@@ -201,8 +206,8 @@ JUNK = {
     "config that does not fit": lambda path: saved(path, {"encoder": {}, "config": dict(image=30)}),
     "unknown config": lambda path: saved(path, {"encoder": {}, "config": dict(colour="red")}),
     "a resnet": lambda path: saved(path, {"model": {"conv1.weight": torch.zeros(4, 3, 7, 7), "fc.bias": torch.zeros(3)}}),
-    "a vit with a hole": lambda path: saved(path, {"model": {k: v for k, v in official_state().items() if "encoder.blocks.1.attn" not in k}}),
-    "learned predictor positions": lambda path: saved(path, {"model": official_state() | {"predictor.predictor_pos_embed": torch.zeros(1, 16, WIDTH)}}),
+    "a vit with a hole": lambda path: saved(path, {"model": {k: v for k, v in official_state().items() if "blocks.1.attn" not in k}}),
+    "other positions": lambda path: saved(path, {"model": official_state() | {"predictor.predictor_pos_embed": torch.zeros(1, 16, WIDTH)}}),
     "numpy array": lambda path: np.save(open(path, "wb"), np.zeros(3)),
 }
 
@@ -244,8 +249,8 @@ def test_a_malicious_file_runs_nothing(tmp_path, how, load):
     if how == "bare pickle":
         path.write_bytes(pickle.dumps(evil))
     else:
-        torch.save({"whole": evil, "in args": {"model": official_state(), "args": argparse.Namespace(x=evil)}}.get(how, {"model": {"encoder.x": evil}}), path,
-                   _use_new_zipfile_serialization=how != "legacy")
+        files = {"whole": evil, "in args": {"model": official_state(), "args": argparse.Namespace(x=evil)}}
+        torch.save(files.get(how, {"model": {"encoder.x": evil}}), path, _use_new_zipfile_serialization=how != "legacy")
     with pytest.raises(BadCheckpoint, match="nothing in it was run") as error:
         load(path)
     assert not trap.exists() and "\n" not in str(error.value)
@@ -263,9 +268,10 @@ def timm():
     """timm, with a stand-in for torchvision (which its vision transformers import and never use) where that is not installed."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
-    names = ["torchvision" + tail for tail in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets", ".models", ".models.feature_extraction", ".utils")]
+    parts = "ops ops.misc transforms transforms.functional datasets models models.feature_extraction utils".split()
+    names = ["torchvision", *(f"torchvision.{part}" for part in parts)]
     stand_ins = {} if importlib.util.find_spec("torchvision") else {name: mock.MagicMock(__path__=[], __spec__=None) for name in names}
-    torch.manual_seed(0)                                                                   # imports what of torch looks for torchvision, too
+    torch.manual_seed(0)                                                               # imports what of torch looks for torchvision, too
     sys.modules.update(stand_ins)
     try:
         return importlib.import_module("timm")
@@ -277,8 +283,8 @@ def timm():
 def test_timm_computes_the_same_features_from_our_vit_b(timm):
     torch.manual_seed(0)
     vit = ViT()                                                                            # ViT-B/16, 224
-    theirs = timm.create_model("vit_base_patch16_224", in_chans=1, class_token=False, global_pool="avg", fc_norm=False, num_classes=0).eval()
-    theirs.load_state_dict(to_timm(vit))
+    theirs = timm.create_model("vit_base_patch16_224", in_chans=1, class_token=False, global_pool="avg", fc_norm=False, num_classes=0)
+    theirs.eval().load_state_dict(to_timm(vit))
     images = torch.rand(1, 1, 224, 224)
     with torch.no_grad():
         assert (theirs((images - 0.5) / 0.25) - vit(images).mean(1)).abs().max() < 1e-5
@@ -317,7 +323,8 @@ def test_timm_weights_with_a_class_token_load(timm, tmp_path):
     torch.save({"model": theirs.state_dict() | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}}, tmp_path / "timm.pth")
     vit, state = load_encoder(tmp_path / "timm.pth"), plain.arrays(theirs.state_dict())
     images = torch.rand(1, 1, 32, 32)
-    x = plain.embed_patches(np.repeat((images[0].double().numpy() - 0.5) / 0.5, 3, 0), state) + state["pos_embed"][0, 1:]    # the class position is the first
+    rgb = np.repeat((images[0].double().numpy() - 0.5) / 0.5, 3, 0)
+    x = plain.embed_patches(rgb, state) + state["pos_embed"][0, 1:]                        # the class position is the first
     for i in range(2):
         x = plain.block(x, state, f"blocks.{i}", 3)
     assert np.abs(vit(images)[0].detach().numpy() - plain.layer_norm(x, state, "norm")).max() < 1e-4
