@@ -33,7 +33,7 @@ from model import SIZES, CheXWorld, load_checkpoint
 from runtime import Stop, flag
 
 RECIPES = {
-    "demo": dict(size="tiny", image=64, patch=8, batch=32, epochs=12, warmup=1.0, lr=2e-3, ema=0.98, log_every=20, save_every=200, seed=0),
+    "demo": dict(size="tiny", image=64, patch=8, batch=16, epochs=11, warmup=1.0, lr=1.2e-3, ema=0.99, log_every=20, save_every=200, seed=0),
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0, lr=2e-4, ema=0.996, log_every=20, save_every=500, seed=0),
 }
 FREE = {"out", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile", "data", "probe", "patients", "phantoms", "checkpointing"}  # may change on resume
@@ -46,16 +46,16 @@ class Config:
     size: str = flag(None, "network: tiny 128 × 4, small 384 × 12, base 768 × 12 (the paper's), large 1024 × 24", list(SIZES))
     image: int = flag(None, "side of the crops, px [demo 64, paper 224]")
     patch: int = flag(None, "side of a patch, px [demo 8, paper 16]")
-    batch: int = flag(None, "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 32, paper 2048]")
+    batch: int = flag(None, "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 16, paper 2048]")
     micro: int = flag(None, "films a forward pass on one GPU [at most 256 on a GPU, 64 on a CPU]")
-    epochs: int = flag(None, "passes over the films; sets the schedules [demo 12, paper 300]")
+    epochs: int = flag(None, "passes over the films; sets the schedules [demo 11, paper 300]")
     warmup: float = flag(None, "epochs of linear warm-up [demo 1, paper 40]")
     max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
-    lr: float = flag(None, "peak learning rate [demo 2e-3, paper 2e-4]")
+    lr: float = flag(None, "peak learning rate [demo 1.2e-3, paper 2e-4]")
     min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
     weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
     clip: float = flag(1.0, "largest gradient norm")
-    ema: float = flag(None, "momentum of the target encoder at the start; 1.0 at the end [demo 0.98, paper 0.996]")
+    ema: float = flag(None, "momentum of the target encoder at the start; 1.0 at the end [demo 0.99, paper 0.996]")
     tasks: str = flag("local,global,domain", "world modelling tasks, any subset (Table 3)")
     no_delta: bool = flag(False, "ablation: hide the relative position Δ (the target's own grid instead of φ)")
     no_action: bool = flag(False, "ablation: hide the action a from the policy network, augmentation kept")
@@ -63,7 +63,7 @@ class Config:
     probe: str = flag(None, "CSV tables filename,label,split joined by commas: linear probes at the end; their test films are left out of training")
     patients: str = flag(None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on")
     holdout: int = flag(50, "films held out for the closing domain test when --probe names none")
-    phantoms: int = flag(3000, "synthetic films of the demo")
+    phantoms: int = flag(2000, "synthetic films of the demo")
     precision: str = flag("auto", "auto = bfloat16 on GPUs and, for wide models, on CPUs that have it", ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
@@ -96,7 +96,7 @@ def demo_data(config, team):
     folder = Path(config.out) / "phantoms"
     if team.lead and not (folder / "phantoms.csv").is_file():
         team.say(f"demo: drawing {config.phantoms} synthetic films into {folder}")
-        phantom.write_phantoms(folder, config.phantoms, size=128, seed=config.seed, workers=os.cpu_count() or 1)
+        phantom.write_phantoms(folder, config.phantoms, size=max(128, config.image * 3 // 2), seed=config.seed, workers=os.cpu_count() or 1)
     return folder / "films", folder / "phantoms.csv"
 
 
