@@ -65,7 +65,10 @@ def parse(Config, doc, argv=None, prog=None):
         if field.type is not bool and not field.metadata["choices"]:
             options["metavar"] = kinds[0].__name__.upper()
         parser.add_argument(f"--{field.name}", default=field.default, help=(field.metadata["help"] + shown).replace("%", "%%"), **options)
-    return Config(**vars(parser.parse_args(argv)))
+    config = Config(**vars(parser.parse_args(argv)))
+    if (getattr(config, "seed", None) or 0) < 0:
+        raise Stop(f"--seed {config.seed}: must be 0 or more")     # the keys of random numbers have no sign
+    return config
 
 
 # ------------------------------------------------------------------------------------------------ processes and precision

@@ -61,6 +61,15 @@ def test_a_wrong_flag_is_one_line(argv, words):
     assert "\n" not in message and "train.py --help" in message and all(w in message for w in words), message
 
 
+def test_a_negative_seed_is_refused_as_every_script_keys_its_numbers_by_it():
+    Seeded = dataclasses.make_dataclass("Seeded", [("seed", int, flag(None, "of everything"))])
+    assert [parse(Seeded, "", a.split()).seed for a in ("", "--seed 0", "--seed 3")] == [None, 0, 3]
+    with pytest.raises(Stop, match="--seed -1: must be 0 or more"):
+        parse(Seeded, "", ["--seed", "-1"])
+    with pytest.raises(ValueError):
+        keyed(4, -1)
+
+
 def test_nothing_is_suggested_for_a_stranger():
     with pytest.raises(Stop) as error:
         parse(Config, "", ["--quux", "1"])
