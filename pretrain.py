@@ -276,6 +276,8 @@ def main():
     if start:
         team.say(f"going on at step {start} of {total}")
     if team.lead:
+        for left in out.glob(".*.tmp"):                                                        # of a run that was killed while it wrote
+            left.unlink()
         runtime.write_json(out / "config.json", {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()})
         columns = ["step", "epoch", "images", "loss", *LOSSES, "lr", "momentum", "feature_std", "rankme", "images_per_s", "data_wait"]
         log = runtime.Log(out / "log.csv", columns, start)
@@ -292,55 +294,57 @@ def main():
     loader = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=leave_with_parent))
     bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
     asked, finite, waited, since, logged = runtime.Preempted(), torch.ones((), device=device), 0.0, time.perf_counter(), start
-    for step in range(start, end):
-        lr = runtime.warmup_cosine(step, total, round(config.warmup * per_epoch), config.lr, config.min_lr)
-        momentum = runtime.cosine(step, total, config.ema, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        terms = []
-        for part in range(accumulate):
-            waiting = time.perf_counter()
-            item = next(loader)
-            waited += time.perf_counter() - waiting
-            bad.note(item["bad"])
-            places = team.rank * micro * accumulate + part * micro + torch.arange(micro)
-            batch = prepare(item, config, step, places, device)
-            sync = forward.no_sync() if team.world > 1 and part + 1 < accumulate else contextlib.nullcontext()
-            with sync, runtime.autocast(device, config.precision):
-                losses = forward(**batch)
-                (losses["loss"] / accumulate).backward()
-            terms.append(losses)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        world.update_target(momentum)
-        finite = finite * torch.isfinite(losses["loss"].detach()) * torch.isfinite(norm)       # stays on the device until it is asked
-        bar.update()
+    try:
+        for step in range(start, end):
+            lr = runtime.warmup_cosine(step, total, round(config.warmup * per_epoch), config.lr, config.min_lr)
+            momentum = runtime.cosine(step, total, config.ema, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            terms = []
+            for part in range(accumulate):
+                waiting = time.perf_counter()
+                item = next(loader)
+                waited += time.perf_counter() - waiting
+                bad.note(item["bad"])
+                places = team.rank * micro * accumulate + part * micro + torch.arange(micro)
+                batch = prepare(item, config, step, places, device)
+                sync = forward.no_sync() if team.world > 1 and part + 1 < accumulate else contextlib.nullcontext()
+                with sync, runtime.autocast(device, config.precision):
+                    losses = forward(**batch)
+                    (losses["loss"] / accumulate).backward()
+                terms.append(losses)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            world.update_target(momentum)
+            finite = finite * torch.isfinite(torch.stack([t["loss"].detach() for t in terms])).all() * torch.isfinite(norm)     # on the device until asked
+            bar.update()
 
-        done = step + 1
-        stopping = runtime.any_rank(asked.asked, team, hosts)
-        saving = done % config.save_every == 0 or done == end or stopping
-        if done % config.log_every == 0 or done == end or saving:
-            broken = finite.item() == 0 or saving and not all(torch.isfinite(p).all() for p in parameters)
-            if runtime.any_rank(broken, team, hosts):
-                raise Stop(f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32")
-        if done % config.log_every == 0 or done == end:
-            names = [n for n in LOSSES + ["loss"] if n in terms[0]]
-            mean = runtime.reduce_mean(torch.stack([torch.stack([t[n].detach() for t in terms]).mean() for n in names]), team)
-            std, rank = health(torch.cat([t["features"] for t in terms]), team)
-            now = time.perf_counter()
-            rate, wait = (done - logged) * config.batch / (now - since), waited / (now - since)
-            waited, since, logged = 0.0, now, done
-            values = {n: "" for n in LOSSES} | dict(zip(names, mean.tolist()))
-            if team.lead:
-                log.row(step=done, epoch=done / per_epoch, images=done * config.batch, lr=lr, momentum=momentum, feature_std=std, rankme=rank, images_per_s=rate, data_wait=wait, **values)
-                bar.set_postfix_str(f"loss {values['loss']:.3f} rank {rank:.1f} {rate:.0f} images/s wait {wait:.0%}")
-                warn_of_collapse(std, rank, done, total, bar)
-        if saving and team.lead:
-            save(out, world, optimizer, recipe, done)
-        if stopping:
-            break
-    bar.close()
+            done = step + 1
+            stopping = runtime.any_rank(asked.asked, team, hosts)
+            saving = done % config.save_every == 0 or done == end or stopping
+            if done % config.log_every == 0 or done == end or saving:
+                broken = finite.item() == 0 or saving and not all(torch.isfinite(p).all() for p in parameters)
+                if runtime.any_rank(broken, team, hosts):
+                    raise Stop(f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32")
+            if done % config.log_every == 0 or done == end:
+                names = [n for n in LOSSES + ["loss"] if n in terms[0]]
+                mean = runtime.reduce_mean(torch.stack([torch.stack([t[n].detach() for t in terms]).mean() for n in names]), team)
+                std, rank = health(torch.cat([t["features"] for t in terms]), team)
+                now = time.perf_counter()
+                rate, wait = (done - logged) * config.batch / (now - since), waited / (now - since)
+                waited, since, logged = 0.0, now, done
+                values = {n: "" for n in LOSSES} | dict(zip(names, mean.tolist()))
+                if team.lead:
+                    log.row(step=done, epoch=done / per_epoch, images=done * config.batch, lr=lr, momentum=momentum, feature_std=std, rankme=rank, images_per_s=rate, data_wait=wait, **values)
+                    bar.set_postfix_str(f"loss {values['loss']:.3f} rank {rank:.1f} {rate:.0f} images/s wait {wait:.0%}")
+                    warn_of_collapse(std, rank, done, total, bar)
+            if saving and team.lead:
+                save(out, world, optimizer, recipe, done)
+            if stopping:
+                break
+    finally:
+        bar.close()
 
     if team.lead and not asked.asked:
         closing(config, out, world, films, held, tables, device)
