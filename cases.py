@@ -224,6 +224,7 @@ def judge(kind, labels, films, rows):
 def solve_head(model, films, config, team, bad):
     """The linear probe: logistic regression on frozen features of un-augmented films, its penalty chosen on validation, written into the head."""
     x, y = {}, {}
+    model.eval()                                                         # no drop path
     for split in ("train", "val"):
         rows = predict(model.features, "labels", films[split], config, team, bad)
         x[split], y[split] = np.stack(list(rows.values())), goals(films[split], rows)

@@ -33,8 +33,9 @@ from runtime import Stop, flag
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}
 PUBLISHED = ("vindr", "chexpert")                # tasks whose epochs and batch the authors tell
-MIN_STEPS = 600                                  # of the other tasks: few films mean more epochs
-SMALL = dict(lr=1e-3, drop_path=0.1)             # ours, for networks narrower than ViT-Small: METHOD.md's recipe is made for ViT-B
+MIN_STEPS = 300                                  # of the other tasks: few films mean more epochs
+SMALL, SMALL_TUNED = dict(lr=1e-3, drop_path=0.1), dict(lr=4e-4, drop_path=0.1)      # ours, for networks narrower than ViT-Small, from scratch
+# and pre-trained (a new segmentation decoder needs the larger steps, too): METHOD.md's recipe is made for ViT-B
 FREE = {"out", "data", "labels", "eval", "seed", "seeds", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile",
         "memory_gb"}                             # may change on resume
 
@@ -49,6 +50,7 @@ class Config:
     out: str = flag(None, "folder of the run [runs/<task>, or runs/<name of the table>]")
     eval: bool = flag(False, "no training: test the fine-tuned checkpoint --weights")
     freeze: bool = flag(False, "keep the encoder as it is: linear probe (segmentation: train the decoder alone)")
+    head: str = flag(None, "classifier's start: random (the paper's), or probe: the linear probe, a safer start [probe for csv]", ["random", "probe"])
     seed: int = flag(0, "first seed: of new layers, order, augmentation and draws from train")
     seeds: int = flag(1, "number of seeds, one after the other; the result is their mean and standard deviation")
     fraction: float = flag(1.0, "share of the training films to use, drawn by seed")
@@ -111,11 +113,12 @@ def shape_of(config, path):
 
 def settle(config, kind, shape, films, team):
     """A copy of config with nothing left open: the task's recipe, the encoder's shape, what few films allow. → (Config, why). films: to train on."""
-    recipe = dict(tasks.TASKS[config.task].recipe if config.task != "csv" else tasks.SEGMENT if kind == "mask" else tasks.CLASSIFY)
+    recipe = dict(tasks.SEGMENT if kind == "mask" else tasks.TASKS[config.task].recipe)
     why = "the paper's" if config.task in PUBLISHED else "the paper's; epochs and batch are ours"
     if shape["dim"] < SIZES["small"]["dim"]:
-        recipe |= SMALL
-        why = f"for a small network ours: {', '.join(f'{k} {v}' for k, v in SMALL.items())}; else " + why
+        ours = SMALL if kind == "mask" or config.weights == "none" else SMALL_TUNED
+        recipe |= ours
+        why = f"for a small network ours: {', '.join(f'{k} {v}' for k, v in ours.items())}; else " + why
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     settled = {**recipe, "image": shape["image"], "patch": shape["patch"], **given}
     settled["batch"] = max(1, min(settled["batch"], films) // team.world) * team.world
@@ -164,7 +167,7 @@ def recipe_line(config, kind, n, total, every, reason):
     if config.freeze and kind != "mask":
         return f"linear probe on {n} films, encoder frozen, {config.image} px in {config.patch} px patches, penalty chosen on validation"
     return (f"{n} films, {config.image} px in {config.patch} px patches{', encoder frozen' if config.freeze else ''}, "
-            f"{config.epochs} epochs = {total} steps of {config.batch}, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
+            f"{config.epochs} epochs = {total} steps of {config.batch}, {config.head} head, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
             f"layer decay {config.layer_decay:g}, drop path {config.drop_path:g}, {config.precision}; validation every {every} steps, "
             f"stop after {config.patience} without a new best ({reason})")
 
@@ -303,7 +306,8 @@ def main():
         about = {"config": vit.config, "task": config.task, "kind": kind, "labels": list(labels), "recipe": recipe}
         best = {"value": -1.0, "loss": float("inf"), "step": 0, "stale": 0}
         solved = config.freeze and kind != "mask"                                              # a linear probe has one optimum: no loop
-        if solved and not ready:
+        probing = solved or config.head == "probe" and kind != "mask"
+        if probing and not ready and not (folder / "last.pt").is_file():
             solve_head(model, films, config, team, bad)
             best = judged(best, *judge(kind, labels, films["val"], predict(model.eval(), kind, films["val"], config, team, bad))[:2], 0)
             if team.lead:

@@ -378,8 +378,8 @@ def load(name, root, table=None, shots=None, column=None, cache=None):
 # ---------------------------------------------------------------- the table
 # lr, decays and drop path: METHOD.md "Fine-tuning". Epochs and batch are published for VinDr and CheXpert only; the others are ours.
 
-CLASSIFY = dict(lr=1e-4, weight_decay=0.05, layer_decay=0.75, drop_path=0.6, warmup=1, patience=15, epochs=50, batch=32)
-SEGMENT = dict(lr=2e-4, weight_decay=0.05, layer_decay=0.8, drop_path=0.1, warmup=1, patience=15, epochs=50, batch=32)
+CLASSIFY = dict(lr=1e-4, weight_decay=0.05, layer_decay=0.75, drop_path=0.6, warmup=1, patience=15, epochs=50, batch=32, head="random")
+SEGMENT = dict(lr=2e-4, weight_decay=0.05, layer_decay=0.8, drop_path=0.1, warmup=1, patience=15, epochs=50, batch=32, head="random")
 TASKS = {
     "vindr": Task(_vindr, "labels", VINDR, (13500, 1500, 3000), CLASSIFY | dict(batch=256), "95.24",
                   "vindr-cxr/1.0.0/{train,test}/<id>.dicom and annotations/image_labels_{train,test}.csv, from physionet.org/content/vindr-cxr"),
@@ -398,5 +398,5 @@ TASKS = {
                  "dicom-images-train/**/<ImageId>.dcm and stage_2_train.csv or train-rle.csv, from kaggle.com/c/siim-acr-pneumothorax-segmentation"),
     "rsna_seg": Task(_rsna_seg, "mask", ("opacity",), (21295, 2680, 2709), SEGMENT, "79.02",
                      "stage_2_train_images/<id>.dcm and stage_2_train_labels.csv, from kaggle.com/c/rsna-pneumonia-detection-challenge"),
-    "csv": Task(read_csv, "labels", (), (70, 10, 20), CLASSIFY, "", "a folder of films, and --labels FILE.csv with columns filename, label"),
+    "csv": Task(read_csv, "labels", (), (70, 10, 20), CLASSIFY | dict(head="probe"), "", "a folder of films, and --labels FILE.csv with columns filename, label"),
 }

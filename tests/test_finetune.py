@@ -257,7 +257,7 @@ def test_settled_recipes_are_the_papers_where_published():
     assert (chexpert.lr, chexpert.weight_decay, chexpert.layer_decay, chexpert.drop_path, chexpert.epochs, chexpert.warmup) == (1e-2, 0.4, 0.55, 0.1, 1, 0.1)
     siim = settle(9303, kind="mask", task="siim")
     assert (siim.lr, siim.layer_decay, siim.drop_path) == (2e-4, 0.8, 0.1)
-    assert settle(40).epochs == 600 and settle(40).batch == 32 and settle(40, epochs=3).epochs == 3       # few films: more epochs, unless told
+    assert settle(40).epochs == 300 and settle(40).batch == 32 and settle(40, epochs=3).epochs == 3       # few films: more epochs, unless told
     assert settle(19).batch == 19 and settle(403, tiny).drop_path == 0.1 and settle(403, tiny, drop_path=0.0).drop_path == 0.0
     assert settle(1000, batch=300).micro == 100                                                           # the largest divisor up to 128
 
