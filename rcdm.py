@@ -52,7 +52,7 @@ class Config:
     patients: str = flag(None, "CSV table filename,patient_id, so that no patient of a shown film is learnt from [the run's]")
     size: int = flag(None, "side of the painted pictures, px, a multiple of 8 [64 on a CPU, 128 on a GPU]")
     channels: int = flag(32, "width of the U-Net's first level")
-    steps: int = flag(None, "steps of the whole training; sets the schedules [2000 on a CPU, 40000 on a GPU]")
+    steps: int = flag(None, "steps of the whole training; sets the schedules [1200 on a CPU, 40000 on a GPU]")
     max_steps: int = flag(None, "stop early after this many steps, without changing the schedules")
     batch: int = flag(None, "films a step, in local mode with four rectangles each [8 local, 32 global; four times that on a GPU]")
     lr: float = flag(1e-3, "peak learning rate")
@@ -323,7 +323,7 @@ def choose(config):
     config.data, config.patients = run["data"], config.patients or run.get("patients")
     config.split = config.split or run.get("probe") or next(map(str, Path(run["data"]).parent.glob("phantoms.csv")), None)
     gpu = (device := runtime.start_team(config.device).device).type == "cuda"
-    for key, value in dict(out=f"runs/rcdm-{config.mode}", size=128 if gpu else 64, steps=40000 if gpu else 2000, workers=8 if gpu else 0,
+    for key, value in dict(out=f"runs/rcdm-{config.mode}", size=128 if gpu else 64, steps=40000 if gpu else 1200, workers=8 if gpu else 0,
                            batch=(8 if config.mode == "local" else 32) * (4 if gpu else 1)).items():
         setattr(config, key, value if getattr(config, key) is None else getattr(config, key))
     for key, low in dict(channels=1, steps=1, batch=1, films=2, samples=1, ddim=1, log_every=1, save_every=1, size=16).items():
