@@ -81,6 +81,13 @@ class Labels:
         self.split = np.array([r["split"].strip().lower() for r in rows])
         self.patients = [r.get("patient_id") or r["filename"] for r in rows]
 
+    def complete(self):
+        """Itself, when a probe can be fitted, chosen and tested on it; else Stop."""
+        if not self.classes or set(SPLITS) - set(self.split):
+            raise Stop(f"--probe {self.path}: films of all three splits ({', '.join(SPLITS)}) and a class beside normal are wanted; "
+                       f"found {', '.join(sorted(set(self.split)))}; {', '.join(self.classes) or 'no class'}")
+        return self
+
     def locate(self, films):
         """Row → number of its film in `films` by path tail, -1 where it is missing; Stop when none is there, or when a row fits two."""
         where = {}

@@ -36,7 +36,7 @@ RECIPES = {
     "demo": dict(size="tiny", image=64, patch=8, batch=16, epochs=11, warmup=1.0, lr=1.2e-3, ema=0.99, log_every=20, save_every=200, seed=0),
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0, lr=2e-4, ema=0.996, log_every=20, save_every=500, seed=0),
 }
-FREE = {"out", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile", "data", "probe", "patients", "phantoms", "checkpointing"}  # may change on resume
+FREE = {"out", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile", "data", "probe", "patients", "checkpointing"}  # may change on resume
 
 
 @dataclasses.dataclass
@@ -47,7 +47,7 @@ class Config:
     image: int = flag(None, "side of the crops, px [demo 64, paper 224]")
     patch: int = flag(None, "side of a patch, px [demo 8, paper 16]")
     batch: int = flag(None, "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 16, paper 2048]")
-    micro: int = flag(None, "films a forward pass on one GPU [at most 256 on a GPU, 64 on a CPU]")
+    micro: int = flag(None, "films a forward pass on one GPU [at most 128 on a GPU, as the authors, 64 on a CPU]")
     epochs: int = flag(None, "passes over the films; sets the schedules [demo 11, paper 300]")
     warmup: float = flag(None, "epochs of linear warm-up [demo 1, paper 40]")
     max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
@@ -81,11 +81,14 @@ def choose(config):
         if getattr(config, key) is None:
             setattr(config, key, value)
     config.out = config.out or ("runs/pretrain" if config.data else "runs/demo")
-    for key in ("batch", "epochs", "image", "patch", "log_every", "save_every"):
-        if getattr(config, key) < 1:
-            raise Stop(f"--{key} {getattr(config, key)}: must be at least 1")
+    least = dict.fromkeys(("batch", "epochs", "image", "patch", "log_every", "save_every", "micro", "max_steps", "phantoms"), 1) | dict.fromkeys(("workers", "holdout", "warmup"), 0)
+    for key, low in least.items():
+        if getattr(config, key) is not None and getattr(config, key) < low:
+            raise Stop(f"--{key} {getattr(config, key)}: must be at least {low}")
     if config.image % config.patch:
         raise Stop(f"--image {config.image} is not a multiple of --patch {config.patch}")
+    if config.image // config.patch < 4:
+        raise Stop(f"--image {config.image} holds {config.image // config.patch} patches a side: at least 4 are needed for masks")
     if not set(config.tasks.split(",")) <= {"local", "global", "domain"}:
         raise Stop(f"--tasks {config.tasks}: any of local,global,domain, joined by commas")
     return config, recipe
@@ -94,7 +97,10 @@ def choose(config):
 def demo_data(config, team):
     """The demo's films: phantoms written once as PNG files with a CSV, then read by the real loader. → (folder, CSV)"""
     folder = Path(config.out) / "phantoms"
-    if team.lead and not (folder / "phantoms.csv").is_file():
+    drawn = sum(1 for _ in open(folder / "phantoms.csv")) - 1 if (folder / "phantoms.csv").is_file() else 0
+    if drawn not in (0, config.phantoms):
+        raise Stop(f"{folder} holds {drawn} phantoms, not {config.phantoms}: choose another --out, or delete the folder")
+    if team.lead and not drawn:
         team.say(f"demo: drawing {config.phantoms} synthetic films into {folder}")
         phantom.write_phantoms(folder, config.phantoms, size=max(128, config.image * 3 // 2), seed=config.seed, workers=os.cpu_count() or 1)
     return folder / "films", folder / "phantoms.csv"
@@ -127,7 +133,7 @@ def split_films(films, tables, config):
     for table in tables:
         where = table.locate(films)
         for i, patient in zip(where, table.patients):
-            if i >= 0 and patients[i] == films.names[i]:           # the folder knew nobody: the table may
+            if i >= 0 and patients[i] == films.names[i] and patient not in table.names:        # the folder knew nobody: the table may
                 patients[i] = patient
         held |= {int(i) for i in where[(table.split == "test") & (where >= 0)]}
     if not tables:
@@ -137,6 +143,8 @@ def split_films(films, tables, config):
     train = [i for i in range(len(films)) if patients[i] not in away]
     if not train:
         raise Stop("every film is held out: nothing is left to train on; lower --holdout or check --probe")
+    if len(train) < config.batch:
+        raise Stop(f"{len(train)} films to train on are fewer than one batch: lower --batch {config.batch} or add films")
     return np.array(train), np.array(sorted(held), dtype=int)
 
 
@@ -145,7 +153,7 @@ def micro_batch(config, team):
     if config.batch % team.world:
         raise Stop(f"--batch {config.batch} is not a multiple of the {team.world} processes")
     share = config.batch // team.world
-    limit = config.micro or (256 if team.device.type == "cuda" else 64)
+    limit = config.micro or (128 if team.device.type == "cuda" else 64)
     return max(m for m in range(1, min(limit, share) + 1) if share % m == 0)
 
 
@@ -236,6 +244,11 @@ def main():
     config.precision = runtime.choose_precision(config.precision, device, dim)
     torch.manual_seed(config.seed)
 
+    if team.lead:
+        for left in out.glob(".*.tmp"):                                                        # of a run that was killed while it wrote
+            left.unlink()
+    runtime.any_rank(False, team, hosts)
+
     # data
     probes = config.probe.split(",") if config.probe else []
     if recipe_name == "demo":
@@ -244,7 +257,7 @@ def main():
         runtime.any_rank(False, team, hosts)                                                   # the others wait for the films
     films = open_films(config.data, out, side=round(config.image * 320 / 224), patients=config.patients)
     team.say("\n".join(films.summary))
-    tables = [evaluate.Labels(path) for path in probes]
+    tables = [evaluate.Labels(path).complete() for path in probes]
     train, held = split_films(films, tables, config)
     memory = len(films) * (config.image * 1.5) ** 2 * 1.3 < 1e9
     films = InMemory(films) if memory else films
@@ -273,11 +286,11 @@ def main():
     # resume
     recipe = recipe_of(config, [films.names[i] for i in train])
     start = resume(out / "last.pt", recipe, world, optimizer)
+    if runtime.any_rank(runtime.reduce_mean(torch.tensor(float(start), device=device), team).item() != start, team, hosts):
+        raise Stop(f"--out {out} must lie on a disk that all nodes share: they do not find the same last.pt there")
     if start:
         team.say(f"going on at step {start} of {total}")
     if team.lead:
-        for left in out.glob(".*.tmp"):                                                        # of a run that was killed while it wrote
-            left.unlink()
         runtime.write_json(out / "config.json", {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()})
         columns = ["step", "epoch", "images", "loss", *LOSSES, "lr", "momentum", "feature_std", "rankme", "images_per_s", "data_wait"]
         log = runtime.Log(out / "log.csv", columns, start)
@@ -293,7 +306,7 @@ def main():
     batches = Batches(len(train), config.batch, micro, team.rank, team.world, config.seed, start, end)
     loader = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=leave_with_parent))
     bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
-    asked, finite, waited, since, logged = runtime.Preempted(), torch.ones((), device=device), 0.0, time.perf_counter(), start
+    asked, finite, waited, since, logged, done = runtime.Preempted(), torch.ones((), device=device), 0.0, time.perf_counter(), start, start
     try:
         for step in range(start, end):
             lr = runtime.warmup_cosine(step, total, round(config.warmup * per_epoch), config.lr, config.min_lr)
@@ -390,6 +403,7 @@ def closing(config, out, world, films, held, tables, device):
         print(f"\nheld-out films: domain sensitivity test, {len(held)} films × {result['domain']['candidates']} candidates (Table 4), percent")
         for name, label in (("action", "with the action"), ("no_action", "without"), ("random", "chance")):
             print(f"  {label:22s}" + "".join(f"  Recall@{k} {result['domain'][name][f'recall@{k}']:6.2f}" for k in (1, 3, 5)))
+    runtime.write_json(out / "result.json", result)
     torch.manual_seed(config.seed)
     fresh = CheXWorld(**world.config).to(device).eval().target_encoder
     for table in tables:

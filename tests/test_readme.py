@@ -24,6 +24,10 @@ def scripts_and_flags():
     return sorted(found)
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
 def test_the_two_set_up_commands_stand_word_for_word():
     assert "pip install -r requirements.txt && python pretrain.py\n" in README
     assert "pip install -r requirements.txt -r tests/requirements.txt && pytest\n" in README
