@@ -61,7 +61,7 @@ class Views(Common):
 def domain(config, device):
     """Domain sensitivity test (Table 4) on held-out films, the error matrices of one film, and what the model chose."""
     world = load_world(find_weights(config)).to(device).eval()
-    films, table = open_set(config, 4 * config.films)
+    films, table = open_set(config, 7 * config.films)
     images = some_films(films, table, config.films, world.encoder.image)
     result = evaluate.domain_test(world, images, config.seed, progress=True)
     lines = [f"domain sensitivity test, {len(images)} films × {result['candidates']} candidates (Table 4), percent"]
@@ -102,7 +102,7 @@ def choices_picture(image, actions, candidates, told, untold, shown=5):
 def correspondence(config, device):
     """Landmarks of reference films found in others by nearest features (Fig. 6), against random weights, raw pixels and places alone."""
     encoder = load_encoder(find_weights(config))
-    films, table = open_set(config, config.films + config.references, side=0)                     # as stored: the table counts its pixels
+    films, table = open_set(config, 7 * (config.films + config.references), side=0)               # as stored: the table counts its pixels
     if not table:
         raise Stop("correspondence on --data needs --table CSV with landmarks (NAME_row, NAME_col) or lung masks (mask)")
     numbers, places, shapes, names = landmarks.read_landmarks(table, films, config.films + config.references)
@@ -185,7 +185,7 @@ def health(config, device):
         lines += [f"linear probe on {labels.path.stem}, test AUROC, percent"] + [f"  {n:18s}{v:8.2f}" for n, v in result["probe"].items()]
     result["verdict"] = verdict(result["target encoder"], result["random weights"], result.get("probe"))
     lines += ["verdict: " + result["verdict"]]
-    values = {name: spectrum(f - f.mean(0)) for name, f in features.items()}
+    values = {name: (v := spectrum(f - f.mean(0)))[v > 1e-6] for name, f in features.items()}          # centring takes one direction away
     pages = [pictures.curves({name: (np.arange(1, 1 + len(v)), v) for name, v in values.items()}, "Singular values of the centred features",
                              "direction", "share", log_y=True)]
     rows = [r for r in runtime.read_log(path.with_name("log.csv")) if r.get("loss") and r.get("rankme")]
@@ -223,7 +223,7 @@ def views(config, device):
     size, patch = config.image or 128, config.patch or 16
     if size % patch:
         raise Stop(f"--image {size} is not a multiple of --patch {patch}")
-    films, table = open_set(config, max(20, config.films))
+    films, table = open_set(config, max(20, 7 * config.films))
     rows, captions, grid = [], [], size // patch
     for i in evenly(named(table, films), config.films):
         film, generator, rng = films[int(i)], keyed(config.seed, int(i)), np.random.default_rng((config.seed, int(i)))

@@ -179,7 +179,7 @@ def command(config, device):
     the most and the least surprising films, and, where a table says what is wrong, AUROC against simple baselines."""
     world, out, rng = load_world(find_weights(config)).to(device).eval(), Path(config.out), np.random.default_rng((9, config.seed))
     if not config.data:
-        config.table = config.table or planted(out, config.seed, 200)
+        config.table = config.table or planted(out, config.seed, 100)
         config.data, config.reference = str(out / "archive"), config.reference or str(out / "reference")
     films = open_films(config.data)
     numbers = evenly(named(config.table, films), config.films)
