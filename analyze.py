@@ -93,7 +93,7 @@ def choices_picture(image, actions, candidates, told, untold, shown=5):
         outlined = [pictures.draw_boxes(grey(y[j]), [(0, 0, side, side)], [GREEN]) if j == i else grey(y[j]) for j in best]
         rows.append([grey(x[i]), grey(y[i]), *outlined])
         b, c, g, s = actions[i].tolist()
-        captions.append([f"b {b:.2f} c {c:.2f} γ {g:.2f} σ {s:.1f}", f"rank {ranks[i]}, untold {ranks_untold[i]}", *(f"{told[i, j]:.2f}" for j in best)])
+        captions.append([f"b {b:.2f} c {c:.2f} g {g:.2f} blur {s:.1f}", f"rank {ranks[i]}, untold {ranks_untold[i]}", *(f"{told[i, j]:.2f}" for j in best)])
     titles = ["context x", "its truth y", *(f"choice {k + 1}" for k in range(shown))]
     return pictures.grid(rows, captions, titles, cell=150)
 
@@ -239,7 +239,7 @@ def views(config, device):
         for v in (0, 1):
             b, c, g, s = actions[v].tolist()
             rows[-1] += [grey(y[v]), grey(x[v]), tokens_picture(x[v], keep[v], masked[v], patch)]
-            captions[-1] += [None, f"b {b:.2f} c {c:.2f} γ {g:.2f} σ {s:.1f}", f"{len(keep[v])} seen, {len(masked[v])} asked"]
+            captions[-1] += [None, f"b {b:.2f} c {c:.2f} g {g:.2f} blur {s:.1f}", f"{len(keep[v])} seen, {len(masked[v])} asked"]
     titles = ["film, boxes 1 and 2", *(f"{what} {v}" for v in (1, 2) for what in ("target y", "T_a(y)", "context x"))]
     words = f"{len(rows)} films as a training step sees them; red: hidden and asked for, black: hidden only"
     finish(config, {"films": len(rows), "image": size, "patch": patch}, words, views=pictures.grid(rows, captions, titles, cell=170))
