@@ -219,8 +219,8 @@ def save(out, world, optimizer, recipe, step):
 class BadFilms:
     """Names and counts what the loader replaced; more than 1 % of the films bad stops the run."""
 
-    def __init__(self, films, team):
-        self.films, self.team, self.seen = films, team, set()
+    def __init__(self, films):
+        self.films, self.seen = films, set()
 
     def note(self, numbers):
         """numbers (b,): -1 or the number of a film that could not be read."""
@@ -268,7 +268,7 @@ def main():
     total = config.epochs * per_epoch
     end = min(total, config.max_steps or total)
     views = Views(films, config.image, config.seed, train)
-    bad = BadFilms(films, team)
+    bad = BadFilms(films)
 
     # model
     world = CheXWorld(config.image, config.patch, **SIZES[config.size], tasks=config.tasks, delta=not config.no_delta, action=not config.no_action,
