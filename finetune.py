@@ -71,7 +71,7 @@ class Config:
     patience: int = flag(None, "validations without a new best before stopping [from the task]")
     clip: float = flag(1.0, "largest gradient norm")
     ten_crop: bool = flag(False, "classification: average the test over five crops and their mirror images")
-    precision: str = flag("auto", "auto = bfloat16 on GPUs and, for wide models, on CPUs that have it", ["auto", "float32", "bfloat16"])
+    precision: str = flag("auto", "auto = bfloat16 on GPUs and on CPUs that multiply it natively", ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
     workers: int = flag(None, "loader processes a GPU [8 on a GPU, 0 on a CPU]")
@@ -125,7 +125,7 @@ def settle(config, kind, shape, films, team):
     share = settled["batch"] // team.world
     settled["micro"] = max(m for m in range(1, min(config.micro or 128, share) + 1) if share % m == 0)
     settled["workers"] = config.workers if config.workers is not None else 8 if team.device.type == "cuda" else 0
-    settled["precision"] = runtime.choose_precision(config.precision, team.device, shape["dim"])
+    settled["precision"] = runtime.choose_precision(config.precision, team.device)
     per_epoch = max(1, films // settled["batch"])
     if config.epochs is None and config.task not in PUBLISHED and settled["epochs"] * per_epoch < MIN_STEPS:
         settled["epochs"] = -(-MIN_STEPS // per_epoch)

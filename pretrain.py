@@ -64,7 +64,7 @@ class Config:
     patients: str = flag(None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on")
     holdout: int = flag(50, "films held out for the closing domain test when --probe names none")
     phantoms: int = flag(2000, "synthetic films of the demo")
-    precision: str = flag("auto", "auto = bfloat16 on GPUs and, for wide models, on CPUs that have it", ["auto", "float32", "bfloat16"])
+    precision: str = flag("auto", "auto = bfloat16 on GPUs and on CPUs that multiply it natively", ["auto", "float32", "bfloat16"])
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
     seed: int = flag(None, "of everything random [0]")
@@ -240,8 +240,8 @@ def main():
     # devices
     team = runtime.start_team(config.device)
     hosts = runtime.host_group(team)
-    device, dim = team.device, SIZES[config.size]["dim"]
-    config.precision = runtime.choose_precision(config.precision, device, dim)
+    device = team.device
+    config.precision = runtime.choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
 
     if team.lead:

@@ -140,14 +140,14 @@ def reduce_mean(tensor, team):
     return tensor
 
 
-def choose_precision(name, device, dim):
-    """'auto' → bfloat16 on GPUs and, for wide models, on CPUs that multiply it natively; tiny models are slower in it."""
+def choose_precision(name, device):
+    """'auto' → bfloat16 on GPUs and CPUs that multiply it natively, else float32."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     native = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")().startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if native and dim >= 384 else "float32"
+    return "bfloat16" if native else "float32"
 
 
 def autocast(device, precision):
