@@ -69,7 +69,7 @@ class Config:
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
     seed: int = flag(None, "of everything random [0]")
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
-    workers: int = flag(None, "loader processes a GPU [0 when the films fit into memory, else 8 on a GPU and 1 on a CPU]")
+    workers: int = flag(None, "loader processes [8 a GPU; on a CPU 0 when the films fit into memory, else 1]")
     log_every: int = flag(None, "steps between rows of log.csv")
     save_every: int = flag(None, "steps between checkpoints [demo 200, paper 500]")
 
@@ -169,11 +169,11 @@ def prepare(item, config, step, places, device):
     generator, B, grid = runtime.keyed(4, config.seed, step), config.batch, config.image // config.patch
     jitter = augment.sample_jitter(B, generator)[places]                                       # (b, 2): shared by both views
     both = torch.cat([places, places + B])                                                     # rows of view 1, then of view 2
-    action = augment.sample_actions(2 * B, generator)[both].to(device, non_blocking=True)      # (2b, 4)
+    action = runtime.send(augment.sample_actions(2 * B, generator)[both], device)              # (2b, 4)
     keep, masked = sample_masks(2 * B, grid, generator, both, device)                          # (2b, K), (2b, M)
     views = augment.to_float(item["views"].to(device, non_blocking=True))                      # (b, 2, H, W)
-    y = augment.apply_jitter(views, jitter.to(device)).transpose(0, 1).flatten(0, 1)[:, None]  # (2b, 1, H, W)
-    boxes, flips = (item[k].to(device).transpose(0, 1) for k in ("boxes", "flips"))            # (2, b, ·)
+    y = augment.apply_jitter(views, runtime.send(jitter, device)).transpose(0, 1).flatten(0, 1)[:, None]  # (2b, 1, H, W)
+    boxes, flips = (item[k].to(device, non_blocking=True).transpose(0, 1) for k in ("boxes", "flips"))          # (2, b, ·)
     coords = augment.relative_coords(boxes.flatten(0, 1), boxes.flip(0).flatten(0, 1), grid, flips.flatten(), flips.flip(0).flatten())
     return dict(y=y, x=augment.apply_action(y, action), keep=keep, masked=masked, coords=coords, action=action)
 
@@ -261,7 +261,7 @@ def main():
     train, held = split_films(films, tables, config)
     memory = len(films) * (config.image * 1.5) ** 2 * 1.3 < 1e9
     films = InMemory(films) if memory else films
-    workers = config.workers if config.workers is not None else 0 if memory else 8 if device.type == "cuda" else 1
+    workers = config.workers if config.workers is not None else 8 if device.type == "cuda" else 0 if memory else 1
     micro = micro_batch(config, team)
     accumulate = config.batch // team.world // micro
     per_epoch = len(train) // config.batch

@@ -155,6 +155,12 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
+def send(tensor, device):
+    """A tensor made on the CPU → on the device, by way of pinned memory on a GPU, so that the host does not wait for it."""
+    device = torch.device(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def keyed(*key):
     """A torch generator (on the CPU) that depends on the integers of `key`, 0 or more, and nothing else."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))

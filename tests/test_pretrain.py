@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+import meter
 import phantom
+import pretrain
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 --log_every 1 --save_every 1000 --device cpu --holdout 4".split()
+SMALL = "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 --log_every 1 --save_every 1000 --device cpu --precision float32 --holdout 4".split()
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +195,13 @@ def test_an_infinite_loss_stops_and_leaves_the_last_good_checkpoint(films, tmp_p
     assert "NaN or infinite" in refused_line and "--lr" in refused_line and "Traceback" not in done.stderr
     if (tmp_path / "run" / "last.pt").is_file():
         assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_the_host_never_waits_while_a_batch_is_prepared(device):
+    """Else a GPU would stand idle between steps."""
+    config, device = pretrain.Config(image=32, patch=8, batch=4, seed=0), torch.device(device)
+    boxes = torch.tensor([[0.0, 0, 30, 30], [5, 5, 30, 30]]).expand(2, 2, 4).contiguous()
+    item = {"views": torch.randint(0, 255, (2, 2, 32, 32), dtype=torch.uint8), "boxes": boxes, "flips": torch.tensor([[True, False]] * 2)}
+    item = {k: v.pin_memory() if device.type == "cuda" else v for k, v in item.items()}
+    assert meter.waits(lambda: pretrain.prepare(item, config, 0, torch.arange(2), device), device) == 0
