@@ -7,17 +7,20 @@
     python analyze.py surprise --data ARCHIVE --reference GOOD_FILMS      # which films does it not believe? p-values, heat maps
     python analyze.py views --data FILMS --image 224 --patch 16           # crops, masks, augmented contexts, as a picture
     python analyze.py ablation --seeds 3                                  # Table 3 in miniature; goes on where it stopped
+    python analyze.py gallery --weights runs/phantoms                     # all of these and rcdm.py on synthetic films, pictures into docs/
 
 Without --data the films are synthetic, of patients that no demo was trained on. Each command writes result.json and its pictures
 into --out. domain and surprise need a predictor: a run's last.pt or the authors' file. python analyze.py COMMAND --help lists the flags.
 """
 import dataclasses
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 import ablation
 import augment
@@ -254,7 +257,45 @@ def tokens_picture(image, keep, masked, patch):
     return np.where(kind == 1, shown, np.where(kind == 2, shown // 6 + np.array([120, 30, 30], np.uint8), shown // 6)).astype(np.uint8)
 
 
-COMMANDS = {"domain": (Common, domain), "correspondence": (Correspondence, correspondence), "health": (Health, health),
+# ------------------------------------------------------------------------------------------------ gallery
+@dataclasses.dataclass
+class Gallery:
+    weights: str = flag(None, "last.pt of a run or its folder, the authors' file [newest pre-training run under runs/]")
+    data: str = flag(None, "films that rcdm.py learns to paint from [those of the run]; everything else looks at synthetic films")
+    out: str = flag(None, "folder of all results [runs/gallery]")
+    docs: str = flag("docs", "folder of the pictures")
+    steps: int = flag(None, "training steps of each of the two RCDM decoders [rcdm.py's]")
+    seed: int = flag(0, "of everything random")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+
+
+PAGES = {"views": ["views"], "domain": ["choices", "errors"], "correspondence": ["maps"], "health": ["health"], "surprise": ["surprise"],
+         "rcdm-local": ["samples", "artefacts"], "rcdm-global": ["samples"]}                      # folder: its pictures
+
+
+def gallery(config, device):
+    """Every analysis on synthetic films, which may be shown, and the two RCDM decoders; then all pictures, made small, into --docs as FOLDER_PICTURE.png."""
+    weights, out, docs = str(find_weights(config)), Path(config.out), Path(config.docs)
+    for name in ("views", "domain", "correspondence", "health", "surprise"):
+        Own, command = COMMANDS[name]
+        (out / name).mkdir(parents=True, exist_ok=True)
+        print(f"\n{name}", flush=True)
+        command(Own(weights=weights, out=str(out / name), seed=config.seed), device)
+    for mode in ("local", "global"):
+        words = [sys.executable, str(Path(__file__).with_name("rcdm.py")), "--mode", mode, "--weights", weights, "--out", str(out / f"rcdm-{mode}"), "--seed", str(config.seed),
+                 "--device", config.device, *["--artefacts"][:mode == "local"], *(["--steps", str(config.steps)] if config.steps else []), *(["--data", config.data] if config.data else [])]
+        print("\n" + shlex.join(words), flush=True)
+        if subprocess.run(words).returncode:
+            raise Stop(f"rcdm.py --mode {mode} failed (above); the same command goes on")
+    docs.mkdir(parents=True, exist_ok=True)
+    for folder, names in PAGES.items():
+        for name in names:
+            page = Image.open(out / folder / f"{name}.png").convert("RGB")
+            pictures.save(page.quantize(96), docs / f"{folder}_{name}.png")
+    print(f"\npictures {docs}/*.png, numbers {out}/*/result.json")
+
+
+COMMANDS = {"gallery": (Gallery, gallery), "domain": (Common, domain), "correspondence": (Correspondence, correspondence), "health": (Health, health),
             "surprise": (surprise.Config, surprise.command), "views": (Views, views), "ablation": (ablation.Config, ablation.command)}
 
 

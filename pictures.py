@@ -124,9 +124,10 @@ def stack(pictures, gap=8):
 
 
 def save(picture, path):
-    """Write a PNG atomically."""
+    """Write a PNG atomically; a palette picture stays one."""
     path, data = Path(path), io.BytesIO()
-    to_picture(picture).save(data, "PNG", optimize=True)
+    picture = picture if getattr(picture, "mode", None) == "P" else to_picture(picture)
+    picture.save(data, "PNG", optimize=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data.getvalue())
     os.replace(temporary, path)

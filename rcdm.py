@@ -38,7 +38,7 @@ PLACE, NOISE, PAINT = 20, 21, 22               # first words of the random keys
 CODE = 512                                     # width of the projected prediction (Sec. B.2)
 SHOWN, RED = 160, "#e5383b"                    # px of a view in the pictures, colour of what is painted (Fig. 4)
 summary = lambda values: {"mean": float(np.mean(values)), "std": float(np.std(values))}
-KEPT = ("mode", "size", "channels", "steps", "batch", "lr", "seed")          # a run is continued only with the same of these, world and films
+KEPT = ("mode", "size", "channels", "steps", "batch", "lr", "seed", "precision")          # a run is continued only with the same of these, world and films
 
 
 @dataclasses.dataclass
@@ -60,6 +60,7 @@ class Config:
     samples: int = flag(3, "paintings of the same prediction")
     ddim: int = flag(25, "steps of DDIM sampling")
     seed: int = flag(0, "of everything random")
+    precision: str = flag("auto", "auto = bfloat16 on GPUs and on CPUs that multiply it natively", ["auto", "float32", "bfloat16"])
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
     workers: int = flag(None, "loader processes [0 on a CPU, 8 on a GPU]")
     log_every: int = flag(20, "steps between rows of log.csv")
@@ -239,7 +240,8 @@ def paint(averaged, conditions, config, sample=0):
     """Paint from (B, R, D) predictions; the noise depends on (seed, sample) alone. → uint8 (B, R, size, size)"""
     flat, shape = conditions.flatten(0, 1), (*conditions.shape[:2], config.size, config.size)
     noise = torch.randn(len(flat), 1, *shape[2:], generator=keyed(PAINT, config.seed, sample)).to(flat.device)
-    done = [ddim(lambda x, t: averaged(x, t, told), start, config.ddim) for told, start in zip(flat.split(128), noise.split(128))]
+    with runtime.autocast(flat.device, config.precision):
+        done = [ddim(lambda x, t: averaged(x, t, told).float(), start, config.ddim) for told, start in zip(flat.split(128), noise.split(128))]
     return ((torch.cat(done) + 1) * 127.5).round().byte().view(shape).cpu().numpy()
 
 
@@ -323,6 +325,7 @@ def choose(config):
     config.data, config.patients = run["data"], config.patients or run.get("patients")
     config.split = config.split or run.get("probe") or next(map(str, Path(run["data"]).parent.glob("phantoms.csv")), None)
     gpu = (device := runtime.start_team(config.device).device).type == "cuda"
+    config.precision = runtime.choose_precision(config.precision, device)
     for key, value in dict(out=f"runs/rcdm-{config.mode}", size=128 if gpu else 64, steps=40000 if gpu else 1200, workers=8 if gpu else 0,
                            batch=(8 if config.mode == "local" else 32) * (4 if gpu else 1)).items():
         setattr(config, key, value if getattr(config, key) is None else getattr(config, key))
@@ -392,7 +395,8 @@ def main():
         x, generator = item["crops"].to(device).flatten(0, 1)[:, None] / 127.5 - 1, keyed(NOISE, config.seed, step)               # (B·R, 1, size, size)
         t = ((torch.rand((), generator=generator) + torch.randperm(len(x), generator=generator) / len(x)) % 1).to(device)         # even over the batch
         noisy, v = noised(x, t, torch.randn(x.shape, generator=generator).to(device))
-        loss = F.mse_loss(decoder(noisy, t, predicted(world, item, device).flatten(0, 1)), v)
+        with runtime.autocast(device, config.precision):
+            loss = F.mse_loss(decoder(noisy, t, predicted(world, item, device).flatten(0, 1)).float(), v)
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
