@@ -9,6 +9,7 @@
 Off and on take turns, so another load on the machine hits both; a figure is the median. Films are made up: nothing is downloaded.
 """
 import dataclasses
+import os
 import re
 import shutil
 import statistics
@@ -32,7 +33,7 @@ from data import Views, open_films
 from films import fit, pack_films, read_film
 from masks import mask_sizes, sample_masks
 from meter import Chip, bandwidth, count_memory, count_parts, matmul_peak, one_core, pair, peak_memory, print_roofline, show, timed, waits
-from model import SIZES, CheXWorld, ViT, grid_coords, sincos, take
+from model import SIZES, CheXWorld, ViT, attend, grid_coords, sincos, take
 from runtime import Stop, flag
 
 ROOT = Path(__file__).parent
@@ -224,27 +225,31 @@ def encoder_lines(config, device):
 
 
 def attention_line(config, device):
-    """scaled_dot_product_attention against its three plain operations, on the target encoder's shape, both passes."""
+    """model.attend against the way it does not take, fused kernel or three plain products, on the target encoder's shape, both passes."""
     s, N = SIZES[config.size], (config.image // config.patch) ** 2
     shape = 2 * config.batch, s["heads"], N, s["dim"] // s["heads"]
-    q, k, v = (torch.randn(shape, device=device, dtype=getattr(torch, config.precision), requires_grad=True) for _ in range(3))
-    plain = lambda: ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).sum().backward()
-    fused = lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()
-    off, on = pair(plain, fused, device)
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        fused()
-    ran = [e.key.removeprefix("aten::_scaled_dot_product_") for e in seen.key_averages() if e.key.startswith("aten::_scaled_dot_product_")]
-    show("fused attention, both passes", 1e3 * off, 1e3 * on, "ms", f"kernel that ran: {ran[0] if ran else 'none fused'}")
+    for precision in dict.fromkeys(("float32", config.precision)):
+        q, k, v = (torch.randn(shape, device=device, dtype=getattr(torch, precision), requires_grad=True) for _ in range(3))
+        plain = lambda: ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).sum().backward()
+        fused = lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()
+        ours = lambda: attend(q, k, v).sum().backward()
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            ours()
+        ran = [e.key.removeprefix("aten::_scaled_dot_product_") for e in seen.key_averages() if e.key.startswith("aten::_scaled_dot_product_")]
+        off, on = pair(plain if ran else fused, ours, device)
+        show(f"attention in {precision}, both passes: " + ("plain → fused" if ran else "fused → plain"), 1e3 * off, 1e3 * on, "ms",
+             f"kernel that ran: {ran[0] if ran else 'plain products'}")
 
 
 def step_lines(config, team, peaks, speed):
     """On whole steps: bfloat16, checkpointing, host waits, the optimizer's loops, compiling."""
     low = runtime.choose_precision("auto", team.device)
-    plain, step = (Step(dataclasses.replace(config, precision=name), team) for name in ("float32", low))
-    off, on = pair(plain, step, team.device)
-    flops = sum(p.flops for p in count_parts(config))
-    show(f"{low} instead of float32: {config.size} step", config.batch / off, config.batch / on, "films/s",
-         f"{peaks[low] / peaks['float32']:.2f} × = matmul peaks; MFU {flops / off / peaks['float32']:.0%} → {flops / on / peaks[low]:.0%}")
+    for case in [demo(team)] * (team.device.type == "cpu") + [config]:
+        plain, step = (Step(dataclasses.replace(case, precision=name), team) for name in ("float32", low))
+        off, on = pair(plain, step, team.device)
+        flops = sum(p.flops for p in count_parts(case))
+        show(f"{low} instead of float32: {case.size} step", case.batch / off, case.batch / on, "films/s",
+             f"{peaks[low] / peaks['float32']:.2f} × = matmul peaks; MFU {flops / off / peaks['float32']:.0%} → {flops / on / peaks[low]:.0%}")
     del plain
     figures = []
     for lean in (False, True):
@@ -260,10 +265,14 @@ def step_lines(config, team, peaks, speed):
     compile_line(config, team, peaks)
 
 
+def demo(team):
+    """The step of pretrain.py's demo."""
+    return settle(Config(size="tiny", image=64, patch=8, batch=16), team)
+
+
 def compile_line(config, team, peaks):
     """torch.compile: of the wanted step on a GPU, of the demo's on a CPU."""
-    if team.device.type == "cpu":
-        config = settle(Config(size="tiny", image=64, patch=8, batch=32), team)
+    config = demo(team) if team.device.type == "cpu" else config
     plain, compiled = Step(config, team), Step(dataclasses.replace(config, compile=True), team)
     seconds = timed(compiled, team.device)
     off, on = pair(plain, compiled, team.device)
@@ -369,20 +378,26 @@ def index_lines(folder, count=500_000):
 
 # ------------------------------------------------------------------------------------------------ the real script, and two processes
 def run_lines(folder, device):
-    """The real script from a packed file against the step alone; one process against two."""
+    """The real script from a packed file against the step alone, its crops made in the loop or by a worker; one process against two."""
     gpu, kind = device.type == "cuda", f"--device {device.type}"
-    shape = ("--size base --image 224 --patch 16 --batch 256 " if gpu else "--size tiny --image 64 --patch 8 --batch 32 ") + kind
+    shape = ("--size base --image 224 --patch 16 --batch 256 " if gpu else "--size tiny --image 64 --patch 8 --batch 16 ") + kind
     alone = rate_of(f"bench.py step {shape} {'--compile' if gpu else '--steps 20'}")
     write_pack(folder / "run" / "films.pack", 600 if gpu else 64)
-    short = "--epochs 60 --warmup 1 --holdout 1 --max_steps 60 --log_every 20"
-    run(f"pretrain.py --data {folder / 'run' / 'films.pack'} --out {folder / 'out'} {shape} {short}")
-    last = runtime.read_log(folder / "out" / "log.csv")[-1]
-    limit = f"1 ×; data_wait {float(last['data_wait']):.1%}, goal < 2 %"
-    show("the step alone → the real script, from a packed file", alone, float(last["images_per_s"]), "films/s", limit)
+    short = "--epochs 60 --warmup 1 --holdout 1 --max_steps 120 --log_every 40"
+    rates, waited = [], []
+    for workers in (0, 8 if gpu else 1):
+        out = folder / f"workers{workers}"
+        run(f"pretrain.py --data {folder / 'run' / 'films.pack'} --out {out} {shape} {short} --workers {workers}")
+        last = runtime.read_log(out / "log.csv")[-1]
+        rates, waited = [*rates, float(last["images_per_s"])], [*waited, float(last["data_wait"])]
+    show("the step alone → the real script, from a packed file", alone, max(rates), "films/s", "1 ×")
+    show(f"  crops in the loop → in {8 if gpu else 1} worker(s)", *rates, "films/s", f"data_wait {waited[0]:.1%} → {waited[1]:.1%}, goal < 2 %")
     if not gpu or torch.cuda.device_count() > 1:
-        words = f"bench.py step {shape} --threads 1 --steps 20"
-        off, on = rate_of(words), rate_of(f"-m torch.distributed.run --nproc_per_node=2 {words}")
-        show("two processes, " + ("nccl" if gpu else "gloo, one thread each"), off, on, "films/s", "2 ×")
+        words, two = f"bench.py step {shape} --steps 20", "-m torch.distributed.run --nproc_per_node=2"
+        off, on = rate_of(f"{words} --threads 1"), rate_of(f"{two} {words} --threads 1")
+        show("one process → two, " + ("nccl" if gpu else "gloo, one thread each"), off, on, "films/s", "2 ×")
+        if not gpu:
+            show("one process, all threads → two, one thread each", rate_of(words), on, "films/s", "for a run on a CPU: torchrun")
 
 
 def run(words):
@@ -404,6 +419,7 @@ def main():
     if word not in commands:
         raise Stop(f"bench.py {word}: say step, roofline or scale, or nothing for the whole table")
     config = runtime.parse(Config, __doc__, argv, prog=f"bench.py {word}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                # the profiler's own chatter
     team = runtime.start_team(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)

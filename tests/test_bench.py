@@ -114,7 +114,7 @@ def test_every_network_line_is_printed(monkeypatch, capsys):
     bench.step_lines(config(), TEAM, {"float32": 1e11, "bfloat16": 1e11}, 1e10)
     bench.augment_lines(config(), CPU)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 14 and all(len(r) == 6 and float(r[1]) >= 0 and float(r[2]) >= 0 for r in rows)
+    assert len(rows) == 15 and all(len(r) == 6 and float(r[1]) >= 0 and float(r[2]) >= 0 for r in rows)
     waits = next(r for r in rows if r[0].startswith("host waits"))
     assert float(waits[2]) == 0 < float(waits[1])
 
