@@ -251,18 +251,20 @@ def step_lines(config, team, peaks, speed):
         show(f"{low} instead of float32: {case.size} step", case.batch / off, case.batch / on, "films/s",
              f"{peaks[low] / peaks['float32']:.2f} × = matmul peaks; MFU {flops / off / peaks['float32']:.0%} → {flops / on / peaks[low]:.0%}")
     del plain
-    figures = []
-    for lean in (False, True):
-        step.checkpointing(lean)
-        figures.append((peak_memory(step, team.device) / 1e9, 1e3 * timed(step, team.device), count_memory(step.config, lean)[1] / 1e9))
-    step.checkpointing(False)
-    (full, fast, kept), (least, slow, rest) = figures
-    show("activation checkpointing: memory of a step", full, least, "GB", f"counted as kept for the backward pass: {kept:.2f} → {rest:.2f}")
-    show("  and its price: time of a step", fast, slow, "ms", "0.77 × = one more forward pass of what is trained")
+    memory_lines(dataclasses.replace(step.config, batch=max(config.batch, 8)), team)
     asking = lambda: [v.sum().item() for v in step().values()]
     show("host waits a step: losses stay on the device until logged", waits(asking, team.device), waits(step, team.device), "waits", "0")
     optimizer_lines(step, team.device, speed)
     compile_line(config, team, peaks)
+
+
+def memory_lines(config, team):
+    """Activation checkpointing: what it saves, and its price."""
+    full, lean = (Step(dataclasses.replace(config, checkpointing=on), team) for on in (False, True))
+    (off, kept), (on, rest) = ((peak_memory(s, team.device) / 1e9, count_memory(config, s is lean)[1] / 1e9) for s in (full, lean))
+    show(f"activation checkpointing: memory of a step, batch {config.batch}", off, on, "GB", f"counted as kept for the backward pass: {kept:.2f} → {rest:.2f}; gradients come on top")
+    off, on = pair(full, lean, team.device)
+    show("  and its price: time of a step", 1e3 * off, 1e3 * on, "ms", "0.77 × = one more forward pass of what is trained")
 
 
 def demo(team):
@@ -324,6 +326,8 @@ def film_lines(folder):
         write_film(path, i, (2500, 3000))
     off, on = pair(lambda: [plain_decode(p, 320) for p in paths], lambda: [fit(read_film(p, 320), 320) for p in paths], torch.device("cpu"))
     show("2500 × 3000 JPEG to side 320: reduced-scale decode", len(paths) / off, len(paths) / on, "films/s", "one core; goal 5 ×")
+    for i in range(8, 240):
+        os.link(paths[i % 8], jpegs / f"{i}.jpeg")
     films = open_films(jpegs, side=320)
     off, on = (len(films) / timed(lambda: pack_films(films, folder / f"{n}.pack", n), torch.device("cpu")) for n in (0, 2))
     limit = f"2 ×; 0.5 M films: {5e5 / on / 3600:.1f} h with two workers, {5e5 * films[0].nbytes / 1e9:.0f} GB"

@@ -33,7 +33,7 @@ from model import SIZES, CheXWorld, load_checkpoint
 from runtime import Stop, flag
 
 RECIPES = {
-    "demo": dict(size="tiny", image=64, patch=8, batch=16, epochs=11, warmup=1.0, lr=1.2e-3, ema=0.99, log_every=20, save_every=200, seed=0),
+    "demo": dict(size="tiny", image=64, patch=8, batch=16, epochs=20, warmup=1.0, lr=1.2e-3, ema=0.99, log_every=20, save_every=200, seed=0),
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0, lr=2e-4, ema=0.996, log_every=20, save_every=500, seed=0),
 }
 FREE = {"out", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile", "data", "probe", "patients", "checkpointing"}  # may change on resume
@@ -48,7 +48,7 @@ class Config:
     patch: int = flag(None, "side of a patch, px [demo 8, paper 16]")
     batch: int = flag(None, "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 16, paper 2048]")
     micro: int = flag(None, "films a forward pass on one GPU [at most 128 on a GPU, as the authors, 64 on a CPU]")
-    epochs: int = flag(None, "passes over the films; sets the schedules [demo 11, paper 300]")
+    epochs: int = flag(None, "passes over the films; sets the schedules [demo 20, paper 300]")
     warmup: float = flag(None, "epochs of linear warm-up [demo 1, paper 40]")
     max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
     lr: float = flag(None, "peak learning rate [demo 1.2e-3, paper 2e-4]")
