@@ -300,13 +300,6 @@ def match(names, listed):
     return [longer.get(name) or next((exact[t] for t in tails(name) if t in exact), None) for name in names]
 
 
-def exclude(films, names, patients=()):
-    """Indices of the films that are neither named in `names` (by path tail) nor of one of `patients`. → int64 (kept,)"""
-    patients = set(patients)
-    hits = match(films.names, names)
-    return np.array([i for i, hit in enumerate(hits) if hit is None and films.patients[i] not in patients], dtype=np.int64)
-
-
 class Views(torch.utils.data.Dataset):
     """Item (epoch, i) → two crops of film i and where they lie: views uint8 (2, size, size), boxes float32 (2, 4) px, flips bool (2,).
 
