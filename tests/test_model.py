@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import plain
-from model import SIZES, CheXWorld, ViT, grid_coords, sincos
+from model import SIZES, CheXWorld, ViT, attend, grid_coords, sincos
 
 TINY = dict(image=32, patch=8, dim=32, depth=2, heads=4, predictor_dim=24, predictor_depth=2, predictor_heads=2)
 
@@ -39,6 +39,21 @@ def world_of(**changes):
 
 
 # ------------------------------------------------------------------------------------------------ positions and ViT
+@pytest.mark.parametrize("dtype,close", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.04)])
+def test_attention_and_its_gradients_in_every_precision(dtype, close):
+    """Against softmax(q kᵀ / √d) v and its derivative, written out in NumPy: each precision takes its own way."""
+    q, k, v, up = (torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(s)) for s in range(4))
+    Q, K, V, U = (x.to(dtype).double().numpy() for x in (q, k, v, up))
+    score = np.exp(Q @ K.swapaxes(-1, -2) / 2)
+    weight = score / score.sum(-1, keepdims=True)
+    inner = weight * (U @ V.swapaxes(-1, -2) - (U * (weight @ V)).sum(-1, keepdims=True)) / 2
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+    out = attend(q, k, v)
+    out.backward(up.to(dtype))
+    for got, true in ((out, weight @ V), (q.grad, inner @ K), (k.grad, inner.swapaxes(-1, -2) @ Q), (v.grad, weight.swapaxes(-1, -2) @ U)):
+        assert got.dtype == dtype and np.abs(got.detach().double().numpy() - true).max() < close * np.abs(true).max()
+
+
 @pytest.mark.parametrize("n, dim", [(14, 768), (4, 32), (7, 24)])
 def test_sincos_is_maes_table(n, dim):
     assert np.abs(sincos(grid_coords(n), dim).numpy() - plain.mae_table(n, dim)).max() < 2e-6
@@ -123,6 +138,13 @@ def test_the_four_terms_are_there_and_differ():
     assert list(terms) == ["l11", "l22", "l12", "l21", "loss", "features"]
     assert len({round(terms[k].item(), 5) for k in ("l11", "l22", "l12", "l21")}) == 4
     assert terms["loss"].item() == pytest.approx(sum(terms[k].item() for k in ("l11", "l22", "l12", "l21")) / 4, rel=1e-6)
+
+
+def test_losses_in_bfloat16_are_nearly_those_in_float32():
+    world, batch = world_of(), tensors(make_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = world(**batch)
+    assert all(low[k].item() == pytest.approx(value.item(), rel=0.02) for k, value in world(**batch).items() if k != "features")
 
 
 def test_features_are_pooled_targets_of_both_views():
