@@ -85,7 +85,8 @@ def curves(series, title, x_label, y_label, size=(640, 320), log_y=False):
     for k, (name, (x, y)) in enumerate(series.items()):
         points = [place(a, b) for a, b in zip(np.asarray(x, float), change(y)) if np.isfinite(b)]
         draw.line(points, COLOURS[k % len(COLOURS)], round(1.6 * scale), joint="curve")
-        text(((box[2] - 8) * scale, (box[1] + 4 + 16 * k) * scale), name, 13, "ra", COLOURS[k % len(COLOURS)])
+        if len(series) > 1:
+            text(((box[2] - 8) * scale, (box[1] + 4 + 16 * k) * scale), name, 13, "ra", COLOURS[k % len(COLOURS)])
     return page.resize(size, Image.Resampling.LANCZOS)
 
 

@@ -194,7 +194,8 @@ def command(config, device):
     write_table(out / "surprise.csv", names, scores, bad)
     p = scores["surprise"][2]
     result = {"films": len(names), "unreadable": bad, "flagged": int((p <= config.alpha).sum()), "alpha": config.alpha}
-    result["auroc"] = separation(config, films, numbers, scores)
+    labels = labels_of(config, films, numbers)
+    result["auroc"] = separation(config, labels, scores)
     lines = [f"{len(names)} films: {result['flagged']} with p ≤ {config.alpha:g}, where {config.alpha * len(names):.0f} would be by chance; "
              f"{len(bad)} unreadable; every film in {out}/surprise.csv"]
     if result["auroc"]:
@@ -202,8 +203,13 @@ def command(config, device):
         lines += ["AUROC, percent" + " " * 12 + "  ".join(kinds)]
         lines += [f"  {name:24s}" + "  ".join(f"{row[kind]:{len(kind)}.1f}" for kind in kinds) for name, row in result["auroc"].items()]
     order = np.argsort(-scores["surprise"][1], kind="stable")
-    shown = np.concatenate([order[:12], order[len(order) // 2:][:6]])
-    finish(config, result, "\n".join(lines), surprise=page(films, numbers[shown], z[shown], p[shown]))
+    shown, titles, columns = np.concatenate([order[:12], order[len(order) // 2:][:6]]), [Path(name).stem[-20:] for name in names], 6
+    if result["auroc"] and config.table:                                                          # of each kind the most surprising film, then the one in the middle
+        last = np.argsort([k.lower() in evaluate.NEGATIVE for k in labels], kind="stable")        # normal ones at the right
+        kinds = [order[labels[order] == kind] for kind in dict.fromkeys(labels[last])][-6:]
+        shown, columns = np.array([each[0] for each in kinds] + [each[len(each) // 2] for each in kinds]), len(kinds)
+        titles = [f"{k}, {t}" if len(k + t) < 24 else k for k, t in zip(labels, titles)]
+    finish(config, result, "\n".join(lines), surprise=page(films, numbers[shown], z[shown], p[shown], [titles[i] for i in shown], columns))
 
 
 def write_table(path, names, scores, bad):
@@ -219,15 +225,21 @@ def write_table(path, names, scores, bad):
     runtime.write_text(path, buffer.getvalue())
 
 
-def separation(config, films, numbers, scores):
-    """AUROC in percent of each measure: each kind of wrong films against the table's normal ones; without a table, all against the calibration films."""
+def labels_of(config, films, numbers):
+    """The table's word for each film; None without a table."""
     if not config.table:
+        return None
+    label = {i: (row.get("label") or "").strip() for i, row in rows_of(config.table, films)}
+    return np.array([label[i] for i in numbers])
+
+
+def separation(config, labels, scores):
+    """AUROC in percent of each measure: each kind of wrong films against the table's normal ones; without a table, all against the calibration films."""
+    if labels is None:
         if not config.reference:
             return {}
         against = lambda usual, own: 100 * auroc(np.r_[own, usual], np.r_[np.ones(len(own)), np.zeros(len(usual))])
         return {key: {"these films": against(usual, own)} for key, (usual, own, _) in scores.items()}
-    label = {i: (row.get("label") or "").strip() for i, row in rows_of(config.table, films)}
-    labels = np.array([label[i] for i in numbers])
     normal = np.array([k.lower() in evaluate.NEGATIVE for k in labels])
     kinds = {kind: labels == kind for kind in dict.fromkeys(labels[~normal])}
     if not normal.any() or not kinds:
@@ -236,7 +248,7 @@ def separation(config, films, numbers, scores):
     return {key: {kind: 100 * auroc(own[normal | mask], mask[normal | mask]) for kind, mask in kinds.items()} for key, (_, own, _) in scores.items()}
 
 
-def page(films, numbers, z, p, columns=6, cell=150):
+def page(films, numbers, z, p, titles, columns, cell=150):
     """Films, each above its map of surprise: dark = as usual there, bright = five spreads above."""
     rows, captions = [], []
     for start in range(0, len(numbers), columns):
@@ -244,5 +256,5 @@ def page(films, numbers, z, p, columns=6, cell=150):
         shown = [pictures.to_picture(films[int(numbers[k])], cell) for k in part]
         maps = [pictures.heat(z[k].reshape(round(z.shape[1] ** 0.5), -1), 0, 5) for k in part]
         rows += [shown, [pictures.overlay(film, each, 0.6) for film, each in zip(shown, maps)]]
-        captions += [[Path(films.names[int(numbers[k])]).stem[-20:] for k in part], [f"p = {p[k]:.3f}" for k in part]]
+        captions += [[titles[k] for k in part], [f"p = {p[k]:.3f}" for k in part]]
     return pictures.grid(rows, captions, cell=cell)

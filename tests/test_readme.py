@@ -18,7 +18,7 @@ def scripts_and_flags():
     found = set()
     for command in COMMANDS:
         for part in command.split("&&"):
-            called = re.search(r"(\w+\.py)(.*)", part)
+            called = re.search(r"(analyze\.py \w+|\w+\.py)(.*)", part)
             if called:
                 found |= {(called[1], flag) for flag in re.findall(r"(--\w+)", called[2])} | {(called[1], "--help")}
     return sorted(found)
@@ -38,7 +38,7 @@ def helps():
     """--help of every script that the README calls (and of data.py's sub-commands, which share one parser)."""
     texts = {}
     for script in {s for s, _ in scripts_and_flags()}:
-        done = subprocess.run([sys.executable, ROOT / script, *(["check"] if script == "data.py" else []), "--help"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, ROOT / script.split()[0], *script.split()[1:], *(["check"] if script == "data.py" else []), "--help"], capture_output=True, text=True)
         assert done.returncode == 0, (script, done.stderr)
         texts[script] = done.stdout
     return texts
