@@ -55,7 +55,7 @@ class Health(Common):
 
 @dataclasses.dataclass
 class Views(Common):
-    films: int = flag(5, "films to show")
+    films: int = flag(4, "films to show")
     image: int = flag(None, "side of the crops, px [128]")
     patch: int = flag(None, "side of a patch, px [16]")
 
@@ -226,9 +226,9 @@ def views(config, device):
     size, patch = config.image or 128, config.patch or 16
     if size % patch:
         raise Stop(f"--image {size} is not a multiple of --patch {patch}")
-    films, table = open_set(config, max(20, 7 * config.films))
+    films, _ = open_set(config, 20)
     rows, captions, grid = [], [], size // patch
-    for i in evenly(named(table, films), config.films):
+    for i in evenly(named(config.table, films), config.films):
         film, generator, rng = films[int(i)], keyed(config.seed, int(i)), np.random.default_rng((config.seed, int(i)))
         boxes, flips = augment.sample_boxes(rng, *film.shape)
         crops = np.stack([augment.crop(film, box, size, flip) for box, flip in zip(boxes, flips)])
