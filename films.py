@@ -307,3 +307,40 @@ def finish(part, films, rows):
         file.write(blob.getvalue() + FOOTER.pack(int(starts[-1]), blob.tell(), zlib.crc32(blob.getvalue()), MAGIC))
         file.flush()
         os.fsync(file.fileno())
+
+
+# ------------------------------------------------------------------------------------------------ sets of films
+class InMemory:
+    """A small set, each film decoded once and then kept. Same names, patients and errors as the set behind it."""
+
+    def __init__(self, films):
+        self.films, self.kept, self.names, self.patients = films, {}, films.names, films.patients
+
+    def __len__(self):
+        return len(self.films)
+
+    def __getitem__(self, i):
+        if i not in self.kept:
+            try:
+                self.kept[i] = self.films[i]
+            except BadFilm as error:
+                self.kept[i] = error
+        if isinstance(self.kept[i], BadFilm):
+            raise self.kept[i]
+        return self.kept[i]
+
+
+class BadFilms:
+    """Names and counts what the loader replaced; more than 1 % of the films bad stops the run."""
+
+    def __init__(self, films):
+        self.films, self.seen = films, set()
+
+    def note(self, numbers):
+        """numbers (b,): -1 or the number of a film that could not be read."""
+        for i in set(numbers[numbers >= 0].tolist()) - self.seen:
+            self.seen.add(i)
+            print(f"bad film, skipped ({len(self.seen)} so far): {self.films.names[i]}", flush=True)
+        if len(self.seen) > 0.01 * len(self.films):
+            names = ", ".join(self.films.names[i] for i in sorted(self.seen)[:5])
+            raise Stop(f"{len(self.seen)} of {len(self.films)} films cannot be read, more than 1 %: {names} … run python data.py check --data … for all, with reasons")

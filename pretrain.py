@@ -14,6 +14,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ import evaluate
 import phantom
 import pictures
 import runtime
-from data import BadFilm, Batches, Views, open_films
-from films import leave_with_parent
+from data import Batches, Views, open_films
+from films import BadFilms, InMemory, leave_with_parent
 from masks import mask_sizes, sample_masks
+from meter import count_memory
 from metrics import feature_std, rankme
 from model import SIZES, CheXWorld, load_checkpoint
 from runtime import Stop, flag
@@ -47,7 +49,7 @@ class Config:
     image: int = flag(None, "side of the crops, px [demo 64, paper 224]")
     patch: int = flag(None, "side of a patch, px [demo 8, paper 16]")
     batch: int = flag(None, "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 16, paper 2048]")
-    micro: int = flag(None, "films a forward pass on one GPU [at most 128 on a GPU, as the authors, 64 on a CPU]")
+    micro: int = flag(None, "films a forward pass on one GPU [what fills 70 % of its memory by count; at most 64 on a CPU]")
     epochs: int = flag(None, "passes over the films; sets the schedules [demo 20, paper 300]")
     warmup: float = flag(None, "epochs of linear warm-up [demo 1, paper 40]")
     max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
@@ -106,26 +108,6 @@ def demo_data(config, team):
     return folder / "films", folder / "phantoms.csv"
 
 
-class InMemory:
-    """A small set, each film decoded once and then kept. Same names, patients and errors as the set behind it."""
-
-    def __init__(self, films):
-        self.films, self.kept, self.names, self.patients = films, {}, films.names, films.patients
-
-    def __len__(self):
-        return len(self.films)
-
-    def __getitem__(self, i):
-        if i not in self.kept:
-            try:
-                self.kept[i] = self.films[i]
-            except BadFilm as error:
-                self.kept[i] = error
-        if isinstance(self.kept[i], BadFilm):
-            raise self.kept[i]
-        return self.kept[i]
-
-
 def split_films(films, tables, config):
     """Training films and held-out ones, no patient on both sides. Test films of the probe tables are held out, else `holdout` films. → (train, held)"""
     patients = list(films.patients)
@@ -153,8 +135,17 @@ def micro_batch(config, team):
     if config.batch % team.world:
         raise Stop(f"--batch {config.batch} is not a multiple of the {team.world} processes")
     share = config.batch // team.world
-    limit = config.micro or (128 if team.device.type == "cuda" else 64)
+    limit = config.micro or (fitting(config, torch.cuda.get_device_properties(team.device).total_memory) if team.device.type == "cuda" else 64)
     return max(m for m in range(1, min(limit, share) + 1) if share % m == 0)
+
+
+def fitting(config, memory):
+    """Films a forward pass whose counted memory fills at most 70 % of a GPU with so many bytes."""
+    grid = config.image // config.patch
+    visible, masked = mask_sizes(grid)
+    one = SimpleNamespace(size=config.size, image=config.image, patch=config.patch, batch=1, visible=visible, masked=masked, targets=grid ** 2, precision=config.precision)
+    fixed, film = count_memory(one, config.checkpointing)
+    return max(1, int((0.7 * memory - fixed) / film))
 
 
 def parameter_groups(world, weight_decay):
@@ -214,22 +205,6 @@ def save(out, world, optimizer, recipe, step):
     runtime.save_atomic({"world": world.state_dict(), "config": world.config, "optimizer": optimizer.state_dict(), "recipe": recipe, "step": step}, out / "last.pt")
     encoder = world.target_encoder
     runtime.save_atomic({"encoder": encoder.state_dict(), "config": encoder.config, "step": step}, out / "encoder.pt")
-
-
-class BadFilms:
-    """Names and counts what the loader replaced; more than 1 % of the films bad stops the run."""
-
-    def __init__(self, films):
-        self.films, self.seen = films, set()
-
-    def note(self, numbers):
-        """numbers (b,): -1 or the number of a film that could not be read."""
-        for i in set(numbers[numbers >= 0].tolist()) - self.seen:
-            self.seen.add(i)
-            print(f"bad film, skipped ({len(self.seen)} so far): {self.films.names[i]}", flush=True)
-        if len(self.seen) > 0.01 * len(self.films):
-            names = ", ".join(self.films.names[i] for i in sorted(self.seen)[:5])
-            raise Stop(f"{len(self.seen)} of {len(self.films)} films cannot be read, more than 1 %: {names} … run python data.py check --data … for all, with reasons")
 
 
 def main():

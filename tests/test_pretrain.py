@@ -17,6 +17,7 @@ from PIL import Image
 import meter
 import phantom
 import pretrain
+import runtime
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 --log_every 1 --save_every 1000 --device cpu --precision float32 --holdout 4".split()
@@ -205,3 +206,11 @@ def test_the_host_never_waits_while_a_batch_is_prepared(device):
     item = {"views": torch.randint(0, 255, (2, 2, 32, 32), dtype=torch.uint8), "boxes": boxes, "flips": torch.tensor([[True, False]] * 2)}
     item = {k: v.pin_memory() if device.type == "cuda" else v for k, v in item.items()}
     assert meter.waits(lambda: pretrain.prepare(item, config, 0, torch.arange(2), device), device) == 0
+
+
+def test_what_fits_into_a_gpu():
+    """By count: 64 films of ViT-B in 24 GB, a rank's whole share of the paper's batch in 80 GB; more with checkpointing, fewer of larger networks."""
+    films = lambda memory, **changes: pretrain.fitting(pretrain.Config(**{**dict(image=224, patch=16, size="base", precision="bfloat16"), **changes}), memory)
+    assert 64 <= films(24e9) < 128 and films(80e9) >= 256 and films(24e9, checkpointing=True) >= 256
+    assert films(24e9, size="large") < 64 < films(24e9, size="small") and films(1e9) == 1
+    assert pretrain.micro_batch(pretrain.Config(batch=96), runtime.Team(0, 1, torch.device("cpu"))) == 48
