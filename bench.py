@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import augment
@@ -32,8 +31,8 @@ import runtime
 from data import Views, open_films
 from films import fit, pack_films, read_film
 from masks import mask_sizes, sample_masks
-from meter import Chip, bandwidth, count_memory, count_parts, matmul_peak, one_core, pair, peak_memory, print_roofline, show, timed, waits
-from model import SIZES, CheXWorld, ViT, attend, grid_coords, sincos, take
+from meter import Chip, Step, bandwidth, count_memory, count_parts, made_up, matmul_peak, one_core, pair, peak_memory, print_roofline, show, timed, waits
+from model import SIZES, ViT, attend, grid_coords, sincos, take
 from runtime import Stop, flag
 
 ROOT = Path(__file__).parent
@@ -67,56 +66,6 @@ def settle(config, team):
         if count > grid ** 2:
             raise Stop(f"{name} {count}: a view has only {grid ** 2} patches")
     return config
-
-
-# ------------------------------------------------------------------------------------------------ the step
-class Counted(CheXWorld):
-    """CheXWorld that predicts only the first `count` patches of the other view: it can be timed at the token counts of other programs."""
-
-    def between(self, t, h, keep, coords, action):
-        return super().between(t[:, :self.count], h, keep, coords[:, :self.count], action)
-
-
-def made_up(config, device):
-    """What CheXWorld.forward takes, with the wanted token counts, from noise."""
-    generator, B, grid = torch.Generator().manual_seed(0), config.batch, config.image // config.patch
-    action = augment.sample_actions(2 * B, generator).to(device)
-    y = torch.rand(2 * B, 1, config.image, config.image, generator=generator).to(device)
-    order = torch.rand(2 * B, grid ** 2, generator=generator).argsort(1).to(device)
-    boxes = torch.tensor([[0.0, 0.0, 300.0, 300.0], [20.0, 40.0, 300.0, 300.0]], device=device).repeat_interleave(B, 0)
-    coords = augment.relative_coords(boxes, boxes.roll(B, 0), grid)
-    keep, masked = order[:, :config.visible], order[:, config.visible:config.visible + config.masked]
-    return dict(y=y, x=augment.apply_action(y, action), keep=keep, masked=masked, coords=coords, action=action)
-
-
-class Step:
-    """pretrain.py's step on a made-up batch: forward, backward, clip, AdamW, moving average. step() → the losses, still on the device."""
-
-    def __init__(self, config, team):
-        torch.manual_seed(0)
-        self.config, self.device = config, team.device
-        self.world = Counted(config.image, config.patch, **SIZES[config.size]).to(team.device)
-        self.world.count = config.targets
-        self.checkpointing(config.checkpointing)
-        self.trained = [p for p in self.world.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.05, fused=True)
-        self.forward = torch.compile(self.world) if config.compile else self.world
-        if team.world > 1:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
-        self.batch = made_up(config, team.device)
-
-    def checkpointing(self, on):
-        self.world.encoder.save_memory = self.world.predictor.save_memory = on
-
-    def __call__(self):
-        with runtime.autocast(self.device, self.config.precision):
-            losses = self.forward(**self.batch)
-            losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.world.update_target(0.996)
-        return losses
 
 
 # ------------------------------------------------------------------------------------------------ commands

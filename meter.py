@@ -9,8 +9,11 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
+import augment
+import runtime
 from model import SIZES, CheXWorld
 
 
@@ -100,6 +103,56 @@ def within(event, name):
     while event and event.name != name:
         event = event.cpu_parent
     return event is not None
+
+
+# ------------------------------------------------------------------------------------------------ the step
+class Counted(CheXWorld):
+    """CheXWorld that predicts only the first `count` patches of the other view: it can be timed at the token counts of other programs."""
+
+    def between(self, t, h, keep, coords, action):
+        return super().between(t[:, :self.count], h, keep, coords[:, :self.count], action)
+
+
+def made_up(config, device):
+    """What CheXWorld.forward takes, with the wanted token counts, from noise."""
+    generator, B, grid = torch.Generator().manual_seed(0), config.batch, config.image // config.patch
+    action = augment.sample_actions(2 * B, generator).to(device)
+    y = torch.rand(2 * B, 1, config.image, config.image, generator=generator).to(device)
+    order = torch.rand(2 * B, grid ** 2, generator=generator).argsort(1).to(device)
+    boxes = torch.tensor([[0.0, 0.0, 300.0, 300.0], [20.0, 40.0, 300.0, 300.0]], device=device).repeat_interleave(B, 0)
+    coords = augment.relative_coords(boxes, boxes.roll(B, 0), grid)
+    keep, masked = order[:, :config.visible], order[:, config.visible:config.visible + config.masked]
+    return dict(y=y, x=augment.apply_action(y, action), keep=keep, masked=masked, coords=coords, action=action)
+
+
+class Step:
+    """pretrain.py's step on a made-up batch: forward, backward, clip, AdamW, moving average. step() → the losses, still on the device."""
+
+    def __init__(self, config, team):
+        torch.manual_seed(0)
+        self.config, self.device = config, team.device
+        self.world = Counted(config.image, config.patch, **SIZES[config.size]).to(team.device)
+        self.world.count = config.targets
+        self.checkpointing(config.checkpointing)
+        self.trained = [p for p in self.world.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.05, fused=True)
+        self.forward = torch.compile(self.world) if config.compile else self.world
+        if team.world > 1:
+            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        self.batch = made_up(config, team.device)
+
+    def checkpointing(self, on):
+        self.world.encoder.save_memory = self.world.predictor.save_memory = on
+
+    def __call__(self):
+        with runtime.autocast(self.device, self.config.precision):
+            losses = self.forward(**self.batch)
+            losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.world.update_target(0.996)
+        return losses
 
 
 # ------------------------------------------------------------------------------------------------ on paper

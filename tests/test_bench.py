@@ -42,7 +42,7 @@ def test_counted_flops_are_those_pytorch_counts(counts):
 
 def test_counted_parameters_are_those_of_the_model():
     for size in ("tiny", "small"):
-        world = bench.CheXWorld(32, 8, **bench.SIZES[size])
+        world = meter.CheXWorld(32, 8, **bench.SIZES[size])
         trained, encoder = meter.count_parameters(config(size=size))
         assert trained == sum(p.numel() for m in (world.encoder, world.predictor) for p in m.parameters())
         assert encoder == sum(p.numel() for p in world.target_encoder.parameters())
