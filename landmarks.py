@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import augment
 from data import BadFilm
 from runtime import Stop
 from subject import rows_of
@@ -82,6 +83,16 @@ def score(found, true, shapes):
 
 
 # ---------------------------------------------------------------- where the landmarks truly are
+def box_around(rng, shape, places, tries=100):
+    """A random box, 0.3 to 0.8 of the film's area, that holds all its landmarks; the whole film where none is found. places (L, 2) fractions → (4,) px"""
+    for _ in range(tries):
+        box = augment.sample_boxes(rng, *shape, scale=(0.3, 0.8))[0][0]
+        inside = (places * shape - box[:2]) / box[2:]
+        if 0.02 < inside.min() and inside.max() < 0.98:
+            return box
+    return np.array([0.0, 0.0, *shape])
+
+
 def from_mask(mask):
     """Landmarks of a mask of both lungs: tips and outer lower corners. bool (H, W) → (4, 2) fractions; None when a side is empty."""
     height, width = mask.shape

@@ -269,7 +269,7 @@ def measure(world, averaged, pairs, config, device):
         table[name] = {"pixel_error": summary(pixel), "feature_distance": summary(feature), 
                        "prediction_closer_percent": dict(zip(("pixel", "feature"), (100 * (right.setdefault("errors", errors) < errors).mean(1)).tolist()))}
         versions += painted
-    films = [pairs.read(i)[0] for i in range(min(6, n))]
+    films = [pairs.read(i)[0] for i in range(min(4, n))]
     rows = [row_of(pairs.ask(film, *pairs.place(0, i, film.shape), SHOWN), [p[i] for p in versions], grid) for i, film in enumerate(films)]
     titles = ["context", "target", *(f"sample {s + 1}" for s in range(config.samples)), *list(table)[1:]]
     pictures.save(pictures.grid(rows, column_titles=titles, cell=SHOWN), Path(config.out) / "samples.png")
@@ -303,7 +303,7 @@ def artefacts(world, averaged, pairs, config, device):
     for name, condition in (("prediction", told), ("features with letter", with_letter), ("features without", without)):
         versions.append(paint(averaged, condition[:, :1], config))
         table[name] = summary([strength(*each) for each in zip(versions[-1][:, 0], clean["crops"][:, 0].numpy(), burnt["crops"][:, 0].numpy())])
-    rows = [row_of(pairs.ask(marked[i], *places[i], SHOWN), [p[i] for p in versions], pairs.grid, 1) for i in range(min(6, len(films)))]
+    rows = [row_of(pairs.ask(marked[i], *places[i], SHOWN), [p[i] for p in versions], pairs.grid, 1) for i in range(min(4, len(films)))]
     pictures.save(pictures.grid(rows, column_titles=["context", "with letter", *table], cell=SHOWN), Path(config.out) / "artefacts.png")
     nearer = (told - without)[:, 0].square().sum(-1) < (told - with_letter)[:, 0].square().sum(-1)
     return {"letter_painted": table, "prediction_nearer_to_features_without_percent": 100 * nearer.float().mean().item()}

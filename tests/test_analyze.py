@@ -65,6 +65,14 @@ def test_score_counts_in_percent_of_the_width():
     assert np.allclose([row["distance"], row["pck@5"], row["pck@10"], *row["distance_each"]], [6, 50, 100, 4, 8])
 
 
+def test_a_random_box_holds_the_landmarks_and_moves_them():
+    rng, places, shape = np.random.default_rng(0), np.array([[0.4, 0.5], [0.6, 0.7]]), (200.0, 300.0)
+    boxes = np.array([landmarks.box_around(rng, shape, places) for _ in range(50)])
+    inside = (places * shape - boxes[:, None, :2]) / boxes[:, None, 2:]
+    assert inside.min() > 0 and inside.max() < 1 and (inside.std(0) > 0.05).all() and (boxes[:, 2:].prod(1) < 0.81 * 6e4).all()
+    assert landmarks.box_around(rng, shape, np.array([[0.0, 0.0], [1.0, 1.0]])).tolist() == [0, 0, 200, 300]
+
+
 def test_landmarks_of_a_mask():
     mask = np.zeros((100, 200), bool)
     mask[20:81, 40:80] = mask[30:71, 120:170] = True
