@@ -57,6 +57,23 @@ def tables(config):
     return config.probe.split(",") if config.probe else []
 
 
+def same_recipe(config):
+    """Keep what the cells rest on in ablation.json; Stop when --out holds another table."""
+    path, recipe = Path(config.out) / "ablation.json", {k: str(getattr(config, k)) for k in ("data", "probe", "patients", "flags", "fraction", "finetune")}
+    old = json.loads(path.read_text()) if path.is_file() else recipe
+    if changed := [f"{k} {old.get(k)} → {v}" for k, v in recipe.items() if old.get(k) != v]:
+        raise Stop(f"{config.out} holds a table made otherwise ({'; '.join(changed)}): choose another --out")
+    if len({Path(p).stem for p in tables(config)}) < len(tables(config)):
+        raise Stop(f"--probe {config.probe}: two tables of one name; rename one")
+    runtime.write_json(path, recipe)
+
+
+def finished(path, config):
+    """Whether a result.json is there and, of a pre-training run, holds the probe of every table."""
+    probes = json.loads(path.read_text()).get("probe") if path.is_file() else {}
+    return path.is_file() and (probes is None or {Path(p).stem for p in tables(config)} <= probes.keys())
+
+
 def runs(config, row, seed):
     """The commands of one cell: [(result.json that tells it is finished, words)]"""
     here, script = folder(config, row, seed), lambda name: [sys.executable, str(Path(__file__).with_name(name))]
@@ -81,7 +98,7 @@ def read(config, row, seed):
     """
     own = row not in (SCRATCH, PIXELS)
     here = folder(config, row if own else config.rows.split(";")[0].strip(), seed)
-    if not (here / "result.json").is_file():
+    if not finished(here / "result.json", config):
         return {}
     result, recipe = (json.loads((here / name).read_text()) for name in ("result.json", "config.json"))
     numbers = {f"probe {table}": each["pre-trained" if own else row] for table, each in result["probe"].items()}
@@ -101,12 +118,12 @@ def table(config, rows):
     columns = sorted({column for each in cells.values() for run in each for column in run}, key=kind)
     describe = lambda v: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "seeds": v}
     result = {row: {c: describe(v) for c in columns if (v := [r[c] for r in each if c in r])} for row, each in cells.items()}
-    lines = ["| |" + "|".join(f" {c} " for c in columns) + "| seeds | paper, VinDr 1 % |", "|---" * (len(columns) + 3) + "|"]
+    lines = ["| |" + "|".join(f" {c} " for c in columns) + "| seeds | paper, VinDr 1 % (order partly a guess) |", "|---" * (len(columns) + 3) + "|"]
     for row, numbers in result.items():
-        shown = [f"{numbers[c]['mean']:.1f} ± {numbers[c]['std']:.1f}" if c in numbers else "–" for c in columns]
+        shown = [f"{numbers[c]['mean']:.1f}" + f" ± {numbers[c]['std']:.1f}" * (len(numbers[c]["seeds"]) > 1) if c in numbers else "–" for c in columns]
         lines.append("| " + " | ".join([row, *shown, str(len(cells[row])), f"{PAPER[row]:.1f}" if row in PAPER else "–"]) + " |")
     whole = [row for row in rows if set(result[row]) == set(columns)]
-    if len(whole) > 2:
+    if len(whole) == len(ROWS):
         alike = [f"{agreement([result[r][c]['mean'] for r in whole], [PAPER[r] for r in whole]):+.2f}" for c in columns]
         lines.append("| *rank correlation with the paper* | " + " | ".join(alike) + " | | |")
     return "\n".join(lines), result
@@ -130,15 +147,16 @@ def command(config, device):
         if not (made / "phantoms.csv").is_file():
             phantom.write_phantoms(made, 2000, size=128)
         config.data, config.probe = str(made / "films"), str(made / "phantoms.csv")
+    same_recipe(config)
     left = None
     for seed in range(config.seeds):                                                              # a whole table of one seed first
         for row in [*rows, SCRATCH]:
             if config.table_only or row == SCRATCH and not (tables(config) and config.fraction):
                 continue
             for done, words in runs(config, row, seed):
-                if done.is_file():
+                if finished(done, config):
                     continue
-                left = [f"{r}, seed {s}" for s in range(config.seeds) for r in rows if not (folder(config, r, s) / "result.json").is_file()]
+                left = [f"{r}, seed {s}" for s in range(config.seeds) for r in rows if not finished(folder(config, r, s) / "result.json", config)]
                 print(f"\n{row}, seed {seed}; pre-training left: {'; '.join(left) or 'none'}\n{shlex.join(words)}", flush=True)
                 if subprocess.run(words).returncode:
                     raise Stop(f"{row}, seed {seed} failed (above); finished runs are kept, the same command goes on")

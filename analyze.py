@@ -45,7 +45,7 @@ class Correspondence(Common):
     image: int = flag(None, "side of the films, px; other sizes than the encoder's are allowed [the encoder's]")
     patch: int = flag(None, "side of a patch, px [the encoder's]")
     side: int = flag(64, "side of the heat maps, px")
-    crop: bool = flag(False, "cut the films at random, landmarks inside: places alone then tell little")
+    crop: bool = flag(False, "cut the films at random, all landmarks inside: the closer these lie together, the less their places alone tell")
 
 
 @dataclasses.dataclass
@@ -111,10 +111,13 @@ def correspondence(config, device):
         raise Stop("correspondence on --data needs --table CSV with landmarks (NAME_row, NAME_col) or lung masks (mask)")
     numbers, places, shapes, names = landmarks.read_landmarks(table, films, config.films + config.references)
     size, patch, R = config.image or encoder.image, config.patch or encoder.patch, min(config.references, len(numbers) - 1)
+    if size % patch:
+        raise Stop(f"--image {size} is not a multiple of --patch {patch}")
     rng, boxes = np.random.default_rng((10, config.seed)), [(0.0, 0.0, *shape) for shape in shapes]
     if config.crop:
         boxes[R:] = [landmarks.box_around(rng, shape, place) for shape, place in zip(shapes[R:], places[R:])]
     boxes = np.array(boxes)
+    kept = float((boxes[R:, 2:].prod(1) / shapes[R:].prod(1)).mean())
     places, shapes = (places * shapes[:, None] - boxes[:, None, :2]) / boxes[:, None, 2:], boxes[:, 2:]
     images = augment.to_float(torch.from_numpy(np.stack([augment.crop(films[int(i)], box, size) for i, box in zip(numbers, boxes)])))[:, None]
     torch.manual_seed(config.seed)
@@ -127,14 +130,14 @@ def correspondence(config, device):
     others = (places.sum(0) - places[R:]) / (len(places) - 1)                                     # mean over all films but the one asked about
     found["mean place of all other films"] = others[None]
     result = {name: landmarks.score(f, places[R:], shapes[R:]) for name, f in found.items()}
-    lines = [f"correspondence, {R} reference × {len(images) - R} films{' cut at random' * config.crop}, {size}² px in {patch}² patches; distance in % of the width, PCK in %",
+    lines = [f"correspondence, {R} reference × {len(images) - R} films{f' cut at random to {kept:.0%} of their area' * config.crop}, {size}² px in {patch}² patches; distance in % of the width, PCK in %",
              f"  {'':30s}distance  PCK@5  PCK@10   " + "  ".join(names)]
     for name, row in result.items():
         each = "  ".join(f"{v:{len(n)}.1f}" for v, n in zip(row["distance_each"], names))
         lines.append(f"  {name:30s}{row['distance']:8.1f}{row['pck@5']:7.1f}{row['pck@10']:8.1f}   {each}")
     shown = [0, *range(R, min(R + 5, len(images)))]
     page = maps_picture(ways["pre-trained"], images[shown], places[shown], names)
-    result = {"methods": result, "references": R, "films": len(images) - R, "landmarks": names, "image": size, "patch": patch, "crop": config.crop}
+    result = {"methods": result, "references": R, "films": len(images) - R, "landmarks": names, "image": size, "patch": patch, "area_kept": kept}
     finish(config, result, "\n".join(lines), maps=page)
 
 
@@ -189,7 +192,7 @@ def health(config, device):
         row = result[name]
         lines.append(f"  {name:18s}{row['feature_std']:8.3f}{row['rankme']:8.2f}{row['mean_cosine']:13.3f}{row['first_direction']:16.1%}")
     if table:
-        labels = evaluate.Labels(table)
+        labels = evaluate.Labels(table).complete()
         result["probe"] = evaluate.probe_table(labels, films, encoders, encoder.image)
         lines += [f"linear probe on {labels.path.stem}, test AUROC, percent"] + [f"  {n:18s}{v:8.2f}" for n, v in result["probe"].items()]
     result["verdict"] = verdict(result["target encoder"], result["random weights"], result.get("probe"))

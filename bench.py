@@ -31,7 +31,7 @@ import runtime
 from data import Views, open_films
 from films import fit, pack_films, read_film
 from masks import mask_sizes, sample_masks
-from meter import Chip, Step, bandwidth, count_memory, count_parts, made_up, matmul_peak, one_core, pair, peak_memory, print_roofline, show, timed, waits
+from meter import Chip, Step, bandwidth, count_memory, count_parts, fitting, made_up, matmul_peak, one_core, pair, peak_memory, print_roofline, show, timed, waits
 from model import SIZES, ViT, attend, grid_coords, sincos, take
 from runtime import Stop, flag
 
@@ -43,12 +43,12 @@ class Config:
     size: str = flag("base", "network", list(SIZES))
     image: int = flag(224, "side of the crops, px")
     patch: int = flag(16, "side of a patch, px")
-    batch: int = flag(None, "films a step in each process, two views each [8 on a CPU, 256 on a GPU]")
+    batch: int = flag(None, "films a step in each process, two views each [8 on a CPU; on a GPU what fits by count, at most 256]")
     visible: int = flag(None, "patches of a view that the context encoder sees [METHOD.md: 80 of 196]")
     masked: int = flag(None, "patches of a view that the local task predicts [92 of 196]")
     targets: int = flag(None, "patches of the other view that the global task predicts [all]")
     precision: str = flag("auto", "as in pretrain.py", ["auto", "float32", "bfloat16"])
-    compile: bool = flag(False, "torch.compile the step")
+    compile: str = flag("auto", "torch.compile the step; auto = on GPUs", ["auto", "on", "off"])
     checkpointing: bool = flag(False, "recompute activations in the backward pass")
     device: str = flag("auto", "auto, cpu, cuda")
     threads: int = flag(None, "CPU threads of a process [all cores]")
@@ -60,8 +60,12 @@ def settle(config, team):
     grid = config.image // config.patch
     visible, masked = mask_sizes(grid)
     precision = runtime.choose_precision(config.precision, team.device)
-    config = dataclasses.replace(config, batch=config.batch or (256 if team.device.type == "cuda" else 8), precision=precision,
+    gpu = team.device.type == "cuda"
+    config = dataclasses.replace(config, precision=precision, compile="on" if config.compile == "on" or config.compile == "auto" and gpu else "off",
                                  visible=config.visible or visible, masked=config.masked or masked, targets=config.targets or grid ** 2)
+    if not config.batch:
+        most = min(256, fitting(config, torch.cuda.get_device_properties(team.device).total_memory, config.checkpointing)) if gpu else 8
+        config = dataclasses.replace(config, batch=most)
     for name, count in (("--visible + --masked", config.visible + config.masked), ("--targets", config.targets)):
         if count > grid ** 2:
             raise Stop(f"{name} {count}: a view has only {grid ** 2} patches")
@@ -98,7 +102,7 @@ def roofline(config, team):
     print("\nhere:")
     seconds = time_step(config, team)
     chip = Chip("here", matmul_peak(team.device, here.precision), bandwidth(team.device), 0, ())
-    predicted = sum(chip.seconds(p) for p in count_parts(here, here.compile))
+    predicted = sum(chip.seconds(p) for p in count_parts(here, here.compile == "on"))
     print(f"predicted {1e3 * predicted:.1f} ms at {chip.peak / 1e12:.2f} TFLOP/s and {chip.speed / 1e9:.0f} GB/s; "
           f"measured {1e3 * seconds:.1f} ms")
 
@@ -114,7 +118,11 @@ def scale(config, team):
     for size, *numbers in map(str.split, SCALE[team.device.type]):
         image, patch, batch = map(int, numbers)
         case = settle(dataclasses.replace(config, size=size, image=image, patch=patch, batch=batch), team)
-        (fast, most), (slow, least) = (time_and_memory(dataclasses.replace(case, checkpointing=on), team) for on in (False, True))
+        try:
+            (fast, most), (slow, least) = (time_and_memory(dataclasses.replace(case, checkpointing=on), team) for on in (False, True))
+        except torch.cuda.OutOfMemoryError:
+            print(f"| {size} | {image} | {batch} | out of memory |")
+            continue
         flops, counted = sum(p.flops for p in count_parts(case)) / batch, [sum(count_memory(case, on)) / 1e9 for on in (False, True)]
         print(f"| {size} | {image} | {batch} | {batch / fast:.3g} | {flops / 1e9:.3g} | {most / 1e9:.2f} ({counted[0]:.2f}) "
               f"| {least / 1e9:.2f} ({counted[1]:.2f}), {slow / fast:.2f} × |", flush=True)
@@ -224,7 +232,7 @@ def demo(team):
 def compile_line(config, team, peaks):
     """torch.compile: of the wanted step on a GPU, of the demo's on a CPU."""
     config = demo(team) if team.device.type == "cpu" else config
-    plain, compiled = Step(config, team), Step(dataclasses.replace(config, compile=True), team)
+    plain, compiled = Step(dataclasses.replace(config, compile="off"), team), Step(dataclasses.replace(config, compile="on"), team)
     seconds = timed(compiled, team.device)
     off, on = pair(plain, compiled, team.device)
     limit = f"compiling took {seconds:.0f} s; MFU then {sum(p.flops for p in count_parts(config)) / on / peaks[config.precision]:.0%}"
@@ -333,24 +341,27 @@ def index_lines(folder, count=500_000):
 def run_lines(folder, device):
     """The real script from a packed file against the step alone, its crops made in the loop or by a worker; one process against two."""
     gpu, kind = device.type == "cuda", f"--device {device.type}"
-    shape = ("--size base --image 224 --patch 16 --batch 256 " if gpu else "--size tiny --image 64 --patch 8 --batch 16 ") + kind
-    alone = rate_of(f"bench.py step {shape} {'--compile' if gpu else '--steps 20'}")
+    shape, share = ("--size base --image 224 --patch 16 ", 64) if gpu else ("--size tiny --image 64 --patch 8 ", 16)
+    shape += kind
+    if gpu:
+        torch.cuda.empty_cache()                                   # this process's, for the runs below
+    alone = rate_of(f"bench.py step {shape} --batch {share} --steps 20")
     write_pack(folder / "run" / "films.pack", 600 if gpu else 64)
     short = "--epochs 60 --warmup 1 --holdout 1 --max_steps 120 --log_every 40"
     rates, waited = [], []
     for workers in (0, 8 if gpu else 1):
         out = folder / f"workers{workers}"
-        run(f"pretrain.py --data {folder / 'run' / 'films.pack'} --out {out} {shape} {short} --workers {workers}")
+        run(f"pretrain.py --data {folder / 'run' / 'films.pack'} --out {out} {shape} --batch {share} {short} --workers {workers}")
         last = runtime.read_log(out / "log.csv")[-1]
         rates, waited = [*rates, float(last["images_per_s"])], [*waited, float(last["data_wait"])]
     show("the step alone → the real script, from a packed file", alone, max(rates), "films/s", "1 ×")
     show(f"  crops in the loop → in {8 if gpu else 1} worker(s)", *rates, "films/s", f"data_wait {waited[0]:.1%} → {waited[1]:.1%}, goal < 2 %")
     if not gpu or torch.cuda.device_count() > 1:
-        words, two = f"bench.py step {shape} --steps 20", "-m torch.distributed.run --nproc_per_node=2"
-        off, on = rate_of(f"{words} --threads 1"), rate_of(f"{two} {words} --threads 1")
+        words = f"bench.py step {shape} --steps 20 --batch"
+        off, on = rate_of(f"{words} {share} --threads 1"), rate_of(f"-m torch.distributed.run --nproc_per_node=2 {words} {share // 2} --threads 1")
         show("one process → two, " + ("nccl" if gpu else "gloo, one thread each"), off, on, "films/s", "2 ×")
         if not gpu:
-            show("one process, all threads → two, one thread each", rate_of(words), on, "films/s", "for a run on a CPU: torchrun")
+            show("one process, all threads → two, one thread each", rate_of(f"{words} {share}"), on, "films/s", "the same batch over both")
 
 
 def run(words):

@@ -55,7 +55,7 @@ def heat_maps(reference, places, test):
     side = reference.shape[0]
     at = torch.as_tensor(np.clip(places * side, 0, side - 1)).long()
     wanted = reference[at[:, 0], at[:, 1]]                                                        # (L, D)
-    return torch.cdist(wanted.expand(len(test), -1, -1), test.flatten(1, 2)).unflatten(2, (side, side))
+    return torch.cdist(wanted.expand(len(test), -1, -1), test.flatten(1, 2), compute_mode="donot_use_mm_for_euclid_dist").unflatten(2, (side, side))
 
 
 def find(way, references, places, tests, words="films", batch=8):
@@ -84,7 +84,8 @@ def score(found, true, shapes):
 
 # ---------------------------------------------------------------- where the landmarks truly are
 def box_around(rng, shape, places, tries=100):
-    """A random box, 0.3 to 0.8 of the film's area, that holds all its landmarks; the whole film where none is found. places (L, 2) fractions → (4,) px"""
+    """A random box, 0.3 to 0.8 of the film's area, that holds all its landmarks; the whole film where none is found, as of landmarks
+    that lie at its edges. places (L, 2) fractions → (4,) px"""
     for _ in range(tries):
         box = augment.sample_boxes(rng, *shape, scale=(0.3, 0.8))[0][0]
         inside = (places * shape - box[:2]) / box[2:]
@@ -129,10 +130,15 @@ def read_landmarks(table, films, count):
             shape = films[i].shape
         except BadFilm:
             continue
-        if names:
-            places = (np.array([[float(row[f"{n}_row"]), float(row[f"{n}_col"])] for n in names]) + 0.5) / shape
-        else:
-            places = from_mask(np.asarray(Image.open(Path(table).parent / row["mask"]).convert("L")) > 127)
+        try:
+            if names:
+                places = (np.array([[float(row[f"{n}_row"]), float(row[f"{n}_col"])] for n in names]) + 0.5) / shape
+            else:
+                places = from_mask(np.asarray(Image.open(Path(table).parent / row["mask"]).convert("L")) > 127)
+        except (OSError, ValueError) as error:
+            raise Stop(f"--table {table}: the row of {row['filename']} cannot be used: {error}") from None
+        if places is not None and places.max() > 1:
+            raise Stop(f"--table {table}: landmarks of {row['filename']} lie outside its {shape[0]} × {shape[1]} px; places count pixels of the film as stored")
         if places is not None:
             found.append((i, places, shape))
     if len(found) < 2:

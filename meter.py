@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 import warnings
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -64,9 +65,10 @@ def matmul_peak(device, precision):
 
 
 def bandwidth(device):
-    """Bytes/s of scaling 512 MB in place, read and write counted: how optimizers touch memory."""
-    a = torch.ones(1 << 27, device=device)
-    return 2 * a.nbytes / min(timed(lambda: a.mul_(1.0), device) for _ in range(4))
+    """Bytes/s, the best of scaling 512 MB in place and of a moving average over as much: read and written bytes counted."""
+    a, parts = torch.ones(1 << 27, device=device), [[torch.ones(1 << 20, device=device) for _ in range(64)] for _ in range(2)]
+    scale, average = (lambda: a.mul_(1.0)), (lambda: torch._foreach_lerp_(*parts, 0.5))
+    return max(size / min(timed(f, device) for _ in range(5)) for f, size in ((scale, 2 * a.nbytes), (average, 3 * 64 * 4 << 20)))
 
 
 def peak_memory(function, device):
@@ -136,7 +138,7 @@ class Step:
         self.checkpointing(config.checkpointing)
         self.trained = [p for p in self.world.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.05, fused=True)
-        self.forward = torch.compile(self.world) if config.compile else self.world
+        self.forward = torch.compile(self.world) if config.compile == "on" else self.world
         if team.world > 1:
             self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
         self.batch = made_up(config, team.device)
@@ -203,17 +205,34 @@ def count_parameters(config):
     return sum(p.numel() for p in world.parameters() if p.requires_grad), sum(p.numel() for p in world.encoder.parameters())
 
 
-def count_memory(config, checkpointing=False):
-    """Bytes at the peak of a step → (weights, moments, gradients, moving average; what is kept for the backward pass)"""
+def passes(config, tasks="local,global,domain", unified=True):
+    """Tokens of a view in each forward pass that is trained: ([of the context encoder], [of the predictor])."""
+    N, K, M = (config.image // config.patch) ** 2, config.visible, config.masked
+    asked = {"local": (K, K + M), "global": (N, N + config.targets), "domain": (N, 2 * N)}
+    tasks = set(tasks.split(","))
+    if not unified:
+        return [asked[t][0] for t in tasks], [asked[t][1] for t in tasks]
+    K = K if "local" in tasks else N                               # nothing is hidden without the local task
+    return [K], [K + M] * ("local" in tasks) + [K + config.targets] * ("global" in tasks) or [2 * N]
+
+
+def count_memory(config, checkpointing=False, tokens=None):
+    """Bytes at the peak of a step → (weights, moments, gradients, moving average; what is kept for the backward pass). tokens: of `passes`."""
     s, V, kept = SIZES[config.size], 2 * config.batch, KEPT[config.precision]
     trained, encoder = count_parameters(config)
-    predictor = [(config.visible + L, s["predictor_dim"], s["predictor_depth"]) for L in (config.masked, config.targets)]
-    stacks = [(config.visible, s["dim"], s["depth"]), *predictor]
+    seen, asked = tokens or passes(config)
+    stacks = [(L, s["dim"], s["depth"]) for L in seen] + [(L, s["predictor_dim"], s["predictor_depth"]) for L in asked]
     if checkpointing:                                              # each block's input, and all of one block
         activations = sum(4 * L * D * depth for L, D, depth in stacks) + max(kept * L * D for L, D, _ in stacks)
     else:
         activations = sum(kept * L * D * depth for L, D, depth in stacks)
     return 16 * trained + 4 * encoder + (2 * trained if config.precision == "bfloat16" else 0), V * activations
+
+
+def fitting(config, memory, checkpointing=False, tokens=None):
+    """Films in one forward pass whose counted memory fills at most 70 % of a GPU with so many bytes. config.batch does not count."""
+    fixed, film = count_memory(SimpleNamespace(**{**vars(config), "batch": 1}), checkpointing, tokens)
+    return max(1, int((0.7 * memory - fixed) / film))
 
 
 class Chip(NamedTuple):

@@ -300,6 +300,9 @@ def vit_from(state, heads=None, rgb=IMAGENET):
     dim, patch = weight.shape[0], weight.shape[-1]
     pos = pos[:, pos.shape[1] - int(pos.shape[1] ** 0.5) ** 2:]                                   # class position off
     vit = ViT(int(pos.shape[1] ** 0.5) * patch, patch, dim, depth, heads or dim // 64)
+    left = [k for k in state if k.startswith(("blocks.", "norm_pre.")) and k not in vit.state_dict()]
+    if left:
+        raise ValueError(f"this ViT has layers that ours has not: {left[0]}")
     state = {k: v for k, v in state.items() if k in vit.state_dict()} | {"pos_embed": pos}
     if "norm.weight" not in state:                                                                # timm's average-pool models call it fc_norm
         raise ValueError("the state dict has no final norm (norm.weight); export it with fc_norm=False")

@@ -29,7 +29,7 @@ import runtime
 from data import Batches, Views, open_films
 from films import BadFilms, InMemory, leave_with_parent
 from masks import mask_sizes, sample_masks
-from meter import count_memory
+from meter import fitting, passes
 from metrics import feature_std, rankme
 from model import SIZES, CheXWorld, load_checkpoint
 from runtime import Stop, flag
@@ -135,17 +135,16 @@ def micro_batch(config, team):
     if config.batch % team.world:
         raise Stop(f"--batch {config.batch} is not a multiple of the {team.world} processes")
     share = config.batch // team.world
-    limit = config.micro or (fitting(config, torch.cuda.get_device_properties(team.device).total_memory) if team.device.type == "cuda" else 64)
+    limit = config.micro or (gpu_limit(config, torch.cuda.get_device_properties(team.device).total_memory) if team.device.type == "cuda" else 64)
     return max(m for m in range(1, min(limit, share) + 1) if share % m == 0)
 
 
-def fitting(config, memory):
-    """Films a forward pass whose counted memory fills at most 70 % of a GPU with so many bytes."""
+def gpu_limit(config, memory):
+    """Films a forward pass that by count fill 70 % of a GPU with so many bytes, given the wanted tasks."""
     grid = config.image // config.patch
     visible, masked = mask_sizes(grid)
-    one = SimpleNamespace(size=config.size, image=config.image, patch=config.patch, batch=1, visible=visible, masked=masked, targets=grid ** 2, precision=config.precision)
-    fixed, film = count_memory(one, config.checkpointing)
-    return max(1, int((0.7 * memory - fixed) / film))
+    case = SimpleNamespace(**vars(config) | dict(visible=visible, masked=masked, targets=grid ** 2))
+    return fitting(case, memory, config.checkpointing, passes(case, config.tasks, not config.not_unified))
 
 
 def parameter_groups(world, weight_decay):
@@ -235,8 +234,8 @@ def main():
     tables = [evaluate.Labels(path).complete() for path in probes]
     train, held = split_films(films, tables, config)
     memory = len(films) * (config.image * 1.5) ** 2 * 1.3 < 1e9
-    films = InMemory(films) if memory else films
     workers = config.workers if config.workers is not None else 8 if device.type == "cuda" else 0 if memory else 1
+    films = InMemory(films) if memory and not workers else films                               # each worker would keep films of its own
     micro = micro_batch(config, team)
     accumulate = config.batch // team.world // micro
     per_epoch = len(train) // config.batch

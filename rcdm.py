@@ -395,8 +395,9 @@ def main():
         x, generator = item["crops"].to(device).flatten(0, 1)[:, None] / 127.5 - 1, keyed(NOISE, config.seed, step)               # (B·R, 1, size, size)
         t = ((torch.rand((), generator=generator) + torch.randperm(len(x), generator=generator) / len(x)) % 1).to(device)         # even over the batch
         noisy, v = noised(x, t, torch.randn(x.shape, generator=generator).to(device))
+        told = predicted(world, item, device).flatten(0, 1)                                       # in float32, as for the pictures
         with runtime.autocast(device, config.precision):
-            loss = F.mse_loss(decoder(noisy, t, predicted(world, item, device).flatten(0, 1)).float(), v)
+            loss = F.mse_loss(decoder(noisy, t, told).float(), v)
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()

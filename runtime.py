@@ -146,7 +146,7 @@ def choose_precision(name, device):
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")().startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()                                # else emulated, and slower than float32
     return "bfloat16" if native else "float32"
 
 

@@ -158,6 +158,7 @@ def against_itself(found, rng):
 # ---------------------------------------------------------------- the command
 def planted(folder, seed, count):
     """Synthetic films: reference/ as they come, archive/ the same with wrong ones among them (PLANTED). → their table"""
+    folder = folder / f"phantoms_{count}_{seed}"
     table = folder / "archive.csv"
     if table.is_file():
         return table
@@ -179,8 +180,10 @@ def command(config, device):
     the most and the least surprising films, and, where a table says what is wrong, AUROC against simple baselines."""
     world, out, rng = load_world(find_weights(config)).to(device).eval(), Path(config.out), np.random.default_rng((9, config.seed))
     if not config.data:
-        config.table = config.table or planted(out, config.seed, 100)
-        config.data, config.reference = str(out / "archive"), config.reference or str(out / "reference")
+        if config.table or config.reference:
+            raise Stop("--table and --reference want --data, the films that they speak of")
+        config.table = planted(out, config.seed, 100)
+        config.data, config.reference = (str(config.table.with_name(part)) for part in ("archive", "reference"))
     films = open_films(config.data)
     numbers = evenly(named(config.table, films), config.films)
     good = open_films(config.reference) if config.reference else films
@@ -189,6 +192,8 @@ def command(config, device):
         raise Stop(f"{len(references)} reference films: fewer than 40 make no p-value; give a --reference folder with more")
     found, numbers, bad = watch(world, films, numbers, "films")
     usual = watch(world, good, references, "reference films")[0] if config.reference else found
+    if len(usual["pixels"]) < 40:
+        raise Stop(f"{len(usual['pixels'])} of the reference films can be read: fewer than 40 make no p-value")
     scores, z = fold(usual, found, rng) if config.reference else against_itself(found, rng)
     names = [films.names[i] for i in numbers]
     write_table(out / "surprise.csv", names, scores, bad)

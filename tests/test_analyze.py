@@ -322,5 +322,7 @@ def test_ablation_runs_the_real_scripts_and_goes_on(place):
     assert set(result["full, not unified"]) == columns and set(result[ablation.SCRATCH]) == columns - {"RankMe"}
     again = good(place, *words)
     assert "nothing left to run" in again and "pretrain.py" not in again
+    refused = run(place, *words, "--fraction", 0.2)
+    assert refused.returncode == 1 and "fraction 0.5 → 0.2" in refused.stderr and len(refused.stderr.splitlines()) == 1
     (place / "a" / "random_initialisation" / "seed0" / "finetune_phantoms" / "result.json").unlink()
     assert "nothing left" not in good(place, *words)

@@ -210,7 +210,8 @@ def test_the_host_never_waits_while_a_batch_is_prepared(device):
 
 def test_what_fits_into_a_gpu():
     """By count: 64 films of ViT-B in 24 GB, a rank's whole share of the paper's batch in 80 GB; more with checkpointing, fewer of larger networks."""
-    films = lambda memory, **changes: pretrain.fitting(pretrain.Config(**{**dict(image=224, patch=16, size="base", precision="bfloat16"), **changes}), memory)
+    films = lambda memory, **changes: pretrain.gpu_limit(pretrain.Config(**{**dict(image=224, patch=16, size="base", precision="bfloat16"), **changes}), memory)
     assert 64 <= films(24e9) < 128 and films(80e9) >= 256 and films(24e9, checkpointing=True) >= 256
+    assert films(80e9, not_unified=True) < films(80e9) / 3 and films(80e9, tasks="global") < films(80e9)
     assert films(24e9, size="large") < 64 < films(24e9, size="small") and films(1e9) == 1
     assert pretrain.micro_batch(pretrain.Config(batch=96), runtime.Team(0, 1, torch.device("cpu"))) == 48
