@@ -86,7 +86,7 @@ def runs(config, row, seed):
         weights = ["--weights", "none", *(word for key in ("size", "image", "patch") for word in (f"--{key}", str(recipe[key])))]
     for path in tables(config) if config.fraction else []:
         to = here / f"finetune_{Path(path).stem}"
-        made.append((to / "result.json", [*script("finetune.py"), "--task", "csv", "--labels", path, "--out", str(to), "--fraction", str(config.fraction), *same, *weights,
+        made.append((to / "result.json", [*script("finetune.py"), "--task", "csv", "--labels", path, "--column", "label", "--out", str(to), "--fraction", str(config.fraction), *same, *weights,
                                           *shlex.split(config.finetune)]))
     return made
 

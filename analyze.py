@@ -73,7 +73,7 @@ def domain(config, device):
         lines.append(f"  {words:18s}" + "".join(f"  Recall@{k} {result[key][f'recall@{k}']:6.2f}" for k in (1, 3, 5)))
     candidates = augment.domain_candidates()
     actions = augment.sample_actions(len(candidates), keyed(config.seed, 0))                      # those of film 0 in domain_test
-    matrices = [evaluate.domain_errors(world, images[:1], actions, candidates, told).cpu().numpy() for told in (True, False)]
+    matrices = [errors.cpu().numpy() for errors in evaluate.domain_errors(world, images[:1], actions, candidates)]
     finish(config, result, "\n".join(lines), choices=choices_picture(images[0], actions, candidates, *matrices), errors=errors_picture(*matrices))
 
 

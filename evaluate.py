@@ -32,14 +32,15 @@ def pooled(encoder, images, batch=128):
 
 
 @torch.no_grad()
-def domain_errors(world, image, actions, candidates, with_action=True):
-    """Eq. (13) for one film: error (n, n) of the prediction from x_i = T_{a_i}(y_i) against every candidate y_j, all patches. image (1, 1, H, W)."""
+def domain_errors(world, image, actions, candidates):
+    """Eq. (13) for one film: error of the prediction from x_i = T_{a_i}(y_i) against every candidate y_j, all patches. image (1, 1, H, W) → two (n, n):
+    told the action, told the identity."""
     device = next(world.parameters()).device
     image, actions, candidates = (v.to(device) for v in (image, actions, candidates))
     y = augment.tone(image.expand(len(candidates), -1, -1, -1), candidates[:, 0], candidates[:, 1])
+    h, truth, at = world.encoder(augment.apply_action(y, actions)), world.targets(y).flatten(1), world.coords.expand(len(actions), -1, -1)
     identity = torch.tensor(augment.IDENTITY, device=device).expand(len(actions), 4)
-    guess = world.predict(augment.apply_action(y, actions), actions if with_action else identity)
-    return torch.cdist(guess.float().flatten(1), world.targets(y).flatten(1))
+    return [torch.cdist(world.predictor(h, at, at, told).float().flatten(1), truth) for told in (actions, identity)]
 
 
 def domain_test(world, images, seed=0, side=8, progress=False):
@@ -50,8 +51,8 @@ def domain_test(world, images, seed=0, side=8, progress=False):
     candidates, recalls = augment.domain_candidates(side), {"action": [], "no_action": []}
     for k, image in enumerate(tqdm(images, desc="domain test", disable=not progress, leave=False)):
         actions = augment.sample_actions(len(candidates), keyed(seed, k))
-        for name, told in (("action", True), ("no_action", False)):
-            recalls[name].append(recall_at_k(domain_errors(world, image[None], actions, candidates, told)))
+        for each, errors in zip(recalls.values(), domain_errors(world, image[None], actions, candidates)):
+            each.append(recall_at_k(errors))
     result = {name: {f"recall@{k}": 100 * float(np.mean([r[k] for r in each])) for k in (1, 3, 5)} for name, each in recalls.items()}
     chance = {f"recall@{k}": 100 * k / len(candidates) for k in (1, 3, 5)}
     return result | {"random": chance, "images": len(images), "candidates": len(candidates)}

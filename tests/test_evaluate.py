@@ -61,7 +61,7 @@ def world():
 def test_domain_errors_equal_a_slow_loop(world, told):
     """Eq. (13): y_j by candidate j's tone, x_i = T_{a_i}(y_i), error = distance over all patches and features, in float64."""
     image, candidates, actions = torch.rand(1, 1, 32, 32), augment.domain_candidates(3), augment.sample_actions(9, keyed(1))
-    out = evaluate.domain_errors(world, image, actions, candidates, told)
+    out = evaluate.domain_errors(world, image, actions, candidates)[0 if told else 1]
     y = [augment.tone(image, c[None, 0], c[None, 1]) for c in candidates]
     truth = np.zeros((9, 9))
     for i in range(9):
@@ -75,7 +75,7 @@ def test_domain_errors_equal_a_slow_loop(world, told):
 def test_domain_errors_of_64_candidates_rank_as_in_float64(world):
     """64 rows make torch.cdist use its matrix product: the near ties of a fresh model must still fall as exact arithmetic has them."""
     image, candidates, actions = torch.rand(1, 1, 32, 32), augment.domain_candidates(8), augment.sample_actions(64, keyed(2))
-    out = evaluate.domain_errors(world, image, actions, candidates).double()
+    out = evaluate.domain_errors(world, image, actions, candidates)[0].double()
     y = augment.tone(image.expand(64, -1, -1, -1), candidates[:, 0], candidates[:, 1])
     with torch.no_grad():
         guess, goal = world.predict(augment.apply_action(y, actions), actions).double().flatten(1), world.targets(y).double().flatten(1)
