@@ -300,7 +300,7 @@ def gallery(config, device):
     for folder, names in PAGES.items():
         for name in names:
             page = Image.open(out / folder / f"{name}.png").convert("RGB")
-            pictures.save(page.quantize(96), docs / f"{folder}_{name}.png")
+            pictures.save(page.quantize(64), docs / f"{folder}_{name}.png")
     print(f"\npictures {docs}/*.png, numbers {out}/*/result.json")
 
 

@@ -3,7 +3,6 @@ import csv
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
