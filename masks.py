@@ -28,8 +28,8 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None, tries=8):
     keep_count, mask_count = mask_sizes(grid)
     u = torch.rand(batch, tries * 19 + grid * grid, generator=generator)
     u = u if rows is None else u[rows]
-    if device is not None and torch.device(device).type == "cuda":
-        u = u.pin_memory().to(device, non_blocking=True)                                     # the host does not wait
+    on_gpu = device is not None and torch.device(device).type == "cuda"
+    u = u.pin_memory().to(device, non_blocking=True) if on_gpu else u.to(device)             # by way of pinned memory the host does not wait
     sizes, order = u[:, :tries * 19].view(-1, tries, 19), u[:, tries * 19:]
     hidden = blocks(sizes[..., :16].unflatten(-1, (4, 4)), grid, (0.15, 0.2), (0.75, 1.5))   # (R, tries, N) union of four
     inside = blocks(sizes[..., None, 16:], grid, (0.75, 1.0), (1.0, 1.0))                    # (R, tries, N) the square
