@@ -90,12 +90,15 @@ class Oracle(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.anchor, self.coords = torch.nn.Parameter(torch.zeros(1)), torch.zeros(256, 2)
+
+    def encoder(self, images):
+        return images
 
     def targets(self, images):
         return images.flatten(1)[..., None]
 
-    def predict(self, images, action):
+    def predictor(self, images, context_coords, target_coords, action):
         brightness, contrast = action[:, 0].view(-1, 1, 1, 1), action[:, 1].view(-1, 1, 1, 1)
         images = images ** (1 / action[:, 2].view(-1, 1, 1, 1))
         mean = images.mean((1, 2, 3), keepdim=True)
@@ -115,7 +118,7 @@ def test_an_oracle_finds_every_candidate_only_when_told():
 
 
 class Blind(Oracle):
-    def predict(self, images, action):
+    def predictor(self, images, context_coords, target_coords, action):
         return torch.zeros(len(images), images[0].numel(), 1)
 
     def targets(self, images):
