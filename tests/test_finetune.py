@@ -136,11 +136,11 @@ def test_sigterm_saves_and_the_same_command_ends_bit_equal(films, tmp_path):
 
 
 def test_two_processes_train_as_one(films, tmp_path):
-    argv = ["--task", "csv", "--data", films, "--labels", films / "labels.csv", *TINY, *SHORT, "--drop_path", "0", "--epochs", "2"]
+    argv = ["--task", "csv", "--data", films, "--labels", films / "labels.csv", *TINY, *SHORT, "--drop_path", "0", "--epochs", "2", "--precision", "float32"]
     done = shell(*argv, "--out", tmp_path / "two", launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"), timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("weights: none") == 1 and done.stdout.count("result.json") == 1
-    one = go(films, tmp_path / "one", "--drop_path", "0", "--epochs", "2", "--micro", "2")        # micro-batches too
+    one = go(films, tmp_path / "one", "--drop_path", "0", "--epochs", "2", "--precision", "float32", "--micro", "2")        # micro-batches too
     two, single = weights(tmp_path / "two"), weights(tmp_path / "one")
     for state in (two, single):                          # a bias on the keys changes no attention: its gradient is noise, which Adam scales up
         for name in [n for n in state if n.endswith("qkv.bias")]:
