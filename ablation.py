@@ -52,6 +52,11 @@ def folder(config, row, seed):
     return Path(config.out) / name / f"seed{seed}"
 
 
+def stand_in(config, seed):
+    """The cell from which the rows without pre-training take their shape and numbers: the first row's."""
+    return folder(config, config.rows.split(";")[0].strip(), seed)
+
+
 def tables(config):
     """The tables of labels to probe and, unless --fraction is 0, to fine-tune on."""
     return config.probe.split(",") if config.probe else []
@@ -82,7 +87,7 @@ def runs(config, row, seed):
     weights = ["--weights", str(here / "encoder.pt")]
     made = [(here / "result.json", [*script("pretrain.py"), "--out", str(here), *same, *told, *ROWS.get(row, []), *shlex.split(config.flags)])]
     if row == SCRATCH:
-        made, recipe = [], json.loads((folder(config, config.rows.split(";")[0].strip(), seed) / "config.json").read_text())
+        made, recipe = [], json.loads((stand_in(config, seed) / "config.json").read_text())
         weights = ["--weights", "none", *(word for key in ("size", "image", "patch") for word in (f"--{key}", str(recipe[key])))]
     for path in tables(config) if config.fraction else []:
         to = here / f"finetune_{Path(path).stem}"
@@ -97,7 +102,7 @@ def read(config, row, seed):
     A world that never saw an action is asked without one (the identity, which its policy network took for zeros all along).
     """
     own = row not in (SCRATCH, PIXELS)
-    here = folder(config, row if own else config.rows.split(";")[0].strip(), seed)
+    here = folder(config, row, seed) if own else stand_in(config, seed)
     if not finished(here / "result.json", config):
         return {}
     result, recipe = (json.loads((here / name).read_text()) for name in ("result.json", "config.json"))
