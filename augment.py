@@ -4,14 +4,20 @@ Sampling and applying are apart: sample_* draw parameters from a generator, ever
 (images, parameters). Boxes are (top, left, height, width) in pixels of the unflipped film; a flip mirrors the crop.
 Images on the device are float in [0, 1], (B, 1, H, W); every tone step clips back into [0, 1], as 8-bit images do.
 """
+
 import math
 
 import numpy as np
 import torch
 from PIL import Image
 
-IDENTITY = (1.0, 1.0, 1.0, 0.0)         # the action that changes nothing: brightness, contrast, gamma, blur sigma
-BLUR_MAX = 2.0                          # px (Sec. B.1)
+IDENTITY = (
+    1.0,
+    1.0,
+    1.0,
+    0.0,
+)  # the action that changes nothing: brightness, contrast, gamma, blur sigma
+BLUR_MAX = 2.0  # px (Sec. B.1)
 
 
 # ------------------------------------------------------------------------------------------------ crops, on the CPU
@@ -38,8 +44,15 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
 def crop(film, box, size, flip=False):
     """Cut `box` out of a film and resize it to (size, size): bicubic, antialiased, fractional edges. uint8 (H, W) → uint8 (size, size)."""
     top, left, height, width = (float(v) for v in box)
-    right, bottom = min(left + width, film.shape[1]), min(top + height, film.shape[0])      # float rounding may overshoot by 1e-13
-    out = np.asarray(Image.fromarray(film).resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
+    right, bottom = (
+        min(left + width, film.shape[1]),
+        min(top + height, film.shape[0]),
+    )  # float rounding may overshoot by 1e-13
+    out = np.asarray(
+        Image.fromarray(film).resize(
+            (size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)
+        )
+    )
     return out[:, ::-1] if flip else out
 
 
@@ -60,11 +73,13 @@ def relative_coords(context_box, target_box, grid, context_flip=None, target_fli
 
     Without flips and with equal sizes this is n·Δ + (u, v). With flips, the patch centre is first mapped to film pixels.
     """
-    context_box, target_box = context_box[:, None].float(), target_box[:, None].float()      # (B, 1, 4)
-    at = (grid_coords(grid, context_box.device) + 0.5) / grid                                 # (N, 2) fractions of the target crop
+    context_box, target_box = context_box[:, None].float(), target_box[:, None].float()  # (B, 1, 4)
+    at = (grid_coords(grid, context_box.device) + 0.5) / grid  # (N, 2) fractions of the target crop
     at = mirror(at.expand(len(target_box), -1, -1), target_flip)
-    pixel = target_box[..., :2] + at * target_box[..., 2:]                                    # (B, N, 2) film pixels
-    inside = mirror((pixel - context_box[..., :2]) / context_box[..., 2:], context_flip)      # fractions of the context crop
+    pixel = target_box[..., :2] + at * target_box[..., 2:]  # (B, N, 2) film pixels
+    inside = mirror(
+        (pixel - context_box[..., :2]) / context_box[..., 2:], context_flip
+    )  # fractions of the context crop
     return inside * grid - 0.5
 
 
@@ -87,9 +102,17 @@ def sample_jitter(batch, generator, p=0.8, span=(0.6, 1.4)):
 def sample_actions(batch, generator, p_tone=0.8, p_blur=0.2):
     """Actions a ∈ R⁴ = (brightness, contrast, gamma, blur sigma in px), Sec. B.1; parts that are not applied are the identity. → (B, 4)"""
     u = torch.rand(batch, 6, generator=generator)
-    tone = torch.stack([0.6 + 0.8 * u[:, 0], 0.6 + 0.8 * u[:, 1], 0.5 * 4.0 ** u[:, 2]], 1)   # gamma log-uniform in (0.5, 2)
+    tone = torch.stack(
+        [0.6 + 0.8 * u[:, 0], 0.6 + 0.8 * u[:, 1], 0.5 * 4.0 ** u[:, 2]], 1
+    )  # gamma log-uniform in (0.5, 2)
     blur = 0.05 + (BLUR_MAX - 0.05) * u[:, 3:4]
-    return torch.cat([torch.where(u[:, 4:5] < p_tone, tone, torch.ones(3)), torch.where(u[:, 5:6] < p_blur, blur, torch.zeros(1))], 1)
+    return torch.cat(
+        [
+            torch.where(u[:, 4:5] < p_tone, tone, torch.ones(3)),
+            torch.where(u[:, 5:6] < p_blur, blur, torch.zeros(1)),
+        ],
+        1,
+    )
 
 
 def tone(images, brightness, contrast):
@@ -97,7 +120,9 @@ def tone(images, brightness, contrast):
     shape = (-1,) + (1,) * (images.dim() - 1)
     images = (images * brightness.view(shape)).clamp(0, 1)
     mean = images.mean(dim=tuple(range(1, images.dim())), keepdim=True)
-    return (images * contrast.view(shape) + mean * (1 - contrast.view(shape))).clamp(0, 1)      # factors of 1 change no bit
+    return (images * contrast.view(shape) + mean * (1 - contrast.view(shape))).clamp(
+        0, 1
+    )  # factors of 1 change no bit
 
 
 def apply_jitter(views, jitter):

@@ -8,6 +8,7 @@
 --weights none trains from scratch, --freeze fits a head on frozen features. The model is chosen on validation, the test films are used once, at the
 end. The same command again goes on where the last one stopped. --out receives seed*/{config.json,log.csv,best.pt,predictions.csv} and result.json.
 """
+
 import contextlib
 import dataclasses
 import hashlib
@@ -32,29 +33,64 @@ from model import SIZES, ViT, load_checkpoint, load_encoder
 from runtime import Stop, flag
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}
-PUBLISHED = ("vindr", "chexpert")                # tasks whose epochs and batch the authors tell
-MIN_STEPS = 300                                  # of the other tasks: few films mean more epochs
-SMALL, SMALL_TUNED = dict(lr=1e-3, drop_path=0.1), dict(lr=4e-4, drop_path=0.1)      # ours, for networks narrower than ViT-Small, from scratch
+PUBLISHED = ("vindr", "chexpert")  # tasks whose epochs and batch the authors tell
+MIN_STEPS = 300  # of the other tasks: few films mean more epochs
+SMALL, SMALL_TUNED = (
+    dict(lr=1e-3, drop_path=0.1),
+    dict(lr=4e-4, drop_path=0.1),
+)  # ours, for networks narrower than ViT-Small, from scratch
 # and pre-trained (a new segmentation decoder needs the larger steps, too): METHOD.md's recipe is made for ViT-B
-FREE = {"out", "data", "labels", "eval", "seed", "seeds", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile",
-        "memory_gb"}                             # may change on resume
+FREE = {
+    "out",
+    "data",
+    "labels",
+    "eval",
+    "seed",
+    "seeds",
+    "device",
+    "workers",
+    "micro",
+    "max_steps",
+    "log_every",
+    "save_every",
+    "compile",
+    "memory_gb",
+}  # may change on resume
 
 
 @dataclasses.dataclass
 class Config:
     task: str = flag("csv", "what to learn", list(tasks.TASKS))
     data: str = flag(None, "folder of the films [$CXR/<task>, else data/<task>]")
-    labels: str = flag(None, "task csv: table filename,label[,patient_id][,split]; label: a class, 'a|b' or normal; or a 0/1 column a class; or mask")
-    column: str = flag(None, "task csv: the column to learn [mask, else label, else all 0/1 columns]")
-    weights: str = flag(None, "encoder.pt or last.pt of a run, the authors' or timm's file, or none [the newest encoder.pt under runs/]")
+    labels: str = flag(
+        None,
+        "task csv: table filename,label[,patient_id][,split]; label: a class, 'a|b' or normal; or a 0/1 column a class; or mask",
+    )
+    column: str = flag(
+        None, "task csv: the column to learn [mask, else label, else all 0/1 columns]"
+    )
+    weights: str = flag(
+        None,
+        "encoder.pt or last.pt of a run, the authors' or timm's file, or none [the newest encoder.pt under runs/]",
+    )
     out: str = flag(None, "folder of the run [runs/<task>, or runs/<name of the table>]")
     eval: bool = flag(False, "no training: test the fine-tuned checkpoint --weights")
-    freeze: bool = flag(False, "keep the encoder as it is: linear probe (segmentation: train the decoder alone)")
-    head: str = flag(None, "classifier's start: random (the paper's), or probe: the linear probe, a safer start [probe for csv]", ["random", "probe"])
+    freeze: bool = flag(
+        False, "keep the encoder as it is: linear probe (segmentation: train the decoder alone)"
+    )
+    head: str = flag(
+        None,
+        "classifier's start: random (the paper's), or probe: the linear probe, a safer start [probe for csv]",
+        ["random", "probe"],
+    )
     seed: int = flag(0, "first seed: of new layers, order, augmentation and draws from train")
-    seeds: int = flag(1, "number of seeds, one after the other; the result is their mean and standard deviation")
+    seeds: int = flag(
+        1, "number of seeds, one after the other; the result is their mean and standard deviation"
+    )
     fraction: float = flag(1.0, "share of the training films to use, drawn by seed")
-    shots: int = flag(None, "training films of every class to use, drawn by seed, or MedFM's own lists")
+    shots: int = flag(
+        None, "training films of every class to use, drawn by seed, or MedFM's own lists"
+    )
     size: str = flag(None, "network from scratch, with --weights none [base]", list(SIZES))
     image: int = flag(None, "side of the film the network sees, px [as pre-trained; scratch 224]")
     patch: int = flag(None, "side of a patch, px [as pre-trained; scratch 16]")
@@ -65,17 +101,30 @@ class Config:
     lr: float = flag(None, "peak learning rate of the last layer [from the task]")
     min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
     weight_decay: float = flag(None, "AdamW weight decay; none on biases and norms [from the task]")
-    layer_decay: float = flag(None, "each layer's learning rate as a share of the next one's [from the task]")
-    drop_path: float = flag(None, "chance that a film skips the last block, linear over depth [from the task]")
+    layer_decay: float = flag(
+        None, "each layer's learning rate as a share of the next one's [from the task]"
+    )
+    drop_path: float = flag(
+        None, "chance that a film skips the last block, linear over depth [from the task]"
+    )
     warmup: float = flag(None, "epochs of linear warm-up [from the task, at most a tenth]")
     patience: int = flag(None, "validations without a new best before stopping [from the task]")
     clip: float = flag(1.0, "largest gradient norm")
-    ten_crop: bool = flag(False, "classification: average the test over five crops and their mirror images")
-    precision: str = flag("auto", "auto = bfloat16 on GPUs and on CPUs that multiply it natively", ["auto", "float32", "bfloat16"])
+    ten_crop: bool = flag(
+        False, "classification: average the test over five crops and their mirror images"
+    )
+    precision: str = flag(
+        "auto",
+        "auto = bfloat16 on GPUs and on CPUs that multiply it natively",
+        ["auto", "float32", "bfloat16"],
+    )
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
     workers: int = flag(None, "loader processes a GPU [8 on a GPU, 0 on a CPU]")
-    memory_gb: float = flag(16.0, "keep the films decoded in memory when they take less than this in all processes together")
+    memory_gb: float = flag(
+        16.0,
+        "keep the films decoded in memory when they take less than this in all processes together",
+    )
     log_every: int = flag(10, "steps between rows of log.csv")
     save_every: int = flag(500, "steps between checkpoints, beside those at every validation")
 
@@ -92,23 +141,35 @@ def choose_weights(config, out):
     if begun.is_file():
         path = json.loads(begun.read_text())["weights"]
         return (None if path == "none" else Path(path)), f"as in the run in {out}"
-    found = sorted(Path("runs").rglob("encoder.pt"), key=os.path.getmtime) if Path("runs").is_dir() else []
+    found = (
+        sorted(Path("runs").rglob("encoder.pt"), key=os.path.getmtime)
+        if Path("runs").is_dir()
+        else []
+    )
     if not found:
-        raise Stop("no pre-training run (encoder.pt) under runs/: run pretrain.py, or give --weights FILE, or --weights none for scratch")
+        raise Stop(
+            "no pre-training run (encoder.pt) under runs/: run pretrain.py, or give --weights FILE, or --weights none for scratch"
+        )
     return found[-1], "newest pre-training run under runs/"
 
 
 def make_vit(config, path):
     """The encoder at the wanted image and patch size, with drop path. path None: random weights of --size."""
     if path is None:
-        size = {k: v for k, v in SIZES[config.size or "base"].items() if not k.startswith("predictor")}
+        size = {
+            k: v for k, v in SIZES[config.size or "base"].items() if not k.startswith("predictor")
+        }
         return ViT(config.image, config.patch, **size, drop_path=config.drop_path)
     return load_encoder(path).resized(config.image, config.patch, config.drop_path)
 
 
 def shape_of(config, path):
     """image, patch, dim, depth of the encoder before any change."""
-    return load_encoder(path).config if path else dict(image=224, patch=16, **SIZES[config.size or "base"])
+    return (
+        load_encoder(path).config
+        if path
+        else dict(image=224, patch=16, **SIZES[config.size or "base"])
+    )
 
 
 def settle(config, kind, shape, films, team):
@@ -118,16 +179,27 @@ def settle(config, kind, shape, films, team):
     if shape["dim"] < SIZES["small"]["dim"]:
         ours = SMALL if kind == "mask" or config.weights == "none" else SMALL_TUNED
         recipe |= ours
-        why = f"for a small network ours: {', '.join(f'{k} {v}' for k, v in ours.items())}; else " + why
+        why = (
+            f"for a small network ours: {', '.join(f'{k} {v}' for k, v in ours.items())}; else "
+            + why
+        )
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     settled = {**recipe, "image": shape["image"], "patch": shape["patch"], **given}
     settled["batch"] = max(1, min(settled["batch"], films) // team.world) * team.world
     share = settled["batch"] // team.world
-    settled["micro"] = max(m for m in range(1, min(config.micro or 128, share) + 1) if share % m == 0)
-    settled["workers"] = config.workers if config.workers is not None else 8 if team.device.type == "cuda" else 0
+    settled["micro"] = max(
+        m for m in range(1, min(config.micro or 128, share) + 1) if share % m == 0
+    )
+    settled["workers"] = (
+        config.workers if config.workers is not None else 8 if team.device.type == "cuda" else 0
+    )
     settled["precision"] = runtime.choose_precision(config.precision, team.device)
     per_epoch = max(1, films // settled["batch"])
-    if config.epochs is None and config.task not in PUBLISHED and settled["epochs"] * per_epoch < MIN_STEPS:
+    if (
+        config.epochs is None
+        and config.task not in PUBLISHED
+        and settled["epochs"] * per_epoch < MIN_STEPS
+    ):
         settled["epochs"] = -(-MIN_STEPS // per_epoch)
         why += f"; epochs raised to reach {MIN_STEPS} steps"
     settled["warmup"] = min(settled["warmup"], settled["epochs"] / 10)
@@ -137,13 +209,17 @@ def settle(config, kind, shape, films, team):
 def check(config):
     """Stop on flags that make no sense together."""
     if not 0 < config.fraction <= 1 or config.seeds < 1:
-        raise Stop(f"--fraction {config.fraction} must be above 0 and at most 1, --seeds {config.seeds} at least 1")
+        raise Stop(
+            f"--fraction {config.fraction} must be above 0 and at most 1, --seeds {config.seeds} at least 1"
+        )
     if config.shots is not None and (config.shots < 1 or config.fraction < 1):
         raise Stop("--shots must be at least 1, and does not go with --fraction")
     if config.eval and (config.weights in (None, "none")):
         raise Stop("--eval needs --weights FILE, a best.pt of finetune.py")
     if config.size and config.weights != "none":
-        raise Stop("--size is for --weights none; otherwise the weights say how large the network is")
+        raise Stop(
+            "--size is for --weights none; otherwise the weights say how large the network is"
+        )
 
 
 def describe(splits):
@@ -151,25 +227,34 @@ def describe(splits):
     lines = []
     for split, c in splits.counts().items():
         positive = ", ".join(f"{name} {n}" for name, n in c.get("positive", {}).items())
-        lines.append(f"{split}: {c['films']} films of {c['patients']} patients" + (f" ({positive})" if positive else ""))
+        lines.append(
+            f"{split}: {c['films']} films of {c['patients']} patients"
+            + (f" ({positive})" if positive else "")
+        )
     return [*lines, *splits.notes, *tasks.warnings(splits)]
 
 
 def judgeable(splits):
     """Stop before training when the test split cannot give a number."""
     films = len(splits.test)
-    if splits.kind != "mask" and not any(0 < sum(c.target[k] for c in splits.test) < films for k in range(len(splits.labels))):
-        raise Stop(f"no class has positive and negative films among the {films} test films: AUROC is undefined; choose another split")
+    if splits.kind != "mask" and not any(
+        0 < sum(c.target[k] for c in splits.test) < films for k in range(len(splits.labels))
+    ):
+        raise Stop(
+            f"no class has positive and negative films among the {films} test films: AUROC is undefined; choose another split"
+        )
 
 
 def recipe_line(config, kind, n, total, every, reason):
     """What will be trained and why so, in one line."""
     if config.freeze and kind != "mask":
         return f"linear probe on {n} films, encoder frozen, {config.image} px in {config.patch} px patches, penalty chosen on validation"
-    return (f"{n} films, {config.image} px in {config.patch} px patches{', encoder frozen' if config.freeze else ''}, "
-            f"{config.epochs} epochs = {total} steps of {config.batch}, {config.head} head, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
-            f"layer decay {config.layer_decay:g}, drop path {config.drop_path:g}, {config.precision}; validation every {every} steps, "
-            f"stop after {config.patience} without a new best ({reason})")
+    return (
+        f"{n} films, {config.image} px in {config.patch} px patches{', encoder frozen' if config.freeze else ''}, "
+        f"{config.epochs} epochs = {total} steps of {config.batch}, {config.head} head, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
+        f"layer decay {config.layer_decay:g}, drop path {config.drop_path:g}, {config.precision}; validation every {every} steps, "
+        f"stop after {config.patience} without a new best ({reason})"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ result
@@ -179,16 +264,32 @@ def summarise(out, config, splits, weights, results, team):
     per_class = {name: [r["per_class"][name] for r in results] for name in results[0]["per_class"]}
     per_class = {name: None if None in v else float(np.mean(v)) for name, v in per_class.items()}
     std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    result = {"task": config.task, "metric": kind, "mean": float(np.mean(values)), "std": std, "seeds": values, "per_class": per_class,
-              "split": splits.counts(), "notes": splits.notes, "weights": str(weights or "none"), "freeze": config.freeze,
-              "fraction": config.fraction, "shots": config.shots, "trained_on": [r["films"] for r in results],
-              "bad": sorted({name for r in results for name in r["bad"]})}
+    result = {
+        "task": config.task,
+        "metric": kind,
+        "mean": float(np.mean(values)),
+        "std": std,
+        "seeds": values,
+        "per_class": per_class,
+        "split": splits.counts(),
+        "notes": splits.notes,
+        "weights": str(weights or "none"),
+        "freeze": config.freeze,
+        "fraction": config.fraction,
+        "shots": config.shots,
+        "trained_on": [r["films"] for r in results],
+        "bad": sorted({name for r in results for name in r["bad"]}),
+    }
     if team.lead:
         runtime.write_json(out / "result.json", result)
     for name, value in per_class.items():
-        team.say(f"  {name:32s} {'undefined: test lacks its positives or negatives' if value is None else f'{value:6.2f}'}")
+        team.say(
+            f"  {name:32s} {'undefined: test lacks its positives or negatives' if value is None else f'{value:6.2f}'}"
+        )
     paper = tasks.TASKS[config.task].paper
-    team.say(f"test {kind} {result['mean']:.2f} ± {std:.2f} % over {len(values)} seed(s){f' (paper {paper})' if paper else ''}: {out}/result.json")
+    team.say(
+        f"test {kind} {result['mean']:.2f} ± {std:.2f} % over {len(values)} seed(s){f' (paper {paper})' if paper else ''}: {out}/result.json"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ runs that go on where they stopped
@@ -196,9 +297,16 @@ def recipe_of(config, path, vit, drawn):
     """What a run must keep to be continued: every setting that changes the numbers, the weights and the training films by fingerprint."""
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     films = repr([(str(c.path.name), c.target, c.mask and c.mask[0]) for c in drawn]).encode()
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in vit.parameters()) if path else b""
+    weights = (
+        b"".join(p.detach().cpu().numpy().tobytes() for p in vit.parameters()) if path else b""
+    )
     recipe = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    return recipe | {"weights": str(path or "none"), "weights_are": digest(weights), "films_are": digest(films), "films": len(drawn)}
+    return recipe | {
+        "weights": str(path or "none"),
+        "weights_are": digest(weights),
+        "films_are": digest(films),
+        "films": len(drawn),
+    }
 
 
 def same_recipe(folder, recipe):
@@ -208,7 +316,9 @@ def same_recipe(folder, recipe):
         old = json.loads(path.read_text())
         changed = [f"{k} {old.get(k)} → {v}" for k, v in recipe.items() if old.get(k) != v]
         if changed:
-            raise Stop(f"{folder} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew")
+            raise Stop(
+                f"{folder} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew"
+            )
     runtime.write_json(path, recipe)
 
 
@@ -240,9 +350,13 @@ def load_finetuned(path, device, kind, labels):
     """best.pt → the model in evaluation mode; Stop when it was trained for something else."""
     saved = load_checkpoint(path)
     if "finetuned" not in saved or "labels" not in saved:
-        raise Stop(f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs")
+        raise Stop(
+            f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs"
+        )
     if (saved["kind"], tuple(saved["labels"])) != (kind, tuple(labels)):
-        raise Stop(f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), the data asks for {', '.join(labels)} ({kind})")
+        raise Stop(
+            f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), the data asks for {', '.join(labels)} ({kind})"
+        )
     vit = ViT(**saved["config"])
     model = Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))
     model.load_state_dict(saved["finetuned"])
@@ -254,7 +368,9 @@ def main():
     asked = runtime.parse(Config, __doc__)
     check(asked)
     name = Path(asked.labels).stem if asked.labels else asked.task
-    out = Path(asked.out or (Path(asked.weights).parent / "eval" if asked.eval else Path("runs") / name))
+    out = Path(
+        asked.out or (Path(asked.weights).parent / "eval" if asked.eval else Path("runs") / name)
+    )
 
     # devices
     team = runtime.start_team(asked.device)
@@ -263,38 +379,72 @@ def main():
     # data
     path, why = choose_weights(asked, out)
     root = tasks.find_root(asked.task, asked.data)
-    splits = tasks.load(asked.task, root, asked.labels, asked.shots, asked.column, out / "index.txt" if team.lead else None)
+    splits = tasks.load(
+        asked.task,
+        root,
+        asked.labels,
+        asked.shots,
+        asked.column,
+        out / "index.txt" if team.lead else None,
+    )
     kind, labels, metric = splits.kind, splits.labels, METRIC[splits.kind]
     ready = load_finetuned(path, device, kind, labels) if asked.eval else None
     shape = ready.vit.config if ready else shape_of(asked, path)
     came = f", pre-trained at {shape['image']} px in {shape['patch']} px patches" if path else ""
     team.say(f"weights: {path or 'none'} ({why}): ViT {shape['dim']} × {shape['depth']}{came}")
-    team.say("\n  ".join([f"data: {root}, task {asked.task}: {metric} of {', '.join(labels)}", *describe(splits)]))
+    team.say(
+        "\n  ".join(
+            [f"data: {root}, task {asked.task}: {metric} of {', '.join(labels)}", *describe(splits)]
+        )
+    )
     judgeable(splits)
-    size, bad = shape["image"] if ready else asked.image or shape["image"], cases.Bad(sum(c["films"] for c in splits.counts().values()))
+    size, bad = (
+        shape["image"] if ready else asked.image or shape["image"],
+        cases.Bad(sum(c["films"] for c in splits.counts().values())),
+    )
     fits = bad.total * (2 * size) ** 2 * 1.2 * team.world < asked.memory_gb * 1e9
-    kept = {} if fits else None                                                                # films decoded once, for all seeds
+    kept = {} if fits else None  # films decoded once, for all seeds
     films = {split: cases.Films(getattr(splits, split), size, kept) for split in ("val", "test")}
 
     results, stopping = [], False
     for seed in range(asked.seed, asked.seed + asked.seeds):
-        drawn = splits.train if splits.drawn else tasks.draw(splits.train, asked.fraction, asked.shots, seed)
+        drawn = (
+            splits.train
+            if splits.drawn
+            else tasks.draw(splits.train, asked.fraction, asked.shots, seed)
+        )
         if len(drawn) < len(splits.train):
             lines = tasks.warnings(dataclasses.replace(splits, train=drawn), ["train"])
-            team.say("\n  ".join([f"seed {seed}: {len(drawn)} of the {len(splits.train)} training films drawn", *lines]))
+            team.say(
+                "\n  ".join(
+                    [
+                        f"seed {seed}: {len(drawn)} of the {len(splits.train)} training films drawn",
+                        *lines,
+                    ]
+                )
+            )
         films["train"] = cases.Films([] if ready else drawn, size, kept)
         config, reason = settle(asked, kind, shape, len(drawn), team)
         n, per_epoch = len(drawn), len(drawn) // config.batch
         total = config.epochs * per_epoch
-        end, every = min(total, config.max_steps or total), max(per_epoch, total // 50)        # every: steps between validations
+        end, every = (
+            min(total, config.max_steps or total),
+            max(per_epoch, total // 50),
+        )  # every: steps between validations
         if not results:
-            team.say("recipe: none, test only" if ready else f"recipe: {recipe_line(config, kind, n, total, every, reason)}")
+            team.say(
+                "recipe: none, test only"
+                if ready
+                else f"recipe: {recipe_line(config, kind, n, total, every, reason)}"
+            )
         folder = out if ready else out / f"seed{seed}"
 
         # model
         torch.manual_seed(seed)
         vit = ready.vit if ready else make_vit(config, path)
-        model = ready or (Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))).to(device)
+        model = ready or (Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))).to(
+            device
+        )
         model.vit.requires_grad_(not config.freeze)
         recipe = recipe_of(config, path, vit, drawn)
         if team.lead and not ready:
@@ -303,15 +453,32 @@ def main():
             team.say(f"seed {seed}: finished before, test {metric} {past['value']:.2f} %")
             results.append(past)
             continue
-        about = {"config": vit.config, "task": config.task, "kind": kind, "labels": list(labels), "recipe": recipe}
+        about = {
+            "config": vit.config,
+            "task": config.task,
+            "kind": kind,
+            "labels": list(labels),
+            "recipe": recipe,
+        }
         best = {"value": -1.0, "loss": float("inf"), "step": 0, "stale": 0}
-        solved = config.freeze and kind != "mask"                                              # a linear probe has one optimum: no loop
+        solved = config.freeze and kind != "mask"  # a linear probe has one optimum: no loop
         probing = solved or config.head == "probe" and kind != "mask"
         if probing and not ready and not (folder / "last.pt").is_file():
             solve_head(model, films, config, team, bad)
-            best = judged(best, *judge(kind, labels, films["val"], predict(model.eval(), kind, films["val"], config, team, bad))[:2], 0)
+            best = judged(
+                best,
+                *judge(
+                    kind,
+                    labels,
+                    films["val"],
+                    predict(model.eval(), kind, films["val"], config, team, bad),
+                )[:2],
+                0,
+            )
             if team.lead:
-                runtime.save_atomic({"finetuned": model.state_dict(), **about, "step": 0}, folder / "best.pt")
+                runtime.save_atomic(
+                    {"finetuned": model.state_dict(), **about, "step": 0}, folder / "best.pt"
+                )
 
         # optimizer
         groups = layer_groups(model, config.weight_decay, config.layer_decay)
@@ -324,26 +491,49 @@ def main():
         if start:
             team.say(f"seed {seed}: going on at step {start} of {total}")
         if team.lead and start < end:
-            log = runtime.Log(folder / "log.csv", ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"], start)
+            log = runtime.Log(
+                folder / "log.csv",
+                ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"],
+                start,
+            )
 
         # compile, DDP
         compiling = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
         forward = torch.compile(model) if compiling else model
         if team.world > 1 and start < end:
-            forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
+            forward = DistributedDataParallel(
+                forward, device_ids=[device] if device.type == "cuda" else None
+            )
 
         # loop
         share, accumulate = config.batch // team.world, config.batch // team.world // config.micro
         batches = Batches(n, config.batch, config.micro, team.rank, team.world, seed, start, end)
         views = cases.Train(films["train"], seed)
-        loader = iter(DataLoader(views, batch_sampler=batches, num_workers=config.workers, pin_memory=device.type == "cuda"))
-        bar = tqdm(total=end, initial=start, desc=f"seed {seed}", unit="step", disable=not team.lead or start == end)
+        loader = iter(
+            DataLoader(
+                views,
+                batch_sampler=batches,
+                num_workers=config.workers,
+                pin_memory=device.type == "cuda",
+            )
+        )
+        bar = tqdm(
+            total=end,
+            initial=start,
+            desc=f"seed {seed}",
+            unit="step",
+            disable=not team.lead or start == end,
+        )
         since, logged = time.perf_counter(), start
         for step in range(start, end):
             model.train()
             model.vit.train(not config.freeze)
-            torch.manual_seed(int(np.random.SeedSequence((8, seed, step, team.rank)).generate_state(1)[0]))     # drop path, the same after a resume
-            lr = runtime.warmup_cosine(step, total, round(config.warmup * per_epoch), config.lr, config.min_lr)
+            torch.manual_seed(
+                int(np.random.SeedSequence((8, seed, step, team.rank)).generate_state(1)[0])
+            )  # drop path, the same after a resume
+            lr = runtime.warmup_cosine(
+                step, total, round(config.warmup * per_epoch), config.lr, config.min_lr
+            )
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             losses = []
@@ -352,7 +542,11 @@ def main():
                 bad.note(films["train"], item["bad"][item["bad"] >= 0].tolist())
                 places = team.rank * share + part * config.micro + torch.arange(config.micro)
                 images, goal = prepare(item, kind, seed, step, places, config.batch, device)
-                sync = forward.no_sync() if team.world > 1 and part + 1 < accumulate else contextlib.nullcontext()
+                sync = (
+                    forward.no_sync()
+                    if team.world > 1 and part + 1 < accumulate
+                    else contextlib.nullcontext()
+                )
                 with sync, runtime.autocast(device, config.precision):
                     loss = loss_of(kind, forward(images), goal).mean() / accumulate
                     loss.backward()
@@ -369,36 +563,76 @@ def main():
             if logging:
                 mean = runtime.reduce_mean(torch.stack(losses).sum(), team).item()
                 if not np.isfinite(mean):
-                    raise Stop(f"seed {seed}: the loss became NaN or infinite at step {done}: delete {folder}, start again with a lower --lr")
+                    raise Stop(
+                        f"seed {seed}: the loss became NaN or infinite at step {done}: delete {folder}, start again with a lower --lr"
+                    )
             if validating:
-                value, val_loss, _ = judge(kind, labels, films["val"], predict(model.eval(), kind, films["val"], config, team, bad))
+                value, val_loss, _ = judge(
+                    kind,
+                    labels,
+                    films["val"],
+                    predict(model.eval(), kind, films["val"], config, team, bad),
+                )
                 best = judged(best, value, val_loss, done)
                 tired = best["stale"] >= config.patience
-                bar.set_postfix_str(f"val {metric} {value:.2f}, best {best['value']:.2f} at step {best['step']}")
+                bar.set_postfix_str(
+                    f"val {metric} {value:.2f}, best {best['value']:.2f} at step {best['step']}"
+                )
                 if team.lead and best["step"] == done:
-                    runtime.save_atomic({"finetuned": model.state_dict(), **about, "step": done}, folder / "best.pt")
+                    runtime.save_atomic(
+                        {"finetuned": model.state_dict(), **about, "step": done}, folder / "best.pt"
+                    )
             if team.lead and logging:
-                rate, since, logged = (done - logged) * config.batch / (time.perf_counter() - since), time.perf_counter(), done
-                log.row(step=done, epoch=done / per_epoch, images=done * config.batch, loss=mean, lr=lr, val=value, val_loss=val_loss,
-                        images_per_s=rate)
+                rate, since, logged = (
+                    (done - logged) * config.batch / (time.perf_counter() - since),
+                    time.perf_counter(),
+                    done,
+                )
+                log.row(
+                    step=done,
+                    epoch=done / per_epoch,
+                    images=done * config.batch,
+                    loss=mean,
+                    lr=lr,
+                    val=value,
+                    val_loss=val_loss,
+                    images_per_s=rate,
+                )
             if team.lead and (validating or stopping or done % config.save_every == 0):
-                state = {"finetuned": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best}
+                state = {
+                    "finetuned": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": done,
+                    "best": best,
+                }
                 runtime.save_atomic(state, folder / "last.pt")
             if stopping or tired:
                 break
         bar.close()
         if stopping:
-            team.say(f"SIGTERM: saved at step {done} in {folder}; the same command goes on from there")
+            team.say(
+                f"SIGTERM: saved at step {done} in {folder}; the same command goes on from there"
+            )
             break
 
         # test, once
-        runtime.any_rank(False, team, hosts)                                                   # the others wait for best.pt
+        runtime.any_rank(False, team, hosts)  # the others wait for best.pt
         model = ready or load_finetuned(folder / "best.pt", device, kind, labels)
         rows = predict(model, kind, films["test"], config, team, bad, config.ten_crop)
         value, _, per_class = judge(kind, labels, films["test"], rows)
         over = bool(ready or solved or tired or done >= total)
-        results.append({"value": value, "per_class": per_class, "films": n, "val": best["value"], "best_step": best["step"], "steps": done,
-                        "over": over, "bad": sorted(bad.names)})
+        results.append(
+            {
+                "value": value,
+                "per_class": per_class,
+                "films": n,
+                "val": best["value"],
+                "best_step": best["step"],
+                "steps": done,
+                "over": over,
+                "bad": sorted(bad.names),
+            }
+        )
         if team.lead:
             write_predictions(folder / "predictions.csv", kind, labels, films["test"], rows)
             if kind == "mask":
@@ -408,7 +642,9 @@ def main():
             if over:
                 (folder / "last.pt").unlink(missing_ok=True)
         if not ready:
-            team.say(f"seed {seed}: test {metric} {value:.2f} %, of the model at step {best['step']}, the best on validation ({best['value']:.2f} %)")
+            team.say(
+                f"seed {seed}: test {metric} {value:.2f} %, of the model at step {best['step']}, the best on validation ({best['value']:.2f} %)"
+            )
 
     if results and not stopping:
         summarise(out, asked, splits, path, results, team)

@@ -2,6 +2,7 @@
 
 Dimension key:  B images · N = n² patches · D encoder width · c classes · stride: film pixels a feature-map pixel
 """
+
 import math
 
 import torch
@@ -41,7 +42,11 @@ class SimpleFPN(nn.Module):
             doublings, layers, width = round(math.log2(patch / stride)), [], dim
             for _ in range(abs(doublings)):
                 narrow = max(out, width // 2)
-                resize = nn.ConvTranspose2d(width, narrow, 2, 2) if doublings > 0 else nn.Conv2d(width, narrow, 3, 2, 1)
+                resize = (
+                    nn.ConvTranspose2d(width, narrow, 2, 2)
+                    if doublings > 0
+                    else nn.Conv2d(width, narrow, 3, 2, 1)
+                )
                 layers, width = [*layers, resize, norm(narrow), nn.GELU()], narrow
             self.levels.append(nn.Sequential(*layers, nn.Conv2d(width, out, 1), norm(out)))
 
@@ -55,19 +60,29 @@ class Segmenter(nn.Module):
     def __init__(self, vit, channels=(8, 16, 32, 64)):
         super().__init__()
         self.vit, self.fpn = vit, SimpleFPN(vit.dim, vit.patch, channels)
-        self.decoder = nn.ModuleList(nn.Sequential(nn.Conv2d(fine + coarse, fine, 3, padding=1), norm(fine), nn.GELU(),
-                                                   nn.Conv2d(fine, fine, 3, padding=1), norm(fine), nn.GELU())
-                                     for fine, coarse in zip(channels, channels[1:]))
+        self.decoder = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(fine + coarse, fine, 3, padding=1),
+                norm(fine),
+                nn.GELU(),
+                nn.Conv2d(fine, fine, 3, padding=1),
+                norm(fine),
+                nn.GELU(),
+            )
+            for fine, coarse in zip(channels, channels[1:])
+        )
         self.head = nn.Conv2d(channels[0], 1, 1)
 
     def forward(self, images):
-        tokens, n = self.vit(images), self.vit.grid                                       # (B, N, D)
+        tokens, n = self.vit(images), self.vit.grid  # (B, N, D)
         skips = self.fpn(tokens.transpose(1, 2).reshape(len(images), -1, n, n))
         x = skips.pop()
         for skip, block in zip(reversed(skips), reversed(self.decoder)):
             up = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
             x = block(torch.cat([skip, up], 1))
-        return F.interpolate(self.head(x), images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        return F.interpolate(self.head(x), images.shape[-2:], mode="bilinear", align_corners=False)[
+            :, 0
+        ]
 
 
 def layer_groups(model, weight_decay, layer_decay):
@@ -78,8 +93,17 @@ def layer_groups(model, weight_decay, layer_decay):
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
-        layer = 0 if parts[:2] == ["vit", "patch_embed"] else int(parts[2]) + 1 if parts[:2] == ["vit", "blocks"] else depth + 1
+        layer = (
+            0
+            if parts[:2] == ["vit", "patch_embed"]
+            else int(parts[2]) + 1
+            if parts[:2] == ["vit", "blocks"]
+            else depth + 1
+        )
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "scale": layer_decay ** (depth + 1 - layer)})
+        group = groups.setdefault(
+            (layer, decay),
+            {"params": [], "weight_decay": decay, "scale": layer_decay ** (depth + 1 - layer)},
+        )
         group["params"].append(parameter)
     return list(groups.values())

@@ -4,6 +4,7 @@ Features of the whole film, one a patch; a pixel's feature is the mean over a wi
 answer is the pixel whose feature is nearest, by L2 distance, to that of the landmark in the reference film. Places are (row, col) in
 fractions of the film's height and width, (0, 0) = its top-left corner.
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,24 @@ from data import BadFilm
 from runtime import Stop
 from subject import rows_of
 
-MASK_LANDMARKS = ("right_apex", "left_apex", "right_angle", "left_angle")      # the patient's right is the image's left
+MASK_LANDMARKS = (
+    "right_apex",
+    "left_apex",
+    "right_angle",
+    "left_angle",
+)  # the patient's right is the image's left
 
 
 # ---------------------------------------------------------------- dense features
 def window_weights(side, grid):
     """(side, grid): how much of each patch lies in the window of two patches' width around each pixel's centre, cut at the film's edge; rows sum to 1."""
-    centre = (torch.arange(side, dtype=torch.float64) + 0.5) * grid / side                        # in patch widths from the edge
+    centre = (
+        (torch.arange(side, dtype=torch.float64) + 0.5) * grid / side
+    )  # in patch widths from the edge
     patch = torch.arange(grid, dtype=torch.float64)
-    overlap = torch.minimum(centre[:, None] + 1, patch + 1) - torch.maximum(centre[:, None] - 1, patch)
+    overlap = torch.minimum(centre[:, None] + 1, patch + 1) - torch.maximum(
+        centre[:, None] - 1, patch
+    )
     overlap = overlap.clamp(min=0)
     return (overlap / overlap.sum(1, keepdim=True)).float()
 
@@ -47,15 +57,23 @@ def raw_windows(images, side, grid):
     """The baseline that knows nothing: the grey values of the same window around each pixel. (B, 1, H, W) → (B, side, side, k²), k = 2 patches"""
     small = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
     k = 2 * (side // grid) + 1
-    return F.unfold(F.pad(small, [k // 2] * 4, mode="replicate"), k).unflatten(2, (side, side)).permute(0, 2, 3, 1)
+    return (
+        F.unfold(F.pad(small, [k // 2] * 4, mode="replicate"), k)
+        .unflatten(2, (side, side))
+        .permute(0, 2, 3, 1)
+    )
 
 
 def heat_maps(reference, places, test):
     """Distance of every pixel to each landmark of the reference film. (side, side, D), (L, 2), (B, side, side, D) → (B, L, side, side)"""
     side = reference.shape[0]
     at = torch.as_tensor(np.clip(places * side, 0, side - 1)).long()
-    wanted = reference[at[:, 0], at[:, 1]]                                                        # (L, D)
-    return torch.cdist(wanted.expand(len(test), -1, -1), test.flatten(1, 2), compute_mode="donot_use_mm_for_euclid_dist").unflatten(2, (side, side))
+    wanted = reference[at[:, 0], at[:, 1]]  # (L, D)
+    return torch.cdist(
+        wanted.expand(len(test), -1, -1),
+        test.flatten(1, 2),
+        compute_mode="donot_use_mm_for_euclid_dist",
+    ).unflatten(2, (side, side))
 
 
 def find(way, references, places, tests, words="films", batch=8):
@@ -76,10 +94,14 @@ def nearest(maps):
 
 def score(found, true, shapes):
     """Found (R, n, L, 2) against true places (n, L, 2), films of shapes (n, 2) px → mean distance in % of the width; PCK: share within 5, 10 %."""
-    away = (found - true) * shapes[:, None] / shapes[:, None, 1:]                                 # in units of the film's width
-    away = 100 * np.linalg.norm(away, axis=-1)                                                    # (R, n, L)
-    return {"distance": float(away.mean()), "pck@5": float(100 * (away <= 5).mean()), "pck@10": float(100 * (away <= 10).mean()),
-            "distance_each": [float(v) for v in away.mean((0, 1))]}
+    away = (found - true) * shapes[:, None] / shapes[:, None, 1:]  # in units of the film's width
+    away = 100 * np.linalg.norm(away, axis=-1)  # (R, n, L)
+    return {
+        "distance": float(away.mean()),
+        "pck@5": float(100 * (away <= 5).mean()),
+        "pck@10": float(100 * (away <= 10).mean()),
+        "distance_each": [float(v) for v in away.mean((0, 1))],
+    }
 
 
 # ---------------------------------------------------------------- where the landmarks truly are
@@ -106,9 +128,11 @@ def from_mask(mask):
         rows, cols = mask[:, start:stop].nonzero()
         if not len(rows):
             return None
-        top = rows <= rows.min() + 0.01 * height                                                  # a tip is a few rows, not one pixel
+        top = rows <= rows.min() + 0.01 * height  # a tip is a few rows, not one pixel
         corner = (rows / height + outward * (cols + start) / width).argmax()
-        points.append([(rows[top].mean(), cols[top].mean() + start), (rows[corner], cols[corner] + start)])
+        points.append(
+            [(rows[top].mean(), cols[top].mean() + start), (rows[corner], cols[corner] + start)]
+        )
     (right_top, right_low), (left_top, left_low) = points
     return (np.array([right_top, left_top, right_low, left_low]) + 0.5) / (height, width)
 
@@ -122,7 +146,9 @@ def read_landmarks(table, films, count):
     columns = list(rows[0][1])
     names = [c[:-4] for c in columns if c.endswith("_row") and c[:-4] + "_col" in columns]
     if not names and "mask" not in columns:
-        raise Stop(f"--table {table}: columns NAME_row, NAME_col or mask are wanted, found {', '.join(columns)}")
+        raise Stop(
+            f"--table {table}: columns NAME_row, NAME_col or mask are wanted, found {', '.join(columns)}"
+        )
     found = []
     for k in sorted({*np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)}):
         i, row = rows[k]
@@ -132,16 +158,32 @@ def read_landmarks(table, films, count):
             continue
         try:
             if names:
-                places = (np.array([[float(row[f"{n}_row"]), float(row[f"{n}_col"])] for n in names]) + 0.5) / shape
+                places = (
+                    np.array([[float(row[f"{n}_row"]), float(row[f"{n}_col"])] for n in names])
+                    + 0.5
+                ) / shape
             else:
-                places = from_mask(np.asarray(Image.open(Path(table).parent / row["mask"]).convert("L")) > 127)
+                places = from_mask(
+                    np.asarray(Image.open(Path(table).parent / row["mask"]).convert("L")) > 127
+                )
         except (OSError, ValueError) as error:
-            raise Stop(f"--table {table}: the row of {row['filename']} cannot be used: {error}") from None
+            raise Stop(
+                f"--table {table}: the row of {row['filename']} cannot be used: {error}"
+            ) from None
         if places is not None and places.max() > 1:
-            raise Stop(f"--table {table}: landmarks of {row['filename']} lie outside its {shape[0]} × {shape[1]} px; places count pixels of the film as stored")
+            raise Stop(
+                f"--table {table}: landmarks of {row['filename']} lie outside its {shape[0]} × {shape[1]} px; places count pixels of the film as stored"
+            )
         if places is not None:
             found.append((i, places, shape))
     if len(found) < 2:
-        raise Stop(f"--table {table}: {len(found)} of its films can be used; a reference film and one to test are needed")
+        raise Stop(
+            f"--table {table}: {len(found)} of its films can be used; a reference film and one to test are needed"
+        )
     numbers, places, shapes = zip(*found)
-    return np.array(numbers), np.stack(places), np.array(shapes, float), names or list(MASK_LANDMARKS)
+    return (
+        np.array(numbers),
+        np.stack(places),
+        np.array(shapes, float),
+        names or list(MASK_LANDMARKS),
+    )

@@ -2,6 +2,7 @@
 
 Used by tasks.py for the downstream sets. Nothing here knows a data set by name.
 """
+
 import csv
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ MASK_FOLDER = re.compile(r"(^|[/_])(masks?|annotations?)(_\d+)?/", re.IGNORECASE
 class Case(NamedTuple):
     """One film: file, target (c,) of 0/1 (empty for segmentation), patient, mask for read_mask: ("file", path), ("rle", rows, canvas) or
     ("boxes", rows, canvas); canvas (height, width), None = the film's own size in pixels."""
+
     path: Path
     target: tuple
     patient: str
@@ -51,7 +53,12 @@ class Index:
 
     def files(self, *names):
         """Paths of the files with one of these names, in the order of the names."""
-        return [self.root / path for name in names for path in self.names if path.rpartition("/")[2] == name]
+        return [
+            self.root / path
+            for name in names
+            for path in self.names
+            if path.rpartition("/")[2] == name
+        ]
 
     def _tail(self, depth):
         """{last `depth` parts without suffix: [relative paths]} of all images outside mask folders."""
@@ -70,7 +77,11 @@ class Index:
         for n in range(len(parts), 0, -1) if depth == 0 else [min(depth, len(parts))]:
             tail = "/".join(parts[-n:])
             found = self._tail(n).get(key(tail), [])
-            for closer in ([p for p in found if p == tail], [p for p in found if ("/" + p).endswith("/" + tail)], found):
+            for closer in (
+                [p for p in found if p == tail],
+                [p for p in found if ("/" + p).endswith("/" + tail)],
+                found,
+            ):
                 if closer:
                     return closer
         return []
@@ -78,15 +89,21 @@ class Index:
     def find(self, names, depth=1, what="the lists"):
         """Image paths of names, compared by their last `depth` parts (0: as written); Stop with the count when any is absent or ambiguous."""
         found = [self._candidates(n, depth) for n in names]
-        if not self.fresh and any(len(f) != 1 for f in found):          # the folder may have changed since the cache was written
+        if not self.fresh and any(
+            len(f) != 1 for f in found
+        ):  # the folder may have changed since the cache was written
             self.names, self.tails, self.fresh = self._walk(), {}, True
             return self.find(names, depth, what)
         absent = [n for n, f in zip(names, found) if not f]
         if absent:
-            raise Stop(f"{self.root}: {len(absent)} of the {len(names)} films named by {what} are not there, the first: {', '.join(absent[:3])}")
+            raise Stop(
+                f"{self.root}: {len(absent)} of the {len(names)} films named by {what} are not there, the first: {', '.join(absent[:3])}"
+            )
         for several in found:
             if len(several) > 1:
-                raise Stop(f"{self.root}: one film name, several files ({several[0]}, {several[1]}): point --data at one copy, or write the path in the list")
+                raise Stop(
+                    f"{self.root}: one film name, several files ({several[0]}, {several[1]}): point --data at one copy, or write the path in the list"
+                )
         return [self.root / f[0] for f in found]
 
     def lists(self, *patterns, need=("train", "test")):
@@ -101,7 +118,11 @@ class Index:
 def read_list(path):
     """Lines 'name 0 1 0', 'name,1', 'name 0,0,1' or 'name' → [(name, (0, 1, 0))]; blank lines and CRLF are fine."""
     try:
-        words = [re.split(r"[\s,]+", line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        words = [
+            re.split(r"[\s,]+", line.strip())
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
         return [(w[0], tuple(int(float(x)) for x in w[1:] if x)) for w in words]
     except ValueError:
         raise Stop(f"{path}: not a split list of lines 'name 0 1 ...'") from None
@@ -113,9 +134,14 @@ def read_table(path, *columns):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
             header = [h.strip() for h in rows.fieldnames or []]
-            table = [{k.strip(): (v or "").strip() for k, v in row.items() if k is not None} for row in rows]
+            table = [
+                {k.strip(): (v or "").strip() for k, v in row.items() if k is not None}
+                for row in rows
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Stop(f"{path}: cannot be read as a table ({error}); save it as CSV, UTF-8, with commas") from None
+        raise Stop(
+            f"{path}: cannot be read as a table ({error}); save it as CSV, UTF-8, with commas"
+        ) from None
     absent = [c for c in columns if c not in header]
     if absent:
         raise Stop(f"{path}: no column {', '.join(absent)}; its columns are {', '.join(header)}")
@@ -128,10 +154,11 @@ def number(text):
         value = float(text or 0)
     except ValueError:
         return 0.0
-    return value if value == value else 0.0                                # 'nan'
+    return value if value == value else 0.0  # 'nan'
 
 
 # ---------------------------------------------------------------- masks
+
 
 def film_size(path):
     """(height, width) in pixels from the header alone; Stop when there is none."""
@@ -142,11 +169,12 @@ def film_size(path):
         pass
     try:
         import pydicom
+
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
         return int(header.Rows), int(header.Columns)
     except ImportError:
         raise Stop('DICOM needs a reader: pip install "pydicom>=3"') from None
-    except Exception as error:                                             # a broken file may raise anything
+    except Exception as error:  # a broken file may raise anything
         raise Stop(f"{path}: no image size in its header ({error})") from None
 
 
@@ -157,8 +185,12 @@ def choose_canvas(index, name, too_small):
     if not too_small(height, width):
         return None, []
     if too_small(1024, 1024):
-        raise Stop(f"{index.root}: annotations reach outside 1024 x 1024 pixels: not the distributed CSV")
-    return (1024, 1024), [f"masks: the films are {width} x {height}, the annotations were drawn on 1024 x 1024 and are scaled"]
+        raise Stop(
+            f"{index.root}: annotations reach outside 1024 x 1024 pixels: not the distributed CSV"
+        )
+    return (1024, 1024), [
+        f"masks: the films are {width} x {height}, the annotations were drawn on 1024 x 1024 and are scaled"
+    ]
 
 
 def decode_rle(text, height, width):
@@ -166,7 +198,7 @@ def decode_rle(text, height, width):
     flat, at = np.zeros(height * width, bool), 0
     numbers = [int(x) for x in text.split()]
     for gap, length in zip(numbers[::2], numbers[1::2]):
-        flat[at + gap:at + gap + length] = True
+        flat[at + gap : at + gap + length] = True
         at += gap + length
     if at > height * width:
         raise Stop(f"run lengths reach pixel {at}, the film has {height * width}")
@@ -193,5 +225,5 @@ def read_mask(case):
             mask |= decode_rle(item, height, width)
         else:
             x, y, w, h = item
-            mask[int(y):int(y + h), int(x):int(x + w)] = True
+            mask[int(y) : int(y + h), int(x) : int(x + w)] = True
     return mask

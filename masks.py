@@ -11,6 +11,7 @@ costophrenic angles. What this costs (tests/test_masks.py measures it):
   of the predicted patches lie outside the union, 0.3 % of the seen ones outside the context;
 - the best of eight favours large squares (mean area 0.95, drawn 0.88): a crop's corners are seen in 61 % of images, not 43 %.
 """
+
 import torch
 
 
@@ -29,16 +30,26 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None, tries=8):
     u = torch.rand(batch, tries * 19 + grid * grid, generator=generator)
     u = u if rows is None else u[rows]
     on_gpu = device is not None and torch.device(device).type == "cuda"
-    u = u.pin_memory().to(device, non_blocking=True) if on_gpu else u.to(device)             # by way of pinned memory the host does not wait
-    sizes, order = u[:, :tries * 19].view(-1, tries, 19), u[:, tries * 19:]
-    hidden = blocks(sizes[..., :16].unflatten(-1, (4, 4)), grid, (0.15, 0.2), (0.75, 1.5))   # (R, tries, N) union of four
-    inside = blocks(sizes[..., None, 16:], grid, (0.75, 1.0), (1.0, 1.0))                    # (R, tries, N) the square
+    u = (
+        u.pin_memory().to(device, non_blocking=True) if on_gpu else u.to(device)
+    )  # by way of pinned memory the host does not wait
+    sizes, order = u[:, : tries * 19].view(-1, tries, 19), u[:, tries * 19 :]
+    hidden = blocks(
+        sizes[..., :16].unflatten(-1, (4, 4)), grid, (0.15, 0.2), (0.75, 1.5)
+    )  # (R, tries, N) union of four
+    inside = blocks(
+        sizes[..., None, 16:], grid, (0.75, 1.0), (1.0, 1.0)
+    )  # (R, tries, N) the square
     seen = inside & ~hidden
     short = (mask_count - hidden.sum(-1)).clamp(min=0) + (keep_count - seen.sum(-1)).clamp(min=0)
-    best = short.argmin(1)[:, None, None].expand(-1, 1, grid * grid)                         # the first of the best: unbiased
+    best = short.argmin(1)[:, None, None].expand(
+        -1, 1, grid * grid
+    )  # the first of the best: unbiased
     hidden, seen = hidden.gather(1, best)[:, 0], seen.gather(1, best)[:, 0]
     # One sort settles everything: hidden patches score 2 to 3, seen ones 0 to 1, those outside both 1 to 2, at random within.
-    ranked = (order + 1 + hidden.float() - seen.float()).argsort(dim=1, stable=True)     # stable: a tie falls alike in every share of the batch
+    ranked = (order + 1 + hidden.float() - seen.float()).argsort(
+        dim=1, stable=True
+    )  # stable: a tie falls alike in every share of the batch
     return ranked[:, :keep_count].sort(1).values, ranked[:, -mask_count:].sort(1).values
 
 
@@ -48,12 +59,16 @@ def blocks(u, grid, scale, aspect):
     Sides are rounded to whole patches and kept below the grid's; the position is uniform over all that fit.
     """
     area = (scale[0] + (scale[1] - scale[0]) * u[..., 0]) * grid * grid
-    ratio = aspect[0] * (aspect[1] / aspect[0]) ** u[..., -1] if aspect[0] < aspect[1] else torch.ones_like(area)    # height / width, log-uniform
+    ratio = (
+        aspect[0] * (aspect[1] / aspect[0]) ** u[..., -1]
+        if aspect[0] < aspect[1]
+        else torch.ones_like(area)
+    )  # height / width, log-uniform
     height = (area * ratio).sqrt().round().clamp(1, grid)
     width = (area / ratio).sqrt().round().clamp(1, grid)
-    rows = span(u[..., 1], height, grid)                                                     # (..., blocks, n)
+    rows = span(u[..., 1], height, grid)  # (..., blocks, n)
     cols = span(u[..., 2], width, grid)
-    return (rows.mT @ cols).flatten(-2) > 0.5                                                # counts of covering blocks, as one product
+    return (rows.mT @ cols).flatten(-2) > 0.5  # counts of covering blocks, as one product
 
 
 def span(u, length, grid):

@@ -2,11 +2,12 @@
 
 Every function takes NumPy arrays or torch tensors (any device) and computes in float64 on the CPU. Fractions, not percent.
 """
+
 import numpy as np
 import torch
 
-L2_GRID = tuple(np.logspace(-3, 3, 7))      # strengths of the probe's penalty, as 1 / C in scikit-learn
-L2_FALLBACK = 1.0                           # where validation cannot choose because it lacks a class
+L2_GRID = tuple(np.logspace(-3, 3, 7))  # strengths of the probe's penalty, as 1 / C in scikit-learn
+L2_FALLBACK = 1.0  # where validation cannot choose because it lacks a class
 
 
 def _array(values):
@@ -17,6 +18,7 @@ def _array(values):
 
 # ---------------------------------------------------------------- classification and segmentation
 
+
 def auroc(scores, labels):
     """Area under the ROC curve in 0..1 of scores (n,) against labels (n,) 0/1: the share of (positive, negative) pairs ranked
     rightly, a tie counting half. nan when one class is absent."""
@@ -25,7 +27,7 @@ def auroc(scores, labels):
     if not positives or not negatives or np.isnan(scores).any():
         return float("nan")
     _, group, count = np.unique(scores, return_inverse=True, return_counts=True)
-    midrank = np.cumsum(count) - (count - 1) / 2                      # mean rank, from 1, of each set of equal scores
+    midrank = np.cumsum(count) - (count - 1) / 2  # mean rank, from 1, of each set of equal scores
     above = midrank[group][positive].sum() - positives * (positives + 1) / 2
     return float(above / (positives * negatives))
 
@@ -55,11 +57,15 @@ def recall_at_k(errors, ks=(1, 3, 5)):
     → {k: share of rows whose true candidate is among the k smallest}; ties are broken evenly, so equal errors score chance, k / n."""
     errors = _array(errors)
     true = np.diag(errors)[:, None]
-    smaller, equal = (errors < true).sum(1), (errors == true).sum(1)  # equal counts the true candidate itself
+    smaller, equal = (
+        (errors < true).sum(1),
+        (errors == true).sum(1),
+    )  # equal counts the true candidate itself
     return {k: float(np.clip((k - smaller) / np.maximum(equal, 1), 0, 1).mean()) for k in ks}
 
 
 # ---------------------------------------------------------------- collapse
+
 
 def feature_std(features):
     """Mean over dimensions of the standard deviation over the n rows of features (n, d): 0 when the encoder says the same of every film."""
@@ -80,6 +86,7 @@ def rankme(features):
 
 # ---------------------------------------------------------------- probes of frozen features
 
+
 def _scaling(train):
     """Mean and 1 / standard deviation of the columns of train (n, d); 0 for constant columns, which thereby drop out."""
     train = _array(train)
@@ -91,12 +98,22 @@ def _fit_logistic(x, y, l2, start=None):
     """Weights (d + 1,), bias last and unpenalised, minimising sum of log losses + l2 / 2 · |w|² for labels y (n,); full batch L-BFGS."""
     weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64) if start is None else start.clone()
     weights.requires_grad_(True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=300, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=300,
+        history_size=20,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
         logits = x @ weights[:-1] + weights[-1]
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y) + l2 / (2 * len(y)) * weights[:-1].square().sum()
+        loss = (
+            torch.nn.functional.binary_cross_entropy_with_logits(logits, y)
+            + l2 / (2 * len(y)) * weights[:-1].square().sum()
+        )
         loss.backward()
         return loss
 
@@ -108,10 +125,10 @@ def _fit_one(train_x, y, val_x, val_y):
     """Weights (d + 1,) of one binary label: one fit per strength, strong to weak, each starting from the last; best on validation wins."""
     best, best_auroc, weights = None, -1.0, None
     can_choose = not np.isnan(auroc(np.zeros(len(val_y)), val_y))
-    for l2 in (sorted(L2_GRID, reverse=True) if can_choose else [L2_FALLBACK]):
+    for l2 in sorted(L2_GRID, reverse=True) if can_choose else [L2_FALLBACK]:
         weights = _fit_logistic(train_x, y, l2, weights)
         value = auroc(val_x @ weights[:-1], val_y) if can_choose else 0.0
-        if value > best_auroc:                                        # a tie keeps the stronger penalty
+        if value > best_auroc:  # a tie keeps the stronger penalty
             best, best_auroc = weights, value
     return best.numpy()
 
@@ -123,10 +140,14 @@ def fit_probe(train_x, train_y, val_x, val_y):
     mean, scale = _scaling(train_x)
     train, val = ((_array(x) - mean) * scale for x in (train_x, val_x))
     basis = np.eye(train.shape[1])
-    if train.shape[1] > len(train):      # more dimensions than films: the solution lies in their span, so rotate into it (exact, and fast)
+    if (
+        train.shape[1] > len(train)
+    ):  # more dimensions than films: the solution lies in their span, so rotate into it (exact, and fast)
         basis = np.linalg.svd(train, full_matrices=False)[2].T
     train, val = (torch.from_numpy(np.ascontiguousarray(x @ basis)) for x in (train, val))
-    fitted = np.stack([_fit_one(train, torch.tensor(y), val, v) for y, v in zip(train_y.T, val_y.T)], 1)              # (d + 1, c)
+    fitted = np.stack(
+        [_fit_one(train, torch.tensor(y), val, v) for y, v in zip(train_y.T, val_y.T)], 1
+    )  # (d + 1, c)
     weight = scale[:, None] * (basis @ fitted[:-1])
     return weight, fitted[-1] - mean @ weight
 
@@ -142,6 +163,8 @@ def knn_scores(train_x, train_y, test_x, k=20):
     """Mean label of the k nearest training rows by cosine similarity of standardised features; labels (n,) or (n, c) → (m,) or (m, c)."""
     mean, scale = _scaling(train_x)
     train, test = ((_array(x) - mean) * scale for x in (train_x, test_x))
-    train, test = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train, test))
+    train, test = (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train, test)
+    )
     nearest = np.argsort(-(test @ train.T), axis=1, kind="stable")[:, :k]
     return _array(train_y)[nearest].mean(1)

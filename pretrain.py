@@ -8,6 +8,7 @@
 The data decides the recipe: none means the demo, given means the paper; flags override both. The same command again goes on
 where the last one stopped. --out receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
 """
+
 import contextlib
 import dataclasses
 import hashlib
@@ -35,21 +36,71 @@ from model import SIZES, CheXWorld, load_checkpoint
 from runtime import Stop, flag
 
 RECIPES = {
-    "demo": dict(size="tiny", image=64, patch=8, batch=16, epochs=20, warmup=1.0, lr=1.2e-3, ema=0.99, log_every=20, save_every=200, seed=0),
-    "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0, lr=2e-4, ema=0.996, log_every=20, save_every=500, seed=0),
+    "demo": dict(
+        size="tiny",
+        image=64,
+        patch=8,
+        batch=16,
+        epochs=20,
+        warmup=1.0,
+        lr=1.2e-3,
+        ema=0.99,
+        log_every=20,
+        save_every=200,
+        seed=0,
+    ),
+    "paper": dict(
+        size="base",
+        image=224,
+        patch=16,
+        batch=2048,
+        epochs=300,
+        warmup=40.0,
+        lr=2e-4,
+        ema=0.996,
+        log_every=20,
+        save_every=500,
+        seed=0,
+    ),
 }
-FREE = {"out", "device", "workers", "micro", "max_steps", "log_every", "save_every", "compile", "data", "probe", "patients", "checkpointing"}  # may change on resume
+FREE = {
+    "out",
+    "device",
+    "workers",
+    "micro",
+    "max_steps",
+    "log_every",
+    "save_every",
+    "compile",
+    "data",
+    "probe",
+    "patients",
+    "checkpointing",
+}  # may change on resume
 
 
 @dataclasses.dataclass
 class Config:
-    data: str = flag(None, "folder of films (searched recursively; MIMIC-CXR-JPG, CheXpert, ChestX-ray14 are recognised) or a .pack file; none = the demo")
+    data: str = flag(
+        None,
+        "folder of films (searched recursively; MIMIC-CXR-JPG, CheXpert, ChestX-ray14 are recognised) or a .pack file; none = the demo",
+    )
     out: str = flag(None, "folder of the run [runs/demo, or runs/pretrain with --data]")
-    size: str = flag(None, "network: tiny 128 × 4, small 384 × 12, base 768 × 12 (the paper's), large 1024 × 24", list(SIZES))
+    size: str = flag(
+        None,
+        "network: tiny 128 × 4, small 384 × 12, base 768 × 12 (the paper's), large 1024 × 24",
+        list(SIZES),
+    )
     image: int = flag(None, "side of the crops, px [demo 64, paper 224]")
     patch: int = flag(None, "side of a patch, px [demo 8, paper 16]")
-    batch: int = flag(None, "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 16, paper 2048]")
-    micro: int = flag(None, "films a forward pass on one GPU [what fills 70 % of its memory by count; at most 64 on a CPU]")
+    batch: int = flag(
+        None,
+        "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 16, paper 2048]",
+    )
+    micro: int = flag(
+        None,
+        "films a forward pass on one GPU [what fills 70 % of its memory by count; at most 64 on a CPU]",
+    )
     epochs: int = flag(None, "passes over the films; sets the schedules [demo 20, paper 300]")
     warmup: float = flag(None, "epochs of linear warm-up [demo 1, paper 40]")
     max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
@@ -57,21 +108,40 @@ class Config:
     min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
     weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
     clip: float = flag(1.0, "largest gradient norm")
-    ema: float = flag(None, "momentum of the target encoder at the start; 1.0 at the end [demo 0.99, paper 0.996]")
+    ema: float = flag(
+        None, "momentum of the target encoder at the start; 1.0 at the end [demo 0.99, paper 0.996]"
+    )
     tasks: str = flag("local,global,domain", "world modelling tasks, any subset (Table 3)")
-    no_delta: bool = flag(False, "ablation: hide the relative position Δ (the target's own grid instead of φ)")
-    no_action: bool = flag(False, "ablation: hide the action a from the policy network, augmentation kept")
+    no_delta: bool = flag(
+        False, "ablation: hide the relative position Δ (the target's own grid instead of φ)"
+    )
+    no_action: bool = flag(
+        False, "ablation: hide the action a from the policy network, augmentation kept"
+    )
     not_unified: bool = flag(False, "ablation: a separate forward pass for each task")
-    probe: str = flag(None, "CSV tables filename,label,split joined by commas: linear probes at the end; their test films are left out of training")
-    patients: str = flag(None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on")
+    probe: str = flag(
+        None,
+        "CSV tables filename,label,split joined by commas: linear probes at the end; their test films are left out of training",
+    )
+    patients: str = flag(
+        None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on"
+    )
     holdout: int = flag(50, "films held out for the closing domain test when --probe names none")
     phantoms: int = flag(2000, "synthetic films of the demo")
-    precision: str = flag("auto", "auto = bfloat16 on GPUs and on CPUs that multiply it natively", ["auto", "float32", "bfloat16"])
+    precision: str = flag(
+        "auto",
+        "auto = bfloat16 on GPUs and on CPUs that multiply it natively",
+        ["auto", "float32", "bfloat16"],
+    )
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
-    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, about a third more time"
+    )
     seed: int = flag(None, "of everything random [0]")
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
-    workers: int = flag(None, "loader processes [8 a GPU; on a CPU 0 when the films fit into memory, else 1]")
+    workers: int = flag(
+        None, "loader processes [8 a GPU; on a CPU 0 when the films fit into memory, else 1]"
+    )
     log_every: int = flag(None, "steps between rows of log.csv")
     save_every: int = flag(None, "steps between checkpoints [demo 200, paper 500]")
 
@@ -83,14 +153,29 @@ def choose(config):
         if getattr(config, key) is None:
             setattr(config, key, value)
     config.out = config.out or ("runs/pretrain" if config.data else "runs/demo")
-    least = dict.fromkeys(("batch", "epochs", "image", "patch", "log_every", "save_every", "micro", "max_steps", "phantoms"), 1) | dict.fromkeys(("workers", "holdout", "warmup"), 0)
+    least = dict.fromkeys(
+        (
+            "batch",
+            "epochs",
+            "image",
+            "patch",
+            "log_every",
+            "save_every",
+            "micro",
+            "max_steps",
+            "phantoms",
+        ),
+        1,
+    ) | dict.fromkeys(("workers", "holdout", "warmup"), 0)
     for key, low in least.items():
         if getattr(config, key) is not None and getattr(config, key) < low:
             raise Stop(f"--{key} {getattr(config, key)}: must be at least {low}")
     if config.image % config.patch:
         raise Stop(f"--image {config.image} is not a multiple of --patch {config.patch}")
     if config.image // config.patch < 4:
-        raise Stop(f"--image {config.image} holds {config.image // config.patch} patches a side: at least 4 are needed for masks")
+        raise Stop(
+            f"--image {config.image} holds {config.image // config.patch} patches a side: at least 4 are needed for masks"
+        )
     if not set(config.tasks.split(",")) <= {"local", "global", "domain"}:
         raise Stop(f"--tasks {config.tasks}: any of local,global,domain, joined by commas")
     return config, recipe
@@ -99,12 +184,24 @@ def choose(config):
 def demo_data(config, team):
     """The demo's films: phantoms written once as PNG files with a CSV, then read by the real loader. → (folder, CSV)"""
     folder = Path(config.out) / "phantoms"
-    drawn = sum(1 for _ in open(folder / "phantoms.csv")) - 1 if (folder / "phantoms.csv").is_file() else 0
+    drawn = (
+        sum(1 for _ in open(folder / "phantoms.csv")) - 1
+        if (folder / "phantoms.csv").is_file()
+        else 0
+    )
     if drawn not in (0, config.phantoms):
-        raise Stop(f"{folder} holds {drawn} phantoms, not {config.phantoms}: choose another --out, or delete the folder")
+        raise Stop(
+            f"{folder} holds {drawn} phantoms, not {config.phantoms}: choose another --out, or delete the folder"
+        )
     if team.lead and not drawn:
         team.say(f"demo: drawing {config.phantoms} synthetic films into {folder}")
-        phantom.write_phantoms(folder, config.phantoms, size=max(128, config.image * 3 // 2), seed=config.seed, workers=os.cpu_count() or 1)
+        phantom.write_phantoms(
+            folder,
+            config.phantoms,
+            size=max(128, config.image * 3 // 2),
+            seed=config.seed,
+            workers=os.cpu_count() or 1,
+        )
     return folder / "films", folder / "phantoms.csv"
 
 
@@ -115,18 +212,24 @@ def split_films(films, tables, config):
     for table in tables:
         where = table.locate(films)
         for i, patient in zip(where, table.patients):
-            if i >= 0 and patients[i] == films.names[i] and patient not in table.names:        # the folder knew nobody: the table may
+            if (
+                i >= 0 and patients[i] == films.names[i] and patient not in table.names
+            ):  # the folder knew nobody: the table may
                 patients[i] = patient
         held |= {int(i) for i in where[(table.split == "test") & (where >= 0)]}
     if not tables:
         order = np.random.default_rng((3, config.seed)).permutation(len(films))
-        held = {int(i) for i in order[:min(config.holdout, len(films) // 10)]}
+        held = {int(i) for i in order[: min(config.holdout, len(films) // 10)]}
     away = {patients[i] for i in held}
     train = [i for i in range(len(films)) if patients[i] not in away]
     if not train:
-        raise Stop("every film is held out: nothing is left to train on; lower --holdout or check --probe")
+        raise Stop(
+            "every film is held out: nothing is left to train on; lower --holdout or check --probe"
+        )
     if len(train) < config.batch:
-        raise Stop(f"{len(train)} films to train on are fewer than one batch: lower --batch {config.batch} or add films")
+        raise Stop(
+            f"{len(train)} films to train on are fewer than one batch: lower --batch {config.batch} or add films"
+        )
     return np.array(train), np.array(sorted(held), dtype=int)
 
 
@@ -135,7 +238,11 @@ def micro_batch(config, team):
     if config.batch % team.world:
         raise Stop(f"--batch {config.batch} is not a multiple of the {team.world} processes")
     share = config.batch // team.world
-    limit = config.micro or (gpu_limit(config, torch.cuda.get_device_properties(team.device).total_memory) if team.device.type == "cuda" else 64)
+    limit = config.micro or (
+        gpu_limit(config, torch.cuda.get_device_properties(team.device).total_memory)
+        if team.device.type == "cuda"
+        else 64
+    )
     return max(m for m in range(1, min(limit, share) + 1) if share % m == 0)
 
 
@@ -143,29 +250,56 @@ def gpu_limit(config, memory):
     """Films a forward pass that by count fill 70 % of a GPU with so many bytes, given the wanted tasks."""
     grid = config.image // config.patch
     visible, masked = mask_sizes(grid)
-    case = SimpleNamespace(**vars(config) | dict(visible=visible, masked=masked, targets=grid ** 2))
-    return fitting(case, memory, config.checkpointing, passes(case, config.tasks, not config.not_unified))
+    case = SimpleNamespace(**vars(config) | dict(visible=visible, masked=masked, targets=grid**2))
+    return fitting(
+        case, memory, config.checkpointing, passes(case, config.tasks, not config.not_unified)
+    )
 
 
 def parameter_groups(world, weight_decay):
     """AdamW groups: no decay on biases, norms and the mask token (all of them are vectors)."""
     trained = [p for p in world.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
 
 
 def prepare(item, config, step, places, device):
     """A loaded micro-batch → what CheXWorld.forward takes, for both views. All randomness is keyed by (seed, step, place in the global batch)."""
-    generator, B, grid = runtime.keyed(4, config.seed, step), config.batch, config.image // config.patch
-    jitter = augment.sample_jitter(B, generator)[places]                                       # (b, 2): shared by both views
-    both = torch.cat([places, places + B])                                                     # rows of view 1, then of view 2
-    action = runtime.send(augment.sample_actions(2 * B, generator)[both], device)              # (2b, 4)
-    keep, masked = sample_masks(2 * B, grid, generator, both, device)                          # (2b, K), (2b, M)
-    views = augment.to_float(item["views"].to(device, non_blocking=True))                      # (b, 2, H, W)
-    y = augment.apply_jitter(views, runtime.send(jitter, device)).transpose(0, 1).flatten(0, 1)[:, None]  # (2b, 1, H, W)
-    boxes, flips = (item[k].to(device, non_blocking=True).transpose(0, 1) for k in ("boxes", "flips"))          # (2, b, ·)
-    coords = augment.relative_coords(boxes.flatten(0, 1), boxes.flip(0).flatten(0, 1), grid, flips.flatten(), flips.flip(0).flatten())
-    return dict(y=y, x=augment.apply_action(y, action), keep=keep, masked=masked, coords=coords, action=action)
+    generator, B, grid = (
+        runtime.keyed(4, config.seed, step),
+        config.batch,
+        config.image // config.patch,
+    )
+    jitter = augment.sample_jitter(B, generator)[places]  # (b, 2): shared by both views
+    both = torch.cat([places, places + B])  # rows of view 1, then of view 2
+    action = runtime.send(augment.sample_actions(2 * B, generator)[both], device)  # (2b, 4)
+    keep, masked = sample_masks(2 * B, grid, generator, both, device)  # (2b, K), (2b, M)
+    views = augment.to_float(item["views"].to(device, non_blocking=True))  # (b, 2, H, W)
+    y = (
+        augment.apply_jitter(views, runtime.send(jitter, device))
+        .transpose(0, 1)
+        .flatten(0, 1)[:, None]
+    )  # (2b, 1, H, W)
+    boxes, flips = (
+        item[k].to(device, non_blocking=True).transpose(0, 1) for k in ("boxes", "flips")
+    )  # (2, b, ·)
+    coords = augment.relative_coords(
+        boxes.flatten(0, 1),
+        boxes.flip(0).flatten(0, 1),
+        grid,
+        flips.flatten(),
+        flips.flip(0).flatten(),
+    )
+    return dict(
+        y=y,
+        x=augment.apply_action(y, action),
+        keep=keep,
+        masked=masked,
+        coords=coords,
+        action=action,
+    )
 
 
 def health(features, team):
@@ -181,7 +315,10 @@ def health(features, team):
 def recipe_of(config, names):
     """What a run must keep to be continued: every setting that changes the numbers, and the films by name."""
     recipe = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    return recipe | {"films": len(names), "names": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]}
+    return recipe | {
+        "films": len(names),
+        "names": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
+    }
 
 
 def resume(path, recipe, world, optimizer):
@@ -190,10 +327,18 @@ def resume(path, recipe, world, optimizer):
         return 0
     saved = load_checkpoint(path)
     if not {"world", "optimizer", "recipe", "step"} <= saved.keys():
-        raise Stop(f"{path} is not a checkpoint of this program: move it away or choose another --out")
-    changed = [f"{k} {saved['recipe'].get(k)} → {v}" for k, v in recipe.items() if saved["recipe"].get(k) != v]
+        raise Stop(
+            f"{path} is not a checkpoint of this program: move it away or choose another --out"
+        )
+    changed = [
+        f"{k} {saved['recipe'].get(k)} → {v}"
+        for k, v in recipe.items()
+        if saved["recipe"].get(k) != v
+    ]
     if changed:
-        raise Stop(f"{path.parent} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew")
+        raise Stop(
+            f"{path.parent} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew"
+        )
     world.load_state_dict(saved["world"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
@@ -201,9 +346,21 @@ def resume(path, recipe, world, optimizer):
 
 def save(out, world, optimizer, recipe, step):
     """last.pt: all that resuming needs; encoder.pt: the target encoder alone. Both atomically."""
-    runtime.save_atomic({"world": world.state_dict(), "config": world.config, "optimizer": optimizer.state_dict(), "recipe": recipe, "step": step}, out / "last.pt")
+    runtime.save_atomic(
+        {
+            "world": world.state_dict(),
+            "config": world.config,
+            "optimizer": optimizer.state_dict(),
+            "recipe": recipe,
+            "step": step,
+        },
+        out / "last.pt",
+    )
     encoder = world.target_encoder
-    runtime.save_atomic({"encoder": encoder.state_dict(), "config": encoder.config, "step": step}, out / "encoder.pt")
+    runtime.save_atomic(
+        {"encoder": encoder.state_dict(), "config": encoder.config, "step": step},
+        out / "encoder.pt",
+    )
 
 
 def main():
@@ -219,7 +376,7 @@ def main():
     torch.manual_seed(config.seed)
 
     if team.lead:
-        for left in out.glob(".*.tmp"):                                                        # of a run that was killed while it wrote
+        for left in out.glob(".*.tmp"):  # of a run that was killed while it wrote
             left.unlink()
     runtime.any_rank(False, team, hosts)
 
@@ -228,14 +385,26 @@ def main():
     if recipe_name == "demo":
         config.data, table = demo_data(config, team)
         probes = probes or [table]
-        runtime.any_rank(False, team, hosts)                                                   # the others wait for the films
-    films = open_films(config.data, out, side=round(config.image * 320 / 224), patients=config.patients)
+        runtime.any_rank(False, team, hosts)  # the others wait for the films
+    films = open_films(
+        config.data, out, side=round(config.image * 320 / 224), patients=config.patients
+    )
     team.say("\n".join(films.summary))
     tables = [evaluate.Labels(path).complete() for path in probes]
     train, held = split_films(films, tables, config)
     memory = len(films) * (config.image * 1.5) ** 2 * 1.3 < 1e9
-    workers = config.workers if config.workers is not None else 8 if device.type == "cuda" else 0 if memory else 1
-    films = InMemory(films) if memory and not workers else films                               # each worker would keep films of its own
+    workers = (
+        config.workers
+        if config.workers is not None
+        else 8
+        if device.type == "cuda"
+        else 0
+        if memory
+        else 1
+    )
+    films = (
+        InMemory(films) if memory and not workers else films
+    )  # each worker would keep films of its own
     micro = micro_batch(config, team)
     accumulate = config.batch // team.world // micro
     per_epoch = len(train) // config.batch
@@ -245,28 +414,63 @@ def main():
     bad = BadFilms(films)
 
     # model
-    world = CheXWorld(config.image, config.patch, **SIZES[config.size], tasks=config.tasks, delta=not config.no_delta, action=not config.no_action,
-                      unified=not config.not_unified).to(device)
+    world = CheXWorld(
+        config.image,
+        config.patch,
+        **SIZES[config.size],
+        tasks=config.tasks,
+        delta=not config.no_delta,
+        action=not config.no_action,
+        unified=not config.not_unified,
+    ).to(device)
     world.encoder.save_memory = world.predictor.save_memory = config.checkpointing
     K, M = mask_sizes(world.encoder.grid)
     parameters = [p for p in world.parameters() if p.requires_grad]
-    team.say(f"{recipe_name} recipe: {config.size} ViT, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {config.image}² px in {config.patch}² patches "
-             f"({K} visible, {M} masked of {world.encoder.grid ** 2})\n{len(train)} films to train on, {len(held)} held out; batch {config.batch} = {micro} × {accumulate} accumulated × "
-             f"{team.world} process(es); {config.epochs} epochs = {total} steps; {config.precision} on {device}; run in {out}")
+    team.say(
+        f"{recipe_name} recipe: {config.size} ViT, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {config.image}² px in {config.patch}² patches "
+        f"({K} visible, {M} masked of {world.encoder.grid**2})\n{len(train)} films to train on, {len(held)} held out; batch {config.batch} = {micro} × {accumulate} accumulated × "
+        f"{team.world} process(es); {config.epochs} epochs = {total} steps; {config.precision} on {device}; run in {out}"
+    )
 
     # optimizer
-    optimizer = torch.optim.AdamW(parameter_groups(world, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(world, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), fused=True
+    )
 
     # resume
     recipe = recipe_of(config, [films.names[i] for i in train])
     start = resume(out / "last.pt", recipe, world, optimizer)
-    if runtime.any_rank(runtime.reduce_mean(torch.tensor(float(start), device=device), team).item() != start, team, hosts):
-        raise Stop(f"--out {out} must lie on a disk that all nodes share: they do not find the same last.pt there")
+    if runtime.any_rank(
+        runtime.reduce_mean(torch.tensor(float(start), device=device), team).item() != start,
+        team,
+        hosts,
+    ):
+        raise Stop(
+            f"--out {out} must lie on a disk that all nodes share: they do not find the same last.pt there"
+        )
     if start:
         team.say(f"going on at step {start} of {total}")
     if team.lead:
-        runtime.write_json(out / "config.json", {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()})
-        columns = ["step", "epoch", "images", "loss", *LOSSES, "lr", "momentum", "feature_std", "rankme", "images_per_s", "data_wait"]
+        runtime.write_json(
+            out / "config.json",
+            {
+                k: str(v) if isinstance(v, Path) else v
+                for k, v in dataclasses.asdict(config).items()
+            },
+        )
+        columns = [
+            "step",
+            "epoch",
+            "images",
+            "loss",
+            *LOSSES,
+            "lr",
+            "momentum",
+            "feature_std",
+            "rankme",
+            "images_per_s",
+            "data_wait",
+        ]
         log = runtime.Log(out / "log.csv", columns, start)
         if not start:
             pictures.save(views_picture(views, config, min(4, config.batch)), out / "views.png")
@@ -274,16 +478,41 @@ def main():
     # compile, DDP
     on = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
     forward = torch.compile(world) if on else world
-    forward = DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False) if team.world > 1 else forward
+    forward = (
+        DistributedDataParallel(
+            forward, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+        if team.world > 1
+        else forward
+    )
 
     # loop
-    batches = Batches(len(train), config.batch, micro, team.rank, team.world, config.seed, start, end)
-    loader = iter(torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=leave_with_parent))
+    batches = Batches(
+        len(train), config.batch, micro, team.rank, team.world, config.seed, start, end
+    )
+    loader = iter(
+        torch.utils.data.DataLoader(
+            views,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=leave_with_parent,
+        )
+    )
     bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
-    asked, finite, waited, since, logged, done = runtime.Preempted(), torch.ones((), device=device), 0.0, time.perf_counter(), start, start
+    asked, finite, waited, since, logged, done = (
+        runtime.Preempted(),
+        torch.ones((), device=device),
+        0.0,
+        time.perf_counter(),
+        start,
+        start,
+    )
     try:
         for step in range(start, end):
-            lr = runtime.warmup_cosine(step, total, round(config.warmup * per_epoch), config.lr, config.min_lr)
+            lr = runtime.warmup_cosine(
+                step, total, round(config.warmup * per_epoch), config.lr, config.min_lr
+            )
             momentum = runtime.cosine(step, total, config.ema, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -295,7 +524,11 @@ def main():
                 bad.note(item["bad"])
                 places = team.rank * micro * accumulate + part * micro + torch.arange(micro)
                 batch = prepare(item, config, step, places, device)
-                sync = forward.no_sync() if team.world > 1 and part + 1 < accumulate else contextlib.nullcontext()
+                sync = (
+                    forward.no_sync()
+                    if team.world > 1 and part + 1 < accumulate
+                    else contextlib.nullcontext()
+                )
                 with sync, runtime.autocast(device, config.precision):
                     losses = forward(**batch)
                     (losses["loss"] / accumulate).backward()
@@ -304,27 +537,55 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             world.update_target(momentum)
-            finite = finite * torch.isfinite(torch.stack([t["loss"].detach() for t in terms])).all() * torch.isfinite(norm)     # on the device until asked
+            finite = (
+                finite
+                * torch.isfinite(torch.stack([t["loss"].detach() for t in terms])).all()
+                * torch.isfinite(norm)
+            )  # on the device until asked
             bar.update()
 
             done = step + 1
             stopping = runtime.any_rank(asked.asked, team, hosts)
             saving = done % config.save_every == 0 or done == end or stopping
             if done % config.log_every == 0 or done == end or saving:
-                broken = finite.item() == 0 or saving and not all(torch.isfinite(p).all() for p in parameters)
+                broken = (
+                    finite.item() == 0
+                    or saving
+                    and not all(torch.isfinite(p).all() for p in parameters)
+                )
                 if runtime.any_rank(broken, team, hosts):
-                    raise Stop(f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32")
+                    raise Stop(
+                        f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32"
+                    )
             if done % config.log_every == 0 or done == end:
                 names = [n for n in LOSSES + ["loss"] if n in terms[0]]
-                mean = runtime.reduce_mean(torch.stack([torch.stack([t[n].detach() for t in terms]).mean() for n in names]), team)
+                mean = runtime.reduce_mean(
+                    torch.stack(
+                        [torch.stack([t[n].detach() for t in terms]).mean() for n in names]
+                    ),
+                    team,
+                )
                 std, rank = health(torch.cat([t["features"] for t in terms]), team)
                 now = time.perf_counter()
                 rate, wait = (done - logged) * config.batch / (now - since), waited / (now - since)
                 waited, since, logged = 0.0, now, done
                 values = {n: "" for n in LOSSES} | dict(zip(names, mean.tolist()))
                 if team.lead:
-                    log.row(step=done, epoch=done / per_epoch, images=done * config.batch, lr=lr, momentum=momentum, feature_std=std, rankme=rank, images_per_s=rate, data_wait=wait, **values)
-                    bar.set_postfix_str(f"loss {values['loss']:.3f} rank {rank:.1f} {rate:.0f} images/s wait {wait:.0%}")
+                    log.row(
+                        step=done,
+                        epoch=done / per_epoch,
+                        images=done * config.batch,
+                        lr=lr,
+                        momentum=momentum,
+                        feature_std=std,
+                        rankme=rank,
+                        images_per_s=rate,
+                        data_wait=wait,
+                        **values,
+                    )
+                    bar.set_postfix_str(
+                        f"loss {values['loss']:.3f} rank {rank:.1f} {rate:.0f} images/s wait {wait:.0%}"
+                    )
                     warn_of_collapse(std, rank, done, total, bar)
             if saving and team.lead:
                 save(out, world, optimizer, recipe, done)
@@ -340,13 +601,22 @@ def main():
     runtime.end_team(team)
 
 
-LOSSES = ["l11", "l22", "l12", "l21", "d11", "d22"]            # d: the separate domain losses of --not_unified
+LOSSES = [
+    "l11",
+    "l22",
+    "l12",
+    "l21",
+    "d11",
+    "d22",
+]  # d: the separate domain losses of --not_unified
 
 
 def warn_of_collapse(std, rank, step, total, bar):
     """Say what to do when the target features lose their variety; early steps are always poor, so only after a tenth of the training."""
     if step > total / 10 and (std < 0.02 or rank < 1.5):
-        bar.write(f"warning: step {step}: the features collapse (std {std:.3f}, RankMe {rank:.1f}): lower --lr, raise --ema or lengthen --warmup; python analyze.py health tells more")
+        bar.write(
+            f"warning: step {step}: the features collapse (std {std:.3f}, RankMe {rank:.1f}): lower --lr, raise --ema or lengthen --warmup; python analyze.py health tells more"
+        )
 
 
 def batch_of(views, numbers):
@@ -360,38 +630,96 @@ def views_picture(views, config, count=4):
     batch = prepare(item, config, 0, torch.arange(count), "cpu")
     n, patch = config.image // config.patch, config.patch
     seen = torch.zeros(2 * count, n * n).scatter_(1, batch["keep"], 1.0).view(-1, 1, n, n)
-    context = torch.where(seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3) > 0, batch["x"], torch.tensor(0.35))
+    context = torch.where(
+        seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3) > 0,
+        batch["x"],
+        torch.tensor(0.35),
+    )
     grey = lambda images: (255 * images[:, 0]).round().byte().numpy()
     y, x = grey(batch["y"]), grey(context)
-    rows = [[pictures.draw_boxes(views.read(b)[0], item["boxes"][b].numpy(), ["#ffb000", "#4cc9f0"]), y[b], x[b], y[b + count], x[b + count]] for b in range(count)]
-    return pictures.grid(rows, column_titles=["film, boxes 1 and 2", "target y1", "context x1", "target y2", "context x2"])
+    rows = [
+        [
+            pictures.draw_boxes(views.read(b)[0], item["boxes"][b].numpy(), ["#ffb000", "#4cc9f0"]),
+            y[b],
+            x[b],
+            y[b + count],
+            x[b + count],
+        ]
+        for b in range(count)
+    ]
+    return pictures.grid(
+        rows,
+        column_titles=["film, boxes 1 and 2", "target y1", "context x1", "target y2", "context x2"],
+    )
 
 
 def closing(config, out, world, films, held, tables, device):
     """The closing table on held-out films: domain sensitivity test with and without the action, linear probes against random features and raw pixels."""
     world.eval()
     result = {"domain": {}, "probe": {}}
-    held = evaluate.readable(films, held[np.linspace(0, len(held) - 1, min(50, len(held))).astype(int)])
+    held = evaluate.readable(
+        films, held[np.linspace(0, len(held) - 1, min(50, len(held))).astype(int)]
+    )
     if len(held):
-        result["domain"] = evaluate.domain_test(world, evaluate.whole(films, held, config.image), progress=True)
-        print(f"\nheld-out films: domain sensitivity test, {len(held)} films × {result['domain']['candidates']} candidates (Table 4), percent")
-        for name, label in (("action", "with the action"), ("no_action", "without"), ("random", "chance")):
-            print(f"  {label:22s}" + "".join(f"  Recall@{k} {result['domain'][name][f'recall@{k}']:6.2f}" for k in (1, 3, 5)))
+        result["domain"] = evaluate.domain_test(
+            world, evaluate.whole(films, held, config.image), progress=True
+        )
+        print(
+            f"\nheld-out films: domain sensitivity test, {len(held)} films × {result['domain']['candidates']} candidates (Table 4), percent"
+        )
+        for name, label in (
+            ("action", "with the action"),
+            ("no_action", "without"),
+            ("random", "chance"),
+        ):
+            print(
+                f"  {label:22s}"
+                + "".join(
+                    f"  Recall@{k} {result['domain'][name][f'recall@{k}']:6.2f}" for k in (1, 3, 5)
+                )
+            )
     runtime.write_json(out / "result.json", result)
     torch.manual_seed(config.seed)
     fresh = CheXWorld(**world.config).to(device).eval().target_encoder
     for table in tables:
-        scores = evaluate.probe_table(table, films, {"pre-trained": world.target_encoder, "random initialisation": fresh}, config.image)
+        scores = evaluate.probe_table(
+            table,
+            films,
+            {"pre-trained": world.target_encoder, "random initialisation": fresh},
+            config.image,
+        )
         result["probe"][table.path.stem] = scores
-        print(f"linear probe on {table.path.stem} ({', '.join(table.classes)}), test AUROC, percent")
+        print(
+            f"linear probe on {table.path.stem} ({', '.join(table.classes)}), test AUROC, percent"
+        )
         for name, value in scores.items():
             print(f"  {name:22s}  {value:6.2f}")
     runtime.write_json(out / "result.json", result)
     rows = runtime.read_log(out / "log.csv")
-    read = lambda key: ([float(r["step"]) for r in rows if r[key]], [float(r[key]) for r in rows if r[key]])
-    losses = pictures.curves({n: read(n) for n in LOSSES if read(n)[0]}, "loss terms", "step", "squared error")
-    pictures.save(pictures.stack([losses, pictures.curves({"RankMe": read("rankme")}, "RankMe of the pooled target features", "step", "effective rank")]), out / "curve.png")
-    print(f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, all numbers {out}/result.json")
+    read = lambda key: (
+        [float(r["step"]) for r in rows if r[key]],
+        [float(r[key]) for r in rows if r[key]],
+    )
+    losses = pictures.curves(
+        {n: read(n) for n in LOSSES if read(n)[0]}, "loss terms", "step", "squared error"
+    )
+    pictures.save(
+        pictures.stack(
+            [
+                losses,
+                pictures.curves(
+                    {"RankMe": read("rankme")},
+                    "RankMe of the pooled target features",
+                    "step",
+                    "effective rank",
+                ),
+            ]
+        ),
+        out / "curve.png",
+    )
+    print(
+        f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, all numbers {out}/result.json"
+    )
 
 
 if __name__ == "__main__":

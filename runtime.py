@@ -2,6 +2,7 @@
 
 A leaf: imports none of our files. Nothing here knows what is being trained.
 """
+
 import argparse
 import contextlib
 import csv
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 class Stop(Exception):
     """An error that the user can mend: one line that says what, where and what to do."""
+
     one_line = True
 
 
@@ -34,7 +36,9 @@ def main(function):
         if not getattr(stop, "one_line", False):
             raise
         print(f"error: {stop}", file=sys.stderr, flush=True)
-        os._exit(1) if dist.is_initialized() else sys.exit(1)      # with peers waiting in a collective, leave at once
+        os._exit(1) if dist.is_initialized() else sys.exit(
+            1
+        )  # with peers waiting in a collective, leave at once
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -48,26 +52,48 @@ def flag(default, help, choices=None):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         known = [o for action in self._actions for o in action.option_strings]
-        unknown = [word.split("=")[0] for word in message.split() if word.startswith("-")] if "unrecognized" in message else []
+        unknown = (
+            [word.split("=")[0] for word in message.split() if word.startswith("-")]
+            if "unrecognized" in message
+            else []
+        )
         near = difflib.get_close_matches(unknown[0], known, 1) if unknown else []
-        raise Stop(f"{message}{f' (did you mean {near[0]}?)' if near else ''}; {self.prog} --help lists all flags")
+        raise Stop(
+            f"{message}{f' (did you mean {near[0]}?)' if near else ''}; {self.prog} --help lists all flags"
+        )
 
 
 def parse(Config, doc, argv=None, prog=None):
     """Dataclass → command line → dataclass. Booleans become switches; every other field takes a value of its type."""
-    parser = Parser(prog=prog or Path(sys.argv[0]).name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=prog or Path(sys.argv[0]).name,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     for field in dataclasses.fields(Config):
-        if "help" not in field.metadata:                           # derived by the script, not given by the user
+        if "help" not in field.metadata:  # derived by the script, not given by the user
             continue
         kinds = [t for t in typing.get_args(field.type) if t is not types.NoneType] or [field.type]
         shown = "" if field.default is None or field.type is bool else f" [{field.default}]"
-        options = {"action": "store_true"} if field.type is bool else {"type": kinds[0], "choices": field.metadata["choices"]}
+        options = (
+            {"action": "store_true"}
+            if field.type is bool
+            else {"type": kinds[0], "choices": field.metadata["choices"]}
+        )
         if field.type is not bool and not field.metadata["choices"]:
             options["metavar"] = kinds[0].__name__.upper()
-        parser.add_argument(f"--{field.name}", default=field.default, help=(field.metadata["help"] + shown).replace("%", "%%"), **options)
+        parser.add_argument(
+            f"--{field.name}",
+            default=field.default,
+            help=(field.metadata["help"] + shown).replace("%", "%%"),
+            **options,
+        )
     config = Config(**vars(parser.parse_args(argv)))
     if (getattr(config, "seed", None) or 0) < 0:
-        raise Stop(f"--seed {config.seed}: must be 0 or more")     # the keys of random numbers have no sign
+        raise Stop(
+            f"--seed {config.seed}: must be 0 or more"
+        )  # the keys of random numbers have no sign
     return config
 
 
@@ -75,6 +101,7 @@ def parse(Config, doc, argv=None, prog=None):
 @dataclasses.dataclass
 class Team:
     """The processes of one run: rank and world as torchrun gives them (0 of 1 without), this one's device."""
+
     rank: int
     world: int
     device: torch.device
@@ -90,11 +117,15 @@ class Team:
 
 def start_team(device="auto"):
     """Join the torchrun group when there is one: nccl on GPUs, gloo on CPUs. → Team"""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise Stop("--device cuda, but this PyTorch sees no GPU: use --device cpu or install a CUDA build of torch")
+        raise Stop(
+            "--device cuda, but this PyTorch sees no GPU: use --device cpu or install a CUDA build of torch"
+        )
     if device == "cuda":
         device = f"cuda:{local}"
     try:
@@ -103,7 +134,9 @@ def start_team(device="auto"):
         raise Stop(f"--device {device}: wanted auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
-            raise Stop(f"--device {device}, but this PyTorch sees {torch.cuda.device_count()} GPU(s)")
+            raise Stop(
+                f"--device {device}, but this PyTorch sees {torch.cuda.device_count()} GPU(s)"
+            )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
@@ -146,19 +179,29 @@ def choose_precision(name, device):
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()                                # else emulated, and slower than float32
+    native = getattr(
+        torch.cpu, "_is_avx512_bf16_supported", bool
+    )()  # else emulated, and slower than float32
     return "bfloat16" if native else "float32"
 
 
 def autocast(device, precision):
     """The context in which the forward pass runs."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if precision == "bfloat16"
+        else contextlib.nullcontext()
+    )
 
 
 def send(tensor, device):
     """A tensor made on the CPU → on the device, by way of pinned memory on a GPU, so that the host does not wait for it."""
     device = torch.device(device)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def keyed(*key):
@@ -192,8 +235,13 @@ def replace_with(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                       # a file for a folder, no permission; torch.save calls a full disk a RuntimeError
-        raise Stop(f"{path} cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a file for a folder, no permission; torch.save calls a full disk a RuntimeError
+        raise Stop(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -226,7 +274,13 @@ class Log:
 
     def row(self, **values):
         """Append one row; floats with six significant digits."""
-        self.file.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in (values[c] for c in self.columns)) + "\n")
+        self.file.write(
+            ",".join(
+                f"{v:.6g}" if isinstance(v, float) else str(v)
+                for v in (values[c] for c in self.columns)
+            )
+            + "\n"
+        )
 
 
 def read_log(path):
@@ -234,8 +288,10 @@ def read_log(path):
     if not Path(path).is_file():
         return []
     text = Path(path).read_text()
-    rows = list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
-    return [r for r in rows if None not in r and None not in r.values() and r.get("step", "").strip()]
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    return [
+        r for r in rows if None not in r and None not in r.values() and r.get("step", "").strip()
+    ]
 
 
 class Preempted:

@@ -1,4 +1,5 @@
 """What an analysis looks at, which weights and which films, and where its results go. Shared by the commands of analyze.py."""
+
 import csv
 import dataclasses
 from pathlib import Path
@@ -13,15 +14,21 @@ import runtime
 from data import BadFilm, match, open_films
 from runtime import Stop, flag
 
-OTHER_PATIENTS = 1000                     # added to the seed: a population of phantoms that the demo has not seen
+OTHER_PATIENTS = 1000  # added to the seed: a population of phantoms that the demo has not seen
 
 
 @dataclasses.dataclass
 class Common:
-    weights: str = flag(None, "last.pt or encoder.pt of a run or its folder, the authors' file, a timm ViT [newest pre-training run under runs/]")
+    weights: str = flag(
+        None,
+        "last.pt or encoder.pt of a run or its folder, the authors' file, a timm ViT [newest pre-training run under runs/]",
+    )
     data: str = flag(None, "folder of films or a .pack file [synthetic films, drawn into --out]")
     out: str = flag(None, "folder of the results [runs/COMMAND]")
-    table: str = flag(None, "CSV about the films; only those it names are used, of them the test split where it has one")
+    table: str = flag(
+        None,
+        "CSV about the films; only those it names are used, of them the test split where it has one",
+    )
     films: int = flag(50, "films to look at, evenly from all")
     seed: int = flag(0, "of everything random")
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
@@ -36,8 +43,14 @@ def find_weights(config):
     else:
         found = sorted(Path("runs").rglob("encoder.pt"), key=lambda p: p.stat().st_mtime)
         if not found:
-            raise Stop("no pre-training run (encoder.pt) under runs/: run pretrain.py, or give --weights FILE")
-        path = found[-1].with_name("last.pt") if found[-1].with_name("last.pt").is_file() else found[-1]
+            raise Stop(
+                "no pre-training run (encoder.pt) under runs/: run pretrain.py, or give --weights FILE"
+            )
+        path = (
+            found[-1].with_name("last.pt")
+            if found[-1].with_name("last.pt").is_file()
+            else found[-1]
+        )
     print(f"weights {path}", flush=True)
     return path
 
@@ -62,12 +75,18 @@ def rows_of(table, films):
     with open(table, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     if not rows or "filename" not in rows[0]:
-        raise Stop(f"--table {table}: a column filename is wanted, found {', '.join(rows[0]) if rows else 'nothing'}")
+        raise Stop(
+            f"--table {table}: a column filename is wanted, found {', '.join(rows[0]) if rows else 'nothing'}"
+        )
     rows = [r for r in rows if (r.get("split") or "").strip().lower() == "test"] or rows
     by_name = {(r["filename"] or "").strip(): r for r in rows}
-    found = [(i, by_name[name]) for i, name in enumerate(match(films.names, by_name)) if name is not None]
+    found = [
+        (i, by_name[name]) for i, name in enumerate(match(films.names, by_name)) if name is not None
+    ]
     if not found:
-        raise Stop(f"--table {table}: none of its {len(rows)} films is in the data (first: {rows[0]['filename']})")
+        raise Stop(
+            f"--table {table}: none of its {len(rows)} films is in the data (first: {rows[0]['filename']})"
+        )
     return found
 
 
@@ -117,4 +136,9 @@ def finish(config, result, words, **pages):
     for name, page in pages.items():
         pictures.save(page, out / f"{name}.png")
     runtime.write_json(out / "result.json", result)
-    print(words + "\n" + ", ".join(f"{out}/{name}.png" for name in pages) + f", numbers {out}/result.json")
+    print(
+        words
+        + "\n"
+        + ", ".join(f"{out}/{name}.png" for name in pages)
+        + f", numbers {out}/result.json"
+    )

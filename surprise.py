@@ -4,6 +4,7 @@ Two questions a film, answered a patch: predict the whole from the whole under t
 everything around it, the block swept over the film. Reference films say what is usual at each place; a conformal p-value says how rare
 a film's surprise is among them: the share of calibration films, the film itself included, that surprise at least as much.
 """
+
 import csv
 import dataclasses
 import io
@@ -31,20 +32,31 @@ PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")
 @dataclasses.dataclass
 class Config(Common):
     films: int = flag(1000000, "at most so many films of --data, evenly from all")
-    reference: str = flag(None, "folder of films that are as they should be [each half of --data judges the other]")
-    references: int = flag(400, "at most so many reference films, evenly from all; half say what is usual, half calibrate the p-values")
-    alpha: float = flag(0.05, "films with a p-value up to this are flagged: the share of good films flagged in error")
-    table: str = flag(None, "CSV filename,label (normal or what is wrong): AUROC of the surprise against simple baselines")
+    reference: str = flag(
+        None, "folder of films that are as they should be [each half of --data judges the other]"
+    )
+    references: int = flag(
+        400,
+        "at most so many reference films, evenly from all; half say what is usual, half calibrate the p-values",
+    )
+    alpha: float = flag(
+        0.05,
+        "films with a p-value up to this are flagged: the share of good films flagged in error",
+    )
+    table: str = flag(
+        None,
+        "CSV filename,label (normal or what is wrong): AUROC of the surprise against simple baselines",
+    )
 
 
 def windows(grid, share=0.16):
     """Square blocks sweeping an n × n grid at half their side; each as a bool (W, N), True = hidden. Area share as in training (0.15 to 0.2)."""
-    side = max(1, round(grid * share ** 0.5))
+    side = max(1, round(grid * share**0.5))
     starts = sorted({*range(0, grid - side, max(1, side // 2)), grid - side})
     hidden = torch.zeros(len(starts), len(starts), grid, grid, dtype=torch.bool)
     for r, top in enumerate(starts):
         for c, left in enumerate(starts):
-            hidden[r, c, top:top + side, left:left + side] = True
+            hidden[r, c, top : top + side, left : left + side] = True
     return hidden.flatten(0, 1).flatten(1)
 
 
@@ -59,8 +71,13 @@ def errors(world, images):
     swept, times = torch.zeros_like(whole), torch.zeros_like(whole[0])
     at = world.coords.expand(len(images), -1, -1)
     for hidden in windows(world.encoder.grid).to(device):
-        keep, masked = ((~hidden).nonzero()[:, 0].expand(len(images), -1), hidden.nonzero()[:, 0].expand(len(images), -1))
-        guess = world.predictor(world.encoder(images, keep), take(at, keep), take(at, masked), identity)
+        keep, masked = (
+            (~hidden).nonzero()[:, 0].expand(len(images), -1),
+            hidden.nonzero()[:, 0].expand(len(images), -1),
+        )
+        guess = world.predictor(
+            world.encoder(images, keep), take(at, keep), take(at, masked), identity
+        )
         swept[:, hidden] += (guess.float() - truth[:, hidden]).square().mean(-1)
         times += hidden
     return whole.cpu().numpy(), (swept / times).cpu().numpy()
@@ -73,15 +90,35 @@ def watch(world, films, numbers, words, batch=32):
     """
     parts, good, bad = [], [], {}
     for start in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
-        images, here, failed = read_whole(films, numbers[start:start + batch], world.encoder.image)
+        images, here, failed = read_whole(
+            films, numbers[start : start + batch], world.encoder.image
+        )
         bad |= failed
         if len(here):
             whole, swept = errors(world, images)
-            parts.append((whole, swept, evaluate.pooled(world.target_encoder, images).numpy(), pixel_statistics(images)))
+            parts.append(
+                (
+                    whole,
+                    swept,
+                    evaluate.pooled(world.target_encoder, images).numpy(),
+                    pixel_statistics(images),
+                )
+            )
             good.extend(here)
     if not good:
-        raise Stop(f"none of {len(bad)} films of the {words} can be read; python data.py check --data … says why")
-    return dict(zip(("whole", "swept", "features", "pixels"), (np.concatenate(p).astype(float) for p in zip(*parts)))), np.array(good), bad
+        raise Stop(
+            f"none of {len(bad)} films of the {words} can be read; python data.py check --data … says why"
+        )
+    return (
+        dict(
+            zip(
+                ("whole", "swept", "features", "pixels"),
+                (np.concatenate(p).astype(float) for p in zip(*parts)),
+            )
+        ),
+        np.array(good),
+        bad,
+    )
 
 
 def unusual(fitting, found):
@@ -125,19 +162,35 @@ def judge(fitting, calibration, films):
 
     `surprise` is the measure to use; its parts and the baselines stand beside it.
     """
+
     def scores(x):
-        above = {key: np.square(np.maximum(unusual(fitting[key], x[key]), 0)).mean(1) for key in ("whole", "swept")}      # one very wrong place weighs
-        return {"surprise": (above["whole"] + above["swept"]) / 2, "whole film alone": above["whole"], "swept blocks alone": above["swept"],
-                "plain mean error": (x["whole"] + x["swept"]).mean(1), "nearest neighbours": knn_distance(fitting["features"], x["features"]),
-                "pixel mean and std": mahalanobis(fitting["pixels"], x["pixels"])}
+        above = {
+            key: np.square(np.maximum(unusual(fitting[key], x[key]), 0)).mean(1)
+            for key in ("whole", "swept")
+        }  # one very wrong place weighs
+        return {
+            "surprise": (above["whole"] + above["swept"]) / 2,
+            "whole film alone": above["whole"],
+            "swept blocks alone": above["swept"],
+            "plain mean error": (x["whole"] + x["swept"]).mean(1),
+            "nearest neighbours": knn_distance(fitting["features"], x["features"]),
+            "pixel mean and std": mahalanobis(fitting["pixels"], x["pixels"]),
+        }
+
     usual, found = scores(calibration), scores(films)
     return {name: (usual[name], found[name]) for name in found}
 
 
 def fold(usual, found, rng):
     """Judge found films by usual ones, half of which fit and half calibrate. → {measure: (calibration scores, film scores, p-values)}, z (n, N)"""
-    fit, calibrate = ({key: value[half] for key, value in usual.items()} for half in np.array_split(rng.permutation(len(usual["pixels"])), 2))
-    scores = {name: (reference, own, conformal_p(reference, own)) for name, (reference, own) in judge(fit, calibrate, found).items()}
+    fit, calibrate = (
+        {key: value[half] for key, value in usual.items()}
+        for half in np.array_split(rng.permutation(len(usual["pixels"])), 2)
+    )
+    scores = {
+        name: (reference, own, conformal_p(reference, own))
+        for name, (reference, own) in judge(fit, calibrate, found).items()
+    }
     return scores, np.mean([unusual(fit[key], found[key]) for key in ("whole", "swept")], 0)
 
 
@@ -150,7 +203,9 @@ def against_itself(found, rng):
     back = np.argsort(np.concatenate(halves))
     scores = {}
     for name in results[0][0]:
-        reference, own, p = (np.concatenate([scores_[name][k] for scores_, _ in results]) for k in range(3))
+        reference, own, p = (
+            np.concatenate([scores_[name][k] for scores_, _ in results]) for k in range(3)
+        )
         scores[name] = (reference, own[back], p[back])
     return scores, np.concatenate([z for _, z in results])[back]
 
@@ -162,14 +217,26 @@ def planted(folder, seed, count):
     table = folder / "archive.csv"
     if table.is_file():
         return table
-    change = {"sideways": np.rot90, "inverted": lambda f: 255 - f, "corner": lambda f: f[:len(f) // 2, :len(f) // 2]}
-    kinds = ["reference"] * 2 * count + ["normal"] * count + [kind for kind in PLANTED for _ in range(count // 4)]
+    change = {
+        "sideways": np.rot90,
+        "inverted": lambda f: 255 - f,
+        "corner": lambda f: f[: len(f) // 2, : len(f) // 2],
+    }
+    kinds = (
+        ["reference"] * 2 * count
+        + ["normal"] * count
+        + [kind for kind in PLANTED for _ in range(count // 4)]
+    )
     lines = ["filename,label"]
     for i, kind in enumerate(tqdm(kinds, desc="phantoms", leave=False)):
-        film = phantom.make_phantom(OTHER_PATIENTS + seed, i, 128, anomaly=kind if kind in phantom.ANOMALIES else None)["film"]
+        film = phantom.make_phantom(
+            OTHER_PATIENTS + seed, i, 128, anomaly=kind if kind in phantom.ANOMALIES else None
+        )["film"]
         name = f"{'reference' if kind == 'reference' else 'archive'}/{i:05d}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        pictures.save(Image.fromarray(np.ascontiguousarray(change.get(kind, np.asarray)(film))), folder / name)
+        pictures.save(
+            Image.fromarray(np.ascontiguousarray(change.get(kind, np.asarray)(film))), folder / name
+        )
         lines += [f"{i:05d}.png,{kind}"] if kind != "reference" else []
     runtime.write_text(table, "\n".join(lines) + "\n")
     return table
@@ -178,43 +245,81 @@ def planted(folder, seed, count):
 def command(config, device):
     """Which films does the world model not believe? Prediction error of each film and patch, calibrated on reference films: surprise.csv, a picture of
     the most and the least surprising films, and, where a table says what is wrong, AUROC against simple baselines."""
-    world, out, rng = load_world(find_weights(config)).to(device).eval(), Path(config.out), np.random.default_rng((9, config.seed))
+    world, out, rng = (
+        load_world(find_weights(config)).to(device).eval(),
+        Path(config.out),
+        np.random.default_rng((9, config.seed)),
+    )
     if not config.data:
         if config.table or config.reference:
             raise Stop("--table and --reference want --data, the films that they speak of")
         config.table = planted(out, config.seed, 100)
-        config.data, config.reference = (str(config.table.with_name(part)) for part in ("archive", "reference"))
+        config.data, config.reference = (
+            str(config.table.with_name(part)) for part in ("archive", "reference")
+        )
     films = open_films(config.data)
     numbers = evenly(named(config.table, films), config.films)
     good = open_films(config.reference) if config.reference else films
     references = evenly(np.arange(len(good)), config.references) if config.reference else numbers
     if len(references) < 40:
-        raise Stop(f"{len(references)} reference films: fewer than 40 make no p-value; give a --reference folder with more")
+        raise Stop(
+            f"{len(references)} reference films: fewer than 40 make no p-value; give a --reference folder with more"
+        )
     found, numbers, bad = watch(world, films, numbers, "films")
     usual = watch(world, good, references, "reference films")[0] if config.reference else found
     if len(usual["pixels"]) < 40:
-        raise Stop(f"{len(usual['pixels'])} of the reference films can be read: fewer than 40 make no p-value")
+        raise Stop(
+            f"{len(usual['pixels'])} of the reference films can be read: fewer than 40 make no p-value"
+        )
     scores, z = fold(usual, found, rng) if config.reference else against_itself(found, rng)
     names = [films.names[i] for i in numbers]
     write_table(out / "surprise.csv", names, scores, bad)
     p = scores["surprise"][2]
-    result = {"films": len(names), "unreadable": bad, "flagged": int((p <= config.alpha).sum()), "alpha": config.alpha}
+    result = {
+        "films": len(names),
+        "unreadable": bad,
+        "flagged": int((p <= config.alpha).sum()),
+        "alpha": config.alpha,
+    }
     labels = labels_of(config, films, numbers)
     result["auroc"] = separation(config, labels, scores)
-    lines = [f"{len(names)} films: {result['flagged']} with p ≤ {config.alpha:g}, where {config.alpha * len(names):.0f} would be by chance; "
-             f"{len(bad)} unreadable; every film in {out}/surprise.csv"]
+    lines = [
+        f"{len(names)} films: {result['flagged']} with p ≤ {config.alpha:g}, where {config.alpha * len(names):.0f} would be by chance; "
+        f"{len(bad)} unreadable; every film in {out}/surprise.csv"
+    ]
     if result["auroc"]:
         kinds = list(next(iter(result["auroc"].values())))
         lines += ["AUROC, percent" + " " * 12 + "  ".join(kinds)]
-        lines += [f"  {name:24s}" + "  ".join(f"{row[kind]:{len(kind)}.1f}" for kind in kinds) for name, row in result["auroc"].items()]
+        lines += [
+            f"  {name:24s}" + "  ".join(f"{row[kind]:{len(kind)}.1f}" for kind in kinds)
+            for name, row in result["auroc"].items()
+        ]
     order = np.argsort(-scores["surprise"][1], kind="stable")
-    shown, titles, columns = np.concatenate([order[:12], order[len(order) // 2:][:6]]), [Path(name).stem[-20:] for name in names], 6
-    if result["auroc"] and config.table:                                                          # of each kind the most surprising film, then the one in the middle
-        last = np.argsort([k.lower() in evaluate.NEGATIVE for k in labels], kind="stable")        # normal ones at the right
+    shown, titles, columns = (
+        np.concatenate([order[:12], order[len(order) // 2 :][:6]]),
+        [Path(name).stem[-20:] for name in names],
+        6,
+    )
+    if (
+        result["auroc"] and config.table
+    ):  # of each kind the most surprising film, then the one in the middle
+        last = np.argsort(
+            [k.lower() in evaluate.NEGATIVE for k in labels], kind="stable"
+        )  # normal ones at the right
         kinds = [order[labels[order] == kind] for kind in dict.fromkeys(labels[last])][-6:]
-        shown, columns = np.array([each[0] for each in kinds] + [each[len(each) // 2] for each in kinds]), len(kinds)
+        shown, columns = (
+            np.array([each[0] for each in kinds] + [each[len(each) // 2] for each in kinds]),
+            len(kinds),
+        )
         titles = [f"{k}, {t}" if len(k + t) < 24 else k for k, t in zip(labels, titles)]
-    finish(config, result, "\n".join(lines), surprise=page(films, numbers[shown], z[shown], p[shown], [titles[i] for i in shown], columns))
+    finish(
+        config,
+        result,
+        "\n".join(lines),
+        surprise=page(
+            films, numbers[shown], z[shown], p[shown], [titles[i] for i in shown], columns
+        ),
+    )
 
 
 def write_table(path, names, scores, bad):
@@ -223,9 +328,16 @@ def write_table(path, names, scores, bad):
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["film", "p", *keys, *(f"p of {key}" for key in keys[1:]), "note"])
-    writer.writerows([name, 0, *[""] * (2 * len(keys) - 1), f"unreadable: {reason}"] for name, reason in sorted(bad.items()))
+    writer.writerows(
+        [name, 0, *[""] * (2 * len(keys) - 1), f"unreadable: {reason}"]
+        for name, reason in sorted(bad.items())
+    )
     for i in np.argsort(-scores["surprise"][1], kind="stable"):
-        numbers = [scores["surprise"][2][i], *(scores[key][1][i] for key in keys), *(scores[key][2][i] for key in keys[1:])]
+        numbers = [
+            scores["surprise"][2][i],
+            *(scores[key][1][i] for key in keys),
+            *(scores[key][2][i] for key in keys[1:]),
+        ]
         writer.writerow([names[i], *(f"{v:.4f}" for v in numbers), ""])
     runtime.write_text(path, buffer.getvalue())
 
@@ -243,14 +355,24 @@ def separation(config, labels, scores):
     if labels is None:
         if not config.reference:
             return {}
-        against = lambda usual, own: 100 * auroc(np.r_[own, usual], np.r_[np.ones(len(own)), np.zeros(len(usual))])
-        return {key: {"these films": against(usual, own)} for key, (usual, own, _) in scores.items()}
+        against = lambda usual, own: (
+            100 * auroc(np.r_[own, usual], np.r_[np.ones(len(own)), np.zeros(len(usual))])
+        )
+        return {
+            key: {"these films": against(usual, own)} for key, (usual, own, _) in scores.items()
+        }
     normal = np.array([k.lower() in evaluate.NEGATIVE for k in labels])
     kinds = {kind: labels == kind for kind in dict.fromkeys(labels[~normal])}
     if not normal.any() or not kinds:
         return {}
     kinds["all"] = ~normal
-    return {key: {kind: 100 * auroc(own[normal | mask], mask[normal | mask]) for kind, mask in kinds.items()} for key, (_, own, _) in scores.items()}
+    return {
+        key: {
+            kind: 100 * auroc(own[normal | mask], mask[normal | mask])
+            for kind, mask in kinds.items()
+        }
+        for key, (_, own, _) in scores.items()
+    }
 
 
 def page(films, numbers, z, p, titles, columns, cell=150):

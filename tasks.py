@@ -5,6 +5,7 @@
 
 Facts and decisions behind every reader: DATASETS.md (its section 0 is the list). Sub-folders are found by looking, not by configuration.
 """
+
 import os
 import re
 from dataclasses import dataclass, field
@@ -16,21 +17,68 @@ import numpy as np
 from listing import SPLITS, SUFFIXES, Case, Index, choose_canvas, key, number, read_list, read_table
 from runtime import Stop
 
-NIH = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema",
-       "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
-VINDR = ("Pleural effusion", "Lung tumor", "Pneumonia", "Tuberculosis", "Other diseases", "No finding")      # not COPD: DATASETS.md section 4
+NIH = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+)
+VINDR = (
+    "Pleural effusion",
+    "Lung tumor",
+    "Pneumonia",
+    "Tuberculosis",
+    "Other diseases",
+    "No finding",
+)  # not COPD: DATASETS.md section 4
 CHEXPERT = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 UNCERTAIN_IS_POSITIVE = ("Atelectasis", "Edema")
 RSNA = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
-CHESTDR = ("pleural_effusion", "nodule", "pneumonia", "cardiomegaly", "hilar_enlargement", "fracture_old", "fibrosis", "aortic_calcification",
-           "tortuous_aorta", "thickened_pleura", "TB", "pneumothorax", "emphysema", "atelectasis", "calcification", "pulmonary_edema",
-           "increased_lung_markings", "elevated_diaphragm", "consolidation")
-NEGATIVE = ("normal", "no finding", "no_finding", "none", "negative", "")           # csv labels that mean: none of the classes
+CHESTDR = (
+    "pleural_effusion",
+    "nodule",
+    "pneumonia",
+    "cardiomegaly",
+    "hilar_enlargement",
+    "fracture_old",
+    "fibrosis",
+    "aortic_calcification",
+    "tortuous_aorta",
+    "thickened_pleura",
+    "TB",
+    "pneumothorax",
+    "emphysema",
+    "atelectasis",
+    "calcification",
+    "pulmonary_edema",
+    "increased_lung_markings",
+    "elevated_diaphragm",
+    "consolidation",
+)
+NEGATIVE = (
+    "normal",
+    "no finding",
+    "no_finding",
+    "none",
+    "negative",
+    "",
+)  # csv labels that mean: none of the classes
 
 
 class Task(NamedTuple):
     """One row of the table. kind: labels (BCE, mean AUROC), classes (cross entropy, accuracy), mask (Dice + BCE, Dice). sizes: films in the
     official train, val, test. paper: Tables 1 and 2, percent. tree: what --data should hold and where to get it."""
+
     reader: Callable
     kind: str
     labels: tuple
@@ -47,6 +95,7 @@ class Absent(Exception):
 class Found(NamedTuple):
     """What a reader returns: {split or "all": rows (name, target, patient, mask)}, remarks, and where the defaults of the table do not hold:
     the path parts that tell two films apart, kind, labels; drawn: the few-shot lists were used."""
+
     parts: dict
     notes: list = []
     depth: int = 1
@@ -58,6 +107,7 @@ class Found(NamedTuple):
 @dataclass
 class Splits:
     """The films of a task by split, and what was decided on the way. drawn: train is already the few-shot draw."""
+
     task: str
     kind: str
     labels: tuple
@@ -74,7 +124,9 @@ class Splits:
             cases = getattr(self, split)
             out[split] = {"films": len(cases), "patients": len({c.patient for c in cases})}
             if self.kind != "mask":
-                out[split]["positive"] = {name: int(sum(c.target[k] for c in cases)) for k, name in enumerate(self.labels)}
+                out[split]["positive"] = {
+                    name: int(sum(c.target[k] for c in cases)) for k, name in enumerate(self.labels)
+                }
         return out
 
 
@@ -88,18 +140,24 @@ def _file(index, *names):
 
 def _rows(parts, patient=lambda name: name):
     """{split: [(name, numbers)]} → {split: [(name, target, patient, mask)]}."""
-    return {split: [(name, numbers, patient(name), None) for name, numbers in rows] for split, rows in parts.items()}
+    return {
+        split: [(name, numbers, patient(name), None) for name, numbers in rows]
+        for split, rows in parts.items()
+    }
 
 
 def _choose(films, parts, table, lists):
     """{split: names} → {split: [films[name]]}; Stop when a list names a film without a row in the table."""
     unknown = [n for names in parts.values() for n in names if n not in films]
     if unknown:
-        raise Stop(f"{table}: {len(unknown)} films of {lists} have no row, the first: {', '.join(unknown[:3])}")
+        raise Stop(
+            f"{table}: {len(unknown)} films of {lists} have no row, the first: {', '.join(unknown[:3])}"
+        )
     return {split: [films[n] for n in names] for split, names in parts.items()}
 
 
 # ---------------------------------------------------------------- one reader a set: (index, shots) → Found
+
 
 def _shenzhen(index, shots):
     listed = index.lists("ShenzenCXR_{}_data.txt", "ShenzhenCXR_{}_data.txt")
@@ -121,13 +179,25 @@ def _chestxray14(index, shots):
     if listed:
         return Found(_rows(listed, _nih_patient), ["split: Xray14_*_official.txt"])
     table = _file(index, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
-    findings = {r["Image Index"]: r["Finding Labels"].split("|") for r in read_table(table, "Image Index", "Finding Labels")}
-    films = {name: (name, tuple(int(label in found) for label in NIH)) for name, found in findings.items()}
+    findings = {
+        r["Image Index"]: r["Finding Labels"].split("|")
+        for r in read_table(table, "Image Index", "Finding Labels")
+    }
+    films = {
+        name: (name, tuple(int(label in found) for label in NIH))
+        for name, found in findings.items()
+    }
     official = [index.files(f) for f in ("train_val_list.txt", "test_list.txt")]
     if not all(official):
         return Found(_rows({"all": list(films.values())}, _nih_patient))
-    parts = {split: [n for n, _ in read_list(path[0])] for split, path in zip(("train", "test"), official)}
-    return Found(_rows(_choose(films, parts, table, "train_val_list.txt, test_list.txt"), _nih_patient), ["test: test_list.txt"])
+    parts = {
+        split: [n for n, _ in read_list(path[0])]
+        for split, path in zip(("train", "test"), official)
+    }
+    return Found(
+        _rows(_choose(films, parts, table, "train_val_list.txt, test_list.txt"), _nih_patient),
+        ["test: test_list.txt"],
+    )
 
 
 def _vindr(index, shots):
@@ -137,37 +207,75 @@ def _vindr(index, shots):
     parts = {}
     for split in ("train", "test"):
         votes = {}
-        for row in read_table(_file(index, f"image_labels_{split}.csv"), "image_id", *(v for v in VINDR if v != "Other diseases")):
-            row.setdefault("Other diseases", row.get("Other disease", ""))                # the test file writes it in the singular
-            votes.setdefault(row["image_id"], []).append([number(row[label]) > 0 for label in VINDR])
-        parts[split] = [(name, tuple(int(v) for v in np.any(rows, axis=0))) for name, rows in votes.items()]
-    return Found(_rows(parts), ["labels: positive when any radiologist says so", "test: image_labels_test.csv"])
+        for row in read_table(
+            _file(index, f"image_labels_{split}.csv"),
+            "image_id",
+            *(v for v in VINDR if v != "Other diseases"),
+        ):
+            row.setdefault(
+                "Other diseases", row.get("Other disease", "")
+            )  # the test file writes it in the singular
+            votes.setdefault(row["image_id"], []).append(
+                [number(row[label]) > 0 for label in VINDR]
+            )
+        parts[split] = [
+            (name, tuple(int(v) for v in np.any(rows, axis=0))) for name, rows in votes.items()
+        ]
+    return Found(
+        _rows(parts),
+        ["labels: positive when any radiologist says so", "test: image_labels_test.csv"],
+    )
 
 
 def _chexpert(index, shots):
     parts = {}
     for split, name in (("train", "train.csv"), ("test", "valid.csv")):
-        rows = [r for r in read_table(_file(index, name), "Path", "Frontal/Lateral", *CHEXPERT) if r["Frontal/Lateral"] == "Frontal"]
+        rows = [
+            r
+            for r in read_table(_file(index, name), "Path", "Frontal/Lateral", *CHEXPERT)
+            if r["Frontal/Lateral"] == "Frontal"
+        ]
         limit = {label: (1, -1) if label in UNCERTAIN_IS_POSITIVE else (1,) for label in CHEXPERT}
-        parts[split] = [(r["Path"], tuple(int(number(r[label]) in limit[label]) for label in CHEXPERT)) for r in rows]
-    notes = ["labels: uncertain is positive for " + " and ".join(UNCERTAIN_IS_POSITIVE) + ", negative for the others", "test: valid.csv, frontal"]
-    return Found(_rows(parts, lambda name: name.split("/")[-3]), notes, depth=3)          # patient/study/view: the prefix differs between releases
+        parts[split] = [
+            (r["Path"], tuple(int(number(r[label]) in limit[label]) for label in CHEXPERT))
+            for r in rows
+        ]
+    notes = [
+        "labels: uncertain is positive for "
+        + " and ".join(UNCERTAIN_IS_POSITIVE)
+        + ", negative for the others",
+        "test: valid.csv, frontal",
+    ]
+    return Found(
+        _rows(parts, lambda name: name.split("/")[-3]), notes, depth=3
+    )  # patient/study/view: the prefix differs between releases
 
 
 def _rsna_split(index, rows, table, notes=()):
     """rows {id: row} → Found by RSNAPneumonia_*.txt, with or without .png in them, or all rows."""
     listed = index.lists("RSNAPneumonia_{}.txt")
-    parts = {split: [key(n) for n, _ in names] for split, names in listed.items()} or {"all": list(rows)}
-    return Found(_choose(rows, parts, table, "RSNAPneumonia_*.txt"), ["split: RSNAPneumonia_*.txt"] * bool(listed) + list(notes))
+    parts = {split: [key(n) for n, _ in names] for split, names in listed.items()} or {
+        "all": list(rows)
+    }
+    return Found(
+        _choose(rows, parts, table, "RSNAPneumonia_*.txt"),
+        ["split: RSNAPneumonia_*.txt"] * bool(listed) + list(notes),
+    )
 
 
 def _rsna(index, shots):
     table = _file(index, "stage_2_detailed_class_info.csv")
-    classes = {r["patientId"]: r["class"] for r in read_table(table, "patientId", "class")}                 # one row a box: a film has up to four
+    classes = {
+        r["patientId"]: r["class"] for r in read_table(table, "patientId", "class")
+    }  # one row a box: a film has up to four
     strange = set(classes.values()) - set(RSNA)
     if strange:
         raise Stop(f"{table}: class {sorted(strange)[0]!r} is none of {', '.join(RSNA)}")
-    return _rsna_split(index, {n: (n, tuple(int(c == name) for name in RSNA), n, None) for n, c in classes.items()}, table)
+    return _rsna_split(
+        index,
+        {n: (n, tuple(int(c == name) for name in RSNA), n, None) for n, c in classes.items()},
+        table,
+    )
 
 
 def _rsna_seg(index, shots):
@@ -175,24 +283,43 @@ def _rsna_seg(index, shots):
     for row in read_table(table, "patientId", "x", "y", "width", "height", "Target"):
         box = tuple(number(row[k]) for k in ("x", "y", "width", "height"))
         boxes.setdefault(row["patientId"], []).extend([box] if row["Target"] == "1" else [])
-    right, bottom = ([max(edge) for edge in zip((0, 0), *((x + w, y + h) for rows in boxes.values() for x, y, w, h in rows))])
-    canvas, notes = choose_canvas(index, next(iter(boxes)), lambda height, width: right > width or bottom > height)
-    return _rsna_split(index, {n: (n, (), n, ("boxes", tuple(rows), canvas)) for n, rows in boxes.items()}, table, notes)
+    right, bottom = [
+        max(edge)
+        for edge in zip((0, 0), *((x + w, y + h) for rows in boxes.values() for x, y, w, h in rows))
+    ]
+    canvas, notes = choose_canvas(
+        index, next(iter(boxes)), lambda height, width: right > width or bottom > height
+    )
+    return _rsna_split(
+        index,
+        {n: (n, (), n, ("boxes", tuple(rows), canvas)) for n, rows in boxes.items()},
+        table,
+        notes,
+    )
 
 
 def _siim(index, shots):
     table, runs = _file(index, "stage_2_train.csv", "train-rle.csv"), {}
-    for row in read_table(table, "ImageId", "EncodedPixels"):                             # several rows a film: their union
-        runs.setdefault(row["ImageId"], []).extend([row["EncodedPixels"]] if row["EncodedPixels"] not in ("-1", "") else [])
+    for row in read_table(table, "ImageId", "EncodedPixels"):  # several rows a film: their union
+        runs.setdefault(row["ImageId"], []).extend(
+            [row["EncodedPixels"]] if row["EncodedPixels"] not in ("-1", "") else []
+        )
     last = max((sum(map(int, r.split())) for rows in runs.values() for r in rows), default=0)
-    canvas, notes = choose_canvas(index, next(iter(runs)), lambda height, width: last > height * width)
+    canvas, notes = choose_canvas(
+        index, next(iter(runs)), lambda height, width: last > height * width
+    )
     rows = [(n, (), n, ("rle", tuple(r), canvas)) for n, r in runs.items()]
     several = sum(len(r) > 1 for r in runs.values())
     notes += [f"masks: {several} films have several rows, united"] * bool(several)
-    tested = {key(n.rpartition("/")[2]) for n in index.names if "dicom-images-test/" in n} & set(runs)
+    tested = {key(n.rpartition("/")[2]) for n in index.names if "dicom-images-test/" in n} & set(
+        runs
+    )
     if not tested:
         return Found({"all": rows}, notes)
-    parts = {"train": [r for r in rows if r[0] not in tested], "test": [r for r in rows if r[0] in tested]}
+    parts = {
+        "train": [r for r in rows if r[0] not in tested],
+        "test": [r for r in rows if r[0] in tested],
+    }
     return Found(parts, notes + ["test: dicom-images-test"])
 
 
@@ -202,42 +329,89 @@ def _chestdr(index, shots):
         listed = index.lists(pattern, need=("train",))
         if listed and test:
             parts = listed | {"test": read_list(test[0])}
-            return Found(_rows(parts), [f"split: {pattern.format('*')}, test_WithLabel.txt"], drawn="shot" in pattern)
+            return Found(
+                _rows(parts),
+                [f"split: {pattern.format('*')}, test_WithLabel.txt"],
+                drawn="shot" in pattern,
+            )
     films, table = [], _file(index, "chestdr_published_19d.csv", "chest_train.csv")
     for row in read_table(table, "img_id"):
         at = list(row).index("img_id")
-        films.append((row["img_id"], list(row.values())[at + 1:at + 1 + len(CHESTDR)]))   # the 19 columns after the name, in the order of the lists
-    return Found(_rows({"all": [(n, tuple(int(number(x)) for x in cells)) for n, cells in films if n and all(cells)]}))
+        films.append(
+            (row["img_id"], list(row.values())[at + 1 : at + 1 + len(CHESTDR)])
+        )  # the 19 columns after the name, in the order of the lists
+    return Found(
+        _rows(
+            {
+                "all": [
+                    (n, tuple(int(number(x)) for x in cells))
+                    for n, cells in films
+                    if n and all(cells)
+                ]
+            }
+        )
+    )
 
 
 # ---------------------------------------------------------------- any folder with a CSV
+
 
 def read_csv(index, table, column=None):
     """--labels FILE.csv → Found: filename, then label ('a', 'a|b', 'normal'), or one 0/1 column a label, or mask (a file) → segmentation;
     optional patient_id, split. column: the column to learn, where that order (mask, label, 0/1) is not what is wanted."""
     if not table or not Path(table).is_file():
-        raise Stop(f"--task csv needs --labels FILE.csv (columns filename, label); {table or 'none given'} is no file")
+        raise Stop(
+            f"--task csv needs --labels FILE.csv (columns filename, label); {table or 'none given'} is no file"
+        )
     table = Path(table)
     rows = read_table(table) or [{}]
     names = {h.lower(): h for h in rows[0]}
-    film, patient, split = (next((names[n] for n in aliases if n in names), None) for aliases in
-                            (("filename", "image_filename", "file", "image", "path", "image index"), ("patient_id", "patient"), ("split",)))
-    target = column or next((names[n] for n in ("mask", "mask_file", "label", "labels", "finding labels") if n in names), None)
+    film, patient, split = (
+        next((names[n] for n in aliases if n in names), None)
+        for aliases in (
+            ("filename", "image_filename", "file", "image", "path", "image index"),
+            ("patient_id", "patient"),
+            ("split",),
+        )
+    )
+    target = column or next(
+        (
+            names[n]
+            for n in ("mask", "mask_file", "label", "labels", "finding labels")
+            if n in names
+        ),
+        None,
+    )
     if not film or (column and column not in rows[0]):
-        raise Stop(f"{table}: no column {column if film else 'filename'}; its columns are {', '.join(rows[0]) or 'none, or no row follows'}")
+        raise Stop(
+            f"{table}: no column {column if film else 'filename'}; its columns are {', '.join(rows[0]) or 'none, or no row follows'}"
+        )
     masked = bool(target) and any(Path(r[target]).suffix.lower() in SUFFIXES for r in rows)
     if masked:
-        labels, targets, masks = (column or "mask",), [()] * len(rows), _csv_masks(index, table, [r[target] for r in rows])
+        labels, targets, masks = (
+            (column or "mask",),
+            [()] * len(rows),
+            _csv_masks(index, table, [r[target] for r in rows]),
+        )
     else:
-        labels, targets = _csv_labels(table, rows, target, [h for h in rows[0] if h not in (film, patient, split)])
+        labels, targets = _csv_labels(
+            table, rows, target, [h for h in rows[0] if h not in (film, patient, split)]
+        )
         masks = [None] * len(rows)
     parts, alias = {}, {"valid": "val", "validation": "val", "validate": "val", "training": "train"}
     for row, goal, mask in zip(rows, targets, masks):
         part = row[split].lower() if split else "all"
-        parts.setdefault(alias.get(part, part), []).append((row[film], goal, (patient and row[patient]) or row[film], mask))
+        parts.setdefault(alias.get(part, part), []).append(
+            (row[film], goal, (patient and row[patient]) or row[film], mask)
+        )
     if split and not {"train", "test"} <= set(parts) <= set(SPLITS):
-        raise Stop(f"{table}: column split must name train, test and perhaps val; it says {', '.join(sorted(map(repr, parts)))}")
-    notes = [f"labels: column {target}" if target else "labels: " + ", ".join(labels), f"split: {'column split' if split else 'none in the CSV'}"]
+        raise Stop(
+            f"{table}: column split must name train, test and perhaps val; it says {', '.join(sorted(map(repr, parts)))}"
+        )
+    notes = [
+        f"labels: column {target}" if target else "labels: " + ", ".join(labels),
+        f"split: {'column split' if split else 'none in the CSV'}",
+    ]
     notes += [] if patient else ["patients: no column patient_id, so every film counts as one"]
     return Found(parts, notes, 0, "mask" if masked else "labels", labels)
 
@@ -247,14 +421,18 @@ def _csv_labels(table, rows, target, others):
     if not target:
         labels = [h for h in others if {r[h] for r in rows} <= {"0", "1", "0.0", "1.0", ""}]
         if not labels:
-            raise Stop(f"{table}: no column label, mask, or of 0 and 1; --column NAME says which one to learn")
+            raise Stop(
+                f"{table}: no column label, mask, or of 0 and 1; --column NAME says which one to learn"
+            )
         return tuple(labels), [tuple(int(number(r[h])) for h in labels) for r in rows]
     if {r[target] for r in rows} <= {"0", "1", "0.0", "1.0"}:
         return (target,), [(int(number(r[target])),) for r in rows]
-    found = [{x.strip() for x in r[target].split("|") if x.strip().lower() not in NEGATIVE} for r in rows]
+    found = [
+        {x.strip() for x in r[target].split("|") if x.strip().lower() not in NEGATIVE} for r in rows
+    ]
     labels = sorted(set().union(*found))
     if len(labels) == 2 and all(len(f) == 1 for f in found):
-        labels = labels[1:]                                               # two exclusive names are one question; the second is its "yes"
+        labels = labels[1:]  # two exclusive names are one question; the second is its "yes"
     if not labels:
         raise Stop(f"{table}: column {target} names no class beside {', '.join(NEGATIVE[:-1])}")
     return tuple(labels), [tuple(int(label in f) for label in labels) for f in found]
@@ -264,15 +442,26 @@ def _csv_masks(index, table, names):
     """Mask files beside the CSV, under --data, or anywhere there by name; an empty cell is an empty mask."""
     out, absent, by_name = [], [], {n.rpartition("/")[2]: n for n in index.names}
     for name in names:
-        places = [p for p in (table.parent / name, index.root / name, index.root / by_name.get(Path(name).name, name)) if p.is_file()]
+        places = [
+            p
+            for p in (
+                table.parent / name,
+                index.root / name,
+                index.root / by_name.get(Path(name).name, name),
+            )
+            if p.is_file()
+        ]
         out.append(("file", places[0]) if name and places else ("boxes", (), None))
         absent += [name] if name and not places else []
     if absent:
-        raise Stop(f"{table}: {len(absent)} of the {len(names)} masks are not there, the first: {', '.join(absent[:3])}")
+        raise Stop(
+            f"{table}: {len(absent)} of the {len(names)} masks are not there, the first: {', '.join(absent[:3])}"
+        )
     return out
 
 
 # ---------------------------------------------------------------- splits
+
 
 def hold_out(cases, count):
     """Cases → (the rest, about `count` cases of whole patients): a fixed draw, permutation 42 of the patients in file order as in the paper's VinDr split."""
@@ -293,11 +482,19 @@ def _complete(parts, sizes):
     notes, parts = [], dict(parts)
     if "all" in parts:
         everything = parts.pop("all")
-        parts["train"], parts["test"] = hold_out(everything, max(1, round(len(everything) * sizes[2] / sum(sizes))))
-        notes.append(f"test: no official lists beside the data; {len(parts['test'])} films drawn by patient, always the same")
+        parts["train"], parts["test"] = hold_out(
+            everything, max(1, round(len(everything) * sizes[2] / sum(sizes)))
+        )
+        notes.append(
+            f"test: no official lists beside the data; {len(parts['test'])} films drawn by patient, always the same"
+        )
     if not parts.get("val"):
-        parts["train"], parts["val"] = hold_out(parts["train"], max(1, round(len(parts["train"]) * sizes[1] / (sizes[0] + sizes[1]))))
-        notes.append(f"val: {len(parts['val'])} films held out of train by patient, always the same")
+        parts["train"], parts["val"] = hold_out(
+            parts["train"], max(1, round(len(parts["train"]) * sizes[1] / (sizes[0] + sizes[1])))
+        )
+        notes.append(
+            f"val: {len(parts['val'])} films held out of train by patient, always the same"
+        )
     return parts, notes
 
 
@@ -309,16 +506,24 @@ def _disjoint(parts):
         unique = {}
         for c in parts.get(split, []):
             if unique.setdefault(c.path, c) != c:
-                raise Stop(f"{c.path.name} stands twice in {split}, with different labels: keep one row")
+                raise Stop(
+                    f"{c.path.name} stands twice in {split}, with different labels: keep one row"
+                )
         repeated = len(parts.get(split, [])) - len(unique)
         notes += [f"{split}: {repeated} repeated rows dropped"] * bool(repeated)
         shared = {other: sum(home.get(p) == other for p in unique) for other in out}
-        notes += [f"{split}: {n} films removed that are in {other} too" for other, n in shared.items() if n]
+        notes += [
+            f"{split}: {n} films removed that are in {other} too"
+            for other, n in shared.items()
+            if n
+        ]
         out[split] = [c for p, c in unique.items() if p not in home]
         home |= {p: split for p in unique if p not in home}
         for c in out[split]:
             if patients.setdefault(c.patient, split) != split:
-                raise Stop(f"patient {c.patient} has films in {patients[c.patient]} and in {split} ({c.path.name}): patients must not cross splits")
+                raise Stop(
+                    f"patient {c.patient} has films in {patients[c.patient]} and in {split} ({c.path.name}): patients must not cross splits"
+                )
     return out, notes
 
 
@@ -326,31 +531,68 @@ def draw(cases, fraction=1.0, shots=None, seed=0):
     """Training cases for --fraction (that share of the films) or --shots (that many films of every class, 'none' counting as one), keyed by seed."""
     if shots is None:
         count = max(1, int(fraction * len(cases)))
-        return cases if fraction >= 1 else [cases[i] for i in sorted(np.random.default_rng((seed, 7)).choice(len(cases), count, replace=False))]
-    order, chosen, classes = np.random.default_rng((seed, 8)).permutation(len(cases)), set(), len(cases[0].target)
+        return (
+            cases
+            if fraction >= 1
+            else [
+                cases[i]
+                for i in sorted(
+                    np.random.default_rng((seed, 7)).choice(len(cases), count, replace=False)
+                )
+            ]
+        )
+    order, chosen, classes = (
+        np.random.default_rng((seed, 8)).permutation(len(cases)),
+        set(),
+        len(cases[0].target),
+    )
     for k in range(classes + 1):
-        chosen |= set([i for i in order if (cases[i].target[k] if k < classes else not any(cases[i].target))][:shots])
+        chosen |= set(
+            [i for i in order if (cases[i].target[k] if k < classes else not any(cases[i].target))][
+                :shots
+            ]
+        )
     return [cases[i] for i in sorted(chosen)]
 
 
 def warnings(splits, which=SPLITS):
     """One line for every class that cannot be learnt or judged because a split lacks its positives or negatives."""
-    lines, why = [], {"train": "it cannot be learnt", "val": "it does not count in model selection", "test": "it has no AUROC"}
+    lines, why = (
+        [],
+        {
+            "train": "it cannot be learnt",
+            "val": "it does not count in model selection",
+            "test": "it has no AUROC",
+        },
+    )
     for split in which:
         cases = getattr(splits, split)
         for k, name in enumerate(splits.labels if splits.kind != "mask" else ()):
             positive = sum(c.target[k] for c in cases)
             if positive in (0, len(cases)):
-                lines.append(f"warning: {split} has no {'negative' if positive else 'positive'} film of {name}: {why[split]}")
+                lines.append(
+                    f"warning: {split} has no {'negative' if positive else 'positive'} film of {name}: {why[split]}"
+                )
     return lines
 
 
 def find_root(name, data=None):
     """Folder of a task: --data, or $CXR/<task>, or ./data/<task>; the two RSNA tasks share one."""
-    tried = [Path(data)] if data else [Path(p) / n for p in (os.environ.get("CXR"), "data") if p for n in dict.fromkeys((name, name.removesuffix("_seg")))]
+    tried = (
+        [Path(data)]
+        if data
+        else [
+            Path(p) / n
+            for p in (os.environ.get("CXR"), "data")
+            if p
+            for n in dict.fromkeys((name, name.removesuffix("_seg")))
+        ]
+    )
     folder = next((f for f in tried if f.is_dir()), None)
     if folder is None:
-        raise Stop(f"no folder {' or '.join(map(str, tried))} for task {name}: give --data DIR. Expected: {TASKS[name].tree}")
+        raise Stop(
+            f"no folder {' or '.join(map(str, tried))} for task {name}: give --data DIR. Expected: {TASKS[name].tree}"
+        )
     return folder
 
 
@@ -366,37 +608,138 @@ def load(name, root, table=None, shots=None, column=None, cache=None):
     for row in (r for rows in found.parts.values() for r in rows):
         if len(row[1]) != (0 if kind == "mask" else len(labels)):
             raise Stop(f"{root}: {row[0]} has {len(row[1])} labels, not {len(labels)}")
-    paths = {split: index.find([r[0] for r in rows], found.depth, f"the {split} list") for split, rows in found.parts.items()}
-    cases = {split: [Case(path, *row[1:]) for path, row in zip(paths[split], rows)] for split, rows in found.parts.items()}
+    paths = {
+        split: index.find([r[0] for r in rows], found.depth, f"the {split} list")
+        for split, rows in found.parts.items()
+    }
+    cases = {
+        split: [Case(path, *row[1:]) for path, row in zip(paths[split], rows)]
+        for split, rows in found.parts.items()
+    }
     complete, drew = _complete(cases, task.sizes)
     parts, dropped = _disjoint(complete)
     if not all(parts.values()):
-        raise Stop(f"{root}: {' and '.join(s for s in SPLITS if not parts[s])} is empty: too few films or patients for task {name}")
-    return Splits(name, kind, labels, parts["train"], parts["val"], parts["test"], found.notes + drew + dropped, found.drawn)
+        raise Stop(
+            f"{root}: {' and '.join(s for s in SPLITS if not parts[s])} is empty: too few films or patients for task {name}"
+        )
+    return Splits(
+        name,
+        kind,
+        labels,
+        parts["train"],
+        parts["val"],
+        parts["test"],
+        found.notes + drew + dropped,
+        found.drawn,
+    )
 
 
 # ---------------------------------------------------------------- the table
 # lr, decays and drop path: METHOD.md "Fine-tuning". Epochs and batch are published for VinDr and CheXpert only; the others are ours.
 
-CLASSIFY = dict(lr=1e-4, weight_decay=0.05, layer_decay=0.75, drop_path=0.6, warmup=1, patience=15, epochs=50, batch=32, head="random")
-SEGMENT = dict(lr=2e-4, weight_decay=0.05, layer_decay=0.8, drop_path=0.1, warmup=1, patience=15, epochs=50, batch=32, head="random")
+CLASSIFY = dict(
+    lr=1e-4,
+    weight_decay=0.05,
+    layer_decay=0.75,
+    drop_path=0.6,
+    warmup=1,
+    patience=15,
+    epochs=50,
+    batch=32,
+    head="random",
+)
+SEGMENT = dict(
+    lr=2e-4,
+    weight_decay=0.05,
+    layer_decay=0.8,
+    drop_path=0.1,
+    warmup=1,
+    patience=15,
+    epochs=50,
+    batch=32,
+    head="random",
+)
 TASKS = {
-    "vindr": Task(_vindr, "labels", VINDR, (13500, 1500, 3000), CLASSIFY | dict(batch=256), "95.24",
-                  "vindr-cxr/1.0.0/{train,test}/<id>.dicom and annotations/image_labels_{train,test}.csv, from physionet.org/content/vindr-cxr"),
-    "shenzhen": Task(_shenzhen, "labels", ("tuberculosis",), (463, 65, 134), CLASSIFY | dict(epochs=100), "98.88",
-                     "ChinaSet_AllFiles/CXR_png/CHNCXR_0001_0.png ..., from data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets"),
-    "chestxray14": Task(_chestxray14, "labels", NIH, (75312, 11212, 25596), CLASSIFY | dict(epochs=30, batch=256), "83.58",
-                        "images*/00000001_000.png ..., Data_Entry_2017_v2020.csv, train_val_list.txt, test_list.txt, from nihcc.app.box.com/v/ChestXray-NIHCC"),
-    "rsna": Task(_rsna, "classes", RSNA, (21295, 2680, 2709), CLASSIFY | dict(epochs=30, batch=256), "75.03",
-                 "stage_2_train_images/<id>.dcm and stage_2_detailed_class_info.csv, from kaggle.com/c/rsna-pneumonia-detection-challenge"),
-    "chexpert": Task(_chexpert, "labels", CHEXPERT, (171924, 19103, 202),
-                     CLASSIFY | dict(lr=1e-2, weight_decay=0.4, layer_decay=0.55, drop_path=0.1, epochs=1, batch=256), "89.63",
-                     "CheXpert-v1.0[-small]/{train,valid}/patient*/study*/*.jpg, train.csv, valid.csv, from stanfordaimi.azurewebsites.net"),
-    "chestdr": Task(_chestdr, "labels", CHESTDR, (783, 196, 1161), CLASSIFY | dict(epochs=100), "64.60 / 75.19 / 76.40",
-                    "MedFMC_train/chest/{images/*.png,chest_train.csv} from figshare (MedFMC) and chest_K-shot_*_exp1.txt from github.com/openmedlab/MedFM"),
-    "siim": Task(_siim, "mask", ("pneumothorax",), (9303, 1372, 1372), SEGMENT, "84.58",
-                 "dicom-images-train/**/<ImageId>.dcm and stage_2_train.csv or train-rle.csv, from kaggle.com/c/siim-acr-pneumothorax-segmentation"),
-    "rsna_seg": Task(_rsna_seg, "mask", ("opacity",), (21295, 2680, 2709), SEGMENT, "79.02",
-                     "stage_2_train_images/<id>.dcm and stage_2_train_labels.csv, from kaggle.com/c/rsna-pneumonia-detection-challenge"),
-    "csv": Task(read_csv, "labels", (), (70, 10, 20), CLASSIFY | dict(head="probe"), "", "a folder of films, and --labels FILE.csv with columns filename, label"),
+    "vindr": Task(
+        _vindr,
+        "labels",
+        VINDR,
+        (13500, 1500, 3000),
+        CLASSIFY | dict(batch=256),
+        "95.24",
+        "vindr-cxr/1.0.0/{train,test}/<id>.dicom and annotations/image_labels_{train,test}.csv, from physionet.org/content/vindr-cxr",
+    ),
+    "shenzhen": Task(
+        _shenzhen,
+        "labels",
+        ("tuberculosis",),
+        (463, 65, 134),
+        CLASSIFY | dict(epochs=100),
+        "98.88",
+        "ChinaSet_AllFiles/CXR_png/CHNCXR_0001_0.png ..., from data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets",
+    ),
+    "chestxray14": Task(
+        _chestxray14,
+        "labels",
+        NIH,
+        (75312, 11212, 25596),
+        CLASSIFY | dict(epochs=30, batch=256),
+        "83.58",
+        "images*/00000001_000.png ..., Data_Entry_2017_v2020.csv, train_val_list.txt, test_list.txt, from nihcc.app.box.com/v/ChestXray-NIHCC",
+    ),
+    "rsna": Task(
+        _rsna,
+        "classes",
+        RSNA,
+        (21295, 2680, 2709),
+        CLASSIFY | dict(epochs=30, batch=256),
+        "75.03",
+        "stage_2_train_images/<id>.dcm and stage_2_detailed_class_info.csv, from kaggle.com/c/rsna-pneumonia-detection-challenge",
+    ),
+    "chexpert": Task(
+        _chexpert,
+        "labels",
+        CHEXPERT,
+        (171924, 19103, 202),
+        CLASSIFY
+        | dict(lr=1e-2, weight_decay=0.4, layer_decay=0.55, drop_path=0.1, epochs=1, batch=256),
+        "89.63",
+        "CheXpert-v1.0[-small]/{train,valid}/patient*/study*/*.jpg, train.csv, valid.csv, from stanfordaimi.azurewebsites.net",
+    ),
+    "chestdr": Task(
+        _chestdr,
+        "labels",
+        CHESTDR,
+        (783, 196, 1161),
+        CLASSIFY | dict(epochs=100),
+        "64.60 / 75.19 / 76.40",
+        "MedFMC_train/chest/{images/*.png,chest_train.csv} from figshare (MedFMC) and chest_K-shot_*_exp1.txt from github.com/openmedlab/MedFM",
+    ),
+    "siim": Task(
+        _siim,
+        "mask",
+        ("pneumothorax",),
+        (9303, 1372, 1372),
+        SEGMENT,
+        "84.58",
+        "dicom-images-train/**/<ImageId>.dcm and stage_2_train.csv or train-rle.csv, from kaggle.com/c/siim-acr-pneumothorax-segmentation",
+    ),
+    "rsna_seg": Task(
+        _rsna_seg,
+        "mask",
+        ("opacity",),
+        (21295, 2680, 2709),
+        SEGMENT,
+        "79.02",
+        "stage_2_train_images/<id>.dcm and stage_2_train_labels.csv, from kaggle.com/c/rsna-pneumonia-detection-challenge",
+    ),
+    "csv": Task(
+        read_csv,
+        "labels",
+        (),
+        (70, 10, 20),
+        CLASSIFY | dict(head="probe"),
+        "",
+        "a folder of films, and --labels FILE.csv with columns filename, label",
+    ),
 }

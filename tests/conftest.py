@@ -1,4 +1,5 @@
 """Tests run from anywhere and import the flat files from the repository's root."""
+
 import os
 import sys
 from pathlib import Path

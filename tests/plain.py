@@ -2,6 +2,7 @@
 
 Nothing is imported from the program; weights come as a dict of float64 arrays under timm's names.
 """
+
 import numpy as np
 from scipy.special import erf
 
@@ -13,7 +14,7 @@ def arrays(module_or_state):
 
 
 def sub(state, prefix):
-    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
 def mae_table(n, dim):
@@ -21,7 +22,9 @@ def mae_table(n, dim):
     table = np.zeros((n * n, dim))
     for row in range(n):
         for col in range(n):
-            table[row * n + col] = np.concatenate([sincos_1d(col, dim // 2), sincos_1d(row, dim // 2)])
+            table[row * n + col] = np.concatenate(
+                [sincos_1d(col, dim // 2), sincos_1d(row, dim // 2)]
+            )
     return table
 
 
@@ -33,7 +36,9 @@ def sincos_1d(position, width):
 
 def positions(coords, dim):
     """(L, 2) row, col → (L, dim), column half first."""
-    return np.stack([np.concatenate([sincos_1d(c, dim // 2), sincos_1d(r, dim // 2)]) for r, c in coords])
+    return np.stack(
+        [np.concatenate([sincos_1d(c, dim // 2), sincos_1d(r, dim // 2)]) for r, c in coords]
+    )
 
 
 def grid(n):
@@ -78,7 +83,13 @@ def embed_patches(channels, state):
     """Image (C, H, W), normalised → one token per patch in raster order (N, D), by dot products with the kernel."""
     kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
     p, n = kernel.shape[-1], channels.shape[-1] // kernel.shape[-1]
-    return np.stack([np.tensordot(kernel, channels[:, r * p:(r + 1) * p, c * p:(c + 1) * p], 3) + bias for r in range(n) for c in range(n)])
+    return np.stack(
+        [
+            np.tensordot(kernel, channels[:, r * p : (r + 1) * p, c * p : (c + 1) * p], 3) + bias
+            for r in range(n)
+            for c in range(n)
+        ]
+    )
 
 
 def vit(channels, state, heads, keep=None):
@@ -106,13 +117,17 @@ def predictor(h, context_coords, target_coords, code, state, heads):
     x = np.concatenate([context, tokens])
     for i in range(depth_of(state, "blocks")):
         x = block(x, state, f"blocks.{i}", heads)
-    return linear(layer_norm(x[len(h):], state, "norm"), state, "proj")
+    return linear(layer_norm(x[len(h) :], state, "norm"), state, "proj")
 
 
 def losses(state, batch, config):
     """Eq. (10)–(12) and Table 3's switches, view by view. state of a CheXWorld, batch of arrays, its config → dict of means."""
-    encoder, target, g = (sub(state, name + ".") for name in ("encoder", "target_encoder", "predictor"))
-    y, x = ((batch[k].astype(float) - 0.5) / 0.25 for k in ("y", "x"))                # the program's one mean and deviation
+    encoder, target, g = (
+        sub(state, name + ".") for name in ("encoder", "target_encoder", "predictor")
+    )
+    y, x = (
+        (batch[k].astype(float) - 0.5) / 0.25 for k in ("y", "x")
+    )  # the program's one mean and deviation
     n, films, tasks = config["image"] // config["patch"], len(y) // 2, config["tasks"].split(",")
     own, terms = grid(n), {}
 
@@ -124,12 +139,21 @@ def losses(state, batch, config):
         terms.setdefault(name, []).append(((guess - goal) ** 2).mean())
 
     for k in range(2 * films):
-        view, other = k // films, (k + films) % (2 * films)                           # k = film k % films, seen in view 1 or 2
-        t_own, t_other = (layer_norm(vit(y[j], target, config["heads"]), eps=1e-5) for j in (k, other))
+        view, other = (
+            k // films,
+            (k + films) % (2 * films),
+        )  # k = film k % films, seen in view 1 or 2
+        t_own, t_other = (
+            layer_norm(vit(y[j], target, config["heads"]), eps=1e-5) for j in (k, other)
+        )
         keep, masked, every = batch["keep"][k], batch["masked"][k], np.arange(n * n)
         phi = batch["coords"][k] if config["delta"] else own
         action = batch["action"][k] if config["action"] else None
-        within, between, alone = f"l{view + 1}{view + 1}", f"l{view + 1}{2 - view}", f"d{view + 1}{view + 1}"
+        within, between, alone = (
+            f"l{view + 1}{view + 1}",
+            f"l{view + 1}{2 - view}",
+            f"d{view + 1}{view + 1}",
+        )
         if config["unified"]:
             seen = keep if "local" in tasks else every
             h = vit(x[k] if "domain" in tasks else y[k], encoder, config["heads"], seen)
@@ -142,7 +166,14 @@ def losses(state, batch, config):
                 term(within, h, seen, own, action, t_own)
         else:
             if "local" in tasks:
-                term(within, vit(y[k], encoder, config["heads"], keep), keep, own[masked], None, t_own[masked])
+                term(
+                    within,
+                    vit(y[k], encoder, config["heads"], keep),
+                    keep,
+                    own[masked],
+                    None,
+                    t_own[masked],
+                )
             if "global" in tasks:
                 term(between, vit(y[k], encoder, config["heads"]), every, phi, None, t_other)
             if "domain" in tasks:

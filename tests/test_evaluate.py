@@ -1,4 +1,5 @@
 """Domain test, probe and label tables against brute force, with models whose answers are known."""
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,16 @@ from data import BadFilm
 from model import CheXWorld, ViT
 from runtime import Stop, keyed
 
-TINY = dict(image=32, patch=8, dim=32, depth=2, heads=4, predictor_dim=24, predictor_depth=1, predictor_heads=2)
+TINY = dict(
+    image=32,
+    patch=8,
+    dim=32,
+    depth=2,
+    heads=4,
+    predictor_dim=24,
+    predictor_depth=1,
+    predictor_heads=2,
+)
 
 
 class Films:
@@ -36,9 +46,17 @@ def noise(seed, shape=(40, 50)):
 def test_whole_squeezes_films_to_squares():
     films = Films({"a": noise(0), "b": noise(1, (64, 48))})
     out = evaluate.whole(films, np.array([1, 0]), 32)
-    assert out.shape == (2, 1, 32, 32) and out.dtype == torch.float32 and 0 <= out.min() and out.max() <= 1
+    assert (
+        out.shape == (2, 1, 32, 32)
+        and out.dtype == torch.float32
+        and 0 <= out.min()
+        and out.max() <= 1
+    )
     for image, film in zip(out, (films[1], films[0])):
-        assert np.array_equal((255 * image[0]).round().numpy(), np.asarray(Image.fromarray(film).resize((32, 32), Image.BICUBIC)))
+        assert np.array_equal(
+            (255 * image[0]).round().numpy(),
+            np.asarray(Image.fromarray(film).resize((32, 32), Image.BICUBIC)),
+        )
 
 
 def test_pooled_is_the_mean_token_whatever_the_batch():
@@ -60,13 +78,22 @@ def world():
 @pytest.mark.parametrize("told", [True, False])
 def test_domain_errors_equal_a_slow_loop(world, told):
     """Eq. (13): y_j by candidate j's tone, x_i = T_{a_i}(y_i), error = distance over all patches and features, in float64."""
-    image, candidates, actions = torch.rand(1, 1, 32, 32), augment.domain_candidates(3), augment.sample_actions(9, keyed(1))
+    image, candidates, actions = (
+        torch.rand(1, 1, 32, 32),
+        augment.domain_candidates(3),
+        augment.sample_actions(9, keyed(1)),
+    )
     out = evaluate.domain_errors(world, image, actions, candidates)[0 if told else 1]
     y = [augment.tone(image, c[None, 0], c[None, 1]) for c in candidates]
     truth = np.zeros((9, 9))
     for i in range(9):
         x = augment.apply_action(y[i], actions[i][None])
-        guess = world.predict(x, actions[i][None] if told else torch.tensor([augment.IDENTITY])).detach().double().numpy()
+        guess = (
+            world.predict(x, actions[i][None] if told else torch.tensor([augment.IDENTITY]))
+            .detach()
+            .double()
+            .numpy()
+        )
         for j in range(9):
             truth[i, j] = np.sqrt(((guess - world.targets(y[j]).double().numpy()) ** 2).sum())
     assert np.abs(out.detach().numpy() - truth).max() < 1e-3
@@ -74,11 +101,18 @@ def test_domain_errors_equal_a_slow_loop(world, told):
 
 def test_domain_errors_of_64_candidates_rank_as_in_float64(world):
     """64 rows make torch.cdist use its matrix product: the near ties of a fresh model must still fall as exact arithmetic has them."""
-    image, candidates, actions = torch.rand(1, 1, 32, 32), augment.domain_candidates(8), augment.sample_actions(64, keyed(2))
+    image, candidates, actions = (
+        torch.rand(1, 1, 32, 32),
+        augment.domain_candidates(8),
+        augment.sample_actions(64, keyed(2)),
+    )
     out = evaluate.domain_errors(world, image, actions, candidates)[0].double()
     y = augment.tone(image.expand(64, -1, -1, -1), candidates[:, 0], candidates[:, 1])
     with torch.no_grad():
-        guess, goal = world.predict(augment.apply_action(y, actions), actions).double().flatten(1), world.targets(y).double().flatten(1)
+        guess, goal = (
+            world.predict(augment.apply_action(y, actions), actions).double().flatten(1),
+            world.targets(y).double().flatten(1),
+        )
     truth = (goal[None] - guess[:, None]).square().sum(-1).sqrt()
     assert (out - truth).abs().max() < 1e-4 * truth.max()
     rank = lambda e: (e < e.diagonal()[:, None]).sum(1)
@@ -106,15 +140,19 @@ class Oracle(torch.nn.Module):
 
 
 def test_an_oracle_finds_every_candidate_only_when_told():
-    images = 0.4 + 0.1 * torch.rand(2, 1, 16, 16)                                          # nothing clips, so the action can be undone
+    images = 0.4 + 0.1 * torch.rand(2, 1, 16, 16)  # nothing clips, so the action can be undone
     result = evaluate.domain_test(Oracle(), images)
     assert result["images"] == 2 and result["candidates"] == 64
-    assert result["action"]["recall@1"] > 75                                               # blurred fifth: cannot be undone
+    assert result["action"]["recall@1"] > 75  # blurred fifth: cannot be undone
     assert result["no_action"]["recall@1"] < 50 < result["action"]["recall@1"]
     assert result["random"] == {"recall@1": 100 / 64, "recall@3": 300 / 64, "recall@5": 500 / 64}
     for row in (result["action"], result["no_action"]):
         assert row["recall@1"] <= row["recall@3"] <= row["recall@5"] <= 100
-    assert evaluate.domain_test(Oracle(), images) == result != evaluate.domain_test(Oracle(), images, seed=1)
+    assert (
+        evaluate.domain_test(Oracle(), images)
+        == result
+        != evaluate.domain_test(Oracle(), images, seed=1)
+    )
 
 
 class Blind(Oracle):
@@ -127,7 +165,9 @@ class Blind(Oracle):
 
 def test_a_model_that_says_the_same_of_everything_scores_chance():
     result = evaluate.domain_test(Blind(), torch.rand(2, 1, 16, 16))
-    assert result["action"] == pytest.approx(result["random"]) and result["no_action"] == pytest.approx(result["random"])
+    assert result["action"] == pytest.approx(result["random"]) and result[
+        "no_action"
+    ] == pytest.approx(result["random"])
 
 
 # ------------------------------------------------------------------------------------------------ label tables
@@ -137,10 +177,23 @@ def table(tmp_path, text, name="table.csv"):
 
 
 def test_labels_of_several_classes(tmp_path):
-    labels = table(tmp_path, "filename,label,patient_id,split\n"
-                             "a.png,effusion|nodule,p1,train\nb.png,normal,p2,Val\nc.png, nodule ,,test\nd.png,No Finding,p3,test\n")
-    assert labels.classes == ["effusion", "nodule"] and labels.y.tolist() == [[1, 1], [0, 0], [0, 1], [0, 0]]
-    assert labels.split.tolist() == ["train", "val", "test", "test"] and labels.patients == ["p1", "p2", "c.png", "p3"]
+    labels = table(
+        tmp_path,
+        "filename,label,patient_id,split\n"
+        "a.png,effusion|nodule,p1,train\nb.png,normal,p2,Val\nc.png, nodule ,,test\nd.png,No Finding,p3,test\n",
+    )
+    assert labels.classes == ["effusion", "nodule"] and labels.y.tolist() == [
+        [1, 1],
+        [0, 0],
+        [0, 1],
+        [0, 0],
+    ]
+    assert labels.split.tolist() == ["train", "val", "test", "test"] and labels.patients == [
+        "p1",
+        "p2",
+        "c.png",
+        "p3",
+    ]
     assert labels.names == ["a.png", "b.png", "c.png", "d.png"]
 
 
@@ -158,7 +211,11 @@ WRONG = {
 def test_a_wrong_table_is_one_line(tmp_path, text, words):
     with pytest.raises(Stop) as error:
         table(tmp_path, text)
-    assert "table.csv" in str(error.value) and "\n" not in str(error.value) and all(w in str(error.value) for w in words), error.value
+    assert (
+        "table.csv" in str(error.value)
+        and "\n" not in str(error.value)
+        and all(w in str(error.value) for w in words)
+    ), error.value
 
 
 def test_a_missing_table_is_one_line(tmp_path):
@@ -168,9 +225,22 @@ def test_a_missing_table_is_one_line(tmp_path):
 
 def test_rows_find_their_films_by_the_tail_of_the_path(tmp_path):
     """CheXpert calls every film view1_frontal.jpg: a base name is not enough."""
-    labels = table(tmp_path, "filename,label,split\nCheXpert/train/patient1/view1.jpg,x,train\nCheXpert/train/patient2/view1.jpg,y,train\n"
-                             "gone.jpg,x,test\nplain.png,x,test\n")
-    films = Films(dict.fromkeys(["patient2/view1.jpg", "deep/below/plain.png", "patient1/view1.jpg", "patient3/view1.jpg"], noise(0)))
+    labels = table(
+        tmp_path,
+        "filename,label,split\nCheXpert/train/patient1/view1.jpg,x,train\nCheXpert/train/patient2/view1.jpg,y,train\n"
+        "gone.jpg,x,test\nplain.png,x,test\n",
+    )
+    films = Films(
+        dict.fromkeys(
+            [
+                "patient2/view1.jpg",
+                "deep/below/plain.png",
+                "patient1/view1.jpg",
+                "patient3/view1.jpg",
+            ],
+            noise(0),
+        )
+    )
     assert labels.locate(films).tolist() == [2, 0, -1, 1]
 
 
@@ -184,7 +254,10 @@ def test_a_row_that_fits_two_films_or_a_table_that_fits_none_is_refused(tmp_path
 
 def test_readable():
     films = Films({"a": noise(0), "b": None, "c": noise(1)})
-    assert evaluate.readable(films, np.array([2, 1, 0])).tolist() == [2, 0] and evaluate.readable(films, np.array([1])).tolist() == []
+    assert (
+        evaluate.readable(films, np.array([2, 1, 0])).tolist() == [2, 0]
+        and evaluate.readable(films, np.array([1])).tolist() == []
+    )
 
 
 class Corner(torch.nn.Module):
@@ -224,8 +297,15 @@ def test_probe_of_noise_is_scored_on_the_test_split_alone(tmp_path):
     rng = np.random.default_rng(3)
     split = np.repeat(["train", "val", "test"], [40, 20, 60])
     y = rng.integers(0, 2, 120)
-    labels = table(tmp_path, "filename,label,split\n" + "".join(f"{i}.png,{'x' if y[i] else 'normal'},{split[i]}\n" for i in range(120)))
+    labels = table(
+        tmp_path,
+        "filename,label,split\n"
+        + "".join(f"{i}.png,{'x' if y[i] else 'normal'},{split[i]}\n" for i in range(120)),
+    )
     score = evaluate.probe_table(labels, films, {"corner": Corner()}, 32)["corner"]
     x = Corner()(evaluate.whole(films, np.arange(120), 32))[:, 0].detach().numpy()
-    truth = roc_auc_score(y[split == "test"], evaluate.linear_probe(x[:40], y[:40, None], x[40:60], y[40:60, None], x[60:])[:, 0])
+    truth = roc_auc_score(
+        y[split == "test"],
+        evaluate.linear_probe(x[:40], y[:40, None], x[40:60], y[40:60, None], x[60:])[:, 0],
+    )
     assert score == pytest.approx(100 * truth) and 30 < score < 70

@@ -1,4 +1,5 @@
 """Phantoms: the ground truth agrees with the pixels, everything is a function of (seed, index), and the files hold what memory held."""
+
 import csv
 import subprocess
 import sys
@@ -37,7 +38,10 @@ def test_shapes_and_types_at_every_size(size):
     item = make_phantom(0, 5, size)
     assert item["film"].shape == item["lungs"].shape == item["heart"].shape == (size, size)
     assert item["film"].dtype == np.uint8 and item["lungs"].dtype == item["heart"].dtype == bool
-    assert item["labels"].shape == (len(FINDINGS),) and item["landmarks"].shape == (len(LANDMARKS), 2)
+    assert item["labels"].shape == (len(FINDINGS),) and item["landmarks"].shape == (
+        len(LANDMARKS),
+        2,
+    )
 
 
 def test_same_seed_and_index_same_film_others_differ():
@@ -57,8 +61,13 @@ def test_making_other_films_first_changes_nothing():
 def test_anatomy_is_the_same_at_another_size():
     small, large = make_phantom(5, 11, 128), make_phantom(5, 11, 256)
     assert np.array_equal(small["labels"], large["labels"]) and small["domain"] == large["domain"]
-    boxes = [(item["marker"], len(item["film"])) for item in (small, large, make_phantom(5, 11, 64))]
-    assert all(np.allclose(np.array(box) / size, np.array(boxes[1][0]) / 256, atol=0.51 / 64 + 0.51 / 256) for box, size in boxes)
+    boxes = [
+        (item["marker"], len(item["film"])) for item in (small, large, make_phantom(5, 11, 64))
+    ]
+    assert all(
+        np.allclose(np.array(box) / size, np.array(boxes[1][0]) / 256, atol=0.51 / 64 + 0.51 / 256)
+        for box, size in boxes
+    )
     assert np.allclose((small["landmarks"] + 0.5) * 2, large["landmarks"] + 0.5)
     shrunk = np.asarray(Image.fromarray(large["lungs"]).convert("L").reduce(2)) > 127
     assert (shrunk != small["lungs"]).mean() < 0.01
@@ -66,14 +75,19 @@ def test_anatomy_is_the_same_at_another_size():
 
 def test_two_films_of_a_patient_share_the_findings_and_not_the_pose(films):
     pairs = [(a, b) for a, b in zip(films, films[1:]) if a["patient"] == b["patient"]]
-    assert len(pairs) == 40                                               # every other patient has two films
+    assert len(pairs) == 40  # every other patient has two films
     assert all(np.array_equal(a["labels"], b["labels"]) for a, b in pairs)
     assert all(not np.array_equal(a["landmarks"], b["landmarks"]) for a, b in pairs)
     assert any(a["domain"] != b["domain"] for a, b in pairs)
 
 
 def test_prevalence_and_domains():
-    labels, domains = zip(*[(item["labels"], item["domain"]) for item in (make_phantom(0, index, 64) for index in range(600))])
+    labels, domains = zip(
+        *[
+            (item["labels"], item["domain"])
+            for item in (make_phantom(0, index, 64) for index in range(600))
+        ]
+    )
     labels = np.array(labels)
     assert 0.34 < (labels.sum(1) == 0).mean() < 0.46
     assert all(0.15 < share < 0.27 for share in labels.mean(0)), labels.mean(0)
@@ -83,14 +97,17 @@ def test_prevalence_and_domains():
 def test_masks_and_landmarks_agree_with_each_other(films):
     for item in films:
         size = len(item["film"])
-        (knob, hilum, ventricle, clavicle), points = item["landmarks"], np.round(item["landmarks"]).astype(int)
+        (knob, hilum, ventricle, clavicle), points = (
+            item["landmarks"],
+            np.round(item["landmarks"]).astype(int),
+        )
         assert (item["landmarks"] > 0).all() and (item["landmarks"] < size - 1).all()
         assert not (item["lungs"] & item["heart"]).any()
-        assert item["heart"][tuple(points[2])]                            # the left ventricle lies in the heart
+        assert item["heart"][tuple(points[2])]  # the left ventricle lies in the heart
         assert 0.2 < item["lungs"].mean() < 0.55
         columns = np.nonzero(item["lungs"])[1]
         middle = (columns.min() + columns.max()) / 2
-        assert np.nonzero(item["heart"])[1].mean() > middle               # the heart is on the image's right
+        assert np.nonzero(item["heart"])[1].mean() > middle  # the heart is on the image's right
         assert ventricle[1] > knob[1] > hilum[1] > clavicle[1]
         assert clavicle[0] < knob[0] < hilum[0] < ventricle[0]
 
@@ -104,15 +121,22 @@ def test_lungs_are_darker_than_the_heart(films):
 
 def test_cardiomegaly_is_a_heart_wider_than_half_the_chest(films):
     has = FINDINGS.index("cardiomegaly")
-    big, small = ([cardiothoracic_ratio(item) for item in films if item["labels"][has] == value] for value in (1, 0))
+    big, small = (
+        [cardiothoracic_ratio(item) for item in films if item["labels"][has] == value]
+        for value in (1, 0)
+    )
     assert len(big) > 10 and min(big) > 0.5 > max(small), (min(big), max(small))
 
 
 @pytest.mark.parametrize("index", (0, 1, 4, 7, 12))
 def test_effusion_fills_the_costophrenic_angle_of_one_side(index):
     gain, without, with_it = brightness_gain(index, "effusion")
-    assert np.array_equal(without["lungs"], with_it["lungs"]) and np.array_equal(without["landmarks"], with_it["landmarks"])
-    half = np.arange(128) < without["landmarks"][1, 1] + 9                # the spine is 7 % of the film away from the right hilum
+    assert np.array_equal(without["lungs"], with_it["lungs"]) and np.array_equal(
+        without["landmarks"], with_it["landmarks"]
+    )
+    half = (
+        np.arange(128) < without["landmarks"][1, 1] + 9
+    )  # the spine is 7 % of the film away from the right hilum
     angles = []
     for side in (half, ~half):
         field = without["lungs"] & side
@@ -155,8 +179,11 @@ def test_consolidation_takes_air_out_of_one_lung(index):
 
 def test_mirrored_heart_lies_on_the_other_side():
     for index in range(6):
-        usual, planted = make_phantom(0, index, 128), make_phantom(0, index, 128, anomaly="mirrored heart")
-        middle = (usual["landmarks"][1, 1] + 128 * 0.08)                   # hila stay where they were
+        usual, planted = (
+            make_phantom(0, index, 128),
+            make_phantom(0, index, 128, anomaly="mirrored heart"),
+        )
+        middle = usual["landmarks"][1, 1] + 128 * 0.08  # hila stay where they were
         assert planted["landmarks"][2, 1] < middle < usual["landmarks"][2, 1]
         assert planted["heart"][tuple(np.round(planted["landmarks"][2]).astype(int))]
         assert np.allclose(usual["landmarks"][[1, 3]], planted["landmarks"][[1, 3]])
@@ -164,7 +191,10 @@ def test_mirrored_heart_lies_on_the_other_side():
 
 def test_missing_lung_is_white_and_out_of_the_mask():
     for index in range(6):
-        usual, planted = make_phantom(0, index, 128, findings=()), make_phantom(0, index, 128, anomaly="missing lung", findings=())
+        usual, planted = (
+            make_phantom(0, index, 128, findings=()),
+            make_phantom(0, index, 128, anomaly="missing lung", findings=()),
+        )
         gone = usual["lungs"] & ~planted["lungs"]
         assert 0.3 < gone.sum() / usual["lungs"].sum() < 0.7
         assert planted["film"][gone].mean() > usual["film"][gone].mean() + 25
@@ -179,11 +209,13 @@ def test_unknown_anomaly_and_finding_are_refused():
 
 
 def test_marker_box_holds_the_brightest_ink(films):
-    marked = [item for item in films if item["marker"] and DOMAINS[item["domain"]]["name"] != "portable"]
+    marked = [
+        item for item in films if item["marker"] and DOMAINS[item["domain"]]["name"] != "portable"
+    ]
     assert len(marked) > 30
     for item in marked:
         top, left, height, width = item["marker"]
-        assert item["film"][top:top + height + 2, left:left + width + 2].max() > 200
+        assert item["film"][top : top + height + 2, left : left + width + 2].max() > 200
 
 
 @pytest.fixture(scope="module")
@@ -191,23 +223,39 @@ def folder(tmp_path_factory):
     """60 phantoms written by the command itself, in two processes."""
     out = tmp_path_factory.mktemp("phantoms")
     flags = "--count 60 --size 64 --seed 2 --workers 2".split()
-    subprocess.run([sys.executable, str(ROOT / "phantom.py"), "--out", str(out), *flags], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, str(ROOT / "phantom.py"), "--out", str(out), *flags],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     return out
 
 
 def test_files_hold_what_make_phantom_returns(folder):
     rows = list(csv.DictReader(open(folder / "phantoms.csv", newline="")))
-    assert [row["filename"] for row in rows] == sorted(path.name for path in (folder / "films").iterdir())
+    assert [row["filename"] for row in rows] == sorted(
+        path.name for path in (folder / "films").iterdir()
+    )
     for index in (0, 1, 17, 59):
         row, item = rows[index], make_phantom(2, index, 64)
-        assert np.array_equal(np.asarray(Image.open(folder / "films" / row["filename"])), item["film"])
+        assert np.array_equal(
+            np.asarray(Image.open(folder / "films" / row["filename"])), item["film"]
+        )
         assert np.array_equal(np.asarray(Image.open(folder / row["mask"])) > 0, item["lungs"])
         assert np.array_equal(np.asarray(Image.open(folder / row["heart"])) == 255, item["heart"])
         names = row["label"].split("|")
-        assert names == ([name for name, here in zip(FINDINGS, item["labels"]) if here] or ["normal"])
+        assert names == (
+            [name for name, here in zip(FINDINGS, item["labels"]) if here] or ["normal"]
+        )
         read = [[float(row[f"{name}_row"]), float(row[f"{name}_col"])] for name in LANDMARKS]
-        assert np.allclose(read, item["landmarks"], atol=0.006) and int(row["domain"]) == item["domain"]
-        assert row["marker"] == ("" if item["marker"] is None else "|".join(map(str, item["marker"])))
+        assert (
+            np.allclose(read, item["landmarks"], atol=0.006)
+            and int(row["domain"]) == item["domain"]
+        )
+        assert row["marker"] == (
+            "" if item["marker"] is None else "|".join(map(str, item["marker"]))
+        )
 
 
 def test_splits_are_by_patient(folder):
@@ -221,20 +269,41 @@ def test_splits_are_by_patient(folder):
 
 def test_split_shares(tmp_path, monkeypatch):
     blank = np.zeros((4, 4), bool)
-    row = dict(film=blank.astype(np.uint8), lungs=blank, heart=blank, labels=np.zeros(5), landmarks=np.zeros((4, 2)), domain=0, marker=None)
+    row = dict(
+        film=blank.astype(np.uint8),
+        lungs=blank,
+        heart=blank,
+        labels=np.zeros(5),
+        landmarks=np.zeros((4, 2)),
+        domain=0,
+        marker=None,
+    )
     monkeypatch.setattr(phantom, "make_phantom", lambda seed, index, size: dict(row, patient=index))
     rows = list(csv.DictReader(open(write_phantoms(tmp_path, 1000, 4), newline="")))
     share = lambda split: sum(row["split"] == split for row in rows) / 1000
-    assert abs(share("train") - 0.7) < 0.05 and abs(share("val") - 0.1) < 0.03 and abs(share("test") - 0.2) < 0.04
+    assert (
+        abs(share("train") - 0.7) < 0.05
+        and abs(share("val") - 0.1) < 0.03
+        and abs(share("test") - 0.2) < 0.04
+    )
 
 
 def test_one_worker_writes_the_same_files(folder, tmp_path):
     path = write_phantoms(tmp_path, 60, 64, seed=2, workers=1)
     files = sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file())
-    assert files == sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())      # no temporary file is left
-    assert all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in files) and path.name == "phantoms.csv"
+    assert files == sorted(
+        file.relative_to(folder) for file in folder.rglob("*") if file.is_file()
+    )  # no temporary file is left
+    assert (
+        all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in files)
+        and path.name == "phantoms.csv"
+    )
 
 
 def test_bad_size_is_one_clear_line():
-    result = subprocess.run([sys.executable, str(ROOT / "phantom.py"), "--size", "32"], capture_output=True, text=True)
-    assert result.returncode == 2 and "64 to 512" in result.stderr and "Traceback" not in result.stderr
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "phantom.py"), "--size", "32"], capture_output=True, text=True
+    )
+    assert (
+        result.returncode == 2 and "64 to 512" in result.stderr and "Traceback" not in result.stderr
+    )

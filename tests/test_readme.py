@@ -1,4 +1,5 @@
 """The README tells the truth: its commands parse, its file:function references exist, the lines it quotes are in the files, its pictures are there."""
+
 import re
 import subprocess
 import sys
@@ -9,8 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-COMMANDS = sorted({line.split("#")[0].strip() for kind, block in BLOCKS if kind != "python" for line in block.splitlines() if re.search(r"\b\w+\.py\b", line)}
-                  | {c for c in re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)})
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for kind, block in BLOCKS
+        if kind != "python"
+        for line in block.splitlines()
+        if re.search(r"\b\w+\.py\b", line)
+    }
+    | {c for c in re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)}
+)
 
 
 def scripts_and_flags():
@@ -20,7 +29,9 @@ def scripts_and_flags():
         for part in command.split("&&"):
             called = re.search(r"(analyze\.py \w+|\w+\.py)(.*)", part)
             if called:
-                found |= {(called[1], flag) for flag in re.findall(r"(--\w+)", called[2])} | {(called[1], "--help")}
+                found |= {(called[1], flag) for flag in re.findall(r"(--\w+)", called[2])} | {
+                    (called[1], "--help")
+                }
     return sorted(found)
 
 
@@ -38,7 +49,17 @@ def helps():
     """--help of every script that the README calls (and of data.py's sub-commands, which share one parser)."""
     texts = {}
     for script in {s for s, _ in scripts_and_flags()}:
-        done = subprocess.run([sys.executable, ROOT / script.split()[0], *script.split()[1:], *(["check"] if script == "data.py" else []), "--help"], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                ROOT / script.split()[0],
+                *script.split()[1:],
+                *(["check"] if script == "data.py" else []),
+                "--help",
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, (script, done.stderr)
         texts[script] = done.stdout
     return texts
@@ -65,7 +86,13 @@ def test_quoted_lines_are_in_the_files():
     sources = "\n".join(p.read_text() for p in ROOT.glob("*.py"))
     squeeze = lambda line: re.sub(r"\s+", " ", line.split("#")[0]).strip()
     lines = {squeeze(line) for line in sources.splitlines()}
-    quoted = [line for kind, block in BLOCKS if kind == "python" for line in block.splitlines() if line.strip()]
+    quoted = [
+        line
+        for kind, block in BLOCKS
+        if kind == "python"
+        for line in block.splitlines()
+        if line.strip()
+    ]
     assert len(quoted) >= 5
     for line in quoted:
         assert squeeze(line) in lines, line

@@ -1,4 +1,5 @@
 """Command line, errors as one line, schedules against a table, the log after a crash, atomic files, SIGTERM, keyed randomness."""
+
 import dataclasses
 import math
 import os
@@ -12,7 +13,20 @@ import pytest
 import torch
 
 import runtime
-from runtime import Log, Preempted, Stop, cosine, flag, keyed, parse, read_log, save_atomic, warmup_cosine, write_json, write_text
+from runtime import (
+    Log,
+    Preempted,
+    Stop,
+    cosine,
+    flag,
+    keyed,
+    parse,
+    read_log,
+    save_atomic,
+    warmup_cosine,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,9 +45,15 @@ class Config:
 
 def test_defaults_and_values():
     assert parse(Config, "", []) == Config() == Config(None, 2e-4, None, "tiny", None, False, 7)
-    given = parse(Config, "", "--data /x --lr 1e-3 --max_steps=5 --size base --optional 3 --no_action".split())
+    given = parse(
+        Config, "", "--data /x --lr 1e-3 --max_steps=5 --size base --optional 3 --no_action".split()
+    )
     assert given == Config("/x", 1e-3, 5, "base", 3, True, 7)
-    assert isinstance(given.lr, float) and isinstance(given.max_steps, int) and isinstance(given.optional, int)
+    assert (
+        isinstance(given.lr, float)
+        and isinstance(given.max_steps, int)
+        and isinstance(given.optional, int)
+    )
 
 
 WRONG = {
@@ -58,7 +78,9 @@ def test_a_wrong_flag_is_one_line(argv, words):
     with pytest.raises(Stop) as error:
         parse(Config, "", argv.split(), prog="train.py")
     message = str(error.value)
-    assert "\n" not in message and "train.py --help" in message and all(w in message for w in words), message
+    assert (
+        "\n" not in message and "train.py --help" in message and all(w in message for w in words)
+    ), message
 
 
 def test_a_negative_seed_is_refused_as_every_script_keys_its_numbers_by_it():
@@ -81,7 +103,15 @@ def test_help_shows_the_doc_every_flag_and_its_default(capsys):
         parse(Config, "Train a thing.\n\n    python train.py   # 50 % faster", ["--help"])
     said = capsys.readouterr().out
     assert end.value.code == 0
-    assert all(w in said for w in ("    python train.py   # 50 % faster", "--max_steps INT", "[0.0002]", "100 % of it"))
+    assert all(
+        w in said
+        for w in (
+            "    python train.py   # 50 % faster",
+            "--max_steps INT",
+            "[0.0002]",
+            "100 % of it",
+        )
+    )
     assert "derived" not in said and "[None]" not in said and "[False]" not in said
 
 
@@ -89,12 +119,14 @@ def test_main_turns_a_users_error_into_one_line_and_leaves_bugs_alone(tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     body = f"""import runtime, model
 try:
-    runtime.main(lambda: model.load_world({str(tmp_path / 'junk.pt')!r}))
+    runtime.main(lambda: model.load_world({str(tmp_path / "junk.pt")!r}))
 except SystemExit as end:
     assert end.code == 1
 runtime.main(lambda: [][3])"""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=300, env=variables)
+    done = subprocess.run(
+        [sys.executable, "-c", body], capture_output=True, text=True, timeout=300, env=variables
+    )
     first, second, *_, last = done.stderr.strip().splitlines()
     assert first.startswith("error: ") and "junk.pt" in first
     assert second.startswith("Traceback") and last.startswith("IndexError") and done.returncode == 1
@@ -118,7 +150,10 @@ def test_main_in_process(capsys):
 
 
 # ------------------------------------------------------------------------------------------------ processes and precision
-@pytest.mark.parametrize("device", ["gpu", "cpuu", "", "cuda:x"] + ([] if torch.cuda.is_available() else ["cuda", "cuda:1"]))
+@pytest.mark.parametrize(
+    "device",
+    ["gpu", "cpuu", "", "cuda:x"] + ([] if torch.cuda.is_available() else ["cuda", "cuda:1"]),
+)
 def test_a_device_that_is_not_there(device):
     with pytest.raises(Stop, match="--device") as error:
         runtime.start_team(device)
@@ -133,16 +168,24 @@ def test_a_team_of_one(monkeypatch, capsys):
     team.say("one", 2)
     runtime.Team(1, 2, team.device).say("silent")
     assert capsys.readouterr().out == "one 2\n"
-    assert runtime.any_rank(3, team, None) is True and runtime.any_rank(0, team, runtime.host_group(team)) is False
+    assert (
+        runtime.any_rank(3, team, None) is True
+        and runtime.any_rank(0, team, runtime.host_group(team)) is False
+    )
     assert torch.equal(runtime.reduce_mean(torch.tensor([2.0]), team), torch.tensor([2.0]))
     runtime.end_team(team)
 
 
 def test_precision():
     cpu = torch.device("cpu")
-    assert [runtime.choose_precision(name, cpu) for name in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    assert [runtime.choose_precision(name, cpu) for name in ("float32", "bfloat16")] == [
+        "float32",
+        "bfloat16",
+    ]
     if Path("/proc/cpuinfo").is_file():
-        assert runtime.choose_precision("auto", cpu) == ("bfloat16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "float32")
+        assert runtime.choose_precision("auto", cpu) == (
+            "bfloat16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "float32"
+        )
     x = torch.ones(4, 4)
     with runtime.autocast(cpu, "bfloat16"):
         assert (x @ x).dtype == torch.bfloat16
@@ -165,14 +208,23 @@ def test_learning_rate_against_a_table():
     """Peak 8, floor 0, 4 warm-up steps of 12: 2 4 6 8, then half a cosine over 8 steps."""
     table = [2, 4, 6, 8] + [4 * (1 + math.cos(math.pi * k / 8)) for k in range(8)] + [0, 0]
     assert [warmup_cosine(s, 12, 4, 8.0, 0.0) for s in range(14)] == pytest.approx(table, abs=1e-12)
-    assert warmup_cosine(8, 12, 4, 8.0, 0.0) == pytest.approx(4) and warmup_cosine(8, 12, 4, 8.0, 2.0) == pytest.approx(5)
+    assert warmup_cosine(8, 12, 4, 8.0, 0.0) == pytest.approx(4) and warmup_cosine(
+        8, 12, 4, 8.0, 2.0
+    ) == pytest.approx(5)
     assert warmup_cosine(0, 10, 0, 1.0, 0.0) == 1.0 and warmup_cosine(0, 1, 1, 1.0, 0.0) == 1.0
     assert warmup_cosine(5, 3, 3, 1.0, 0.1) == pytest.approx(0.1)
 
 
 def test_momentum_against_a_table():
     """0.996 → 1 (Sec. B.1): a quarter of the way 0.996 + 0.004 (1 - cos 45°) / 2, half way 0.998."""
-    table = {0: 0.996, 25: 0.996 + 0.002 * (1 - math.sqrt(0.5)), 50: 0.998, 75: 0.998 + 0.002 * math.sqrt(0.5), 100: 1.0, 130: 1.0}
+    table = {
+        0: 0.996,
+        25: 0.996 + 0.002 * (1 - math.sqrt(0.5)),
+        50: 0.998,
+        75: 0.998 + 0.002 * math.sqrt(0.5),
+        100: 1.0,
+        130: 1.0,
+    }
     assert {s: cosine(s, 100, 0.996, 1.0) for s in table} == pytest.approx(table, abs=1e-12)
     values = [cosine(s, 100, 0.996, 1.0) for s in range(101)]
     assert values == sorted(values) and cosine(0, 0, 0.9, 1.0) == pytest.approx(0.9)
@@ -183,8 +235,13 @@ def test_log_rows_and_reading(tmp_path):
     log = Log(tmp_path / "run" / "log.csv", ["step", "loss", "note"])
     log.row(step=1, loss=1 / 3, note="", unused=5)
     log.row(step=2, loss=1e-9, note="x")
-    assert (tmp_path / "run" / "log.csv").read_text() == "step,loss,note\n1,0.333333,\n2,1e-09,x\n"        # each row is on disk at once
-    rows = [{"step": "1", "loss": "0.333333", "note": ""}, {"step": "2", "loss": "1e-09", "note": "x"}]
+    assert (
+        tmp_path / "run" / "log.csv"
+    ).read_text() == "step,loss,note\n1,0.333333,\n2,1e-09,x\n"  # each row is on disk at once
+    rows = [
+        {"step": "1", "loss": "0.333333", "note": ""},
+        {"step": "2", "loss": "1e-09", "note": "x"},
+    ]
     assert read_log(tmp_path / "run" / "log.csv") == rows
     with pytest.raises(KeyError):
         log.row(step=3, loss=1.0)
@@ -198,9 +255,12 @@ def test_log_drops_what_came_after_the_resumed_step(tmp_path):
         log.row(step=step, loss=step / 8)
     log = Log(path, ["step", "loss", "new"], step=5)
     log.row(step=6, loss=0.5, new=1)
-    assert path.read_text() == "step,loss,new\n1,0.125,\n2,0.25,\n3,0.375,\n4,0.5,\n5,0.625,\n6,0.5,1\n"
+    assert (
+        path.read_text()
+        == "step,loss,new\n1,0.125,\n2,0.25,\n3,0.375,\n4,0.5,\n5,0.625,\n6,0.5,1\n"
+    )
     Log(path, ["step", "loss"])
-    assert path.read_text() == "step,loss\n"                                               # from the start: nothing stays
+    assert path.read_text() == "step,loss\n"  # from the start: nothing stays
 
 
 @pytest.mark.parametrize("torn", ["9", "9,", "9,0.123,4", "9,0.123,", ",,", "\x00\x00\x00"])
@@ -218,8 +278,10 @@ def test_save_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
     save_atomic({"step": 1, "x": torch.arange(3)}, path)
     assert torch.equal(torch.load(path, weights_only=True)["x"], torch.arange(3))
     with pytest.raises(Exception):
-        save_atomic({"step": 2, "x": lambda: 0}, path)                                     # cannot be pickled
-    assert torch.load(path, weights_only=True)["step"] == 1 and os.listdir(path.parent) == ["last.pt"]
+        save_atomic({"step": 2, "x": lambda: 0}, path)  # cannot be pickled
+    assert torch.load(path, weights_only=True)["step"] == 1 and os.listdir(path.parent) == [
+        "last.pt"
+    ]
 
 
 def test_readers_never_see_half_a_file(tmp_path):
@@ -230,6 +292,7 @@ def test_readers_never_see_half_a_file(tmp_path):
         Path(file).write_text("ne")
         seen.append(path.read_text())
         Path(file).write_text("new")
+
     runtime.replace_with(path, slowly)
     assert seen == ["old"] and path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
@@ -247,7 +310,9 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
     if Path("/dev/full").exists():
         with pytest.raises(Stop, match="cannot be written: No space left"):
-            runtime.replace_with(tmp_path / "x", lambda _: open("/dev/full", "w").write("x" * 100000))
+            runtime.replace_with(
+                tmp_path / "x", lambda _: open("/dev/full", "w").write("x" * 100000)
+            )
 
 
 def test_sigterm_only_sets_a_flag():
@@ -276,13 +341,29 @@ def main():
         raise runtime.Stop("rank 1 stops")
 runtime.main(main)
 """)
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29000 + os.getpid() % 400)}
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29000 + os.getpid() % 400),
+    }
     command = [sys.executable, tmp_path / "two.py", tmp_path]
-    start = lambda rank: subprocess.Popen(command, env=variables | {"RANK": rank, "LOCAL_RANK": rank},
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = lambda rank: subprocess.Popen(
+        command,
+        env=variables | {"RANK": rank, "LOCAL_RANK": rank},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     team = [start("0"), start("1")]
     (said, wrong), (silent, stop) = (process.communicate(timeout=300) for process in team)
     assert [process.returncode for process in team] == [0, 1], wrong + stop
-    assert said == "only once\n" and silent == "" and "error: rank 1 stops" in stop.splitlines() and "Traceback" not in stop
+    assert (
+        said == "only once\n"
+        and silent == ""
+        and "error: rank 1 stops" in stop.splitlines()
+        and "Traceback" not in stop
+    )
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in "01"] == ["2 2.0 (True, False)"] * 2

@@ -1,4 +1,5 @@
 """Weights in and out: the authors' checkpoints against a slow re-statement of their conventions, timm both ways, junk and malicious files."""
+
 import argparse
 import importlib.util
 import os
@@ -12,9 +13,27 @@ import torch
 
 import plain
 from augment import relative_coords
-from model import IMAGENET, BadCheckpoint, CheXWorld, ViT, from_official, load_encoder, load_world, to_timm
+from model import (
+    IMAGENET,
+    BadCheckpoint,
+    CheXWorld,
+    ViT,
+    from_official,
+    load_encoder,
+    load_world,
+    to_timm,
+)
 
-TINY = dict(image=32, patch=8, dim=32, depth=1, heads=4, predictor_dim=24, predictor_depth=1, predictor_heads=2)
+TINY = dict(
+    image=32,
+    patch=8,
+    dim=32,
+    depth=1,
+    heads=4,
+    predictor_dim=24,
+    predictor_depth=1,
+    predictor_heads=2,
+)
 SIZE, PATCH, DIM, HEADS, WIDTH, PREDICTOR_HEADS, GRID = 32, 8, 128, 2, 96, 12, 4
 
 
@@ -25,10 +44,16 @@ def official_state(seed=0, width=WIDTH):
     state = {}
 
     def layer(name, rows, cols):
-        state[name + ".weight"], state[name + ".bias"] = rng.normal(size=(rows, cols)) / cols ** 0.5, rng.normal(size=rows) * 0.2
+        state[name + ".weight"], state[name + ".bias"] = (
+            rng.normal(size=(rows, cols)) / cols**0.5,
+            rng.normal(size=rows) * 0.2,
+        )
 
     def norm(name, dim):
-        state[name + ".weight"], state[name + ".bias"] = 1 + 0.2 * rng.normal(size=dim), 0.2 * rng.normal(size=dim)
+        state[name + ".weight"], state[name + ".bias"] = (
+            1 + 0.2 * rng.normal(size=dim),
+            0.2 * rng.normal(size=dim),
+        )
 
     def blocks(name, depth, dim):
         for i in range(depth):
@@ -63,7 +88,9 @@ def official_mask_coords(context_box, target_box, context_flip, target_flip):
     out = []
     for u in range(GRID):
         for v in range(GRID):
-            col = (GRID - (v + 0.5) if target_flip else v + 0.5) + GRID * dj               # in the unmirrored context crop, patch edges
+            col = (
+                GRID - (v + 0.5) if target_flip else v + 0.5
+            ) + GRID * dj  # in the unmirrored context crop, patch edges
             out.append((u + GRID * di, (GRID - col if context_flip else col) - 0.5))
     return out
 
@@ -73,12 +100,17 @@ def official_predictor(h, keep, coords, action, p):
     first) and five raw numbers of action."""
     width = p["mask_token"].size
     context = plain.linear(h, p, "predictor_embed") + p["predictor_pos_embed"][0][keep]
-    at = np.stack([np.concatenate([plain.sincos_1d(row, width // 2), plain.sincos_1d(col, width // 2)]) for row, col in coords])
+    at = np.stack(
+        [
+            np.concatenate([plain.sincos_1d(row, width // 2), plain.sincos_1d(col, width // 2)])
+            for row, col in coords
+        ]
+    )
     tokens = plain.policy(p["mask_token"][0] + at, np.append(action, 0.0), p, "policy_net")
     x = np.concatenate([context, tokens])
     for i in range(plain.depth_of(p, "predictor_blocks")):
         x = plain.block(x, p, f"predictor_blocks.{i}", PREDICTOR_HEADS)
-    x = plain.layer_norm(x, p, "predictor_norm")[len(h):]
+    x = plain.layer_norm(x, p, "predictor_norm")[len(h) :]
     return plain.linear(x, p, "predictor_proj")
 
 
@@ -90,10 +122,15 @@ def test_authors_weights_compute_the_same_function(width):
     official = official_state(width=width)
     world, state = from_official(official, HEADS, PREDICTOR_HEADS), plain.arrays(official)
     rng = np.random.default_rng(1)
-    films, keep = rng.random((3, SIZE, SIZE)), np.stack([np.sort(rng.permutation(16)[:7]) for _ in range(3)])
+    films, keep = (
+        rng.random((3, SIZE, SIZE)),
+        np.stack([np.sort(rng.permutation(16)[:7]) for _ in range(3)]),
+    )
     images = torch.from_numpy(films).float()[:, None]
     target = np.stack([official_encoder(f, plain.sub(state, "target_encoder.")) for f in films])
-    h = np.stack([official_encoder(f, plain.sub(state, "encoder."), k) for f, k in zip(films, keep)])
+    h = np.stack(
+        [official_encoder(f, plain.sub(state, "encoder."), k) for f, k in zip(films, keep)]
+    )
     assert np.abs(world.target_encoder(images).numpy() - target).max() < 1e-4
     with torch.no_grad():
         ours = world.encoder(images, torch.from_numpy(keep))
@@ -103,13 +140,28 @@ def test_authors_weights_compute_the_same_function(width):
     target_box = np.array([[25, 0, 100, 80], [40, 61, 90, 120], [0, 0, 64, 64.0]])
     for flips in ((False, False), (True, False), (False, True), (True, True)):
         context_flip, target_flip = (torch.tensor([f] * 3) for f in flips)
-        coords = relative_coords(torch.from_numpy(context_box), torch.from_numpy(target_box), GRID, context_flip, target_flip)
+        coords = relative_coords(
+            torch.from_numpy(context_box),
+            torch.from_numpy(target_box),
+            GRID,
+            context_flip,
+            target_flip,
+        )
         theirs = [official_mask_coords(c, t, *flips) for c, t in zip(context_box, target_box)]
-        truth = np.stack([official_predictor(h[i], keep[i], theirs[i], ACTIONS[i], plain.sub(state, "predictor.")) for i in range(3)])
+        truth = np.stack(
+            [
+                official_predictor(
+                    h[i], keep[i], theirs[i], ACTIONS[i], plain.sub(state, "predictor.")
+                )
+                for i in range(3)
+            ]
+        )
         with torch.no_grad():
-            guess = world.predictor(ours, world.coords[torch.from_numpy(keep)], coords, torch.tensor(ACTIONS))
+            guess = world.predictor(
+                ours, world.coords[torch.from_numpy(keep)], coords, torch.tensor(ACTIONS)
+            )
         assert np.abs(guess.numpy() - truth).max() < 1e-4 * max(1, np.abs(truth).max()), flips
-    assert np.abs(truth).std() > 0.1                                                       # the comparison is not of zeros
+    assert np.abs(truth).std() > 0.1  # the comparison is not of zeros
 
 
 def test_mirrored_targets_of_the_same_box_run_backwards():
@@ -121,7 +173,11 @@ def test_mirrored_targets_of_the_same_box_run_backwards():
 def test_authors_weights_still_differ_where_they_should():
     """The fold is no accident: without the swap of halves the same comparison fails by orders of magnitude."""
     official = official_state()
-    world, images, action = from_official(official, HEADS, PREDICTOR_HEADS), torch.rand(1, 1, SIZE, SIZE), torch.tensor(ACTIONS[1:2])
+    world, images, action = (
+        from_official(official, HEADS, PREDICTOR_HEADS),
+        torch.rand(1, 1, SIZE, SIZE),
+        torch.tensor(ACTIONS[1:2]),
+    )
     before = world.predict(images, action)
     with torch.no_grad():
         world.predictor.mask_token.copy_(official["predictor.mask_token"].flatten())
@@ -132,8 +188,17 @@ def test_authors_world_goes_on_training():
     world = from_official(official_state(), HEADS, PREDICTOR_HEADS)
     order = torch.stack([torch.randperm(16) for _ in range(2)])
     y, x = torch.rand(2, 2, 1, SIZE, SIZE)
-    world(y, x, order[:, :6], order[:, 8:], coords=torch.rand(2, 16, 2), action=torch.tensor(ACTIONS[:2]))["loss"].backward()
-    assert all(p.grad is not None for p in [*world.encoder.parameters(), *world.predictor.parameters()])
+    world(
+        y,
+        x,
+        order[:, :6],
+        order[:, 8:],
+        coords=torch.rand(2, 16, 2),
+        action=torch.tensor(ACTIONS[:2]),
+    )["loss"].backward()
+    assert all(
+        p.grad is not None for p in [*world.encoder.parameters(), *world.predictor.parameters()]
+    )
     assert not any(p.requires_grad for p in world.target_encoder.parameters())
 
 
@@ -146,7 +211,9 @@ def same(a, b):
 def test_authors_file(tmp_path, prefix):
     official, path = official_state(), tmp_path / "chexworld_pretrained.tar"
     args = argparse.Namespace(lr=1e-3, data=["a", None], nested=argparse.Namespace(x=1))
-    torch.save({"model": {prefix + k: v for k, v in official.items()}, "epoch": 3, "args": args}, path)
+    torch.save(
+        {"model": {prefix + k: v for k, v in official.items()}, "epoch": 3, "args": args}, path
+    )
     expected = from_official(official, HEADS, PREDICTOR_HEADS)
     world = load_world(path)
     assert world.config == expected.config and same(world.state_dict(), expected.state_dict())
@@ -159,13 +226,22 @@ def test_our_own_files(tmp_path):
     world = CheXWorld(**TINY, tasks="local", delta=False)
     with torch.no_grad():
         world.target_encoder.norm.bias.add_(1)
-    torch.save({"world": world.state_dict(), "config": world.config, "step": 7}, tmp_path / "last.pt")
-    torch.save({"encoder": world.target_encoder.state_dict(), "config": world.target_encoder.config}, tmp_path / "encoder.pt")
+    torch.save(
+        {"world": world.state_dict(), "config": world.config, "step": 7}, tmp_path / "last.pt"
+    )
+    torch.save(
+        {"encoder": world.target_encoder.state_dict(), "config": world.target_encoder.config},
+        tmp_path / "encoder.pt",
+    )
     loaded = load_world(tmp_path / "last.pt")
     assert loaded.config == world.config and same(loaded.state_dict(), world.state_dict())
     assert same(load_encoder(tmp_path / "last.pt").state_dict(), world.target_encoder.state_dict())
-    assert same(load_encoder(tmp_path / "last.pt", "context").state_dict(), world.encoder.state_dict())
-    assert same(load_encoder(tmp_path / "encoder.pt").state_dict(), world.target_encoder.state_dict())
+    assert same(
+        load_encoder(tmp_path / "last.pt", "context").state_dict(), world.encoder.state_dict()
+    )
+    assert same(
+        load_encoder(tmp_path / "encoder.pt").state_dict(), world.target_encoder.state_dict()
+    )
     with pytest.raises(BadCheckpoint, match="holds no predictor"):
         load_world(tmp_path / "encoder.pt")
 
@@ -205,9 +281,16 @@ JUNK = {
     "world of another size": lambda path: saved(path, {"world": {}, "config": TINY}),
     "config that does not fit": lambda path: saved(path, {"encoder": {}, "config": dict(image=30)}),
     "unknown config": lambda path: saved(path, {"encoder": {}, "config": dict(colour="red")}),
-    "a resnet": lambda path: saved(path, {"model": {"conv1.weight": torch.zeros(4, 3, 7, 7), "fc.bias": torch.zeros(3)}}),
-    "a vit with a hole": lambda path: saved(path, {"model": {k: v for k, v in official_state().items() if "blocks.1.attn" not in k}}),
-    "other positions": lambda path: saved(path, {"model": official_state() | {"predictor.predictor_pos_embed": torch.zeros(1, 16, WIDTH)}}),
+    "a resnet": lambda path: saved(
+        path, {"model": {"conv1.weight": torch.zeros(4, 3, 7, 7), "fc.bias": torch.zeros(3)}}
+    ),
+    "a vit with a hole": lambda path: saved(
+        path, {"model": {k: v for k, v in official_state().items() if "blocks.1.attn" not in k}}
+    ),
+    "other positions": lambda path: saved(
+        path,
+        {"model": official_state() | {"predictor.predictor_pos_embed": torch.zeros(1, 16, WIDTH)}},
+    ),
     "numpy array": lambda path: np.save(open(path, "wb"), np.zeros(3)),
 }
 
@@ -220,7 +303,12 @@ def test_junk_is_one_line(tmp_path, kind, load):
     with pytest.raises(BadCheckpoint) as error:
         load(path)
     message = str(error.value)
-    assert error.value.one_line and str(path) in message and "\n" not in message and len(message) < 400 + len(str(path))
+    assert (
+        error.value.one_line
+        and str(path) in message
+        and "\n" not in message
+        and len(message) < 400 + len(str(path))
+    )
 
 
 def test_a_file_cut_anywhere_is_one_line(tmp_path):
@@ -249,8 +337,15 @@ def test_a_malicious_file_runs_nothing(tmp_path, how, load):
     if how == "bare pickle":
         path.write_bytes(pickle.dumps(evil))
     else:
-        files = {"whole": evil, "in args": {"model": official_state(), "args": argparse.Namespace(x=evil)}}
-        torch.save(files.get(how, {"model": {"encoder.x": evil}}), path, _use_new_zipfile_serialization=how != "legacy")
+        files = {
+            "whole": evil,
+            "in args": {"model": official_state(), "args": argparse.Namespace(x=evil)},
+        }
+        torch.save(
+            files.get(how, {"model": {"encoder.x": evil}}),
+            path,
+            _use_new_zipfile_serialization=how != "legacy",
+        )
     with pytest.raises(BadCheckpoint, match="nothing in it was run") as error:
         load(path)
     assert not trap.exists() and "\n" not in str(error.value)
@@ -270,8 +365,12 @@ def timm():
         pytest.skip("timm is not installed")
     parts = "ops ops.misc transforms transforms.functional datasets models models.feature_extraction utils".split()
     names = ["torchvision", *(f"torchvision.{part}" for part in parts)]
-    stand_ins = {} if importlib.util.find_spec("torchvision") else {name: mock.MagicMock(__path__=[], __spec__=None) for name in names}
-    torch.manual_seed(0)                                                               # imports what of torch looks for torchvision, too
+    stand_ins = (
+        {}
+        if importlib.util.find_spec("torchvision")
+        else {name: mock.MagicMock(__path__=[], __spec__=None) for name in names}
+    )
+    torch.manual_seed(0)  # imports what of torch looks for torchvision, too
     sys.modules.update(stand_ins)
     try:
         return importlib.import_module("timm")
@@ -282,8 +381,15 @@ def timm():
 
 def test_timm_computes_the_same_features_from_our_vit_b(timm):
     torch.manual_seed(0)
-    vit = ViT()                                                                            # ViT-B/16, 224
-    theirs = timm.create_model("vit_base_patch16_224", in_chans=1, class_token=False, global_pool="avg", fc_norm=False, num_classes=0)
+    vit = ViT()  # ViT-B/16, 224
+    theirs = timm.create_model(
+        "vit_base_patch16_224",
+        in_chans=1,
+        class_token=False,
+        global_pool="avg",
+        fc_norm=False,
+        num_classes=0,
+    )
     theirs.eval().load_state_dict(to_timm(vit))
     images = torch.rand(1, 1, 224, 224)
     with torch.no_grad():
@@ -292,7 +398,9 @@ def test_timm_computes_the_same_features_from_our_vit_b(timm):
 
 def small_timm(timm, **kwargs):
     torch.manual_seed(1)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0, **kwargs).eval()
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0, **kwargs
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -314,23 +422,35 @@ def test_timm_weights_in_rgb_fold_exactly(timm, tmp_path):
     torch.save({"module." + k: v for k, v in theirs.state_dict().items()}, tmp_path / "timm.pth")
     images = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
-        truth = theirs.forward_features((images.expand(-1, 3, -1, -1) - 0.5) / 0.5)        # timm's ViTs: mean and deviation 0.5
+        truth = theirs.forward_features(
+            (images.expand(-1, 3, -1, -1) - 0.5) / 0.5
+        )  # timm's ViTs: mean and deviation 0.5
         assert (load_encoder(tmp_path / "timm.pth")(images) - truth).abs().max() < 1e-4
 
 
 def test_timm_weights_with_a_class_token_load(timm, tmp_path):
     theirs = small_timm(timm)
-    torch.save({"model": theirs.state_dict() | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}}, tmp_path / "timm.pth")
+    torch.save(
+        {
+            "model": theirs.state_dict()
+            | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}
+        },
+        tmp_path / "timm.pth",
+    )
     vit, state = load_encoder(tmp_path / "timm.pth"), plain.arrays(theirs.state_dict())
     images = torch.rand(1, 1, 32, 32)
     rgb = np.repeat((images[0].double().numpy() - 0.5) / 0.5, 3, 0)
-    x = plain.embed_patches(rgb, state) + state["pos_embed"][0, 1:]                        # the class position is the first
+    x = (
+        plain.embed_patches(rgb, state) + state["pos_embed"][0, 1:]
+    )  # the class position is the first
     for i in range(2):
         x = plain.block(x, state, f"blocks.{i}", 3)
     assert np.abs(vit(images)[0].detach().numpy() - plain.layer_norm(x, state, "norm")).max() < 1e-4
 
 
 def test_timm_weights_without_a_final_norm_are_refused(timm, tmp_path):
-    torch.save(small_timm(timm, class_token=False, global_pool="avg").state_dict(), tmp_path / "timm.pth")
+    torch.save(
+        small_timm(timm, class_token=False, global_pool="avg").state_dict(), tmp_path / "timm.pth"
+    )
     with pytest.raises(BadCheckpoint, match="fc_norm=False"):
         load_encoder(tmp_path / "timm.pth")
