@@ -17,6 +17,8 @@ IDENTITY = (
     1.0,
     0.0,
 )  # the action that changes nothing: brightness, contrast, gamma, blur sigma
+
+
 BLUR_MAX = 2.0  # px (Sec. B.1)
 
 
@@ -152,9 +154,3 @@ def gaussian_matrix(size, sigma):
     weight = torch.exp(-distance / (2 * sigma.clamp(min=0.05).square().view(-1, 1, 1)))
     weight = weight * (distance <= (3 * BLUR_MAX) ** 2)
     return weight / weight.sum(-1, keepdim=True)
-
-
-def domain_candidates(side=8, span=(0.6, 1.4)):
-    """side² target jitters (brightness, contrast) spread evenly over the training range, for the domain sensitivity test (Sec. B.2). → (n, 2)"""
-    axis = torch.linspace(span[0], span[1], side)
-    return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)

@@ -10,8 +10,10 @@ end. The same command again goes on where the last one stopped. --out receives s
 """
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import time
@@ -19,27 +21,234 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import cases
-import runtime
-import tasks
-from cases import judge, loss_of, predict, prepare, solve_head, write_picture, write_predictions
-from data import Batches
-from heads import Classifier, Segmenter, layer_groups
-from model import SIZES, ViT, load_checkpoint, load_encoder
-from runtime import Stop, flag
+import augment
+from data import Batches, TaskFilms, TestExamples, TrainExamples, UnreadableFilms
+from model import SIZES, Classifier, Segmenter, ViT
+from plumbing import pictures
+from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
+from plumbing.checkpoint import (
+    Log,
+    Preempted,
+    load_checkpoint,
+    save_atomic,
+    write_json,
+    write_text,
+)
+from plumbing.keys import JITTER, keyed
+from plumbing.launch import (
+    UserError,
+    any_rank,
+    autocast,
+    choose_precision,
+    end_team,
+    flag,
+    host_group,
+    parse,
+    reduce_mean,
+    run_script,
+    start_team,
+    warmup_cosine,
+)
+from plumbing.metrics import accuracy, dice, fit_probe, mean_auroc
+from plumbing.splits import class_warnings, draw_few
+from plumbing.weights import load_encoder
+
+
+# ---------------------------------------------------------------- loss, prediction, judgement
+def loss_of(kind, logits, goal):
+    """Per film: labels → binary cross entropy, mean over classes; classes → cross entropy; mask → cross entropy + 1 - Dice, 1 : 1. → (B,)"""
+    if kind == "classes":
+        return F.cross_entropy(logits.float(), goal, reduction="none")
+    bce = (
+        F.binary_cross_entropy_with_logits(logits.float(), goal, reduction="none")
+        .flatten(1)
+        .mean(1)
+    )
+    if kind == "labels":
+        return bce
+    p, t = logits.float().sigmoid().flatten(1), goal.flatten(1)
+    return bce + 1 - (2 * (p * t).sum(1) + 1e-5) / (p.sum(1) + t.sum(1) + 1e-5)
+
+
+def prepare(item, kind, seed, step, places, batch, device):
+    """A loaded micro-batch → images (b, 1, H, W) with brightness and contrast in 0.8 … 1.2, goal. Keyed by (seed, step, place in the batch)."""
+    jitter = augment.sample_jitter(
+        batch, keyed(JITTER, seed, step), 0.8 if kind == "mask" else 1.0, (0.8, 1.2)
+    )[places].to(device)
+    images = augment.to_float(item["view"].to(device, non_blocking=True))
+    return augment.tone(images, jitter[:, 0], jitter[:, 1])[:, None], item["goal"].to(
+        device, non_blocking=True
+    )
+
+
+@torch.no_grad()
+def predict(forward, kind, films, config, team, bad, ten=False):
+    """{i: row} for every readable case: what forward gives, mean over its crops (c,); kind mask: (Dice, 1 if truth has any pixel, loss)."""
+    mine, rows, broken = (
+        torch.utils.data.Subset(TestExamples(films, ten), range(team.rank, len(films), team.world)),
+        {},
+        [],
+    )
+    size, workers = (
+        max(1, config.micro // (10 if ten else 1)),
+        config.workers if films.kept is None else 0,
+    )
+    loader = torch.utils.data.DataLoader(mine, batch_size=size, num_workers=workers)
+    for item in loader:
+        views = augment.to_float(item["views"].to(team.device))  # (b, v, H, W)
+        with autocast(team.device, config.precision):
+            out = forward(views.flatten(0, 1)[:, None]).float()
+        if kind == "mask":
+            goal = item["goal"].to(team.device)
+            losses, guess, truth = (
+                loss_of(kind, out, goal).cpu(),
+                (out > 0).cpu().numpy(),
+                item["goal"].numpy() > 0.5,
+            )
+            out = [
+                np.array([dice(g, t), t.any(), loss])
+                for g, t, loss in zip(guess, truth, losses.tolist())
+            ]
+        else:
+            out = out.view(*views.shape[:2], -1).mean(1).cpu().numpy()
+        for i, good, row in zip(item["index"].tolist(), item["good"].tolist(), out):
+            rows.update({i: row}) if good else broken.append(i)
+    if team.world > 1:
+        parts = [None] * team.world
+        dist.all_gather_object(parts, (rows, broken))
+        rows, broken = (
+            {i: r for p, _ in parts for i, r in p.items()},
+            [i for _, b in parts for i in b],
+        )
+    bad.note(films, sorted(broken))
+    return dict(sorted(rows.items()))
+
+
+def goals(films, rows):
+    """Targets (n, c) of the predicted cases, in their order."""
+    return np.array([films.cases[i].target for i in rows], float)
+
+
+def judge(kind, labels, films, rows):
+    """→ (metric in percent, loss, {class: AUROC in percent or None}); a class without positives or negatives counts in no mean."""
+    table = np.stack(list(rows.values()))
+    percent = lambda x: None if np.isnan(x) else 100 * float(x)
+    if kind == "mask":
+        some = table[table[:, 1] > 0, 0]
+        each = {
+            "all films": percent(table[:, 0].mean()),
+            "films with a mask": percent(some.mean() if len(some) else np.nan),
+        }
+        return 100 * table[:, 0].mean(), table[:, 2].mean(), each
+    truth = goals(films, rows)
+    mean, each = mean_auroc(table, truth)
+    loss = (
+        loss_of(kind, torch.tensor(table), torch.tensor(truth, dtype=torch.float32)).mean().item()
+    )
+    return (
+        100 * (accuracy(table, truth.argmax(1)) if kind == "classes" else mean),
+        loss,
+        dict(zip(labels, map(percent, each))),
+    )
+
+
+def solve_head(model, films, config, team, bad):
+    """The linear probe: logistic regression on frozen features of un-augmented films, its penalty chosen on validation, written into the head."""
+    x, y = {}, {}
+    model.eval()  # no drop path
+    for split in ("train", "val"):
+        rows = predict(model.features, "labels", films[split], config, team, bad)
+        x[split], y[split] = np.stack(list(rows.values())), goals(films[split], rows)
+    weight, bias = fit_probe(x["train"], y["train"], x["val"], y["val"])
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(weight.T))
+        model.head.bias.copy_(torch.from_numpy(bias))
+
+
+def write_predictions(path, kind, labels, films, rows):
+    """predictions.csv: film, class, label (0/1; mask: does it have one), score (logit; mask: Dice), one row a film and class."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(("film", "class", "label", "score"))
+    for i, row in rows.items():
+        case = films.cases[i]
+        pairs = (
+            [(labels[0], int(row[1]), row[0])] if kind == "mask" else zip(labels, case.target, row)
+        )
+        table.writerows(
+            (case.path.name, name, label, f"{score:.6g}") for name, label, score in pairs
+        )
+    write_text(path, text.getvalue())
+
+
+@torch.no_grad()
+def write_picture(path, model, films, rows, device):
+    """cases.png: best, median and worst film by Dice, with truth in green, the prediction in red and what both hold in yellow beside it."""
+    order, pictures_of, captions = sorted(rows, key=lambda i: -rows[i][0]), [], []
+    for i in (order[0], order[len(order) // 2], order[-1]):
+        item = TestExamples(films)[i]
+        guess = (
+            (model(augment.to_float(torch.from_numpy(item["views"]))[:, None].to(device)) > 0)[0]
+            .cpu()
+            .numpy()
+        )
+        tint = np.repeat(item["views"][0][..., None] * 0.6, 3, 2)
+        tint[..., 0] += 100 * guess
+        tint[..., 1] += 100 * item["goal"]
+        pictures_of.append([item["views"][0], tint.clip(0, 255).astype(np.uint8)])
+        captions.append([films.cases[i].path.name[:40], f"Dice {100 * rows[i][0]:.1f}"])
+    titles = ["film", "green truth, red prediction"]
+    pictures.save(
+        pictures.grid(pictures_of, captions, titles, ["best", "median", "worst"], cell=256), path
+    )
+
+
+def layer_groups(model, weight_decay, layer_decay):
+    """AdamW parameter groups {params, weight_decay, scale}: layer k of a ViT of L blocks learns at scale = layer_decay^(L + 1 - k); patch
+    embedding k = 0, block i k = i + 1, final norm and head k = L + 1. Vectors (biases, norms) do not decay; frozen parameters are left out."""
+    depth, groups = len(model.vit.blocks), {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        parts = name.split(".")
+        layer = (
+            0
+            if parts[:2] == ["vit", "patch_embed"]
+            else int(parts[2]) + 1
+            if parts[:2] == ["vit", "blocks"]
+            else depth + 1
+        )
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        group = groups.setdefault(
+            (layer, decay),
+            {"params": [], "weight_decay": decay, "scale": layer_decay ** (depth + 1 - layer)},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}
+
+
 PUBLISHED = ("vindr", "chexpert")  # tasks whose epochs and batch the authors tell
+
+
 MIN_STEPS = 300  # of the other tasks: few films mean more epochs
+
+
 SMALL, SMALL_TUNED = (
     dict(lr=1e-3, drop_path=0.1),
     dict(lr=4e-4, drop_path=0.1),
 )  # ours, for networks narrower than ViT-Small, from scratch
 # and pre-trained (a new segmentation decoder needs the larger steps, too): METHOD.md's recipe is made for ViT-B
+
+
 FREE = {
     "out",
     "data",
@@ -60,7 +269,7 @@ FREE = {
 
 @dataclasses.dataclass
 class Config:
-    task: str = flag("csv", "what to learn", list(tasks.TASKS))
+    task: str = flag("csv", "what to learn", list(TASKS))
     data: str = flag(None, "folder of the films [$CXR/<task>, else data/<task>]")
     labels: str = flag(
         None,
@@ -147,7 +356,7 @@ def choose_weights(config, out):
         else []
     )
     if not found:
-        raise Stop(
+        raise UserError(
             "no pre-training run (encoder.pt) under runs/: run pretrain.py, or give --weights FILE, or --weights none for scratch"
         )
     return found[-1], "newest pre-training run under runs/"
@@ -174,7 +383,7 @@ def shape_of(config, path):
 
 def settle(config, kind, shape, films, team):
     """A copy of config with nothing left open: the task's recipe, the encoder's shape, what few films allow. → (Config, why). films: to train on."""
-    recipe = dict(tasks.SEGMENT if kind == "mask" else tasks.TASKS[config.task].recipe)
+    recipe = dict(SEGMENT if kind == "mask" else TASKS[config.task].recipe)
     why = "the paper's" if config.task in PUBLISHED else "the paper's; epochs and batch are ours"
     if shape["dim"] < SIZES["small"]["dim"]:
         ours = SMALL if kind == "mask" or config.weights == "none" else SMALL_TUNED
@@ -193,7 +402,7 @@ def settle(config, kind, shape, films, team):
     settled["workers"] = (
         config.workers if config.workers is not None else 8 if team.device.type == "cuda" else 0
     )
-    settled["precision"] = runtime.choose_precision(config.precision, team.device)
+    settled["precision"] = choose_precision(config.precision, team.device)
     per_epoch = max(1, films // settled["batch"])
     if (
         config.epochs is None
@@ -209,15 +418,15 @@ def settle(config, kind, shape, films, team):
 def check(config):
     """Stop on flags that make no sense together."""
     if not 0 < config.fraction <= 1 or config.seeds < 1:
-        raise Stop(
+        raise UserError(
             f"--fraction {config.fraction} must be above 0 and at most 1, --seeds {config.seeds} at least 1"
         )
     if config.shots is not None and (config.shots < 1 or config.fraction < 1):
-        raise Stop("--shots must be at least 1, and does not go with --fraction")
+        raise UserError("--shots must be at least 1, and does not go with --fraction")
     if config.eval and (config.weights in (None, "none")):
-        raise Stop("--eval needs --weights FILE, a best.pt of finetune.py")
+        raise UserError("--eval needs --weights FILE, a best.pt of finetune.py")
     if config.size and config.weights != "none":
-        raise Stop(
+        raise UserError(
             "--size is for --weights none; otherwise the weights say how large the network is"
         )
 
@@ -231,7 +440,7 @@ def describe(splits):
             f"{split}: {c['films']} films of {c['patients']} patients"
             + (f" ({positive})" if positive else "")
         )
-    return [*lines, *splits.notes, *tasks.warnings(splits)]
+    return [*lines, *splits.notes, *class_warnings(splits)]
 
 
 def judgeable(splits):
@@ -240,7 +449,7 @@ def judgeable(splits):
     if splits.kind != "mask" and not any(
         0 < sum(c.target[k] for c in splits.test) < films for k in range(len(splits.labels))
     ):
-        raise Stop(
+        raise UserError(
             f"no class has positive and negative films among the {films} test films: AUROC is undefined; choose another split"
         )
 
@@ -281,12 +490,12 @@ def summarise(out, config, splits, weights, results, team):
         "bad": sorted({name for r in results for name in r["bad"]}),
     }
     if team.lead:
-        runtime.write_json(out / "result.json", result)
+        write_json(out / "result.json", result)
     for name, value in per_class.items():
         team.say(
             f"  {name:32s} {'undefined: test lacks its positives or negatives' if value is None else f'{value:6.2f}'}"
         )
-    paper = tasks.TASKS[config.task].paper
+    paper = TASKS[config.task].paper
     team.say(
         f"test {kind} {result['mean']:.2f} ± {std:.2f} % over {len(values)} seed(s){f' (paper {paper})' if paper else ''}: {out}/result.json"
     )
@@ -316,10 +525,10 @@ def same_recipe(folder, recipe):
         old = json.loads(path.read_text())
         changed = [f"{k} {old.get(k)} → {v}" for k, v in recipe.items() if old.get(k) != v]
         if changed:
-            raise Stop(
+            raise UserError(
                 f"{folder} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew"
             )
-    runtime.write_json(path, recipe)
+    write_json(path, recipe)
 
 
 def finished(path, end):
@@ -350,11 +559,11 @@ def load_finetuned(path, device, kind, labels):
     """best.pt → the model in evaluation mode; Stop when it was trained for something else."""
     saved = load_checkpoint(path)
     if "finetuned" not in saved or "labels" not in saved:
-        raise Stop(
+        raise UserError(
             f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs"
         )
     if (saved["kind"], tuple(saved["labels"])) != (kind, tuple(labels)):
-        raise Stop(
+        raise UserError(
             f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), the data asks for {', '.join(labels)} ({kind})"
         )
     vit = ViT(**saved["config"])
@@ -365,7 +574,7 @@ def load_finetuned(path, device, kind, labels):
 
 def main():
     # config
-    asked = runtime.parse(Config, __doc__)
+    asked = parse(Config, __doc__)
     check(asked)
     name = Path(asked.labels).stem if asked.labels else asked.task
     out = Path(
@@ -373,13 +582,13 @@ def main():
     )
 
     # devices
-    team = runtime.start_team(asked.device)
-    hosts, device, preempted = runtime.host_group(team), team.device, runtime.Preempted()
+    team = start_team(asked.device)
+    hosts, device, preempted = host_group(team), team.device, Preempted()
 
     # data
     path, why = choose_weights(asked, out)
-    root = tasks.find_root(asked.task, asked.data)
-    splits = tasks.load(
+    root = find_root(asked.task, asked.data)
+    splits = load_task(
         asked.task,
         root,
         asked.labels,
@@ -400,21 +609,21 @@ def main():
     judgeable(splits)
     size, bad = (
         shape["image"] if ready else asked.image or shape["image"],
-        cases.Bad(sum(c["films"] for c in splits.counts().values())),
+        UnreadableFilms(sum(c["films"] for c in splits.counts().values())),
     )
     fits = bad.total * (2 * size) ** 2 * 1.2 * team.world < asked.memory_gb * 1e9
     kept = {} if fits else None  # films decoded once, for all seeds
-    films = {split: cases.Films(getattr(splits, split), size, kept) for split in ("val", "test")}
+    films = {split: TaskFilms(getattr(splits, split), size, kept) for split in ("val", "test")}
 
     results, stopping = [], False
     for seed in range(asked.seed, asked.seed + asked.seeds):
         drawn = (
             splits.train
             if splits.drawn
-            else tasks.draw(splits.train, asked.fraction, asked.shots, seed)
+            else draw_few(splits.train, asked.fraction, asked.shots, seed)
         )
         if len(drawn) < len(splits.train):
-            lines = tasks.warnings(dataclasses.replace(splits, train=drawn), ["train"])
+            lines = class_warnings(dataclasses.replace(splits, train=drawn), ["train"])
             team.say(
                 "\n  ".join(
                     [
@@ -423,7 +632,7 @@ def main():
                     ]
                 )
             )
-        films["train"] = cases.Films([] if ready else drawn, size, kept)
+        films["train"] = TaskFilms([] if ready else drawn, size, kept)
         config, reason = settle(asked, kind, shape, len(drawn), team)
         n, per_epoch = len(drawn), len(drawn) // config.batch
         total = config.epochs * per_epoch
@@ -476,7 +685,7 @@ def main():
                 0,
             )
             if team.lead:
-                runtime.save_atomic(
+                save_atomic(
                     {"finetuned": model.state_dict(), **about, "step": 0}, folder / "best.pt"
                 )
 
@@ -491,7 +700,7 @@ def main():
         if start:
             team.say(f"seed {seed}: going on at step {start} of {total}")
         if team.lead and start < end:
-            log = runtime.Log(
+            log = Log(
                 folder / "log.csv",
                 ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"],
                 start,
@@ -508,7 +717,7 @@ def main():
         # loop
         share, accumulate = config.batch // team.world, config.batch // team.world // config.micro
         batches = Batches(n, config.batch, config.micro, team.rank, team.world, seed, start, end)
-        views = cases.Train(films["train"], seed)
+        views = TrainExamples(films["train"], seed)
         loader = iter(
             DataLoader(
                 views,
@@ -531,7 +740,7 @@ def main():
             torch.manual_seed(
                 int(np.random.SeedSequence((8, seed, step, team.rank)).generate_state(1)[0])
             )  # drop path, the same after a resume
-            lr = runtime.warmup_cosine(
+            lr = warmup_cosine(
                 step, total, round(config.warmup * per_epoch), config.lr, config.min_lr
             )
             for group in optimizer.param_groups:
@@ -547,7 +756,7 @@ def main():
                     if team.world > 1 and part + 1 < accumulate
                     else contextlib.nullcontext()
                 )
-                with sync, runtime.autocast(device, config.precision):
+                with sync, autocast(device, config.precision):
                     loss = loss_of(kind, forward(images), goal).mean() / accumulate
                     loss.backward()
                 losses.append(loss.detach())
@@ -557,13 +766,13 @@ def main():
             bar.update()
 
             done, value, val_loss = step + 1, "", ""
-            stopping = runtime.any_rank(preempted.asked, team, hosts)
+            stopping = any_rank(preempted.asked, team, hosts)
             validating = done % every == 0 or done == end
             logging = validating or done % config.log_every == 0
             if logging:
-                mean = runtime.reduce_mean(torch.stack(losses).sum(), team).item()
+                mean = reduce_mean(torch.stack(losses).sum(), team).item()
                 if not np.isfinite(mean):
-                    raise Stop(
+                    raise UserError(
                         f"seed {seed}: the loss became NaN or infinite at step {done}: delete {folder}, start again with a lower --lr"
                     )
             if validating:
@@ -579,7 +788,7 @@ def main():
                     f"val {metric} {value:.2f}, best {best['value']:.2f} at step {best['step']}"
                 )
                 if team.lead and best["step"] == done:
-                    runtime.save_atomic(
+                    save_atomic(
                         {"finetuned": model.state_dict(), **about, "step": done}, folder / "best.pt"
                     )
             if team.lead and logging:
@@ -605,7 +814,7 @@ def main():
                     "step": done,
                     "best": best,
                 }
-                runtime.save_atomic(state, folder / "last.pt")
+                save_atomic(state, folder / "last.pt")
             if stopping or tired:
                 break
         bar.close()
@@ -616,7 +825,7 @@ def main():
             break
 
         # test, once
-        runtime.any_rank(False, team, hosts)  # the others wait for best.pt
+        any_rank(False, team, hosts)  # the others wait for best.pt
         model = ready or load_finetuned(folder / "best.pt", device, kind, labels)
         rows = predict(model, kind, films["test"], config, team, bad, config.ten_crop)
         value, _, per_class = judge(kind, labels, films["test"], rows)
@@ -638,7 +847,7 @@ def main():
             if kind == "mask":
                 write_picture(folder / "cases.png", model, films["test"], rows, device)
             if not ready:
-                runtime.write_json(folder / "result.json", results[-1])
+                write_json(folder / "result.json", results[-1])
             if over:
                 (folder / "last.pt").unlink(missing_ok=True)
         if not ready:
@@ -648,8 +857,8 @@ def main():
 
     if results and not stopping:
         summarise(out, asked, splits, path, results, team)
-    runtime.end_team(team)
+    end_team(team)
 
 
 if __name__ == "__main__":
-    runtime.main(main)
+    run_script(main)

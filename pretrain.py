@@ -17,23 +17,39 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import augment
-import evaluate
-import phantom
-import pictures
-import runtime
-from data import Batches, Views, open_films
-from films import BadFilms, InMemory, leave_with_parent
+from data import BadFilms, Batches, InMemory, Views, open_films
+from lab.meter import fitting, passes
+from lab.report import closing
 from masks import mask_sizes, sample_masks
-from meter import fitting, passes
-from metrics import feature_std, rankme
-from model import SIZES, CheXWorld, load_checkpoint
-from runtime import Stop, flag
+from model import SIZES, CheXWorld
+from plumbing import phantom, pictures
+from plumbing.checkpoint import Log, Preempted, load_checkpoint, save_atomic, write_json
+from plumbing.keys import keyed
+from plumbing.launch import (
+    UserError,
+    any_rank,
+    autocast,
+    choose_precision,
+    cosine,
+    end_team,
+    flag,
+    host_group,
+    leave_with_parent,
+    parse,
+    reduce_mean,
+    run_script,
+    send,
+    start_team,
+    warmup_cosine,
+)
+from plumbing.monitor import LOSSES, collect_health, warn_of_collapse
+from plumbing.splits import split_films
+from plumbing.table import Labels
 
 RECIPES = {
     "demo": dict(
@@ -63,6 +79,8 @@ RECIPES = {
         seed=0,
     ),
 }
+
+
 FREE = {
     "out",
     "device",
@@ -169,15 +187,15 @@ def choose(config):
     ) | dict.fromkeys(("workers", "holdout", "warmup"), 0)
     for key, low in least.items():
         if getattr(config, key) is not None and getattr(config, key) < low:
-            raise Stop(f"--{key} {getattr(config, key)}: must be at least {low}")
+            raise UserError(f"--{key} {getattr(config, key)}: must be at least {low}")
     if config.image % config.patch:
-        raise Stop(f"--image {config.image} is not a multiple of --patch {config.patch}")
+        raise UserError(f"--image {config.image} is not a multiple of --patch {config.patch}")
     if config.image // config.patch < 4:
-        raise Stop(
+        raise UserError(
             f"--image {config.image} holds {config.image // config.patch} patches a side: at least 4 are needed for masks"
         )
     if not set(config.tasks.split(",")) <= {"local", "global", "domain"}:
-        raise Stop(f"--tasks {config.tasks}: any of local,global,domain, joined by commas")
+        raise UserError(f"--tasks {config.tasks}: any of local,global,domain, joined by commas")
     return config, recipe
 
 
@@ -190,7 +208,7 @@ def demo_data(config, team):
         else 0
     )
     if drawn not in (0, config.phantoms):
-        raise Stop(
+        raise UserError(
             f"{folder} holds {drawn} phantoms, not {config.phantoms}: choose another --out, or delete the folder"
         )
     if team.lead and not drawn:
@@ -205,38 +223,10 @@ def demo_data(config, team):
     return folder / "films", folder / "phantoms.csv"
 
 
-def split_films(films, tables, config):
-    """Training films and held-out ones, no patient on both sides. Test films of the probe tables are held out, else `holdout` films. → (train, held)"""
-    patients = list(films.patients)
-    held = set()
-    for table in tables:
-        where = table.locate(films)
-        for i, patient in zip(where, table.patients):
-            if (
-                i >= 0 and patients[i] == films.names[i] and patient not in table.names
-            ):  # the folder knew nobody: the table may
-                patients[i] = patient
-        held |= {int(i) for i in where[(table.split == "test") & (where >= 0)]}
-    if not tables:
-        order = np.random.default_rng((3, config.seed)).permutation(len(films))
-        held = {int(i) for i in order[: min(config.holdout, len(films) // 10)]}
-    away = {patients[i] for i in held}
-    train = [i for i in range(len(films)) if patients[i] not in away]
-    if not train:
-        raise Stop(
-            "every film is held out: nothing is left to train on; lower --holdout or check --probe"
-        )
-    if len(train) < config.batch:
-        raise Stop(
-            f"{len(train)} films to train on are fewer than one batch: lower --batch {config.batch} or add films"
-        )
-    return np.array(train), np.array(sorted(held), dtype=int)
-
-
 def micro_batch(config, team):
     """Films a forward pass: the largest divisor of this rank's share within the limit. Stop when the share is not whole."""
     if config.batch % team.world:
-        raise Stop(f"--batch {config.batch} is not a multiple of the {team.world} processes")
+        raise UserError(f"--batch {config.batch} is not a multiple of the {team.world} processes")
     share = config.batch // team.world
     limit = config.micro or (
         gpu_limit(config, torch.cuda.get_device_properties(team.device).total_memory)
@@ -268,19 +258,17 @@ def parameter_groups(world, weight_decay):
 def prepare(item, config, step, places, device):
     """A loaded micro-batch → what CheXWorld.forward takes, for both views. All randomness is keyed by (seed, step, place in the global batch)."""
     generator, B, grid = (
-        runtime.keyed(4, config.seed, step),
+        keyed(4, config.seed, step),
         config.batch,
         config.image // config.patch,
     )
     jitter = augment.sample_jitter(B, generator)[places]  # (b, 2): shared by both views
     both = torch.cat([places, places + B])  # rows of view 1, then of view 2
-    action = runtime.send(augment.sample_actions(2 * B, generator)[both], device)  # (2b, 4)
+    action = send(augment.sample_actions(2 * B, generator)[both], device)  # (2b, 4)
     keep, masked = sample_masks(2 * B, grid, generator, both, device)  # (2b, K), (2b, M)
     views = augment.to_float(item["views"].to(device, non_blocking=True))  # (b, 2, H, W)
     y = (
-        augment.apply_jitter(views, runtime.send(jitter, device))
-        .transpose(0, 1)
-        .flatten(0, 1)[:, None]
+        augment.apply_jitter(views, send(jitter, device)).transpose(0, 1).flatten(0, 1)[:, None]
     )  # (2b, 1, H, W)
     boxes, flips = (
         item[k].to(device, non_blocking=True).transpose(0, 1) for k in ("boxes", "flips")
@@ -302,16 +290,6 @@ def prepare(item, config, step, places, device):
     )
 
 
-def health(features, team):
-    """feature_std and RankMe of the pooled target features of the whole step. (n, D) on each rank → two floats"""
-    if team.world > 1:
-        parts = [torch.empty_like(features) for _ in range(team.world)]
-        torch.distributed.all_gather(parts, features.contiguous())
-        features = torch.cat(parts)
-    features = features.float().cpu()
-    return feature_std(features), rankme(features)
-
-
 def recipe_of(config, names):
     """What a run must keep to be continued: every setting that changes the numbers, and the films by name."""
     recipe = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
@@ -327,7 +305,7 @@ def resume(path, recipe, world, optimizer):
         return 0
     saved = load_checkpoint(path)
     if not {"world", "optimizer", "recipe", "step"} <= saved.keys():
-        raise Stop(
+        raise UserError(
             f"{path} is not a checkpoint of this program: move it away or choose another --out"
         )
     changed = [
@@ -336,7 +314,7 @@ def resume(path, recipe, world, optimizer):
         if saved["recipe"].get(k) != v
     ]
     if changed:
-        raise Stop(
+        raise UserError(
             f"{path.parent} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew"
         )
     world.load_state_dict(saved["world"])
@@ -346,7 +324,7 @@ def resume(path, recipe, world, optimizer):
 
 def save(out, world, optimizer, recipe, step):
     """last.pt: all that resuming needs; encoder.pt: the target encoder alone. Both atomically."""
-    runtime.save_atomic(
+    save_atomic(
         {
             "world": world.state_dict(),
             "config": world.config,
@@ -357,7 +335,7 @@ def save(out, world, optimizer, recipe, step):
         out / "last.pt",
     )
     encoder = world.target_encoder
-    runtime.save_atomic(
+    save_atomic(
         {"encoder": encoder.state_dict(), "config": encoder.config, "step": step},
         out / "encoder.pt",
     )
@@ -365,32 +343,32 @@ def save(out, world, optimizer, recipe, step):
 
 def main():
     # config
-    config, recipe_name = choose(runtime.parse(Config, __doc__))
+    config, recipe_name = choose(parse(Config, __doc__))
     out = Path(config.out)
 
     # devices
-    team = runtime.start_team(config.device)
-    hosts = runtime.host_group(team)
+    team = start_team(config.device)
+    hosts = host_group(team)
     device = team.device
-    config.precision = runtime.choose_precision(config.precision, device)
+    config.precision = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
 
     if team.lead:
         for left in out.glob(".*.tmp"):  # of a run that was killed while it wrote
             left.unlink()
-    runtime.any_rank(False, team, hosts)
+    any_rank(False, team, hosts)
 
     # data
     probes = config.probe.split(",") if config.probe else []
     if recipe_name == "demo":
         config.data, table = demo_data(config, team)
         probes = probes or [table]
-        runtime.any_rank(False, team, hosts)  # the others wait for the films
+        any_rank(False, team, hosts)  # the others wait for the films
     films = open_films(
         config.data, out, side=round(config.image * 320 / 224), patients=config.patients
     )
     team.say("\n".join(films.summary))
-    tables = [evaluate.Labels(path).complete() for path in probes]
+    tables = [Labels(path).complete() for path in probes]
     train, held = split_films(films, tables, config)
     memory = len(films) * (config.image * 1.5) ** 2 * 1.3 < 1e9
     workers = (
@@ -440,18 +418,18 @@ def main():
     # resume
     recipe = recipe_of(config, [films.names[i] for i in train])
     start = resume(out / "last.pt", recipe, world, optimizer)
-    if runtime.any_rank(
-        runtime.reduce_mean(torch.tensor(float(start), device=device), team).item() != start,
+    if any_rank(
+        reduce_mean(torch.tensor(float(start), device=device), team).item() != start,
         team,
         hosts,
     ):
-        raise Stop(
+        raise UserError(
             f"--out {out} must lie on a disk that all nodes share: they do not find the same last.pt there"
         )
     if start:
         team.say(f"going on at step {start} of {total}")
     if team.lead:
-        runtime.write_json(
+        write_json(
             out / "config.json",
             {
                 k: str(v) if isinstance(v, Path) else v
@@ -471,7 +449,7 @@ def main():
             "images_per_s",
             "data_wait",
         ]
-        log = runtime.Log(out / "log.csv", columns, start)
+        log = Log(out / "log.csv", columns, start)
         if not start:
             pictures.save(views_picture(views, config, min(4, config.batch)), out / "views.png")
 
@@ -501,7 +479,7 @@ def main():
     )
     bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
     asked, finite, waited, since, logged, done = (
-        runtime.Preempted(),
+        Preempted(),
         torch.ones((), device=device),
         0.0,
         time.perf_counter(),
@@ -510,10 +488,10 @@ def main():
     )
     try:
         for step in range(start, end):
-            lr = runtime.warmup_cosine(
+            lr = warmup_cosine(
                 step, total, round(config.warmup * per_epoch), config.lr, config.min_lr
             )
-            momentum = runtime.cosine(step, total, config.ema, 1.0)
+            momentum = cosine(step, total, config.ema, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             terms = []
@@ -529,7 +507,7 @@ def main():
                     if team.world > 1 and part + 1 < accumulate
                     else contextlib.nullcontext()
                 )
-                with sync, runtime.autocast(device, config.precision):
+                with sync, autocast(device, config.precision):
                     losses = forward(**batch)
                     (losses["loss"] / accumulate).backward()
                 terms.append(losses)
@@ -545,7 +523,7 @@ def main():
             bar.update()
 
             done = step + 1
-            stopping = runtime.any_rank(asked.asked, team, hosts)
+            stopping = any_rank(asked.asked, team, hosts)
             saving = done % config.save_every == 0 or done == end or stopping
             if done % config.log_every == 0 or done == end or saving:
                 broken = (
@@ -553,19 +531,19 @@ def main():
                     or saving
                     and not all(torch.isfinite(p).all() for p in parameters)
                 )
-                if runtime.any_rank(broken, team, hosts):
-                    raise Stop(
+                if any_rank(broken, team, hosts):
+                    raise UserError(
                         f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32"
                     )
             if done % config.log_every == 0 or done == end:
                 names = [n for n in LOSSES + ["loss"] if n in terms[0]]
-                mean = runtime.reduce_mean(
+                mean = reduce_mean(
                     torch.stack(
                         [torch.stack([t[n].detach() for t in terms]).mean() for n in names]
                     ),
                     team,
                 )
-                std, rank = health(torch.cat([t["features"] for t in terms]), team)
+                std, rank = collect_health(torch.cat([t["features"] for t in terms]), team)
                 now = time.perf_counter()
                 rate, wait = (done - logged) * config.batch / (now - since), waited / (now - since)
                 waited, since, logged = 0.0, now, done
@@ -598,25 +576,7 @@ def main():
         closing(config, out, world, films, held, tables, device)
     if asked.asked:
         team.say(f"SIGTERM: saved at step {done} in {out}; the same command goes on from there")
-    runtime.end_team(team)
-
-
-LOSSES = [
-    "l11",
-    "l22",
-    "l12",
-    "l21",
-    "d11",
-    "d22",
-]  # d: the separate domain losses of --not_unified
-
-
-def warn_of_collapse(std, rank, step, total, bar):
-    """Say what to do when the target features lose their variety; early steps are always poor, so only after a tenth of the training."""
-    if step > total / 10 and (std < 0.02 or rank < 1.5):
-        bar.write(
-            f"warning: step {step}: the features collapse (std {std:.3f}, RankMe {rank:.1f}): lower --lr, raise --ema or lengthen --warmup; python analyze.py health tells more"
-        )
+    end_team(team)
 
 
 def batch_of(views, numbers):
@@ -653,74 +613,5 @@ def views_picture(views, config, count=4):
     )
 
 
-def closing(config, out, world, films, held, tables, device):
-    """The closing table on held-out films: domain sensitivity test with and without the action, linear probes against random features and raw pixels."""
-    world.eval()
-    result = {"domain": {}, "probe": {}}
-    held = evaluate.readable(
-        films, held[np.linspace(0, len(held) - 1, min(50, len(held))).astype(int)]
-    )
-    if len(held):
-        result["domain"] = evaluate.domain_test(
-            world, evaluate.whole(films, held, config.image), progress=True
-        )
-        print(
-            f"\nheld-out films: domain sensitivity test, {len(held)} films × {result['domain']['candidates']} candidates (Table 4), percent"
-        )
-        for name, label in (
-            ("action", "with the action"),
-            ("no_action", "without"),
-            ("random", "chance"),
-        ):
-            print(
-                f"  {label:22s}"
-                + "".join(
-                    f"  Recall@{k} {result['domain'][name][f'recall@{k}']:6.2f}" for k in (1, 3, 5)
-                )
-            )
-    runtime.write_json(out / "result.json", result)
-    torch.manual_seed(config.seed)
-    fresh = CheXWorld(**world.config).to(device).eval().target_encoder
-    for table in tables:
-        scores = evaluate.probe_table(
-            table,
-            films,
-            {"pre-trained": world.target_encoder, "random initialisation": fresh},
-            config.image,
-        )
-        result["probe"][table.path.stem] = scores
-        print(
-            f"linear probe on {table.path.stem} ({', '.join(table.classes)}), test AUROC, percent"
-        )
-        for name, value in scores.items():
-            print(f"  {name:22s}  {value:6.2f}")
-    runtime.write_json(out / "result.json", result)
-    rows = runtime.read_log(out / "log.csv")
-    read = lambda key: (
-        [float(r["step"]) for r in rows if r[key]],
-        [float(r[key]) for r in rows if r[key]],
-    )
-    losses = pictures.curves(
-        {n: read(n) for n in LOSSES if read(n)[0]}, "loss terms", "step", "squared error"
-    )
-    pictures.save(
-        pictures.stack(
-            [
-                losses,
-                pictures.curves(
-                    {"RankMe": read("rankme")},
-                    "RankMe of the pooled target features",
-                    "step",
-                    "effective rank",
-                ),
-            ]
-        ),
-        out / "curve.png",
-    )
-    print(
-        f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, all numbers {out}/result.json"
-    )
-
-
 if __name__ == "__main__":
-    runtime.main(main)
+    run_script(main)

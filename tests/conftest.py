@@ -1,9 +1,12 @@
-"""Tests run from anywhere and import the flat files from the repository's root."""
+"""Tests run from anywhere, import the core, plumbing and lab, and find the optional real films."""
 
 import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+REAL = ROOT.parent / "shared" / "cxr"  # real radiographs, where somebody has put them there
+sys.path[:0] = [str(ROOT), str(TESTS)]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

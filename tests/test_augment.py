@@ -20,6 +20,7 @@ from augment import (
     sample_jitter,
     to_float,
 )
+from lab import domain
 
 
 def smooth_film(height, width, seed=0):
@@ -386,7 +387,7 @@ def test_same_generator_same_numbers():
 
 
 def test_candidates_cover_the_range_evenly():
-    c = augment.domain_candidates().numpy()
+    c = domain.domain_candidates().numpy()
     axis = [0.6 + 0.8 * k / 7 for k in range(8)]
     assert sorted(map(tuple, c.round(5))) == sorted(
         (round(np.float32(b), 5), round(np.float32(d), 5)) for b in axis for d in axis

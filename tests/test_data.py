@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REAL
+from films_for_tests import TINY, film, needs_real, run, tree
 
-import data
 from augment import crop, sample_boxes
-from data import BadFilm, Batches, Views, match, open_films
-from runtime import Stop
-from test_films import REAL, TINY, film, needs_real, run, tree
+from data import Batches, Views, open_films
+from plumbing import folder, keys
+from plumbing.film import BadFilm
+from plumbing.launch import UserError
+from plumbing.table import match
 
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -60,10 +63,10 @@ def test_any_folder(tmp_path):
 
 
 def test_nothing_to_open(tmp_path):
-    with pytest.raises(Stop, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         open_films(tmp_path / "gone")
     tree(tmp_path, ["labels.csv", "LICENSE"], b"words")
-    with pytest.raises(Stop, match="no films.*2 files"):
+    with pytest.raises(UserError, match="no films.*2 files"):
         open_films(tmp_path)
 
 
@@ -135,9 +138,9 @@ def test_mimic(tmp_path, folder, zipped):
 
 def test_mimic_bad_list():
     assert (
-        len(data.MIMIC_BAD) == 23
-        and MIMIC_BAD_ID in data.MIMIC_BAD
-        and all(len(i) == 44 for i in data.MIMIC_BAD)
+        len(folder.MIMIC_BAD) == 23
+        and MIMIC_BAD_ID in folder.MIMIC_BAD
+        and all(len(i) == 44 for i in folder.MIMIC_BAD)
     )
 
 
@@ -150,14 +153,14 @@ def test_lists_without_films_or_partners(tmp_path):
     for image in base.rglob("*.jpg"):
         image.unlink()
     with pytest.raises(
-        Stop, match=r"none of the 3 films in its lists.*expected mimic-cxr-jpg/\{files/p10"
+        UserError, match=r"none of the 3 films in its lists.*expected mimic-cxr-jpg/\{files/p10"
     ):
         open_films(tmp_path)
     (base / "mimic-cxr-2.0.0-split.csv.gz").unlink()
-    with pytest.raises(Stop, match="without its mimic-cxr-2.0.0-split"):
+    with pytest.raises(UserError, match="without its mimic-cxr-2.0.0-split"):
         open_films(tmp_path)
     (base / "mimic-cxr-2.0.0-metadata.csv.gz").write_bytes(b"\x1f\x8bjunk")
-    with pytest.raises(Stop, match="cannot be read as a table"):
+    with pytest.raises(UserError, match="cannot be read as a table"):
         open_films(tmp_path, mimic_all=True)
 
 
@@ -243,7 +246,7 @@ def test_chexpert(tmp_path, variant, above):
 def test_chexpert_test_set_is_never_trained_on(tmp_path):
     chexpert_tree(tmp_path, "test set")
     with pytest.raises(
-        Stop, match="no films to train on.*CheXpert: 0 frontal training films.*2 left out"
+        UserError, match="no films to train on.*CheXpert: 0 frontal training films.*2 left out"
     ):
         open_films(tmp_path)
     tree(tmp_path, ["mine/1.png"])
@@ -304,7 +307,7 @@ def test_nih(tmp_path, box, old, table):
 
 def test_nih_without_its_list(tmp_path):
     nih_tree(tmp_path, listed=False)
-    with pytest.raises(Stop, match="ChestX-ray14 without train_val_list.txt"):
+    with pytest.raises(UserError, match="ChestX-ray14 without train_val_list.txt"):
         open_films(tmp_path)
 
 
@@ -340,7 +343,7 @@ def test_index_is_cached_until_something_changes(tmp_path, monkeypatch):
     tree(films, ["own/deep/er/1.png"])
     looked = []
     monkeypatch.setattr(
-        data, "walk", lambda root, walk=data.walk: looked.append(root) or walk(root)
+        folder, "walk", lambda root, walk=folder.walk: looked.append(root) or walk(root)
     )
     names = lambda **options: [Path(n).name for n in open_films(films, cache, **options).names]
     first = names()
@@ -407,7 +410,7 @@ def slow_batches(n, batch, seed, steps):
     """Every step's global batch, written out: the epochs' permutations, each cut to whole batches, one after the other."""
     places = []
     for epoch in range(steps):
-        order = np.random.default_rng((data.BATCHES, seed, epoch)).permutation(n).tolist()
+        order = np.random.default_rng((keys.BATCHES, seed, epoch)).permutation(n).tolist()
         places += [(epoch, i) for i in order[: n - n % batch]]
     return [places[s * batch : (s + 1) * batch] for s in range(steps)]
 
@@ -452,9 +455,9 @@ def test_batches_cover_an_epoch_and_differ_between_epochs():
 
 
 def test_batches_that_cannot_be():
-    with pytest.raises(Stop, match="11 films are fewer than one batch of 12"):
+    with pytest.raises(UserError, match="11 films are fewer than one batch of 12"):
         Batches(11, 12, 12, 0, 1, 0, steps=1)
-    with pytest.raises(Stop, match="not a multiple"):
+    with pytest.raises(UserError, match="not a multiple"):
         Batches(100, 12, 5, 0, 2, 0, steps=1)
 
 
@@ -476,7 +479,7 @@ class Memory:
 
 def test_views_are_the_keyed_crops():
     item = Views(Memory(9), 32, seed=4)[(2, 5)]
-    boxes, flips = sample_boxes(np.random.default_rng((data.VIEWS, 4, 2, 5)), 95, 100)
+    boxes, flips = sample_boxes(np.random.default_rng((keys.VIEWS, 4, 2, 5)), 95, 100)
     assert item["views"].shape == (2, 32, 32) and item["views"].dtype == np.uint8
     assert item["boxes"].dtype == np.float32 and item["bad"] == -1
     for k in range(2):
@@ -528,7 +531,7 @@ def test_a_bad_film_gives_way_to_the_next():
         and some[(0, 1)]["bad"] == 3
         and np.array_equal(some.read(0)[0], film(8, 91, 100))
     )
-    with pytest.raises(Stop, match="10 films in a row cannot be read, from 0.png on .broken."):
+    with pytest.raises(UserError, match="10 films in a row cannot be read, from 0.png on .broken."):
         Views(Memory(10, bad=range(10)), 24, seed=1)[(0, 0)]
 
 

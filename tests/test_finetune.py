@@ -14,18 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from sklearn.metrics import log_loss, roc_auc_score
 
-import cases
+import data
 import finetune
-import runtime
-import tasks
-from conftest import ROOT
-from data import fit
-from heads import Classifier
-from listing import Case
-from model import ViT
+from model import Classifier, ViT
+from plumbing import benchmarks, checkpoint, launch
+from plumbing.film import Case, fit
 
 TINY = ["--weights", "none", "--size", "tiny", "--image", "32", "--patch", "8", "--device", "cpu"]
 SHORT = ["--batch", "8", "--epochs", "6", "--lr", "2e-3", "--log_every", "2", "--drop_path", "0.1"]
@@ -144,7 +141,7 @@ def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsy
         go(films, tmp_path, "--seeds", "2", "--ten_crop") == result
         and (tmp_path / "seed0" / "best.pt").stat().st_mtime_ns == before
     )
-    with pytest.raises(runtime.Stop, match="another recipe .*lr 0.002 → 0.1"):
+    with pytest.raises(launch.UserError, match="another recipe .*lr 0.002 → 0.1"):
         go(films, tmp_path, "--seeds", "2", "--ten_crop", "--lr", "0.1")
 
 
@@ -158,7 +155,7 @@ def test_eval_gives_the_same_number_again(films, tmp_path):
         == (tmp_path / "seed0" / "predictions.csv").read_text()
     )
     with pytest.raises(
-        runtime.Stop, match=r"trained for square \(labels\), the data asks for mask"
+        launch.UserError, match=r"trained for square \(labels\), the data asks for mask"
     ):
         go(films, tmp_path / "wrong", base=base, table="squares.csv")
 
@@ -307,7 +304,7 @@ def test_segmentation_learns_and_draws_its_cases(films, tmp_path):
 
 def test_linear_probe_leaves_the_encoder_alone_and_takes_a_pretrained_one(films, tmp_path):
     vit = ViT(64, 8, dim=32, depth=2, heads=2)
-    runtime.save_atomic(
+    checkpoint.save_atomic(
         {"encoder": vit.state_dict(), "config": vit.config, "step": 1}, tmp_path / "encoder.pt"
     )
     base = ["--weights", str(tmp_path), "--device", "cpu", "--image", "32"]
@@ -328,16 +325,16 @@ def test_linear_probe_leaves_the_encoder_alone_and_takes_a_pretrained_one(films,
 def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = finetune.Config(task="csv")
-    with pytest.raises(runtime.Stop, match="no pre-training run"):
+    with pytest.raises(launch.UserError, match="no pre-training run"):
         finetune.choose_weights(config, tmp_path / "out")
     for k, name in enumerate(("new", "old")):
-        runtime.write_text(f"runs/{name}/encoder.pt", "")
+        checkpoint.write_text(f"runs/{name}/encoder.pt", "")
         os.utime(f"runs/{name}/encoder.pt", (1000 - k, 1000 - k))
     assert finetune.choose_weights(config, tmp_path / "out") == (
         Path("runs/new/encoder.pt"),
         "newest pre-training run under runs/",
     )
-    runtime.write_json(
+    checkpoint.write_json(
         tmp_path / "out" / "seed0" / "config.json", {"weights": "runs/old/encoder.pt"}
     )
     assert finetune.choose_weights(config, tmp_path / "out")[0] == Path("runs/old/encoder.pt")
@@ -370,7 +367,7 @@ def test_unreadable_films_are_named_and_skipped_and_many_stop(films, tmp_path, c
     assert "bad film, skipped" in "".join(capsys.readouterr())
     (films / "empty.png").write_bytes(b"")
     table.write_text("\n".join(rows + ["broken.png,square,x,train", "empty.png,normal,y,train"]))
-    with pytest.raises(runtime.Stop, match="2 of 42 films cannot be read, more than 1 %"):
+    with pytest.raises(launch.UserError, match="2 of 42 films cannot be read, more than 1 %"):
         go(films, tmp_path / "two", table=table)
 
 
@@ -398,7 +395,7 @@ def test_a_class_without_positives_in_validation_is_said_and_left_out(films, tmp
             + [r.replace(",normal", ",square") if r.endswith("test") else r for r in rows[1:]]
         )
     )
-    with pytest.raises(runtime.Stop, match="AUROC is undefined"):
+    with pytest.raises(launch.UserError, match="AUROC is undefined"):
         go(films, tmp_path / "undefined", table=table)
 
 
@@ -441,7 +438,7 @@ def test_junk_weights_are_refused_by_name(films, tmp_path):
 
 
 def test_every_flag_is_read():
-    source = (ROOT / "finetune.py").read_text() + (ROOT / "cases.py").read_text()
+    source = (ROOT / "finetune.py").read_text()
     used = set(re.findall(r"(?:config|asked)\.(\w+)", source)) | set(
         re.findall(r'settled\["(\w+)"\]', source)
     )
@@ -451,7 +448,7 @@ def test_every_flag_is_read():
 
 def test_settled_recipes_are_the_papers_where_published():
     team, base, tiny = (
-        runtime.Team(0, 1, torch.device("cpu")),
+        launch.Team(0, 1, torch.device("cpu")),
         dict(image=224, patch=16, dim=768),
         dict(image=64, patch=8, dim=128),
     )
@@ -503,9 +500,9 @@ def test_losses_are_their_formulas():
         )
         for b in range(4)
     ]
-    assert cases.loss_of("labels", logits, goal).tolist() == pytest.approx(slow, abs=1e-5)
+    assert finetune.loss_of("labels", logits, goal).tolist() == pytest.approx(slow, abs=1e-5)
     one = torch.eye(3)[[0, 2, 1, 1]]
-    assert cases.loss_of("classes", logits, one).tolist() == pytest.approx(
+    assert finetune.loss_of("classes", logits, one).tolist() == pytest.approx(
         [
             log_loss([k], [logits[b].double().softmax(0).numpy()], labels=[0, 1, 2])
             for b, k in enumerate((0, 2, 1, 1))
@@ -515,7 +512,7 @@ def test_losses_are_their_formulas():
     masks, truth = torch.randn(2, 5, 5), torch.zeros(2, 5, 5)
     truth[0, 1:3] = 1
     q = masks.sigmoid().numpy()
-    for b, loss in enumerate(cases.loss_of("mask", masks, truth).tolist()):
+    for b, loss in enumerate(finetune.loss_of("mask", masks, truth).tolist()):
         t = truth[b].numpy()
         bce = -np.mean(t * np.log(q[b]) + (1 - t) * np.log(1 - q[b]))
         assert loss == pytest.approx(
@@ -535,12 +532,12 @@ def test_judgement_of_three_classes_and_of_masks():
     )
     rng = np.random.default_rng(0)
     rows = {i: rng.normal(size=3) for i in (0, 1, 2, 4, 5, 6, 8)}  # 3 and 7 could not be read
-    value, _, per_class = cases.judge("classes", "abc", films, rows)
+    value, _, per_class = finetune.judge("classes", "abc", films, rows)
     assert value == pytest.approx(100 * np.mean([row.argmax() == i % 3 for i, row in rows.items()]))
     assert per_class["b"] == pytest.approx(
         100 * roc_auc_score([i % 3 == 1 for i in rows], [r[1] for r in rows.values()])
     )
-    value, loss, each = cases.judge(
+    value, loss, each = finetune.judge(
         "mask", "m", None, {0: np.array([1.0, 0, 0.5]), 1: np.array([0.5, 1, 0.7])}
     )
     assert (value, each["all films"], each["films with a mask"]) == (
@@ -549,7 +546,8 @@ def test_judgement_of_three_classes_and_of_masks():
         50,
     ) and loss == pytest.approx(0.6)
     assert (
-        cases.judge("mask", "m", None, {0: np.array([1.0, 0, 0.5])})[2]["films with a mask"] is None
+        finetune.judge("mask", "m", None, {0: np.array([1.0, 0, 0.5])})[2]["films with a mask"]
+        is None
     )
 
 
@@ -567,8 +565,8 @@ def test_a_tie_on_validation_goes_to_the_lower_loss():
 def test_test_views_are_resize_and_centre_crop_and_ten_crops():
     film = np.random.default_rng(0).integers(0, 256, (100, 140), dtype=np.uint8)
     small = fit(film, 64)  # 256 / 224 of 56
-    assert np.array_equal(cases.test_views(film, 56), small[None, 4:60, 17:73])
-    ten = cases.test_views(film, 56, ten=True)
+    assert np.array_equal(data.test_views(film, 56), small[None, 4:60, 17:73])
+    ten = data.test_views(film, 56, ten=True)
     corners = [
         small[4:60, 17:73],
         small[:56, :56],
@@ -584,8 +582,8 @@ def test_film_and_mask_move_together():
     film[20:40, 10:30] = 255
     moved = 0
     for k in range(20):
-        out, mask = cases.shift_scale_flip(film, film > 0, np.random.default_rng(k))
-        again, _ = cases.shift_scale_flip(film, film > 0, np.random.default_rng(k))
+        out, mask = data.shift_scale_flip(film, film > 0, np.random.default_rng(k))
+        again, _ = data.shift_scale_flip(film, film > 0, np.random.default_rng(k))
         assert (
             np.array_equal(out, again) and ((out > 127) != mask).sum() <= 84
         )  # a pixel along the square's edge
@@ -594,9 +592,9 @@ def test_film_and_mask_move_together():
 
 
 def test_training_views_depend_on_seed_epoch_and_index_only(films):
-    splits = tasks.load("csv", films, films / "labels.csv")
-    kept, lazy = cases.Films(splits.train, 32, {}), cases.Films(splits.train, 32)
-    item = lambda f, seed, epoch, i: cases.Train(f, seed)[epoch, i]["view"]
+    splits = benchmarks.load_task("csv", films, films / "labels.csv")
+    kept, lazy = data.TaskFilms(splits.train, 32, {}), data.TaskFilms(splits.train, 32)
+    item = lambda f, seed, epoch, i: data.TrainExamples(f, seed)[epoch, i]["view"]
     assert np.array_equal(item(kept, 0, 1, 2), item(lazy, 0, 1, 2))
     assert not any(
         np.array_equal(item(kept, 0, 1, 2), item(kept, *other)) for other in ((1, 1, 2), (0, 2, 2))
@@ -606,26 +604,26 @@ def test_training_views_depend_on_seed_epoch_and_index_only(films):
         "goal": torch.zeros(8, 1),
     }
     half = {k: v[4:] for k, v in whole.items()}
-    a = cases.prepare(whole, "labels", 0, 3, torch.arange(8), 8, "cpu")[0]
-    b = cases.prepare(half, "labels", 0, 3, torch.arange(4, 8), 8, "cpu")[0]
+    a = finetune.prepare(whole, "labels", 0, 3, torch.arange(8), 8, "cpu")[0]
+    b = finetune.prepare(half, "labels", 0, 3, torch.arange(4, 8), 8, "cpu")[0]
     assert torch.equal(a[4:], b) and a.shape == (8, 1, 32, 32)
 
 
 def test_solved_head_is_the_probe_of_pooled_features(films):
-    splits = tasks.load("csv", films, films / "labels.csv")
-    sets = {s: cases.Films(getattr(splits, s), 32, {}) for s in ("train", "val", "test")}
+    splits = benchmarks.load_task("csv", films, films / "labels.csv")
+    sets = {s: data.TaskFilms(getattr(splits, s), 32, {}) for s in ("train", "val", "test")}
     model = Classifier(ViT(32, 8, dim=16, depth=1, heads=2), 1).eval()
     team, config = (
-        runtime.Team(0, 1, torch.device("cpu")),
+        launch.Team(0, 1, torch.device("cpu")),
         finetune.Config(micro=5, workers=0, precision="float32"),
     )
-    cases.solve_head(model, sets, config, team, cases.Bad(40))
+    finetune.solve_head(model, sets, config, team, data.UnreadableFilms(40))
     pooled = {}
     with torch.no_grad():
         for s, f in sets.items():
             views = (
                 torch.stack(
-                    [torch.from_numpy(cases.test_views(f[i][0], 32)) for i in range(len(f))]
+                    [torch.from_numpy(data.test_views(f[i][0], 32)) for i in range(len(f))]
                 ).float()
                 / 255
             )
@@ -634,7 +632,7 @@ def test_solved_head_is_the_probe_of_pooled_features(films):
     from metrics import linear_probe
 
     expected = linear_probe(pooled["train"], y["train"], pooled["val"], y["val"], pooled["test"])
-    rows = cases.predict(model, "labels", sets["test"], config, team, cases.Bad(40))
+    rows = finetune.predict(model, "labels", sets["test"], config, team, data.UnreadableFilms(40))
     assert np.concatenate(list(rows.values())) == pytest.approx(
         expected, abs=1e-2 * np.abs(expected).max()
     )
@@ -642,12 +640,13 @@ def test_solved_head_is_the_probe_of_pooled_features(films):
 
 def test_compare_makes_the_table_and_goes_on(films, tmp_path):
     vit = ViT(16, 8, dim=128, depth=4, heads=4)
-    runtime.save_atomic(
+    checkpoint.save_atomic(
         {"encoder": vit.state_dict(), "config": vit.config, "step": 1}, tmp_path / "encoder.pt"
     )
     argv = [
         sys.executable,
-        "compare.py",
+        "-m",
+        "lab.compare",
         "--weights",
         tmp_path / "encoder.pt",
         "--data",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from heads import Classifier, Segmenter, SimpleFPN, layer_groups
-from model import ViT
+from finetune import layer_groups
+from model import Classifier, Segmenter, SimpleFPN, ViT
 
 
 def tiny(image=32, patch=8, depth=2):

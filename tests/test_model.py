@@ -1,10 +1,10 @@
 """Networks and losses against tests/plain.py, a slow float64 re-statement: positions, attention, Eq. 8, 10–12, ablations, EMA, gradients."""
 
 import numpy as np
+import plain
 import pytest
 import torch
 
-import plain
 from model import SIZES, CheXWorld, ViT, attend, grid_coords, sincos
 
 TINY = dict(

@@ -8,19 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
-import meter
-import phantom
 import pretrain
-import runtime
+from lab import meter
+from plumbing import launch, phantom
 
-ROOT = Path(__file__).parents[1]
 SMALL = "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 --log_every 1 --save_every 1000 --device cpu --precision float32 --holdout 4".split()
 
 
@@ -330,6 +328,6 @@ def test_what_fits_into_a_gpu():
     )
     assert films(24e9, size="large") < 64 < films(24e9, size="small") and films(1e9) == 1
     assert (
-        pretrain.micro_batch(pretrain.Config(batch=96), runtime.Team(0, 1, torch.device("cpu")))
+        pretrain.micro_batch(pretrain.Config(batch=96), launch.Team(0, 1, torch.device("cpu")))
         == 48
     )

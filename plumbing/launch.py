@@ -1,0 +1,228 @@
+"""What every script needs and no paper describes: command line, torchrun, precision, schedules, safe checkpoints, the log.
+
+A leaf: imports none of our files. Nothing here knows what is being trained.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import threading
+import time
+import types
+import typing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """An error that the user can mend: one line that says what, where and what to do."""
+
+    one_line = True
+
+
+def run_script(function):
+    """Run a script's main; a Stop (or any error marked `one_line`) becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    try:
+        function()
+    except Exception as stop:
+        if not getattr(stop, "one_line", False):
+            raise
+        print(f"error: {stop}", file=sys.stderr, flush=True)
+        os._exit(1) if dist.is_initialized() else sys.exit(
+            1
+        )  # with peers waiting in a collective, leave at once
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def flag(default, help, choices=None):
+    """A dataclass field that is also a command-line flag; `None` as default means that the data decides."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        known = [o for action in self._actions for o in action.option_strings]
+        unknown = (
+            [word.split("=")[0] for word in message.split() if word.startswith("-")]
+            if "unrecognized" in message
+            else []
+        )
+        near = difflib.get_close_matches(unknown[0], known, 1) if unknown else []
+        raise UserError(
+            f"{message}{f' (did you mean {near[0]}?)' if near else ''}; {self.prog} --help lists all flags"
+        )
+
+
+def parse(Config, doc, argv=None, prog=None):
+    """Dataclass → command line → dataclass. Booleans become switches; every other field takes a value of its type."""
+    parser = Parser(
+        prog=prog or Path(sys.argv[0]).name,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Config):
+        if "help" not in field.metadata:  # derived by the script, not given by the user
+            continue
+        kinds = [t for t in typing.get_args(field.type) if t is not types.NoneType] or [field.type]
+        shown = "" if field.default is None or field.type is bool else f" [{field.default}]"
+        options = (
+            {"action": "store_true"}
+            if field.type is bool
+            else {"type": kinds[0], "choices": field.metadata["choices"]}
+        )
+        if field.type is not bool and not field.metadata["choices"]:
+            options["metavar"] = kinds[0].__name__.upper()
+        parser.add_argument(
+            f"--{field.name}",
+            default=field.default,
+            help=(field.metadata["help"] + shown).replace("%", "%%"),
+            **options,
+        )
+    config = Config(**vars(parser.parse_args(argv)))
+    if (getattr(config, "seed", None) or 0) < 0:
+        raise UserError(
+            f"--seed {config.seed}: must be 0 or more"
+        )  # the keys of random numbers have no sign
+    return config
+
+
+# ------------------------------------------------------------------------------------------------ processes and precision
+@dataclasses.dataclass
+class Team:
+    """The processes of one run: rank and world as torchrun gives them (0 of 1 without), this one's device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def lead(self):
+        return self.rank == 0
+
+    def say(self, *words):
+        if self.lead:
+            print(*words, flush=True)
+
+
+def start_team(device="auto"):
+    """Join the torchrun group when there is one: nccl on GPUs, gloo on CPUs. → Team"""
+    rank, world, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda, but this PyTorch sees no GPU: use --device cpu or install a CUDA build of torch"
+        )
+    if device == "cuda":
+        device = f"cuda:{local}"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: wanted auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"--device {device}, but this PyTorch sees {torch.cuda.device_count()} GPU(s)"
+            )
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Team(rank, world, device)
+
+
+def end_team(team):
+    """Leave the group, so that torchrun sees a clean exit."""
+    if team.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def host_group(team):
+    """A gloo group beside nccl: small agreements between hosts that must not wait for the GPU. None for one process."""
+    return dist.new_group(backend="gloo") if team.world > 1 else None
+
+
+def any_rank(value, team, group):
+    """True on every rank when `value` is true on any: all ranks then take the same decision at the same step."""
+    if team.world == 1:
+        return bool(value)
+    vote = torch.tensor([int(value)])
+    dist.all_reduce(vote, group=group)
+    return bool(vote.item())
+
+
+def reduce_mean(tensor, team):
+    """Mean of a tensor over the ranks (in place for one process)."""
+    if team.world > 1:
+        dist.all_reduce(tensor)
+        tensor /= team.world
+    return tensor
+
+
+def choose_precision(name, device):
+    """'auto' → bfloat16 on GPUs and CPUs that multiply it natively, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    native = getattr(
+        torch.cpu, "_is_avx512_bf16_supported", bool
+    )()  # else emulated, and slower than float32
+    return "bfloat16" if native else "float32"
+
+
+def autocast(device, precision):
+    """The context in which the forward pass runs."""
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if precision == "bfloat16"
+        else contextlib.nullcontext()
+    )
+
+
+def send(tensor, device):
+    """A tensor made on the CPU → on the device, by way of pinned memory on a GPU, so that the host does not wait for it."""
+    device = torch.device(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ schedules
+def warmup_cosine(step, total, warmup, peak, floor):
+    """Linear warm-up over `warmup` steps to `peak`, then cosine to `floor` at step `total`. Pure function of the step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def cosine(step, total, start, end):
+    """From `start` at step 0 to `end` at step `total` along half a cosine (Sec. B.1: the EMA momentum)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+
+
+def leave_with_parent(_):
+    """In a worker: end when the parent is killed. PyTorch's own watch does not see it while a film waits in a pipe that nobody reads."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,466 @@
+"""Reading and packing of films, against a table made by hand and looked at, Pillow, and the DICOM rules written out in NumPy."""
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REAL, ROOT
+from films_for_tests import TINY, film, jpeg, needs_real, run, tree
+from PIL import Image
+
+from data import Views, open_films
+from plumbing.film import BadFilm, fit, read_film
+from plumbing.launch import UserError
+from plumbing.pack import Pack, pack_films
+
+# ------------------------------------------------------------------------------------------------ the formats, one by one
+# file, height, width, mean grey, and by how much the mediastinum is brighter than the lungs (looked at; None: no frontal chest upright)
+FORMATS = [
+    ("000001-9.jpg", 587, 732, 109, 135),
+    ("000002-9.jpg", 384, 384, 58, None),
+    ("00000317_003.png", 1024, 1024, 117, 55),
+    ("000005-5-a.jpg", 328, 381, 124, 94),
+    ("000006-12.jpg", 744, 744, 124, 93),
+    ("00000773_001.png", 1024, 1024, 166, 113),
+    ("00001281_000.png", 1024, 1024, 155, 87),
+    ("00001880_006.png", 1024, 1024, 117, None),
+    ("00002922_000.png", 1024, 1024, 169, 30),
+    ("00003611_007.png", 1024, 1024, 184, 49),
+    ("23E99E2E-447C-46E5-8EB2-D35D12473C39.png", 1552, 1726, 148, 106),
+    ("248.jfif", 1310, 1383, 162, 68),
+    ("465.webp", 513, 685, 106, 61),
+    ("58cb9263f16e94305c730685358e4e_jumbo.jpeg", 1024, 931, 152, 110),
+    ("766p.jpg", 1876, 1934, 140, 23),
+    ("770.png", 415, 438, 151, 79),
+    ("80b5f00f.png", 591, 640, 103, 28),
+    ("884.png", 648, 768, 121, 81),
+    ("CR.1.2.840.113564.1722810170.20200403202154234940.1003000225002.png", 1970, 2498, 105, 56),
+    ("DX.1.2.840.113564.1722810162.20200320155115417540.1203801020003.png", 2414, 2487, 132, 98),
+    ("a1a7d22e66f6570df523e0077c6a5a_jumbo.jpeg", 1024, 933, 102, None),
+    ("covid-19-pneumonia-19.jpg", 1062, 1296, 108, 48),
+    ("covid-19-pneumonia-23-day1.jpg", 3520, 4280, 164, 47),
+    ("covid-19-pneumonia-8.jpg", 512, 512, 47, 47),
+    (
+        "derived/RG1_gray16_mono1.png",
+        978,
+        921,
+        65,
+        -79,
+    ),  # nothing in a PNG says that it is inverted
+    ("derived/RG1_gray16_mono2.tif", 978, 921, 190, 79),
+    ("derived/hannover_cmyk.jpg", 691, 640, 93, 77),
+    ("derived/hannover_inverted.png", 691, 640, 162, -77),  # nor here
+    ("derived/hannover_la.png", 691, 640, 93, 77),
+    ("dicom/CR-MONO1-10-chest", 440, 440, 145, 92),
+    ("dicom/Fake_MONOHR1.dcm", 1024, 1024, 85, -110),  # the tag lies, and is obeyed
+    ("dicom/NIH_DX_8bit_implicitLE.dcm", 1024, 1024, 186, 124),
+    ("dicom/RG1_J2KI.dcm", 1955, 1841, 190, 79),
+    ("dicom/RG3_J2KR.dcm", 1760, 1760, 174, None),
+    ("dicom/RSNA_CR_AP_jpegbaseline.dcm", 1024, 1024, 144, 66),
+    ("dicom/SIIM_CR_jpegbaseline.dcm", 1024, 1024, 170, 110),
+    ("fff13f3a.png", 691, 640, 93, 77),
+    ("jkms-35-e79-g001-l-e.jpg", 341, 509, 161, None),
+    ("person1052_virus_1751.jpeg", 521, 836, 158, 43),
+    ("person1642_bacteria_4352.jpeg", 286, 724, 121, 54),
+    ("pneumocystis-pneumonia-2-PA.png", 954, 955, 130, 112),
+    ("ryct.2020003.fig2-a.png", 156, 157, 155, 50),
+    ("tpmd200203f2-c.png", 1264, 1399, 103, 78),
+]
+REFUSED = [
+    ("27f5a41d.jpg", "black-and-white picture"),
+    ("derived/empty.png", "empty file"),
+    ("derived/hannover_truncated.png", "truncated"),
+    ("dicom/CR-ModalitySequenceLUT.dcm", "JPEG Lossless.*pip install pylibjpeg pylibjpeg-libjpeg"),
+    ("index.csv", "neither an image nor DICOM"),
+]
+
+
+@needs_real
+@pytest.mark.parametrize(
+    "name,height,width,mean,contrast", FORMATS, ids=[row[0][:30] for row in FORMATS]
+)
+def test_format_is_read(name, height, width, mean, contrast):
+    if name.startswith("dicom"):
+        pytest.importorskip("pydicom")
+    picture = read_film(REAL / "formats" / name)
+    assert picture.dtype == np.uint8 and picture.shape == (height, width)
+    assert abs(picture.mean() - mean) < 1.5
+    small = np.asarray(
+        Image.fromarray(picture).resize((100, 100), Image.Resampling.BILINEAR)
+    ).astype(float)
+    lungs = (small[35:60, 22:36].mean() + small[35:60, 66:80].mean()) / 2
+    assert contrast is None or abs(small[35:75, 45:60].mean() - lungs - contrast) < 4
+    reduced = read_film(REAL / "formats" / name, 200)
+    assert min(reduced.shape) >= min(200, height, width) and abs(reduced.mean() - mean) < 2
+
+
+@needs_real
+@pytest.mark.parametrize("name,reason", REFUSED)
+def test_format_is_refused_by_name(name, reason):
+    if name.startswith("dicom"):
+        pytest.importorskip("pydicom")
+        if importlib.util.find_spec("libjpeg") or importlib.util.find_spec("gdcm"):
+            pytest.skip("a lossless JPEG decoder is installed here")
+    with pytest.raises(BadFilm, match=reason):
+        read_film(REAL / "formats" / name)
+
+
+@needs_real
+def test_every_format_file_is_in_a_table():
+    found = {
+        str(p.relative_to(REAL / "formats")) for p in (REAL / "formats").rglob("*") if p.is_file()
+    }
+    assert found == {row[0] for row in FORMATS} | {row[0] for row in REFUSED}
+
+
+@needs_real
+def test_eight_bit_files_equal_pillow():
+    for name in (
+        "00000773_001.png",
+        "766p.jpg",
+        "tpmd200203f2-c.png",
+        "covid-19-pneumonia-19.jpg",
+        "derived/hannover_cmyk.jpg",
+        "248.jfif",
+    ):
+        with Image.open(REAL / "formats" / name) as image:
+            expected = np.asarray(image.convert("L")).astype(int)
+        assert np.abs(read_film(REAL / "formats" / name) - expected).max() <= 1, name
+
+
+def save(tmp_path, name, image, **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_palettes_alpha_and_modes(tmp_path):
+    grey = film(3)
+    reversed_palette = Image.frombytes("P", (64, 80), (255 - grey).tobytes())
+    reversed_palette.putpalette([255 - v for v in range(256) for _ in range(3)])
+    half = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(film(4))))
+    plain, colour = Image.fromarray(grey), Image.fromarray(grey).convert("RGB")
+    for name, image, options in (
+        ("reversed.png", reversed_palette, {}),
+        ("clear.png", reversed_palette, {"transparency": bytes(range(256))}),
+        ("la.png", half, {}),
+        ("rgba.png", half.convert("RGBA"), {}),
+        ("rgb.bmp", colour, {}),
+        ("named_wrong.jpg", plain, {"format": "TIFF"}),
+        ("gif.png", plain, {"format": "GIF"}),
+        ("webp.gif", colour, {"format": "WEBP", "lossless": True}),
+    ):
+        assert (
+            np.abs(read_film(save(tmp_path, name, image, **options)).astype(int) - grey).max() <= 1
+        ), name
+
+
+def test_first_frame_of_many(tmp_path):
+    frames = [Image.fromarray(film(k)) for k in range(3)]
+    for name in ("many.tif", "many.gif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert np.array_equal(read_film(tmp_path / name), film(0)), name
+
+
+def test_sixteen_bits_are_spread_by_percentiles(tmp_path):
+    deep = film(5).astype(np.uint16) * 16  # 12-bit values in 16 bits
+    deep[0, :3] = 65535  # a burnt-in marker must not darken the rest
+    picture = read_film(save(tmp_path, "deep.png", Image.fromarray(deep)))
+    low, high = (sorted(deep.ravel())[round(q * (deep.size - 1))] for q in (0.005, 0.995))
+    expected = np.clip((deep.astype(float) - low) / (high - low), 0, 1) * 255
+    assert np.abs(picture - expected).max() < 2
+    white_zero = save(
+        tmp_path, "white_is_zero.tif", Image.fromarray(65535 - deep), tiffinfo={262: 0}
+    )
+    assert np.abs(read_film(white_zero).astype(int) - picture).max() <= 2
+    real = save(tmp_path, "float.tif", Image.fromarray(deep.astype(np.float32) / 7 - 3))
+    assert np.abs(read_film(real).astype(int) - picture).max() <= 1
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was turned: rotate by 90° clockwise to see it upright
+    (tmp_path / "turned.jpg").write_bytes(jpeg(film(6), exif=exif))
+    assert np.abs(read_film(tmp_path / "turned.jpg").astype(int) - np.rot90(film(6), -1)).max() < 12
+
+
+@pytest.mark.parametrize(
+    "content,reason",
+    [
+        (b"", "empty file"),
+        (b"<html>404</html>" * 20, "neither.*<html>"),
+        (TINY[: len(TINY) // 2], "truncated"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 300, "header|PNG"),
+        (b"\0" * 128 + b"DICM" + b"junk" * 40, "."),
+        (jpeg(np.full((50, 50), 77, np.uint8)), "constant"),
+        (jpeg(film(2, 15, 90)), "only 90 × 15 px"),
+        (jpeg(np.where(film(2) > 128, 255, 0).astype(np.uint8), 100), "black-and-white"),
+    ],
+)
+def test_bad_files_are_refused_with_a_reason(tmp_path, content, reason):
+    (tmp_path / "film.png").write_bytes(content)
+    for side in (
+        (0, 16) if reason != "black-and-white" else (0,)
+    ):  # scaled down, black and white blend to grey
+        with pytest.raises(BadFilm, match=reason):
+            read_film(tmp_path / "film.png", side)
+    with pytest.raises(BadFilm, match="No such file"):
+        read_film(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_reduced_decoding_is_never_below_the_wanted_side(tmp_path, mode):
+    image = Image.fromarray(film(7, 1000, 777)).convert(mode)
+    image.save(tmp_path / "big.jpg", progressive=mode == "RGB")
+    whole = read_film(tmp_path / "big.jpg")
+    for side in (50, 97, 98, 200, 224, 320, 400, 777, 1500):
+        part = read_film(tmp_path / "big.jpg", side)
+        assert min(part.shape) >= min(side, 777)
+        assert min(part.shape) < 2 * side or side < 90  # 1/8 is the smallest scale there is
+        small, reference = (
+            np.asarray(Image.fromarray(p).resize((40, 40), Image.Resampling.BOX)).astype(int)
+            for p in (part, whole)
+        )
+        assert (
+            np.abs(small - reference).mean() < 3
+        )  # the last block of 8 is padded: a shift of at most half a pixel
+    assert min(read_film(tmp_path / "big.jpg", 97).shape) == 98  # 777 / 8, rounded up
+
+
+def test_fit():
+    for height, width, side in ((80, 64, 32), (64, 80, 33), (50, 50, 64), (30, 300, 7)):
+        small = fit(film(8, height, width), side)
+        assert (
+            min(small.shape) == side
+            and abs(max(small.shape) - max(height, width) * side / min(height, width)) <= 0.5
+        )
+    assert fit(film(8), 64) is not None and np.array_equal(fit(film(8), 64), film(8))
+
+
+# ------------------------------------------------------------------------------------------------ DICOM
+def write_dicom(path, values, header=True, **tags):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = (
+        pydicom.uid.ExplicitVRLittleEndian if header else pydicom.uid.ImplicitVRLittleEndian
+    )
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+        pydicom.uid.DigitalXRayImageStorageForPresentation,
+        "1.2.3",
+    )
+    d = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    d.SOPClassUID, d.SOPInstanceUID, d.Modality = meta.MediaStorageSOPClassUID, "1.2.3", "DX"
+    d.Rows, d.Columns = values.shape[-2:]
+    d.SamplesPerPixel, d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = (
+        1,
+        16,
+        12,
+        11,
+        0,
+    )
+    d.PhotometricInterpretation, d.PixelData = "MONOCHROME2", values.astype("<u2").tobytes()
+    for key, value in tags.items():
+        setattr(d, key, value)
+    if header:
+        d.save_as(path, enforce_file_format=True)
+    else:
+        del d.file_meta
+        d.preamble = None
+        d.save_as(path, implicit_vr=True, little_endian=True)
+    return path
+
+
+def slow_dicom(values, slope=1.0, intercept=0.0, window=None, mono1=False):
+    """DATASETS.md section 10 with NumPy; window as in DICOM PS3.3 C.11.2.1.2.1."""
+    x = values * slope + intercept
+    if window:
+        centre, width = window
+        low, high = (
+            min(x_ * slope + intercept for x_ in (0, 4095)),
+            max(x_ * slope + intercept for x_ in (0, 4095)),
+        )
+        x = np.clip((x - (centre - 0.5)) / (width - 1) + 0.5, 0, 1) * (high - low) + low
+    low, high = np.percentile(x, [0.5, 99.5])
+    x = np.clip((x - low) / (high - low), 0, 1) * 255
+    return 255 - x if mono1 else x
+
+
+@pytest.mark.parametrize("mono1", [False, True])
+@pytest.mark.parametrize("window", [None, (900.0, 700.0)])
+@pytest.mark.parametrize("slope,intercept", [(1, 0), (2, -100)])
+@pytest.mark.parametrize("header", [True, False])
+def test_dicom_order(tmp_path, mono1, window, slope, intercept, header):
+    values = film(9).astype(int) * 8
+    tags = {
+        "PhotometricInterpretation": "MONOCHROME1" if mono1 else "MONOCHROME2",
+        "RescaleSlope": slope,
+        "RescaleIntercept": intercept,
+    }
+    if window:
+        tags |= {"WindowCenter": [window[0], 5], "WindowWidth": [window[1], 6]}
+    path = write_dicom(tmp_path / "film", values, header, **tags)
+    assert (
+        np.abs(read_film(path) - slow_dicom(values, slope, intercept, window, mono1)).max() < 1.01
+    )
+
+
+def test_dicom_padding_frames_and_refusals(tmp_path, monkeypatch):
+    values = film(10).astype(int) * 8 + 40
+    padded = values.copy()
+    padded[:20] = 4095
+    picture = read_film(write_dicom(tmp_path / "padded.dcm", padded, PixelPaddingValue=4095))
+    assert (picture[:20] == 0).all() and np.abs(picture[20:] - slow_dicom(values[20:])).max() < 1.01
+    frames = np.stack([values, values[::-1]])
+    assert (
+        np.abs(
+            read_film(write_dicom(tmp_path / "frames.dcm", frames, NumberOfFrames=2))
+            - slow_dicom(values)
+        ).max()
+        < 1.01
+    )
+    with pytest.raises(BadFilm, match="constant"):
+        read_film(write_dicom(tmp_path / "constant.dcm", values * 0 + 5))
+    report = write_dicom(tmp_path / "report.dcm", values)
+    without = pytest.importorskip("pydicom").dcmread(report)
+    del without.PixelData
+    without.save_as(report)
+    with pytest.raises(BadFilm, match="without pixel data"):
+        read_film(report)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(BadFilm, match='pip install "pydicom>=3"'):
+        read_film(tmp_path / "padded.dcm")
+
+
+# ------------------------------------------------------------------------------------------------ packing
+def big_tree(root, count=60, side=700):
+    root.mkdir(parents=True)
+    for k in range(count):
+        Image.fromarray(film(k, side + k, side)).save(root / f"{k:03d}.png", compress_level=1)
+    (root / "007.png").write_bytes(b"\x89PNG broken")
+    return root
+
+
+def test_pack_equals_direct_reading(tmp_path):
+    big_tree(tmp_path / "films", 12)
+    direct = open_films(tmp_path / "films", side=100)
+    pack = pack_films(direct, tmp_path / "films" / "cxr.pack")
+    assert (
+        pack.names == [n for n in direct.names if n != "007.png"]
+        and pack.bad[0][0] == "007.png"
+        and len(pack) == 11
+    )
+    opened = open_films(tmp_path / "films" / "cxr.pack")
+    for i, name in enumerate(opened.names):
+        assert (
+            np.array_equal(opened[i], direct[direct.names.index(name)])
+            and min(opened[i].shape) == 100
+        )
+    assert (
+        opened[3].base is not None
+        and not opened[3].flags.writeable
+        and np.shares_memory(opened[3], opened.packs[0].bytes)
+    )
+    beside = open_films(
+        tmp_path / "films"
+    )  # the packed films are taken once, the bad one is still a file
+    assert (
+        sorted(beside.names) == sorted(direct.names)
+        and beside.files == 1
+        and np.array_equal(beside[1], opened[0])
+    )
+    above = open_films(tmp_path)
+    assert len(above) == 12 and "11 packed films" in above.summary[-1]
+    views, packed = (Views(f, 64, seed=1)[(3, 2)] for f in (direct, opened))
+    assert np.array_equal(views["views"], packed["views"])
+
+
+def gone(pid, seconds=20):
+    """Whether a process ends within some time."""
+    status = Path(f"/proc/{pid}/stat")
+    while (
+        status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z" and seconds > 0
+    ):
+        time.sleep(0.1)
+        seconds -= 0.1
+    return seconds > 0
+
+
+def test_pack_goes_on_after_kill_9(tmp_path):
+    big_tree(tmp_path / "films", 120)
+    words = [
+        sys.executable,
+        str(ROOT / "data.py"),
+        "pack",
+        "--data",
+        "films",
+        "--side",
+        "320",
+        "--workers",
+        "1",
+        "--out",
+    ]
+    process = subprocess.Popen(
+        [*words, "cut.pack"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    journal, lines = tmp_path / "cut.pack.journal", 0
+    while process.poll() is None and lines < 25:
+        time.sleep(0.002)
+        lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert workers and all(gone(pid) for pid in workers)
+    assert 25 <= lines < 121 and not (tmp_path / "cut.pack").exists()
+    with open(journal, "a") as file:
+        file.write("320 3")  # a line that the kill has cut
+    with open(tmp_path / "cut.pack.part", "ab") as file:
+        file.write(b"half a film")
+    other = run("pack", "--data", "films", "--side", "64", "--out", "cut.pack", cwd=tmp_path)
+    assert (
+        other.returncode == 1
+        and "begun from other films or another --side" in other.stderr
+        and "Traceback" not in other.stderr
+    )
+    done = run(*words[2:], "cut.pack", cwd=tmp_path)
+    assert (
+        done.returncode == 0
+        and "119 films" in done.stdout
+        and "bad, left out: 007.png" in done.stdout
+    )
+    pack_films(open_films(tmp_path / "films"), tmp_path / "whole.pack")
+    assert (tmp_path / "cut.pack").read_bytes() == (tmp_path / "whole.pack").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.pack", "films", "whole.pack"]
+    assert "already there" in run(*words[2:], "cut.pack", cwd=tmp_path).stdout
+
+
+def test_damaged_packs(tmp_path):
+    pack = pack_films(open_films(big_tree(tmp_path / "films", 5)), tmp_path / "a.pack")
+    content = bytearray((tmp_path / "a.pack").read_bytes())
+    for name, damaged in (
+        ("cut", content[:-100]),
+        ("short", content[:9]),
+        ("empty", b""),
+        ("other", b"words" * 100),
+    ):
+        (tmp_path / f"{name}.pack").write_bytes(damaged)
+        with pytest.raises(UserError, match="not a packed file"):
+            Pack(tmp_path / f"{name}.pack")
+    content[int(pack.starts[2]) + 50] ^= 1
+    (tmp_path / "b.pack").write_bytes(content)
+    result = run("check", "--data", tmp_path / "b.pack", "--workers", 0)
+    assert (
+        "bad: 002.png: its bytes" in result.stdout
+        and "4 of 5 films can be read" in result.stdout
+        and result.returncode == 0
+    )
+
+
+def test_pack_of_nothing_readable(tmp_path):
+    tree(tmp_path / "films", ["1.png", "2.png"], b"\x89PNG junk")
+    with pytest.raises(UserError, match="none of the 2 films can be read"):
+        pack_films(open_films(tmp_path / "films"), tmp_path / "a.pack")

@@ -1,0 +1,306 @@
+"""Phantoms: the ground truth agrees with the pixels, everything is a function of (seed, index), and the files hold what memory held."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from plumbing import phantom
+from plumbing.phantom import DOMAINS, FINDINGS, LANDMARKS, make_phantom, write_phantoms
+
+
+@pytest.fixture(scope="module")
+def films():
+    """120 phantoms at a small size, index → dict."""
+    return [make_phantom(3, index, size=128) for index in range(120)]
+
+
+def cardiothoracic_ratio(item):
+    """Width of the heart over that of the lung fields together, as read off a film with a ruler."""
+    width = lambda mask: np.ptp(np.flatnonzero(mask.any(0))) + 1
+    return width(item["heart"]) / width(item["lungs"])
+
+
+def brightness_gain(index, finding, size=128):
+    """Difference image (with minus without the finding) of one patient's film, both parts of the pair, as float."""
+    without, with_it = (make_phantom(1, index, size, findings=found) for found in ((), (finding,)))
+    return with_it["film"].astype(float) - without["film"], without, with_it
+
+
+@pytest.mark.parametrize("size", (64, 96, 256, 512))
+def test_shapes_and_types_at_every_size(size):
+    item = make_phantom(0, 5, size)
+    assert item["film"].shape == item["lungs"].shape == item["heart"].shape == (size, size)
+    assert item["film"].dtype == np.uint8 and item["lungs"].dtype == item["heart"].dtype == bool
+    assert item["labels"].shape == (len(FINDINGS),) and item["landmarks"].shape == (
+        len(LANDMARKS),
+        2,
+    )
+
+
+def test_same_seed_and_index_same_film_others_differ():
+    first, again = make_phantom(7, 4, 96), make_phantom(7, 4, 96)
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+    assert not np.array_equal(first["film"], make_phantom(8, 4, 96)["film"])
+    assert not np.array_equal(first["film"], make_phantom(7, 5, 96)["film"])
+
+
+def test_making_other_films_first_changes_nothing():
+    np.random.seed(1)
+    alone = make_phantom(2, 9, 64)["film"]
+    [make_phantom(2, index, 64) for index in (3, 8)]
+    assert np.array_equal(alone, make_phantom(2, 9, 64)["film"])
+
+
+def test_anatomy_is_the_same_at_another_size():
+    small, large = make_phantom(5, 11, 128), make_phantom(5, 11, 256)
+    assert np.array_equal(small["labels"], large["labels"]) and small["domain"] == large["domain"]
+    boxes = [
+        (item["marker"], len(item["film"])) for item in (small, large, make_phantom(5, 11, 64))
+    ]
+    assert all(
+        np.allclose(np.array(box) / size, np.array(boxes[1][0]) / 256, atol=0.51 / 64 + 0.51 / 256)
+        for box, size in boxes
+    )
+    assert np.allclose((small["landmarks"] + 0.5) * 2, large["landmarks"] + 0.5)
+    shrunk = np.asarray(Image.fromarray(large["lungs"]).convert("L").reduce(2)) > 127
+    assert (shrunk != small["lungs"]).mean() < 0.01
+
+
+def test_two_films_of_a_patient_share_the_findings_and_not_the_pose(films):
+    pairs = [(a, b) for a, b in zip(films, films[1:]) if a["patient"] == b["patient"]]
+    assert len(pairs) == 40  # every other patient has two films
+    assert all(np.array_equal(a["labels"], b["labels"]) for a, b in pairs)
+    assert all(not np.array_equal(a["landmarks"], b["landmarks"]) for a, b in pairs)
+    assert any(a["domain"] != b["domain"] for a, b in pairs)
+
+
+def test_prevalence_and_domains():
+    labels, domains = zip(
+        *[
+            (item["labels"], item["domain"])
+            for item in (make_phantom(0, index, 64) for index in range(600))
+        ]
+    )
+    labels = np.array(labels)
+    assert 0.34 < (labels.sum(1) == 0).mean() < 0.46
+    assert all(0.15 < share < 0.27 for share in labels.mean(0)), labels.mean(0)
+    assert np.bincount(domains, minlength=len(DOMAINS)).min() > 60
+
+
+def test_masks_and_landmarks_agree_with_each_other(films):
+    for item in films:
+        size = len(item["film"])
+        (knob, hilum, ventricle, clavicle), points = (
+            item["landmarks"],
+            np.round(item["landmarks"]).astype(int),
+        )
+        assert (item["landmarks"] > 0).all() and (item["landmarks"] < size - 1).all()
+        assert not (item["lungs"] & item["heart"]).any()
+        assert item["heart"][tuple(points[2])]  # the left ventricle lies in the heart
+        assert 0.2 < item["lungs"].mean() < 0.55
+        columns = np.nonzero(item["lungs"])[1]
+        middle = (columns.min() + columns.max()) / 2
+        assert np.nonzero(item["heart"])[1].mean() > middle  # the heart is on the image's right
+        assert ventricle[1] > knob[1] > hilum[1] > clavicle[1]
+        assert clavicle[0] < knob[0] < hilum[0] < ventricle[0]
+
+
+def test_lungs_are_darker_than_the_heart(films):
+    normal = [item for item in films if not item["labels"].any()]
+    assert len(normal) > 20
+    for item in normal:
+        assert item["film"][item["lungs"]].mean() + 15 < item["film"][item["heart"]].mean()
+
+
+def test_cardiomegaly_is_a_heart_wider_than_half_the_chest(films):
+    has = FINDINGS.index("cardiomegaly")
+    big, small = (
+        [cardiothoracic_ratio(item) for item in films if item["labels"][has] == value]
+        for value in (1, 0)
+    )
+    assert len(big) > 10 and min(big) > 0.5 > max(small), (min(big), max(small))
+
+
+@pytest.mark.parametrize("index", (0, 1, 4, 7, 12))
+def test_effusion_fills_the_costophrenic_angle_of_one_side(index):
+    gain, without, with_it = brightness_gain(index, "effusion")
+    assert np.array_equal(without["lungs"], with_it["lungs"]) and np.array_equal(
+        without["landmarks"], with_it["landmarks"]
+    )
+    half = (
+        np.arange(128) < without["landmarks"][1, 1] + 9
+    )  # the spine is 7 % of the film away from the right hilum
+    angles = []
+    for side in (half, ~half):
+        field = without["lungs"] & side
+        low = field & (np.arange(128)[:, None] > np.flatnonzero(field.any(1))[-1] - 10)
+        angles.append(gain[low].mean())
+    assert max(angles) > 12 and abs(min(angles)) < 4, angles
+
+
+@pytest.mark.parametrize("index", range(0, 40, 5))
+def test_nodule_is_a_small_bright_spot_inside_the_lungs(index):
+    gain, without, _ = brightness_gain(index, "nodule", 256)
+    spot = gain > 0.5 * gain.max()
+    rows, cols = np.nonzero(spot)
+    centre = rows.mean().round().astype(int), cols.mean().round().astype(int)
+    assert gain.max() > 6 and without["lungs"][centre]
+    assert (without["lungs"][spot]).mean() > 0.98 and max(np.ptp(rows), np.ptp(cols)) < 0.11 * 256
+
+
+@pytest.mark.parametrize("index", (0, 2, 3, 9))
+def test_pneumothorax_darkens_the_rim_of_one_lung(index):
+    gain, without, _ = brightness_gain(index, "pneumothorax")
+    changed = np.abs(gain) > 3
+    assert (without["lungs"] | without["heart"])[changed].mean() > 0.7
+    lung = without["lungs"]
+    rims = []
+    for half in (np.arange(128) < 64, np.arange(128) >= 64):
+        first = np.argmax(lung & half, 1) if half[0] else 127 - np.argmax((lung & half)[:, ::-1], 1)
+        rows = np.flatnonzero((lung & half).any(1))[8:24]
+        step = 3 if half[0] else -3
+        rims.append(np.mean([gain[row, first[row] + step] for row in rows]))
+    assert min(rims) < -2 and min(rims) < max(rims) - 2, rims
+
+
+@pytest.mark.parametrize("index", (0, 2, 3, 9))
+def test_consolidation_takes_air_out_of_one_lung(index):
+    gain, without, _ = brightness_gain(index, "consolidation")
+    assert gain[without["lungs"]].max() > 15
+    assert gain.sum() > 0 and without["lungs"][gain > 8].mean() > 0.8
+
+
+def test_mirrored_heart_lies_on_the_other_side():
+    for index in range(6):
+        usual, planted = (
+            make_phantom(0, index, 128),
+            make_phantom(0, index, 128, anomaly="mirrored heart"),
+        )
+        middle = usual["landmarks"][1, 1] + 128 * 0.08  # hila stay where they were
+        assert planted["landmarks"][2, 1] < middle < usual["landmarks"][2, 1]
+        assert planted["heart"][tuple(np.round(planted["landmarks"][2]).astype(int))]
+        assert np.allclose(usual["landmarks"][[1, 3]], planted["landmarks"][[1, 3]])
+
+
+def test_missing_lung_is_white_and_out_of_the_mask():
+    for index in range(6):
+        usual, planted = (
+            make_phantom(0, index, 128, findings=()),
+            make_phantom(0, index, 128, anomaly="missing lung", findings=()),
+        )
+        gone = usual["lungs"] & ~planted["lungs"]
+        assert 0.3 < gone.sum() / usual["lungs"].sum() < 0.7
+        assert planted["film"][gone].mean() > usual["film"][gone].mean() + 25
+        assert np.array_equal(usual["heart"], planted["heart"])
+
+
+def test_unknown_anomaly_and_finding_are_refused():
+    with pytest.raises(ValueError, match="upside down"):
+        make_phantom(0, 0, 64, anomaly="upside down")
+    with pytest.raises(ValueError, match="gout"):
+        make_phantom(0, 0, 64, findings=("gout",))
+
+
+def test_marker_box_holds_the_brightest_ink(films):
+    marked = [
+        item for item in films if item["marker"] and DOMAINS[item["domain"]]["name"] != "portable"
+    ]
+    assert len(marked) > 30
+    for item in marked:
+        top, left, height, width = item["marker"]
+        assert item["film"][top : top + height + 2, left : left + width + 2].max() > 200
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """60 phantoms written by the command itself, in two processes."""
+    out = tmp_path_factory.mktemp("phantoms")
+    flags = "--count 60 --size 64 --seed 2 --workers 2".split()
+    subprocess.run(
+        [sys.executable, "-m", "plumbing.phantom", "--out", str(out), *flags],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    return out
+
+
+def test_files_hold_what_make_phantom_returns(folder):
+    rows = list(csv.DictReader(open(folder / "phantoms.csv", newline="")))
+    assert [row["filename"] for row in rows] == sorted(
+        path.name for path in (folder / "films").iterdir()
+    )
+    for index in (0, 1, 17, 59):
+        row, item = rows[index], make_phantom(2, index, 64)
+        assert np.array_equal(
+            np.asarray(Image.open(folder / "films" / row["filename"])), item["film"]
+        )
+        assert np.array_equal(np.asarray(Image.open(folder / row["mask"])) > 0, item["lungs"])
+        assert np.array_equal(np.asarray(Image.open(folder / row["heart"])) == 255, item["heart"])
+        names = row["label"].split("|")
+        assert names == (
+            [name for name, here in zip(FINDINGS, item["labels"]) if here] or ["normal"]
+        )
+        read = [[float(row[f"{name}_row"]), float(row[f"{name}_col"])] for name in LANDMARKS]
+        assert (
+            np.allclose(read, item["landmarks"], atol=0.006)
+            and int(row["domain"]) == item["domain"]
+        )
+        assert row["marker"] == (
+            "" if item["marker"] is None else "|".join(map(str, item["marker"]))
+        )
+
+
+def test_splits_are_by_patient(folder):
+    rows = list(csv.DictReader(open(folder / "phantoms.csv", newline="")))
+    splits = {}
+    for row in rows:
+        splits.setdefault(row["patient_id"], set()).add(row["split"])
+    assert len(splits) == 40 and all(len(found) == 1 for found in splits.values())
+    assert {next(iter(found)) for found in splits.values()} == {"train", "val", "test"}
+
+
+def test_split_shares(tmp_path, monkeypatch):
+    blank = np.zeros((4, 4), bool)
+    row = dict(
+        film=blank.astype(np.uint8),
+        lungs=blank,
+        heart=blank,
+        labels=np.zeros(5),
+        landmarks=np.zeros((4, 2)),
+        domain=0,
+        marker=None,
+    )
+    monkeypatch.setattr(phantom, "make_phantom", lambda seed, index, size: dict(row, patient=index))
+    rows = list(csv.DictReader(open(write_phantoms(tmp_path, 1000, 4), newline="")))
+    share = lambda split: sum(row["split"] == split for row in rows) / 1000
+    assert (
+        abs(share("train") - 0.7) < 0.05
+        and abs(share("val") - 0.1) < 0.03
+        and abs(share("test") - 0.2) < 0.04
+    )
+
+
+def test_one_worker_writes_the_same_files(folder, tmp_path):
+    path = write_phantoms(tmp_path, 60, 64, seed=2, workers=1)
+    files = sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file())
+    assert files == sorted(
+        file.relative_to(folder) for file in folder.rglob("*") if file.is_file()
+    )  # no temporary file is left
+    assert (
+        all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in files)
+        and path.name == "phantoms.csv"
+    )
+
+
+def test_bad_size_is_one_clear_line():
+    result = subprocess.run(
+        [sys.executable, "-m", "plumbing.phantom", "--size", "32"], capture_output=True, text=True
+    )
+    assert (
+        result.returncode == 2 and "64 to 512" in result.stderr and "Traceback" not in result.stderr
+    )
