@@ -22,16 +22,16 @@ from PIL import Image
 from tqdm import tqdm
 
 import augment
-from plumbing.film import BadFilm, fit, read_film, read_mask
+from plumbing.film import UnreadableFilm, fit, read_film, read_mask
 from plumbing.folder import cached_index, make_index
-from plumbing.keys import BATCHES, TRAIN_VIEW, VIEWS
+from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS
 from plumbing.launch import UserError, flag, parse, run_script
 from plumbing.pack import Pack, attempts, pack_films
 from plumbing.table import match, read_columns
 
 
 class Films:
-    """films[i] → uint8 (H, W), short side at most `side` (0 = as stored); raises BadFilm. Packed films are views of the mapped file.
+    """films[i] → uint8 (H, W), short side at most `side` (0 = as stored); raises UnreadableFilm. Packed films are views of the mapped file.
 
     names: paths below the root; patients: who; summary: lines that say what was recognised.
     """
@@ -125,7 +125,7 @@ class Views(torch.utils.data.Dataset):
         for k in range(min(tries, len(self))):
             try:
                 return self.films[int(self.subset[(i + k) % len(self)])], first if k else -1
-            except BadFilm as error:
+            except UnreadableFilm as error:
                 reason = error
         where = f"{min(tries, len(self))} films in a row cannot be read, from {self.films.names[first]} on ({reason})"
         raise UserError(f"{where}: python data.py check --data … names them all")
@@ -170,7 +170,7 @@ class Batches:
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != drawn:
                 order, drawn = (
-                    np.random.default_rng((BATCHES, self.seed, epoch)).permutation(self.n),
+                    np.random.default_rng((ORDER, self.seed, epoch)).permutation(self.n),
                     epoch,
                 )
             first = place * self.batch + self.rank * share
@@ -256,14 +256,14 @@ class InMemory:
         if i not in self.kept:
             try:
                 self.kept[i] = self.films[i]
-            except BadFilm as error:
+            except UnreadableFilm as error:
                 self.kept[i] = error
-        if isinstance(self.kept[i], BadFilm):
+        if isinstance(self.kept[i], UnreadableFilm):
             raise self.kept[i]
         return self.kept[i]
 
 
-class BadFilms:
+class UnreadableFilms_:
     """Names and counts what the loader replaced; more than 1 % of the films bad stops the run."""
 
     def __init__(self, films):
@@ -330,7 +330,7 @@ def shift_scale_flip(film, mask, rng):
 
 
 class TaskFilms:
-    """films[i] → (film uint8, mask bool (size, size) or None) of case i; raises BadFilm. Films come at a short side of at most twice `size`
+    """films[i] → (film uint8, mask bool (size, size) or None) of case i; raises UnreadableFilm. Films come at a short side of at most twice `size`
     (the authors' 512 for 224). kept: a dict that holds decoded films by path, filled now by threads; None = decode at every use."""
 
     def __init__(self, cases, size, kept=None):
@@ -357,14 +357,14 @@ class TaskFilms:
             film = read_film(case.path, 2 * self.size)
             mask = None if case.mask is None else mask_to(read_mask(case), self.size)
             return (fit(film, 2 * self.size) if min(film.shape) > 2 * self.size else film), mask
-        except BadFilm as error:
+        except UnreadableFilm as error:
             return error
         except (OSError, SyntaxError, UserError) as error:  # of the mask
-            return BadFilm(f"its mask: {error}")
+            return UnreadableFilm(f"its mask: {error}")
 
     def __getitem__(self, i):
         item = self._attempt(i) if self.kept is None else self.kept[self.cases[i].path]
-        if isinstance(item, BadFilm):
+        if isinstance(item, UnreadableFilm):
             raise item
         return item
 
@@ -383,7 +383,7 @@ class TrainExamples(torch.utils.data.Dataset):
             try:
                 film, mask = self.films[j]
                 break
-            except BadFilm as error:
+            except UnreadableFilm as error:
                 reason = error
         else:
             raise UserError(f"no training film can be read, the last one because: {reason}")
@@ -413,7 +413,7 @@ class TestExamples(torch.utils.data.Dataset):
                 if mask is None
                 else augment.crop(film, (0, 0, *film.shape), size)[None]
             )
-        except BadFilm:
+        except UnreadableFilm:
             goal = case.target if case.mask is None else np.zeros((size, size))
             return {
                 "views": np.zeros(
@@ -445,7 +445,7 @@ class UnreadableFilms:
                 try:
                     films[i]
                     self.names[path] = "unreadable once"
-                except BadFilm as error:
+                except UnreadableFilm as error:
                     self.names[path] = str(error)
                 tqdm.write(f"bad film, skipped: {path}: {self.names[path]}")
         if len(self.names) > max(1, 0.01 * self.total):

@@ -40,17 +40,13 @@ from plumbing.checkpoint import (
     write_json,
     write_text,
 )
-from plumbing.keys import JITTER, keyed
+from plumbing.keys import TRAIN_JITTER, torch_generator
 from plumbing.launch import (
     UserError,
-    any_rank,
     autocast,
     choose_precision,
-    end_team,
     flag,
-    host_group,
     parse,
-    reduce_mean,
     run_script,
     start_team,
     warmup_cosine,
@@ -79,7 +75,7 @@ def loss_of(kind, logits, goal):
 def prepare(item, kind, seed, step, places, batch, device):
     """A loaded micro-batch → images (b, 1, H, W) with brightness and contrast in 0.8 … 1.2, goal. Keyed by (seed, step, place in the batch)."""
     jitter = augment.sample_jitter(
-        batch, keyed(JITTER, seed, step), 0.8 if kind == "mask" else 1.0, (0.8, 1.2)
+        batch, torch_generator(TRAIN_JITTER, seed, step), 0.8 if kind == "mask" else 1.0, (0.8, 1.2)
     )[places].to(device)
     images = augment.to_float(item["view"].to(device, non_blocking=True))
     return augment.tone(images, jitter[:, 0], jitter[:, 1])[:, None], item["goal"].to(
@@ -583,7 +579,7 @@ def main():
 
     # devices
     team = start_team(asked.device)
-    hosts, device, preempted = host_group(team), team.device, Preempted()
+    device, preempted = team.device, Preempted()
 
     # data
     path, why = choose_weights(asked, out)
@@ -766,11 +762,11 @@ def main():
             bar.update()
 
             done, value, val_loss = step + 1, "", ""
-            stopping = any_rank(preempted.asked, team, hosts)
+            stopping = team.any(preempted.asked)
             validating = done % every == 0 or done == end
             logging = validating or done % config.log_every == 0
             if logging:
-                mean = reduce_mean(torch.stack(losses).sum(), team).item()
+                mean = team.mean(torch.stack(losses).sum()).item()
                 if not np.isfinite(mean):
                     raise UserError(
                         f"seed {seed}: the loss became NaN or infinite at step {done}: delete {folder}, start again with a lower --lr"
@@ -825,7 +821,7 @@ def main():
             break
 
         # test, once
-        any_rank(False, team, hosts)  # the others wait for best.pt
+        team.wait()  # the others wait for best.pt
         model = ready or load_finetuned(folder / "best.pt", device, kind, labels)
         rows = predict(model, kind, films["test"], config, team, bad, config.ten_crop)
         value, _, per_class = judge(kind, labels, films["test"], rows)
@@ -857,7 +853,7 @@ def main():
 
     if results and not stopping:
         summarise(out, asked, splits, path, results, team)
-    end_team(team)
+    team.leave()
 
 
 if __name__ == "__main__":

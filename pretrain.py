@@ -22,26 +22,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import augment
-from data import BadFilms, Batches, InMemory, Views, open_films
+from data import Batches, InMemory, UnreadableFilms_, Views, open_films
 from lab.meter import fitting, passes
 from lab.report import closing
 from masks import mask_sizes, sample_masks
 from model import SIZES, CheXWorld
 from plumbing import phantom, pictures
 from plumbing.checkpoint import Log, Preempted, load_checkpoint, save_atomic, write_json
-from plumbing.keys import keyed
+from plumbing.keys import torch_generator
 from plumbing.launch import (
     UserError,
-    any_rank,
     autocast,
     choose_precision,
     cosine,
-    end_team,
     flag,
-    host_group,
     leave_with_parent,
     parse,
-    reduce_mean,
     run_script,
     send,
     start_team,
@@ -256,9 +252,9 @@ def parameter_groups(world, weight_decay):
 
 
 def prepare(item, config, step, places, device):
-    """A loaded micro-batch → what CheXWorld.forward takes, for both views. All randomness is keyed by (seed, step, place in the global batch)."""
+    """A loaded micro-batch → what CheXWorld.forward takes, for both views. All randomness is torch_generator by (seed, step, place in the global batch)."""
     generator, B, grid = (
-        keyed(4, config.seed, step),
+        torch_generator(4, config.seed, step),
         config.batch,
         config.image // config.patch,
     )
@@ -348,7 +344,6 @@ def main():
 
     # devices
     team = start_team(config.device)
-    hosts = host_group(team)
     device = team.device
     config.precision = choose_precision(config.precision, device)
     torch.manual_seed(config.seed)
@@ -356,14 +351,14 @@ def main():
     if team.lead:
         for left in out.glob(".*.tmp"):  # of a run that was killed while it wrote
             left.unlink()
-    any_rank(False, team, hosts)
+    team.wait()
 
     # data
     probes = config.probe.split(",") if config.probe else []
     if recipe_name == "demo":
         config.data, table = demo_data(config, team)
         probes = probes or [table]
-        any_rank(False, team, hosts)  # the others wait for the films
+        team.wait()  # the others wait for the films
     films = open_films(
         config.data, out, side=round(config.image * 320 / 224), patients=config.patients
     )
@@ -389,7 +384,7 @@ def main():
     total = config.epochs * per_epoch
     end = min(total, config.max_steps or total)
     views = Views(films, config.image, config.seed, train)
-    bad = BadFilms(films)
+    bad = UnreadableFilms_(films)
 
     # model
     world = CheXWorld(
@@ -418,11 +413,8 @@ def main():
     # resume
     recipe = recipe_of(config, [films.names[i] for i in train])
     start = resume(out / "last.pt", recipe, world, optimizer)
-    if any_rank(
-        reduce_mean(torch.tensor(float(start), device=device), team).item() != start,
-        team,
-        hosts,
-    ):
+    mean_start = team.mean(torch.tensor(float(start), device=device)).item()
+    if team.any(mean_start != start):
         raise UserError(
             f"--out {out} must lie on a disk that all nodes share: they do not find the same last.pt there"
         )
@@ -523,7 +515,7 @@ def main():
             bar.update()
 
             done = step + 1
-            stopping = any_rank(asked.asked, team, hosts)
+            stopping = team.any(asked.asked)
             saving = done % config.save_every == 0 or done == end or stopping
             if done % config.log_every == 0 or done == end or saving:
                 broken = (
@@ -531,17 +523,14 @@ def main():
                     or saving
                     and not all(torch.isfinite(p).all() for p in parameters)
                 )
-                if any_rank(broken, team, hosts):
+                if team.any(broken):
                     raise UserError(
                         f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32"
                     )
             if done % config.log_every == 0 or done == end:
                 names = [n for n in LOSSES + ["loss"] if n in terms[0]]
-                mean = reduce_mean(
-                    torch.stack(
-                        [torch.stack([t[n].detach() for t in terms]).mean() for n in names]
-                    ),
-                    team,
+                mean = team.mean(
+                    torch.stack([torch.stack([t[n].detach() for t in terms]).mean() for n in names])
                 )
                 std, rank = collect_health(torch.cat([t["features"] for t in terms]), team)
                 now = time.perf_counter()
@@ -576,7 +565,7 @@ def main():
         closing(config, out, world, films, held, tables, device)
     if asked.asked:
         team.say(f"SIGTERM: saved at step {done} in {out}; the same command goes on from there")
-    end_team(team)
+    team.leave()
 
 
 def batch_of(views, numbers):

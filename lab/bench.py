@@ -54,7 +54,6 @@ from plumbing.launch import (
     UserError,
     autocast,
     choose_precision,
-    end_team,
     flag,
     parse,
     run_script,
@@ -660,7 +659,7 @@ def main():
     if config.threads:
         torch.set_num_threads(config.threads)
     commands[word](config, team)
-    end_team(team)
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import augment
 from data import open_films
 from plumbing import phantom, pictures
 from plumbing.checkpoint import write_json
-from plumbing.film import BadFilm
+from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, flag, parse, start_team
 from plumbing.table import match
 
@@ -109,7 +109,7 @@ def read_whole(films, numbers, size):
     for i in map(int, numbers):
         try:
             film = films[i]
-        except BadFilm as reason:
+        except UnreadableFilm as reason:
             bad[films.names[i]] = str(reason)
             continue
         images.append(augment.crop(film, (0, 0, *film.shape), size))
@@ -171,7 +171,7 @@ def readable(films, indices):
         try:
             films[int(i)]
             good.append(int(i))
-        except BadFilm:
+        except UnreadableFilm:
             pass
     return np.array(good, dtype=int)
 

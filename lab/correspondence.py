@@ -19,7 +19,7 @@ from lab.common import Common, find_weights, finish, grey, open_set, rows_of, ru
 from lab.domain import GREEN
 from model import ViT
 from plumbing import pictures
-from plumbing.film import BadFilm
+from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, flag, run_script
 from plumbing.weights import load_encoder
 
@@ -285,7 +285,7 @@ def read_landmarks(table, films, count):
         i, row = rows[k]
         try:
             shape = films[i].shape
-        except BadFilm:
+        except UnreadableFilm:
             continue
         try:
             if names:

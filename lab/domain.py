@@ -7,7 +7,7 @@ from tqdm import tqdm
 import augment
 from lab.common import Common, find_weights, finish, grey, open_set, run_command, some_films
 from plumbing import pictures
-from plumbing.keys import keyed
+from plumbing.keys import torch_generator
 from plumbing.launch import run_script
 from plumbing.metrics import recall_at_k
 from plumbing.weights import load_world
@@ -36,7 +36,7 @@ def command(config, device):
         )
     candidates = domain_candidates()
     actions = augment.sample_actions(
-        len(candidates), keyed(config.seed, 0)
+        len(candidates), torch_generator(config.seed, 0)
     )  # those of film 0 in domain_test
     matrices = [
         errors.cpu().numpy() for errors in domain_errors(world, images[:1], actions, candidates)
@@ -118,7 +118,7 @@ def domain_test(world, images, seed=0, side=8, progress=False):
     """
     candidates, recalls = domain_candidates(side), {"action": [], "no_action": []}
     for k, image in enumerate(tqdm(images, desc="domain test", disable=not progress, leave=False)):
-        actions = augment.sample_actions(len(candidates), keyed(seed, k))
+        actions = augment.sample_actions(len(candidates), torch_generator(seed, k))
         for each, errors in zip(
             recalls.values(), domain_errors(world, image[None], actions, candidates)
         ):

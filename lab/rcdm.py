@@ -33,7 +33,7 @@ from masks import blocks, mask_sizes
 from model import grid_coords, take
 from plumbing import pictures
 from plumbing.checkpoint import Log, load_checkpoint, save_atomic, write_json
-from plumbing.keys import keyed
+from plumbing.keys import torch_generator
 from plumbing.launch import (
     UserError,
     autocast,
@@ -231,7 +231,7 @@ def hide(grid, generator, corner=None, tries=8):
 
 
 class Pairs(Views):
-    """Item (epoch, i), keyed with the seed: a question to the world model about film i, and the pixels of the answer.
+    """Item (epoch, i), torch_generator with the seed: a question to the world model about film i, and the pixels of the answer.
     context, target uint8 (size, size); keep (K,) visible patches; coords (N, 2): where the target's patches lie in the context's grid;
     rectangles (R, 4): the parts to paint, in patches of the target; crops uint8 (R, pixels, pixels), those parts. R = 4 (local) or 1 (global)."""
 
@@ -247,7 +247,7 @@ class Pairs(Views):
         """Boxes (2, 4) px on a film of this shape (the whole film when a corner is wanted), rectangles (4, 4), visible patches (K,)."""
         boxes, _ = augment.sample_boxes(np.random.default_rng((PLACE, self.seed, epoch, i)), *shape)
         return boxes if corner is None else np.array([(0.0, 0.0, *shape)] * 2), *hide(
-            self.grid, keyed(PLACE, self.seed, epoch, i), corner
+            self.grid, torch_generator(PLACE, self.seed, epoch, i), corner
         )
 
     def ask(self, film, boxes, rectangles, keep, size=None):
@@ -345,9 +345,9 @@ def row_of(view, versions, grid, count=4):
 def paint(averaged, conditions, config, sample=0):
     """Paint from (B, R, D) predictions; the noise depends on (seed, sample) alone. → uint8 (B, R, size, size)"""
     flat, shape = conditions.flatten(0, 1), (*conditions.shape[:2], config.size, config.size)
-    noise = torch.randn(len(flat), 1, *shape[2:], generator=keyed(PAINT, config.seed, sample)).to(
-        flat.device
-    )
+    noise = torch.randn(
+        len(flat), 1, *shape[2:], generator=torch_generator(PAINT, config.seed, sample)
+    ).to(flat.device)
     with autocast(flat.device, config.precision):
         done = [
             ddim(lambda x, t: averaged(x, t, told).float(), start, config.ddim)
@@ -656,7 +656,7 @@ def main():
         )
         x, generator = (
             item["crops"].to(device).flatten(0, 1)[:, None] / 127.5 - 1,
-            keyed(NOISE, config.seed, step),
+            torch_generator(NOISE, config.seed, step),
         )  # (B·R, 1, size, size)
         t = (
             (

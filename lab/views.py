@@ -9,7 +9,7 @@ import augment
 from lab.common import Common, evenly, finish, grey, named, open_set, run_command
 from masks import sample_masks
 from plumbing import pictures
-from plumbing.keys import keyed
+from plumbing.keys import torch_generator
 from plumbing.launch import UserError, flag, run_script
 
 
@@ -31,7 +31,7 @@ def command(config, device):
     for i in evenly(named(config.table, films), config.films):
         film, generator, rng = (
             films[int(i)],
-            keyed(config.seed, int(i)),
+            torch_generator(config.seed, int(i)),
             np.random.default_rng((config.seed, int(i))),
         )
         boxes, flips = augment.sample_boxes(rng, *film.shape)

@@ -1,7 +1,7 @@
 """The eight downstream sets as people have them on disk, and any folder with a CSV: films, targets, splits, recipe.
 
     splits = tasks.load("shenzhen", tasks.find_root("shenzhen"))
-    splits.train[0]                # Case(path, target, patient, mask);   splits.notes says what was decided, splits.counts() what came out
+    splits.train[0]                # Example(path, target, patient, mask);   splits.notes says what was decided, splits.counts() what came out
 
 Facts and decisions behind every reader: DATASETS.md (its section 0 is the list). Sub-folders are found by looking, not by configuration.
 """
@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from plumbing.film import IMAGE_SUFFIXES, Case, choose_canvas
+from plumbing.film import IMAGE_SUFFIXES, Example, choose_canvas
 from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.splits import Splits, complete, disjoint
@@ -479,7 +479,7 @@ def load_task(name, root, table=None, shots=None, column=None, cache=None):
         for split, rows in found.parts.items()
     }
     cases = {
-        split: [Case(path, *row[1:]) for path, row in zip(paths[split], rows)]
+        split: [Example(path, *row[1:]) for path, row in zip(paths[split], rows)]
         for split, rows in found.parts.items()
     }
     parts, drew = complete(cases, task.sizes)

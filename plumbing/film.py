@@ -1,6 +1,6 @@
 """One film from one file, whatever radiographs are saved as → uint8 (H, W), bright = dense; and the packed file of many. Part of data.py.
 
-What a file is, its first bytes say, never its name. A file that is not a readable film raises BadFilm with the reason.
+What a file is, its first bytes say, never its name. A file that is not a readable film raises UnreadableFilm with the reason.
 """
 
 import os
@@ -69,7 +69,7 @@ SUFFIXES = {
 }
 
 
-class BadFilm(Exception):
+class UnreadableFilm(Exception):
     """A file that cannot be read as a film; the message is the reason."""
 
 
@@ -98,7 +98,7 @@ def looks_like_film(path):
 
 
 def read_film(path, side=0):
-    """Any image or DICOM file → uint8 (H, W). Raises BadFilm, also for constant and black-and-white pictures (masks, posterised films).
+    """Any image or DICOM file → uint8 (H, W). Raises UnreadableFilm, also for constant and black-and-white pictures (masks, posterised films).
 
     side: the short side that is wanted, px: a JPEG may then be decoded at 1/2, 1/4 or 1/8, never below `side`. 0 = full size.
     """
@@ -107,7 +107,7 @@ def read_film(path, side=0):
             head = file.read(256)
         kind = sniff(head)
         if not kind:
-            raise BadFilm(
+            raise UnreadableFilm(
                 f"neither an image nor DICOM (begins with {head[:12]!r})" if head else "empty file"
             )
         film = (
@@ -115,12 +115,12 @@ def read_film(path, side=0):
             if kind == "dicom"
             else read_image(path, side)
         )
-    except BadFilm:
+    except UnreadableFilm:
         raise
     except UnidentifiedImageError:
-        raise BadFilm("damaged image header") from None
+        raise UnreadableFilm("damaged image header") from None
     except Exception as error:  # a decoder may raise anything on a broken file
-        raise BadFilm(
+        raise UnreadableFilm(
             (
                 getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
             ).splitlines()[0]
@@ -134,13 +134,13 @@ def refuse_flat(film):
     Of 2,050 real films the worst, a small body in a black border, has half of its pixels there; a posterised one 98 %.
     """
     if min(film.shape) < 16:
-        raise BadFilm(f"only {film.shape[1]} × {film.shape[0]} px")
+        raise UnreadableFilm(f"only {film.shape[1]} × {film.shape[0]} px")
     if film.min() == film.max():
-        raise BadFilm("constant image")
+        raise UnreadableFilm("constant image")
     step = max(1, min(film.shape) // 512)
     part = film[::step, ::step]
     if np.mean((part < 3) | (part > 252)) > 0.9:
-        raise BadFilm("black-and-white picture (a mask, or a film posterised beyond use)")
+        raise UnreadableFilm("black-and-white picture (a mask, or a film posterised beyond use)")
     return film
 
 
@@ -182,7 +182,7 @@ def stretch(values, used=None):
     """Deep grey values → uint8: the range between percentiles 0.5 and 99.5 (of the pixels in `used`) becomes 0–255."""
     low, high = np.percentile(values if used is None else values[used], (0.5, 99.5))
     if not high > low:
-        raise BadFilm("constant image")
+        raise UnreadableFilm("constant image")
     return ((np.clip(values, low, high) - low) * (255 / (high - low)) + 0.5).astype(np.uint8)
 
 
@@ -195,10 +195,10 @@ def read_dicom(path, has_header):
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
     except ImportError:
-        raise BadFilm('DICOM needs a reader: pip install "pydicom>=3"') from None
+        raise UnreadableFilm('DICOM needs a reader: pip install "pydicom>=3"') from None
     data = pydicom.dcmread(path, force=not has_header)
     if "PixelData" not in data:
-        raise BadFilm("DICOM without pixel data")
+        raise UnreadableFilm("DICOM without pixel data")
     syntax = transfer_syntax(data)
     try:
         values = pixel_array(data, index=0)
@@ -206,7 +206,7 @@ def read_dicom(path, has_header):
         if "missing dependencies" not in str(error):
             raise
         decoder = "openjpeg" if syntax in OPENJPEG else "libjpeg"
-        raise BadFilm(
+        raise UnreadableFilm(
             f"{syntax.name}: no decoder installed: pip install pylibjpeg pylibjpeg-{decoder}"
         ) from None
     if values.ndim == 3:
@@ -268,7 +268,7 @@ IMAGE_SUFFIXES = {
 }
 
 
-class Case(NamedTuple):
+class Example(NamedTuple):
     """One film: file, target (c,) of 0/1 (empty for segmentation), patient, mask for read_mask: ("file", path), ("rle", rows, canvas) or
     ("boxes", rows, canvas); canvas (height, width), None = the film's own size in pixels."""
 
@@ -331,7 +331,7 @@ def encode_rle(mask):
 
 
 def read_mask(case):
-    """The mask of a Case → bool (H, W) on its own canvas, to be resized together with the film. Grey masks count from half their maximum."""
+    """The mask of a Example → bool (H, W) on its own canvas, to be resized together with the film. Grey masks count from half their maximum."""
     kind, what, *canvas = case.mask
     if kind == "file":
         gray = np.asarray(Image.open(what).convert("L"))

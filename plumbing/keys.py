@@ -1,19 +1,36 @@
-"""plumbing.keys"""
+"""Every random number of this program, by the name of what it decides.
+
+A key is a name from this list and the integers that the draw depends on, such as (seed, epoch, film). It never holds a
+rank or a worker, so the same films meet the same numbers however many processes there are. The name comes first:
+NumPy pads keys with zeros, so without it (seed, epoch) would draw the same numbers as (seed, epoch, 0).
+"""
 
 import numpy as np
 import torch
 
+# pre-training
+VIEWS = 1  # (seed, epoch, film): the two boxes and flips of a film
+ORDER = 2  # (seed, epoch): the order of the films
+HOLD_OUT = 3  # (seed): films held out for the closing test
+STEP = 4  # (seed, step): jitter, actions and masks of a global batch
+# fine-tuning
+TRAIN_VIEW = 5  # (seed, epoch, film): crop and flip of a training film
+TRAIN_JITTER = 6  # (seed, step): brightness and contrast of a batch
+DROP_PATH = 8  # (seed, step, rank): which residual branches are skipped
+# analyses
+SURPRISE = 9  # (seed): the halves that judge each other
+RANDOM_CUT = 10  # (seed): boxes of the correspondence test
+RCDM_PLACE = 20  # (seed, epoch, film) or (seed): boxes and hidden rectangles; films to show
+RCDM_NOISE = 21  # (seed, step): time and noise of a training step
+RCDM_PAINT = 22  # (seed, sample): the noise that a painting starts from
 
-def keyed(*key):
-    """A torch generator (on the CPU) that depends on the integers of `key`, 0 or more, and nothing else."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator().manual_seed(seed)
+
+def numpy_rng(*key):
+    """A NumPy generator that depends on the integers of `key` (each 0 or more) and on nothing else."""
+    return np.random.default_rng(key)
 
 
-VIEWS, BATCHES = (
-    1,
-    2,
-)  # first word of each random key: NumPy pads keys with zeros, so (s, e) would equal (s, e, 0)
-
-
-TRAIN_VIEW, JITTER = 5, 6  # first words of the random keys, as in data.py
+def torch_generator(*key):
+    """A torch generator, on the CPU, that depends on the integers of `key` and on nothing else."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.Generator().manual_seed(int(seed))

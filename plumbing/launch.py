@@ -98,77 +98,88 @@ def parse(Config, doc, argv=None, prog=None):
 # ------------------------------------------------------------------------------------------------ processes and precision
 @dataclasses.dataclass
 class Team:
-    """The processes of one run: rank and world as torchrun gives them (0 of 1 without), this one's device."""
+    """The processes of one run: this one's rank, their number `world` (1 without torchrun), its device.
+
+    hosts: a gloo group beside nccl, for small agreements that must not wait for the GPU.
+    """
 
     rank: int
     world: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def lead(self):
+        """True on the one rank that prints and writes files."""
         return self.rank == 0
 
     def say(self, *words):
+        """Print on the lead rank only."""
         if self.lead:
             print(*words, flush=True)
 
+    def wait(self):
+        """Return when every rank has come here."""
+        self.any(False)
 
-def start_team(device="auto"):
-    """Join the torchrun group when there is one: nccl on GPUs, gloo on CPUs. → Team"""
-    rank, world, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda, but this PyTorch sees no GPU: use --device cpu or install a CUDA build of torch"
-        )
-    if device == "cuda":
-        device = f"cuda:{local}"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: wanted auto, cpu, cuda or cuda:1") from None
+    def any(self, value):
+        """True on every rank when `value` is true on any: all ranks then decide alike."""
+        if self.world == 1:
+            return bool(value)
+        vote = torch.tensor([int(value)])
+        dist.all_reduce(vote, group=self.hosts)
+        return bool(vote.item())
+
+    def mean(self, tensor):
+        """Mean of a tensor over the ranks, computed in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+    def leave(self):
+        """Leave the group, so that torchrun sees a clean exit."""
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def start_team(name="auto"):
+    """Join torchrun's group where there is one: nccl on GPUs, gloo on CPUs. → Team
+
+    name: auto, cpu, cuda (the local rank's GPU) or cuda:1. Raises UserError when it is not there.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(name, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"--device {device}, but this PyTorch sees {torch.cuda.device_count()} GPU(s)"
-            )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Team(rank, world, device)
+    if world == 1:
+        return Team(rank, world, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Team(rank, world, device, hosts=dist.new_group(backend="gloo"))
 
 
-def end_team(team):
-    """Leave the group, so that torchrun sees a clean exit."""
-    if team.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def host_group(team):
-    """A gloo group beside nccl: small agreements between hosts that must not wait for the GPU. None for one process."""
-    return dist.new_group(backend="gloo") if team.world > 1 else None
-
-
-def any_rank(value, team, group):
-    """True on every rank when `value` is true on any: all ranks then take the same decision at the same step."""
-    if team.world == 1:
-        return bool(value)
-    vote = torch.tensor([int(value)])
-    dist.all_reduce(vote, group=group)
-    return bool(vote.item())
-
-
-def reduce_mean(tensor, team):
-    """Mean of a tensor over the ranks (in place for one process)."""
-    if team.world > 1:
-        dist.all_reduce(tensor)
-        tensor /= team.world
-    return tensor
+def find_device(name, local_rank=0):
+    """--device as the user wrote it → torch.device. Raises UserError when there is none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda, but this PyTorch sees no GPU: "
+            "use --device cpu or install a CUDA build of torch"
+        )
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: wanted auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {device}, but this PyTorch sees {count} GPU(s)")
+    return device
 
 
 def choose_precision(name, device):

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import write_text
-from plumbing.film import BadFilm
+from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, leave_with_parent
 
 # ------------------------------------------------------------------------------------------------ the packed file
@@ -62,9 +62,9 @@ class Pack:
         return self.bytes[self.starts[i] : self.starts[i + 1]].reshape(self.shapes[i])
 
     def verified(self, i):
-        """Film i, after comparing it with its checksum; BadFilm when they differ."""
+        """Film i, after comparing it with its checksum; UnreadableFilm when they differ."""
         if zlib.crc32(self[i]) != self.sums[i]:
-            raise BadFilm(f"its bytes in {self.path} have changed since packing")
+            raise UnreadableFilm(f"its bytes in {self.path} have changed since packing")
         return self[i]
 
 
@@ -84,7 +84,7 @@ class Attempts(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return self.films.verified(i), ""
-        except BadFilm as error:
+        except UnreadableFilm as error:
             return None, str(error)
 
 

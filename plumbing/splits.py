@@ -127,7 +127,7 @@ def disjoint(parts):
 
 
 def draw_few(cases, fraction=1.0, shots=None, seed=0):
-    """Training cases for --fraction (that share of the films) or --shots (that many films of every class, 'none' counting as one), keyed by seed."""
+    """Training cases for --fraction (that share of the films) or --shots (that many films of every class, 'none' counting as one), torch_generator by seed."""
     if shots is None:
         count = max(1, int(fraction * len(cases)))
         return (

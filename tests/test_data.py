@@ -14,7 +14,7 @@ from films_for_tests import TINY, film, needs_real, run, tree
 from augment import crop, sample_boxes
 from data import Batches, Views, open_films
 from plumbing import folder, keys
-from plumbing.film import BadFilm
+from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError
 from plumbing.table import match
 
@@ -410,7 +410,7 @@ def slow_batches(n, batch, seed, steps):
     """Every step's global batch, written out: the epochs' permutations, each cut to whole batches, one after the other."""
     places = []
     for epoch in range(steps):
-        order = np.random.default_rng((keys.BATCHES, seed, epoch)).permutation(n).tolist()
+        order = np.random.default_rng((keys.ORDER, seed, epoch)).permutation(n).tolist()
         places += [(epoch, i) for i in order[: n - n % batch]]
     return [places[s * batch : (s + 1) * batch] for s in range(steps)]
 
@@ -473,7 +473,7 @@ class Memory:
 
     def __getitem__(self, i):
         if i in self.bad:
-            raise BadFilm("broken")
+            raise UnreadableFilm("broken")
         return film(i, 90 + i % 7, 100)
 
 

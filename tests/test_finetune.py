@@ -22,7 +22,7 @@ import data
 import finetune
 from model import Classifier, ViT
 from plumbing import benchmarks, checkpoint, launch
-from plumbing.film import Case, fit
+from plumbing.film import Example, fit
 
 TINY = ["--weights", "none", "--size", "tiny", "--image", "32", "--patch", "8", "--device", "cpu"]
 SHORT = ["--batch", "8", "--epochs", "6", "--lr", "2e-3", "--log_every", "2", "--drop_path", "0.1"]
@@ -526,7 +526,7 @@ def test_judgement_of_three_classes_and_of_masks():
         (),
         {
             "cases": [
-                Case(Path(str(k)), tuple(np.eye(3, dtype=int)[k % 3]), str(k)) for k in range(9)
+                Example(Path(str(k)), tuple(np.eye(3, dtype=int)[k % 3]), str(k)) for k in range(9)
             ]
         },
     )

@@ -17,7 +17,7 @@ from lab import rcdm
 from model import SIZES, CheXWorld
 from plumbing import launch, phantom, weights
 from plumbing.checkpoint import save_atomic
-from plumbing.keys import keyed
+from plumbing.keys import torch_generator
 
 SMALL = "--size 16 --channels 4 --batch 4 --steps 6 --films 2 --samples 2 --ddim 2 --log_every 1 --device cpu".split()
 
@@ -160,7 +160,7 @@ def test_hidden_rectangles_and_visible_patches(grid):
     from masks import mask_sizes
 
     for k in range(50):
-        rectangles, keep = rcdm.hide(grid, keyed(k))
+        rectangles, keep = rcdm.hide(grid, torch_generator(k))
         covered = np.zeros((grid, grid), bool)
         for top, left, height, width in rectangles.tolist():
             assert 0 <= top and top + height <= grid and 0 <= left and left + width <= grid
@@ -172,7 +172,7 @@ def test_hidden_rectangles_and_visible_patches(grid):
         assert not covered.flatten()[keep.numpy()].any()  # what is asked for is never seen
         assert (~covered).sum() - len(keep) <= 0.15 * grid**2  # and nearly all else is
     for corner in (0, 1):
-        (top, left, height, width), *_ = rcdm.hide(grid, keyed(3), corner)[0].tolist()
+        (top, left, height, width), *_ = rcdm.hide(grid, torch_generator(3), corner)[0].tolist()
         assert top == 0 and (left == 0, left + width == grid)[corner]
 
 

@@ -10,8 +10,8 @@ import augment
 from lab import common, domain, report
 from model import CheXWorld, ViT
 from plumbing import metrics, table
-from plumbing.film import BadFilm
-from plumbing.keys import keyed
+from plumbing.film import UnreadableFilm
+from plumbing.keys import torch_generator
 from plumbing.launch import UserError
 
 TINY = dict(
@@ -37,7 +37,7 @@ class Films:
 
     def __getitem__(self, i):
         if self.films[i] is None:
-            raise BadFilm("broken")
+            raise UnreadableFilm("broken")
         return self.films[i]
 
 
@@ -83,7 +83,7 @@ def test_domain_errors_equal_a_slow_loop(world, told):
     image, candidates, actions = (
         torch.rand(1, 1, 32, 32),
         domain.domain_candidates(3),
-        augment.sample_actions(9, keyed(1)),
+        augment.sample_actions(9, torch_generator(1)),
     )
     out = domain.domain_errors(world, image, actions, candidates)[0 if told else 1]
     y = [augment.tone(image, c[None, 0], c[None, 1]) for c in candidates]
@@ -106,7 +106,7 @@ def test_domain_errors_of_64_candidates_rank_as_in_float64(world):
     image, candidates, actions = (
         torch.rand(1, 1, 32, 32),
         domain.domain_candidates(8),
-        augment.sample_actions(64, keyed(2)),
+        augment.sample_actions(64, torch_generator(2)),
     )
     out = domain.domain_errors(world, image, actions, candidates)[0].double()
     y = augment.tone(image.expand(64, -1, -1, -1), candidates[:, 0], candidates[:, 1])

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from plumbing import benchmarks
-from plumbing.film import Case, decode_rle, encode_rle, read_film, read_mask
+from plumbing.film import Example, decode_rle, encode_rle, read_film, read_mask
 from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.splits import Splits, class_warnings, draw_few
@@ -737,7 +737,7 @@ def test_names_keep_their_dots_and_lists_their_numbers(tmp_path):
 
 def test_draws_are_keyed_by_seed_and_classes_without_positives_are_named():
     cases = [
-        Case(Path(f"{k}.png"), (int(k % 10 == 0), int(k % 3 == 0)), str(k)) for k in range(100)
+        Example(Path(f"{k}.png"), (int(k % 10 == 0), int(k % 3 == 0)), str(k)) for k in range(100)
     ]
     for kind in (dict(fraction=0.1), dict(shots=4)):
         assert (

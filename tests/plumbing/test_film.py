@@ -13,7 +13,7 @@ from films_for_tests import TINY, film, jpeg, needs_real, run, tree
 from PIL import Image
 
 from data import Views, open_films
-from plumbing.film import BadFilm, fit, read_film
+from plumbing.film import UnreadableFilm, fit, read_film
 from plumbing.launch import UserError
 from plumbing.pack import Pack, pack_films
 
@@ -105,7 +105,7 @@ def test_format_is_refused_by_name(name, reason):
         pytest.importorskip("pydicom")
         if importlib.util.find_spec("libjpeg") or importlib.util.find_spec("gdcm"):
             pytest.skip("a lossless JPEG decoder is installed here")
-    with pytest.raises(BadFilm, match=reason):
+    with pytest.raises(UnreadableFilm, match=reason):
         read_film(REAL / "formats" / name)
 
 
@@ -205,9 +205,9 @@ def test_bad_files_are_refused_with_a_reason(tmp_path, content, reason):
     for side in (
         (0, 16) if reason != "black-and-white" else (0,)
     ):  # scaled down, black and white blend to grey
-        with pytest.raises(BadFilm, match=reason):
+        with pytest.raises(UnreadableFilm, match=reason):
             read_film(tmp_path / "film.png", side)
-    with pytest.raises(BadFilm, match="No such file"):
+    with pytest.raises(UnreadableFilm, match="No such file"):
         read_film(tmp_path / "gone.png")
 
 
@@ -323,16 +323,16 @@ def test_dicom_padding_frames_and_refusals(tmp_path, monkeypatch):
         ).max()
         < 1.01
     )
-    with pytest.raises(BadFilm, match="constant"):
+    with pytest.raises(UnreadableFilm, match="constant"):
         read_film(write_dicom(tmp_path / "constant.dcm", values * 0 + 5))
     report = write_dicom(tmp_path / "report.dcm", values)
     without = pytest.importorskip("pydicom").dcmread(report)
     del without.PixelData
     without.save_as(report)
-    with pytest.raises(BadFilm, match="without pixel data"):
+    with pytest.raises(UnreadableFilm, match="without pixel data"):
         read_film(report)
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(BadFilm, match='pip install "pydicom>=3"'):
+    with pytest.raises(UnreadableFilm, match='pip install "pydicom>=3"'):
         read_film(tmp_path / "padded.dcm")
 
 

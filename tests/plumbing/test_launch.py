@@ -1,4 +1,4 @@
-"""Command line, errors as one line, schedules against a table, the log after a crash, atomic files, SIGTERM, keyed randomness."""
+"""Command line, errors as one line, schedules against a table, the log after a crash, atomic files, SIGTERM, torch_generator randomness."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from plumbing import checkpoint, launch
 from plumbing.checkpoint import Log, Preempted, read_log, save_atomic, write_json, write_text
-from plumbing.keys import keyed
+from plumbing.keys import torch_generator
 from plumbing.launch import UserError, cosine, flag, parse, warmup_cosine
 
 
@@ -76,7 +76,7 @@ def test_a_negative_seed_is_refused_as_every_script_keys_its_numbers_by_it():
     with pytest.raises(UserError, match="--seed -1: must be 0 or more"):
         parse(Seeded, "", ["--seed", "-1"])
     with pytest.raises(ValueError):
-        keyed(4, -1)
+        torch_generator(4, -1)
 
 
 def test_nothing_is_suggested_for_a_stranger():
@@ -155,12 +155,9 @@ def test_a_team_of_one(monkeypatch, capsys):
     team.say("one", 2)
     launch.Team(1, 2, team.device).say("silent")
     assert capsys.readouterr().out == "one 2\n"
-    assert (
-        launch.any_rank(3, team, None) is True
-        and launch.any_rank(0, team, launch.host_group(team)) is False
-    )
-    assert torch.equal(launch.reduce_mean(torch.tensor([2.0]), team), torch.tensor([2.0]))
-    launch.end_team(team)
+    assert team.any(3) is True and team.any(0) is False
+    assert torch.equal(team.mean(torch.tensor([2.0])), torch.tensor([2.0]))
+    team.leave()
 
 
 def test_precision():
@@ -181,7 +178,7 @@ def test_precision():
 
 
 def test_keyed_depends_on_the_whole_key_and_nothing_else():
-    draw = lambda *key: torch.rand(4, generator=keyed(*key)).tolist()
+    draw = lambda *key: torch.rand(4, generator=torch_generator(*key)).tolist()
     torch.manual_seed(1)
     first = draw(4, 0, 17)
     torch.manual_seed(2)
@@ -320,12 +317,11 @@ from plumbing import launch
 from plumbing.checkpoint import write_text
 def main():
     team = launch.start_team("cpu")
-    hosts = launch.host_group(team)
-    mean = launch.reduce_mean(torch.tensor([1.0 + 2 * team.rank]), team).item()
-    asked = launch.any_rank(team.rank == 1, team, hosts), launch.any_rank(False, team, hosts)
+    mean = team.mean(torch.tensor([1.0 + 2 * team.rank])).item()
+    asked = team.any(team.rank == 1), team.any(False)
     team.say("only once")
     write_text(f"{sys.argv[1]}/{team.rank}.txt", f"{team.world} {mean} {asked}")
-    launch.any_rank(False, team, hosts)
+    team.wait()
     if team.rank == 1:
         raise launch.UserError("rank 1 stops")
 launch.run_script(main)
