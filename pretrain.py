@@ -443,7 +443,7 @@ def main():
         ]
         log = Log(out / "log.csv", columns, start)
         if not start:
-            pictures.save(views_picture(views, config, min(4, config.batch)), out / "views.png")
+            pictures.save(draw_views(views, config, min(4, config.batch)), out / "views.png")
 
     # compile, DDP
     on = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
@@ -573,33 +573,12 @@ def batch_of(views, numbers):
     return torch.utils.data.default_collate([views[0, i] for i in numbers])
 
 
-def views_picture(views, config, count=4):
-    """Films with their two boxes, then for each view the target crop and the augmented context with its hidden patches grey: step 0 as the model sees it."""
+def draw_views(views, config, count):
+    """The first films as step 0 shows them to the model. → picture"""
     item = batch_of(views, range(count))
     batch = prepare(item, config, 0, torch.arange(count), "cpu")
-    n, patch = config.image // config.patch, config.patch
-    seen = torch.zeros(2 * count, n * n).scatter_(1, batch["keep"], 1.0).view(-1, 1, n, n)
-    context = torch.where(
-        seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3) > 0,
-        batch["x"],
-        torch.tensor(0.35),
-    )
-    grey = lambda images: (255 * images[:, 0]).round().byte().numpy()
-    y, x = grey(batch["y"]), grey(context)
-    rows = [
-        [
-            pictures.draw_boxes(views.read(b)[0], item["boxes"][b].numpy(), ["#ffb000", "#4cc9f0"]),
-            y[b],
-            x[b],
-            y[b + count],
-            x[b + count],
-        ]
-        for b in range(count)
-    ]
-    return pictures.grid(
-        rows,
-        column_titles=["film, boxes 1 and 2", "target y1", "context x1", "target y2", "context x2"],
-    )
+    films = [views.read(b)[0] for b in range(count)]
+    return pictures.views_picture(films, item["boxes"], item["flips"], batch, config.patch)
 
 
 if __name__ == "__main__":

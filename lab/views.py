@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import augment
-from lab.common import Common, evenly, finish, grey, named, open_set, run_command
+from lab.common import Common, evenly, finish, named, open_set, run_command
 from masks import sample_masks
 from plumbing import pictures
 from plumbing.keys import torch_generator
@@ -27,61 +27,32 @@ def command(config, device):
     if size % patch:
         raise UserError(f"--image {size} is not a multiple of --patch {patch}")
     films, _ = open_set(config, 20)
-    rows, captions, grid = [], [], size // patch
+    shown, all_boxes, all_flips, steps = [], [], [], []
     for i in evenly(named(config.table, films), config.films):
-        film, generator, rng = (
-            films[int(i)],
-            torch_generator(config.seed, int(i)),
-            np.random.default_rng((config.seed, int(i))),
-        )
+        film = films[int(i)]
+        generator = torch_generator(config.seed, int(i))
+        rng = np.random.default_rng((config.seed, int(i)))
         boxes, flips = augment.sample_boxes(rng, *film.shape)
         crops = np.stack([augment.crop(film, box, size, flip) for box, flip in zip(boxes, flips)])
         both = augment.to_float(torch.from_numpy(crops))[None]  # (1, 2, H, W)
-        y = augment.apply_jitter(both, augment.sample_jitter(1, generator))[0][
-            :, None
-        ]  # (2, 1, H, W)
-        actions = augment.sample_actions(2, generator)
-        x = augment.apply_action(y, actions)
-        keep, masked = sample_masks(2, grid, generator)
-        rows.append([pictures.draw_boxes(film, boxes, ["#ffb000", "#4cc9f0"])])
-        captions.append([", ".join(f"view {v + 1} mirrored" for v in (0, 1) if flips[v])])
-        for v in (0, 1):
-            b, c, g, s = actions[v].tolist()
-            rows[-1] += [grey(y[v]), grey(x[v]), tokens_picture(x[v], keep[v], masked[v], patch)]
-            captions[-1] += [
-                None,
-                f"b {b:.2f} c {c:.2f} g {g:.2f} blur {s:.1f}",
-                f"{len(keep[v])} seen, {len(masked[v])} asked",
-            ]
-    titles = [
-        "film, boxes 1 and 2",
-        *(f"{what} {v}" for v in (1, 2) for what in ("target y", "T_a(y)", "context x")),
-    ]
-    words = f"{len(rows)} films as a training step sees them; red: hidden and asked for, black: hidden only"
+        jitter = augment.sample_jitter(1, generator)
+        y = augment.apply_jitter(both, jitter)[0][:, None]  # (2, 1, H, W)
+        action = augment.sample_actions(2, generator)  # (2, 4)
+        x = augment.apply_action(y, action)
+        keep, masked = sample_masks(2, size // patch, generator)  # (2, K), (2, M)
+        shown.append(film)
+        all_boxes.append(boxes)
+        all_flips.append(flips)
+        steps.append({"y": y, "x": x, "keep": keep, "masked": masked, "action": action})
+    batch = {  # view 1 of every film first, then view 2, as in training
+        key: torch.stack([step[key] for step in steps], 1).flatten(0, 1) for key in steps[0]
+    }
     finish(
         config,
-        {"films": len(rows), "image": size, "patch": patch},
-        words,
-        views=pictures.grid(rows, captions, titles, cell=170),
+        {"films": len(shown), "image": size, "patch": patch},
+        f"{len(shown)} films as a training step sees them",
+        views=pictures.views_picture(shown, all_boxes, all_flips, batch, patch),
     )
-
-
-def tokens_picture(image, keep, masked, patch):
-    """A context: patches in `keep` as they are, those in `masked` red, the rest nearly black. (1, H, W), (K,), (M,) → uint8 (H, W, 3)"""
-    grid = image.shape[-1] // patch
-    kind = (
-        torch.zeros(grid * grid, dtype=torch.long)
-        .scatter(0, keep, 1)
-        .scatter(0, masked, 2)
-        .view(grid, grid)
-    )
-    kind = kind.repeat_interleave(patch, 0).repeat_interleave(patch, 1).numpy()[..., None]
-    shown = grey(image)[..., None].repeat(3, 2)
-    return np.where(
-        kind == 1,
-        shown,
-        np.where(kind == 2, shown // 6 + np.array([120, 30, 30], np.uint8), shown // 6),
-    ).astype(np.uint8)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ INK, PALE, COLOURS = (
 )
 
 
+VIEW_COLOURS = ["#ffb000", "#4cc9f0"]  # of the boxes of view 1 and view 2
+
+
 HEAT = np.array(
     [
         [0, 0, 4],
@@ -53,17 +56,22 @@ def to_picture(image, cell=None):
     return picture
 
 
-def grid(rows, captions=None, column_titles=None, row_titles=None, cell=160, gap=8):
+def grid(rows, captions=None, column_titles=None, row_titles=None, cell=160, gap=8, footnote=None):
     """rows: lists of images (None = empty place); captions: the same shape, a line below each image. → white page"""
     columns = max(len(r) for r in rows)
     left = 0 if not row_titles else gap + max(round(font().getlength(t)) for t in row_titles)
     top, line = 22 if column_titles else 0, 18 if captions else 0
     page = Image.new(
         "RGB",
-        (left + columns * (cell + gap) + gap, top + len(rows) * (cell + line + gap) + gap),
+        (
+            left + columns * (cell + gap) + gap,
+            top + len(rows) * (cell + line + gap) + gap + (20 if footnote else 0),
+        ),
         "white",
     )
     draw = ImageDraw.Draw(page)
+    if footnote:
+        draw.text((left + gap, page.height - 6), footnote, INK, font(), anchor="ls")
     for c, title in enumerate(column_titles or []):
         draw.text((left + gap + c * (cell + gap) + cell / 2, 5), title, INK, font(), anchor="ma")
     for r, row in enumerate(rows):
@@ -171,6 +179,60 @@ def draw_boxes(image, boxes, colours):
             [left, top, left + wide - 1, top + height - 1], outline=colour, width=width
         )
     return picture
+
+
+def views_picture(films, boxes, flips, batch, patch):
+    """Draw what a training step shows the model: one row per film, both of its views in turn.
+
+    films: b images uint8 (H, W); boxes (b, 2, 4) of (top, left, height, width), px; flips (b, 2);
+    batch: what CheXWorld.forward takes (y, x, keep, masked, action): view 1 of all films, then view 2.
+    """
+    targets = to_grey(batch["y"])
+    augmented = to_grey(batch["x"])
+    keep = np.asarray(batch["keep"])
+    masked = np.asarray(batch["masked"])
+    rows = []
+    captions = []
+    for i, film in enumerate(films):
+        mirrored = " and ".join(str(v + 1) for v in (0, 1) if flips[i][v])
+        row = [draw_boxes(film, np.asarray(boxes[i]), VIEW_COLOURS)]
+        words = [f"mirrored: {mirrored}" if mirrored else None]
+        for k in (i, i + len(films)):  # the film's view 1, then its view 2
+            row += [targets[k], augmented[k], hide(augmented[k], keep[k], masked[k], patch)]
+            bright, contrast, gamma, blur = np.asarray(batch["action"][k]).tolist()
+            action = f"b {bright:.2f} c {contrast:.2f} g {gamma:.2f} blur {blur:.1f}"
+            words += [None, action, f"{len(keep[k])} seen, {len(masked[k])} asked"]
+        rows.append(row)
+        captions.append(words)
+    titles = ["film, boxes 1 and 2"]
+    for v in (1, 2):
+        titles += [f"target y{v}", f"x{v} = T_a(y{v})", f"context of x{v}"]
+    footnote = (
+        "Boxes: view 1 amber, view 2 blue. Context: red patches are hidden and asked for, "
+        "black ones only hidden."
+    )
+    return grid(rows, captions, titles, cell=170, footnote=footnote)
+
+
+def hide(image, keep, masked, patch):
+    """Paint a context's hidden patches: red where the predictor is asked, nearly black elsewhere.
+
+    image uint8 (H, H); keep (K,) and masked (M,): numbers of the seen and of the asked patches.
+    → uint8 (H, H, 3)
+    """
+    side = len(image) // patch
+    kind = np.zeros(side * side, np.uint8)  # 0 only hidden, 1 seen, 2 hidden and asked for
+    kind[keep] = 1
+    kind[masked] = 2
+    kind = kind.reshape(side, side).repeat(patch, 0).repeat(patch, 1)
+    painted = np.where(kind == 1, image, image // 6)[..., None].repeat(3, 2)
+    painted[kind == 2] += np.array([120, 30, 30], np.uint8)
+    return painted
+
+
+def to_grey(images):
+    """Float images (n, 1, H, W) in [0, 1], NumPy or a tensor on the CPU → uint8 (n, H, W)."""
+    return (255 * np.clip(np.asarray(images)[:, 0], 0, 1)).round().astype(np.uint8)
 
 
 def stack(pictures, gap=8):

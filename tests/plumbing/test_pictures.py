@@ -110,6 +110,44 @@ def test_overlay_and_boxes():
     )
 
 
+def test_hidden_patches_are_red_when_asked_for_and_dark_otherwise():
+    image = np.full((16, 16), 240, np.uint8)
+    painted = pictures.hide(image, keep=[0, 5], masked=[3, 15], patch=4)
+    patches = painted.reshape(4, 4, 4, 4, 3).swapaxes(1, 2).reshape(16, 16, 3)  # (N, pixels, 3)
+    assert (patches == patches[:, :1]).all()  # one colour each
+    expected = np.full((16, 3), 40)
+    expected[[0, 5]] = 240
+    expected[[3, 15]] = [160, 70, 70]
+    assert (patches[:, 0] == expected).all()
+
+
+def test_views_picture_puts_both_views_of_a_film_into_its_row():
+    count, cell, gap = 2, 170, 8
+    films = [np.full((170, 170), 20, np.uint8)] * count
+    boxes = np.array([[(0, 0, 60, 60), (100, 100, 70, 70)]] * count)
+    flips = np.array([[True, False]] * count)
+    level = np.arange(2 * count).reshape(-1, 1, 1, 1) / 10  # of view 1, view 1, view 2, view 2
+    batch = {
+        "y": np.zeros((2 * count, 1, 32, 32)) + level,
+        "x": np.zeros((2 * count, 1, 32, 32)) + level + 0.5,
+        "keep": np.tile(np.arange(8), (2 * count, 1)),
+        "masked": np.tile(np.arange(8, 16), (2 * count, 1)),
+        "action": np.ones((2 * count, 4)),
+    }
+    page = np.asarray(pictures.views_picture(films, boxes, flips, batch, patch=8)).astype(int)
+    middle = lambda row, column: page[  # a pixel in the cell's upper half
+        22 + gap + row * (cell + 18 + gap) + cell // 4,
+        gap + column * (cell + gap) + cell // 2,
+    ]
+    for row in range(count):
+        for column, (value, k) in enumerate([(0, row), (0.5, row), (0.5, row)], start=1):
+            assert (middle(row, column) == round(255 * (value + k / 10))).all()
+            other = round(255 * (value + (k + count) / 10))
+            assert (middle(row, column + 3) == other).all()
+    amber, blue = ((page == colour).all(2) for colour in ([255, 176, 0], [76, 201, 240]))
+    assert amber.any() and blue.any() and np.nonzero(amber)[1].max() < gap + cell
+
+
 def test_stack_and_save(tmp_path):
     page = pictures.stack(
         [Image.new("RGB", (30, 10), "red"), Image.new("RGB", (20, 5), "blue")], gap=4
