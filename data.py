@@ -27,7 +27,7 @@ from plumbing.folder import cached_index, make_index
 from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS
 from plumbing.launch import UserError, flag, parse, run_script
 from plumbing.pack import Pack, attempts, pack_films
-from plumbing.table import match, read_columns
+from plumbing.table import match, read_table
 
 
 class Films:
@@ -83,7 +83,8 @@ def open_films(root, cache_dir=None, side=320, patients=None, mimic_all=False):
     )
     known = index["patients"]
     if patients:
-        table = dict(read_columns(Path(patients), "filename", "patient_id"))
+        rows = read_table(patients, "filename", "patient_id")
+        table = {row["filename"]: row["patient_id"] for row in rows if row["patient_id"]}
         known = [table.get(row, old) for row, old in zip(match(index["names"], table), known)]
     return Films(
         root,

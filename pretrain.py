@@ -44,7 +44,7 @@ from plumbing.launch import (
     warmup_cosine,
 )
 from plumbing.monitor import LOSSES, collect_health, warn_of_collapse
-from plumbing.splits import split_films
+from plumbing.splits import hold_out_films
 from plumbing.table import Labels
 
 RECIPES = {
@@ -364,7 +364,11 @@ def main():
     )
     team.say("\n".join(films.summary))
     tables = [Labels(path).complete() for path in probes]
-    train, held = split_films(films, tables, config)
+    train, held = hold_out_films(films, tables, config.holdout, config.seed)
+    if len(train) < config.batch:
+        raise UserError(
+            f"{len(train)} films to train on are fewer than one batch: lower --batch {config.batch} or add films"
+        )
     memory = len(films) * (config.image * 1.5) ** 2 * 1.3 < 1e9
     workers = (
         config.workers

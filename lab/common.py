@@ -1,6 +1,5 @@
 """What an analysis looks at, which weights and which films, and where its results go. Shared by the commands of analyze.py."""
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from plumbing import phantom, pictures
 from plumbing.checkpoint import write_json
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, flag, parse, start_team
-from plumbing.table import match
+from plumbing.table import match, read_table
 
 OTHER_PATIENTS = 1000  # added to the seed: a population of phantoms that the demo has not seen
 
@@ -73,14 +72,13 @@ def rows_of(table, films):
     """Rows of a CSV with a column filename whose films are there, by path tail; of the split `test` where rows have one. → [(film's number, row)]"""
     if not Path(table).is_file():
         raise UserError(f"--table {table}: no such file")
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(table)
     if not rows or "filename" not in rows[0]:
         raise UserError(
             f"--table {table}: a column filename is wanted, found {', '.join(rows[0]) if rows else 'nothing'}"
         )
-    rows = [r for r in rows if (r.get("split") or "").strip().lower() == "test"] or rows
-    by_name = {(r["filename"] or "").strip(): r for r in rows}
+    rows = [r for r in rows if r.get("split", "").lower() == "test"] or rows
+    by_name = {r["filename"]: r for r in rows}
     found = [
         (i, by_name[name]) for i, name in enumerate(match(films.names, by_name)) if name is not None
     ]

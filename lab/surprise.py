@@ -357,7 +357,7 @@ def labels_of(config, films, numbers):
     """The table's word for each film; None without a table."""
     if not config.table:
         return None
-    label = {i: (row.get("label") or "").strip() for i, row in rows_of(config.table, films)}
+    label = {i: row.get("label", "") for i, row in rows_of(config.table, films)}
     return np.array([label[i] for i in numbers])
 
 

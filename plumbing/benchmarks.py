@@ -13,16 +13,17 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from plumbing.film import IMAGE_SUFFIXES, Example, choose_canvas
+from plumbing.film import IMAGE_SUFFIXES, choose_canvas
 from plumbing.folder import Index
 from plumbing.launch import UserError
-from plumbing.splits import Splits, complete, disjoint
+from plumbing.splits import Example, Splits, complete, disjoint
 from plumbing.table import (
-    NO_FINDING,
+    NEGATIVE,
     SPLITS,
     number,
     read_list,
     read_table,
+    require_columns,
     without_suffix,
 )
 
@@ -189,11 +190,11 @@ def _vindr(index, shots):
     parts = {}
     for split in ("train", "test"):
         votes = {}
-        for row in read_table(
-            _file(index, f"image_labels_{split}.csv"),
-            "image_id",
-            *(v for v in VINDR if v != "Other diseases"),
-        ):
+        table = _file(index, f"image_labels_{split}.csv")
+        rows = read_table(table)
+        wanted = ["image_id", *(v for v in VINDR if v != "Other diseases")]
+        require_columns(table, rows[0] if rows else [], wanted)
+        for row in rows:
             row.setdefault(
                 "Other diseases", row.get("Other disease", "")
             )  # the test file writes it in the singular
@@ -317,7 +318,9 @@ def _chestdr(index, shots):
                 drawn="shot" in pattern,
             )
     films, table = [], _file(index, "chestdr_published_19d.csv", "chest_train.csv")
-    for row in read_table(table, "img_id"):
+    rows = read_table(table)
+    require_columns(table, rows[0] if rows else [], ["img_id"])
+    for row in rows:
         at = list(row).index("img_id")
         films.append(
             (row["img_id"], list(row.values())[at + 1 : at + 1 + len(CHESTDR)])
@@ -407,15 +410,14 @@ def _csv_labels(table, rows, target, others):
     if {r[target] for r in rows} <= {"0", "1", "0.0", "1.0"}:
         return (target,), [(int(number(r[target])),) for r in rows]
     found = [
-        {x.strip() for x in r[target].split("|") if x.strip().lower() not in NO_FINDING}
-        for r in rows
+        {x.strip() for x in r[target].split("|") if x.strip().lower() not in NEGATIVE} for r in rows
     ]
     labels = sorted(set().union(*found))
     if len(labels) == 2 and all(len(f) == 1 for f in found):
         labels = labels[1:]  # two exclusive names are one question; the second is its "yes"
     if not labels:
         raise UserError(
-            f"{table}: column {target} names no class beside {', '.join(NO_FINDING[:-1])}"
+            f"{table}: column {target} names no class beside {', '.join(NEGATIVE[:-1])}"
         )
     return tuple(labels), [tuple(int(label in f) for label in labels) for f in found]
 

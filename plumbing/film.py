@@ -4,8 +4,6 @@ What a file is, its first bytes say, never its name. A file that is not a readab
 """
 
 import os
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -266,16 +264,6 @@ IMAGE_SUFFIXES = {
     ".bmp",
     ".gif",
 }
-
-
-class Example(NamedTuple):
-    """One film: file, target (c,) of 0/1 (empty for segmentation), patient, mask for read_mask: ("file", path), ("rle", rows, canvas) or
-    ("boxes", rows, canvas); canvas (height, width), None = the film's own size in pixels."""
-
-    path: Path
-    target: tuple
-    patient: str
-    mask: tuple | None = None
 
 
 def film_size(path):

@@ -12,7 +12,7 @@ from plumbing.checkpoint import write_text
 from plumbing.film import IMAGE_SUFFIXES, looks_like_film
 from plumbing.launch import UserError
 from plumbing.pack import Pack
-from plumbing.table import SPLITS, read_columns, read_list, without_suffix
+from plumbing.table import SPLITS, read_list, read_table, without_suffix
 
 MASK_FOLDER = re.compile(r"(^|[/_])(masks?|annotations?)(_\d+)?/", re.IGNORECASE)
 
@@ -153,15 +153,16 @@ def list_mimic(lists, every_split):
                 f"MIMIC-CXR-JPG without its mimic-cxr-2.0.0-{kind}.csv[.gz]: frontal training films cannot be told; expected {tree}"
             )
     train = {
-        film
+        row["dicom_id"]
         for path in found["split"]
-        for film, split in read_columns(path, "dicom_id", "split")
-        if split == "train"
+        for row in read_table(path, "dicom_id", "split")
+        if row["split"] == "train"
     }
     wanted, known = {}, set()
-    for film, subject, view in itertools.chain(
-        *(read_columns(p, "dicom_id", "subject_id", "ViewPosition") for p in found["metadata"])
+    for row in itertools.chain(
+        *(read_table(p, "dicom_id", "subject_id", "ViewPosition") for p in found["metadata"])
     ):
+        film, subject, view = row["dicom_id"], row["subject_id"], row["ViewPosition"]
         known.add(film)
         if view in ("AP", "PA") and (every_split or film in train) and film not in MIMIC_BAD:
             wanted[film] = f"mimic:{subject}"
@@ -185,12 +186,12 @@ def list_chexpert(lists, _):
     if not tables:
         return None
     wanted, known = {}, set()
-    for film, side in itertools.chain(
-        *(read_columns(p, "Path", "Frontal/Lateral") for p in tables if p.name == "train.csv")
+    for row in itertools.chain(
+        *(read_table(p, "Path", "Frontal/Lateral") for p in tables if p.name == "train.csv")
     ):
-        if named := NAMED["CheXpert"].search(film):
+        if named := NAMED["CheXpert"].search(row["Path"]):
             known.add(named[1])
-            if side == "Frontal":
+            if row["Frontal/Lateral"] == "Frontal":
                 wanted[named[1]] = f"chexpert:{named[1].split('/')[0]}"
     return Listed("CheXpert", wanted, known, tree)
 
@@ -210,10 +211,8 @@ def list_nih(lists, _):
         )
     stem = lambda name: name.strip().rsplit(".", 1)[0]
     patients = {
-        stem(film): who
-        for film, who in itertools.chain(
-            *(read_columns(p, "Image Index", "Patient ID") for p in tables)
-        )
+        stem(row["Image Index"]): row["Patient ID"]
+        for row in itertools.chain(*(read_table(p, "Image Index", "Patient ID") for p in tables))
     }
     names, others = (
         {stem(line) for path in paths for line in path.read_text(errors="replace").split()}

@@ -16,6 +16,10 @@ STEP = 4  # (seed, step): jitter, actions and masks of a global batch
 # fine-tuning
 TRAIN_VIEW = 5  # (seed, epoch, film): crop and flip of a training film
 TRAIN_JITTER = 6  # (seed, step): brightness and contrast of a batch
+# These two stand behind the seed, (seed, name), as earlier versions drew them: with some seeds
+# they meet the numbers of another key.
+DRAW_FRACTION = 7  # the training films of --fraction
+DRAW_SHOTS = 8  # the order in which --shots looks for films of every class
 DROP_PATH = 8  # (seed, step, rank): which residual branches are skipped
 # analyses
 SURPRISE = 9  # (seed): the halves that judge each other

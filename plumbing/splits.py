@@ -1,175 +1,246 @@
-"""plumbing.splits"""
+"""Which films are learnt from, chosen on and judged on, so that no patient is on two sides."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from plumbing.keys import DRAW_FRACTION, DRAW_SHOTS, HOLD_OUT, numpy_rng
 from plumbing.launch import UserError
 from plumbing.table import SPLITS
 
 
-def split_films(films, tables, config):
-    """Training films and held-out ones, no patient on both sides. Test films of the probe tables are held out, else `holdout` films. → (train, held)"""
+# ---------------------------------------------------------------- pre-training
+def hold_out_films(films, tables, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the films into those to train on and those held out to judge the trained model.
+
+    Held out are the test films of the label tables (`tables`, a list of Labels) or, without a
+    table, `holdout` films drawn by `seed`, at most a tenth of all. Every other film of a patient
+    who has a held-out film is left out of training as well, so no patient is on both sides: a model
+    that has seen a patient's ribs is not judged on the same ribs.
+
+    → (train, held), numbers of films in rising order
+    """
     patients = list(films.patients)
     held = set()
     for table in tables:
         where = table.locate(films)
-        for i, patient in zip(where, table.patients):
-            if (
-                i >= 0 and patients[i] == films.names[i] and patient not in table.names
-            ):  # the folder knew nobody: the table may
+        names = set(table.names)
+        for i, patient in zip(where, table.patients, strict=True):
+            # A film under its own name has no known patient in the folder: the table may know one.
+            is_unknown = i >= 0 and patients[i] == films.names[i]
+            if is_unknown and patient not in names:
                 patients[i] = patient
-        held |= {int(i) for i in where[(table.split == "test") & (where >= 0)]}
+        held |= set(where[(table.split == "test") & (where >= 0)].tolist())
     if not tables:
-        order = np.random.default_rng((3, config.seed)).permutation(len(films))
-        held = {int(i) for i in order[: min(config.holdout, len(films) // 10)]}
-    away = {patients[i] for i in held}
-    train = [i for i in range(len(films)) if patients[i] not in away]
+        order = numpy_rng(HOLD_OUT, seed).permutation(len(films))
+        held = set(order[: min(holdout, len(films) // 10)].tolist())
+    held_patients = {patients[i] for i in held}
+    train = [i for i in range(len(films)) if patients[i] not in held_patients]
     if not train:
         raise UserError(
             "every film is held out: nothing is left to train on; lower --holdout or check --probe"
         )
-    if len(train) < config.batch:
-        raise UserError(
-            f"{len(train)} films to train on are fewer than one batch: lower --batch {config.batch} or add films"
-        )
     return np.array(train), np.array(sorted(held), dtype=int)
+
+
+# ---------------------------------------------------------------- downstream tasks
+class Example(NamedTuple):
+    """One film of a downstream task and what is to be predicted of it.
+
+    target: one 0 or 1 per label, () for segmentation. mask: how film.read_mask makes the mask:
+    ("file", path), ("rle", rows, canvas) or ("boxes", rows, canvas), where canvas is (height,
+    width) in pixels, None for the film's own.
+    """
+
+    path: Path
+    target: tuple
+    patient: str
+    mask: tuple | None = None
 
 
 @dataclass
 class Splits:
-    """The films of a task by split, and what was decided on the way. drawn: train is already the few-shot draw."""
+    """The films of a task by split, and what was decided on the way.
+
+    kind: labels, classes or mask (benchmarks.Task). notes: one line per decision. drawn: train is
+    already the few-shot draw of the set's own lists.
+    """
 
     task: str
     kind: str
     labels: tuple
-    train: list
-    val: list
-    test: list
-    notes: list = field(default_factory=list)
+    train: list[Example]
+    val: list[Example]
+    test: list[Example]
+    notes: list[str] = field(default_factory=list)
     drawn: bool = False
 
-    def counts(self):
-        """{split: {films, patients, positive: {label: films}}}; for segmentation without positive (masks are read later)."""
-        out = {}
+    def counts(self) -> dict:
+        """Count what each split holds: {split: {films, patients, positive: {label: films}}}.
+
+        Segmentation has no "positive": masks are read later.
+        """
+        counts = {}
         for split in SPLITS:
-            cases = getattr(self, split)
-            out[split] = {"films": len(cases), "patients": len({c.patient for c in cases})}
+            examples = getattr(self, split)
+            patients = {example.patient for example in examples}
+            counts[split] = {"films": len(examples), "patients": len(patients)}
             if self.kind != "mask":
-                out[split]["positive"] = {
-                    name: int(sum(c.target[k] for c in cases)) for k, name in enumerate(self.labels)
+                targets = [example.target for example in examples]
+                counts[split]["positive"] = {
+                    name: int(sum(target[k] for target in targets))
+                    for k, name in enumerate(self.labels)
                 }
-        return out
+        return counts
 
 
-def hold_out(cases, count):
-    """Cases → (the rest, about `count` cases of whole patients): a fixed draw, permutation 42 of the patients in file order as in the paper's VinDr split."""
-    films = {}
-    for c in cases:
-        films[c.patient] = films.get(c.patient, 0) + 1
-    patients, out, taken = list(films), set(), 0
-    for p in np.random.RandomState(42).permutation(len(patients)):
-        if taken >= count:
+def draw_patients(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """Take about `count` films of whole patients away, always the same ones. → (the rest, the taken
+    films)
+
+    Patients are taken in the order of NumPy's permutation 42 of the patients in file order, until
+    there are enough films. For VinDr, where every film is a patient, this is the validation split
+    of the paper's code.
+    """
+    films = {}  # patient: number of films
+    for example in examples:
+        films[example.patient] = films.get(example.patient, 0) + 1
+    patients = list(films)
+    taken = set()
+    taken_films = 0
+    for k in np.random.RandomState(42).permutation(len(patients)):
+        if taken_films >= count:
             break
-        out.add(patients[p])
-        taken += films[patients[p]]
-    return [c for c in cases if c.patient not in out], [c for c in cases if c.patient in out]
+        taken.add(patients[k])
+        taken_films += films[patients[k]]
+    rest = [example for example in examples if example.patient not in taken]
+    return rest, [example for example in examples if example.patient in taken]
 
 
-def complete(parts, sizes):
-    """Draw the splits that the set does not define, in the proportion of sizes (train, val, test). → parts, notes"""
-    notes, parts = [], dict(parts)
+def complete(parts: dict, sizes: tuple) -> tuple[dict, list[str]]:
+    """Draw the splits that a set does not define, in the proportion of `sizes` (films in train,
+    val, test).
+
+    parts: {"all": examples} or {"train": …, "test": …, perhaps "val": …}. → (parts with all three,
+    notes)
+    """
+    train_size, val_size, test_size = sizes
+    parts = dict(parts)
+    notes = []
     if "all" in parts:
         everything = parts.pop("all")
-        parts["train"], parts["test"] = hold_out(
-            everything, max(1, round(len(everything) * sizes[2] / sum(sizes)))
-        )
+        count = max(1, round(len(everything) * test_size / sum(sizes)))
+        parts["train"], parts["test"] = draw_patients(everything, count)
         notes.append(
-            f"test: no official lists beside the data; {len(parts['test'])} films drawn by patient, always the same"
+            f"test: no official lists beside the data; {len(parts['test'])} films "
+            "drawn by patient, always the same"
         )
     if not parts.get("val"):
-        parts["train"], parts["val"] = hold_out(
-            parts["train"], max(1, round(len(parts["train"]) * sizes[1] / (sizes[0] + sizes[1])))
-        )
+        count = max(1, round(len(parts["train"]) * val_size / (train_size + val_size)))
+        parts["train"], parts["val"] = draw_patients(parts["train"], count)
         notes.append(
             f"val: {len(parts['val'])} films held out of train by patient, always the same"
         )
     return parts, notes
 
 
-def disjoint(parts):
-    """Drop repeated films: inside a split, in val what train holds, in both what test holds; Stop when rows contradict or a
-    patient crosses. → parts, notes"""
-    out, notes, home, patients = {}, [], {}, {}
+def disjoint(parts: dict) -> tuple[dict, list[str]]:
+    """Keep every film in one split only: test comes before train, and train before val.
+
+    Repeated rows of a split count once. UserError when two rows of a film contradict each other, or
+    when a patient has films in two splits. → (parts, notes)
+    """
+    kept = {}
+    notes = []
+    home = {}  # path: the split that keeps it
     for split in ("test", "train", "val"):
-        unique = {}
-        for c in parts.get(split, []):
-            if unique.setdefault(c.path, c) != c:
-                raise UserError(
-                    f"{c.path.name} stands twice in {split}, with different labels: keep one row"
-                )
-        repeated = len(parts.get(split, [])) - len(unique)
-        notes += [f"{split}: {repeated} repeated rows dropped"] * bool(repeated)
-        shared = {other: sum(home.get(p) == other for p in unique) for other in out}
-        notes += [
-            f"{split}: {n} films removed that are in {other} too"
-            for other, n in shared.items()
-            if n
-        ]
-        out[split] = [c for p, c in unique.items() if p not in home]
-        home |= {p: split for p in unique if p not in home}
-        for c in out[split]:
-            if patients.setdefault(c.patient, split) != split:
-                raise UserError(
-                    f"patient {c.patient} has films in {patients[c.patient]} and in {split} ({c.path.name}): patients must not cross splits"
-                )
-    return out, notes
+        examples = parts.get(split, [])
+        unique = unite_repeated(examples, split)
+        if len(unique) < len(examples):
+            notes.append(f"{split}: {len(examples) - len(unique)} repeated rows dropped")
+        for other in kept:
+            shared = sum(home.get(path) == other for path in unique)
+            if shared:
+                notes.append(f"{split}: {shared} films removed that are in {other} too")
+        kept[split] = [example for path, example in unique.items() if path not in home]
+        for example in kept[split]:
+            home[example.path] = split
+    refuse_shared_patients(kept)
+    return kept, notes
 
 
-def draw_few(cases, fraction=1.0, shots=None, seed=0):
-    """Training cases for --fraction (that share of the films) or --shots (that many films of every class, 'none' counting as one), torch_generator by seed."""
+def unite_repeated(examples: list[Example], split: str) -> dict[Path, Example]:
+    """The examples by path, each once; UserError when a film stands there twice with different
+    labels.
+    """
+    unique = {}
+    for example in examples:
+        first = unique.setdefault(example.path, example)
+        if first != example:
+            raise UserError(
+                f"{example.path.name} stands twice in {split}, with different labels: keep one row"
+            )
+    return unique
+
+
+def refuse_shared_patients(parts: dict):
+    """UserError when a patient has films in more than one split."""
+    home = {}  # patient: split
+    for split, examples in parts.items():
+        for example in examples:
+            other = home.setdefault(example.patient, split)
+            if other != split:
+                raise UserError(
+                    f"patient {example.patient} has films in {other} and in {split} "
+                    f"({example.path.name}): patients must not cross splits"
+                )
+
+
+def draw_few(examples, fraction=1.0, shots: int | None = None, seed=0) -> list[Example]:
+    """Draw the few training films of --fraction (a share of all) or --shots (that many of every
+    class), by `seed`.
+
+    For --shots the films without any finding count as one more class, and a film that shows several
+    findings counts for each of them.
+    """
     if shots is None:
-        count = max(1, int(fraction * len(cases)))
-        return (
-            cases
-            if fraction >= 1
-            else [
-                cases[i]
-                for i in sorted(
-                    np.random.default_rng((seed, 7)).choice(len(cases), count, replace=False)
-                )
-            ]
-        )
-    order, chosen, classes = (
-        np.random.default_rng((seed, 8)).permutation(len(cases)),
-        set(),
-        len(cases[0].target),
-    )
-    for k in range(classes + 1):
-        chosen |= set(
-            [i for i in order if (cases[i].target[k] if k < classes else not any(cases[i].target))][
-                :shots
-            ]
-        )
-    return [cases[i] for i in sorted(chosen)]
+        if fraction >= 1:
+            return examples
+        count = max(1, int(fraction * len(examples)))
+        chosen = numpy_rng(seed, DRAW_FRACTION).choice(len(examples), count, replace=False)
+    else:
+        order = numpy_rng(seed, DRAW_SHOTS).permutation(len(examples))
+        chosen = set()
+        for k in range(len(examples[0].target)):
+            positive = [i for i in order if examples[i].target[k]]
+            chosen.update(positive[:shots])
+        without_finding = [i for i in order if not any(examples[i].target)]
+        chosen.update(without_finding[:shots])
+    return [examples[i] for i in sorted(chosen)]
 
 
-def class_warnings(splits, which=SPLITS):
-    """One line for every class that cannot be learnt or judged because a split lacks its positives or negatives."""
-    lines, why = (
-        [],
-        {
-            "train": "it cannot be learnt",
-            "val": "it does not count in model selection",
-            "test": "it has no AUROC",
-        },
-    )
+LACK = {  # what a class suffers from that a split shows on all of its films, or on none
+    "train": "it cannot be learnt",
+    "val": "it does not count in model selection",
+    "test": "it has no AUROC",
+}
+
+
+def class_warnings(splits: Splits, which=SPLITS) -> list[str]:
+    """Write one line for every class that a split cannot teach or judge, because its positives
+    or negatives are missing.
+    """
+    if splits.kind == "mask":
+        return []
+    lines = []
     for split in which:
-        cases = getattr(splits, split)
-        for k, name in enumerate(splits.labels if splits.kind != "mask" else ()):
-            positive = sum(c.target[k] for c in cases)
-            if positive in (0, len(cases)):
-                lines.append(
-                    f"warning: {split} has no {'negative' if positive else 'positive'} film of {name}: {why[split]}"
-                )
+        examples = getattr(splits, split)
+        for k, name in enumerate(splits.labels):
+            positive = sum(example.target[k] for example in examples)
+            if 0 < positive < len(examples):
+                continue
+            missing = "negative" if positive else "positive"
+            lines.append(f"warning: {split} has no {missing} film of {name}: {LACK[split]}")
     return lines

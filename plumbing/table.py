@@ -1,8 +1,9 @@
-"""plumbing.table"""
+"""Tables and lists: the one reader of CSV files, which words mean "no finding", and which row
+belongs to which film.
+"""
 
 import csv
 import gzip
-import itertools
 import re
 import zlib
 from pathlib import Path
@@ -14,161 +15,198 @@ from plumbing.launch import UserError
 
 SPLITS = ("train", "val", "test")
 
-
-def without_suffix(name):
-    """Path → the same without an image suffix; other dots stay (ChestDR and SIIM names hold dots)."""
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and "." + suffix.lower() in IMAGE_SUFFIXES else name
+# Labels that name no finding, in lower case. A film with one of these is negative for every class.
+NEGATIVE = ("normal", "no finding", "no_finding", "none", "negative", "0", "")
 
 
-def read_list(path):
-    """Lines 'name 0 1 0', 'name,1', 'name 0,0,1' or 'name' → [(name, (0, 1, 0))]; blank lines and CRLF are fine."""
+# ---------------------------------------------------------------- files
+def read_table(path, *columns: str) -> list[dict[str, str]]:
+    """Read a CSV file (.csv, or .csv.gz) with a header line into one {column: text} per row.
+
+    Spaces around names and values are dropped, and so are empty lines and fields beyond the header
+    (the rows of NIH's table end with a comma); cells that a row lacks are "". With `columns` given,
+    only these are kept. Raises UserError when the file cannot be read as a table or has no such
+    column.
+    """
+    path = Path(path)
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        words = [
-            re.split(r"[\s,]+", line.strip())
-            for line in path.read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
-        return [(w[0], tuple(int(float(x)) for x in w[1:] if x)) for w in words]
-    except ValueError:
-        raise UserError(f"{path}: not a split list of lines 'name 0 1 ...'") from None
-
-
-def read_table(path, *columns):
-    """CSV → list of dicts; spaces around names and values dropped (SIIM's header), surplus fields too (NIH's commas). Stop unless `columns` are there."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            header = [h.strip() for h in rows.fieldnames or []]
-            table = [
-                {k.strip(): (v or "").strip() for k, v in row.items() if k is not None}
-                for row in rows
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        with open_text(path, "rt", newline="", encoding="utf-8-sig") as file:
+            lines = csv.reader(file, skipinitialspace=True)
+            header = [name.strip() for name in next(lines, [])]
+            require_columns(path, header, columns)
+            position = {name: k for k, name in enumerate(header)}
+            if columns:
+                position = {name: position[name] for name in columns}
+            return [pick_cells(line, position) for line in lines if line]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
         raise UserError(
             f"{path}: cannot be read as a table ({error}); save it as CSV, UTF-8, with commas"
         ) from None
-    absent = [c for c in columns if c not in header]
+
+
+def require_columns(path, header, wanted):
+    """UserError that names the file, the missing columns and those that are there."""
+    absent = [name for name in wanted if name not in header]
     if absent:
         raise UserError(
-            f"{path}: no column {', '.join(absent)}; its columns are {', '.join(header)}"
+            f"{path}: no column {', '.join(absent)}; its columns are {', '.join(header) or 'none'}"
         )
-    return table
 
 
-def number(text):
-    """Cell of a label column → float, blank and text → 0."""
+def pick_cells(line: list[str], position: dict[str, int]) -> dict[str, str]:
+    """The cells of one line at {column: position}; "" where the line is too short."""
+    return {name: line[k].strip() if k < len(line) else "" for name, k in position.items()}
+
+
+def read_list(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Read a split list, one film per line with its labels: 'name 0 1 0', 'name,1', 'name 0,0,1' or
+    'name' alone.
+
+    Blank lines and Windows line ends are fine. → [(name, (0, 1, 0))]
+    """
+    films = []
+    try:
+        for line in path.read_text(encoding="utf-8-sig").splitlines():
+            if line.strip():
+                name, *labels = re.split(r"[\s,]+", line.strip())
+                films.append((name, tuple(int(float(label)) for label in labels if label)))
+    except ValueError:
+        raise UserError(f"{path}: not a split list of lines 'name 0 1 ...'") from None
+    return films
+
+
+# ---------------------------------------------------------------- cells
+def number(text: str) -> float:
+    """The number in a label cell; blank, 'nan' and words count as 0."""
     try:
         value = float(text or 0)
     except ValueError:
         return 0.0
-    return value if value == value else 0.0  # 'nan'
+    return 0.0 if np.isnan(value) else value
 
 
-def read_columns(path, *columns):
-    """The named columns of a .csv or .csv.gz, row by row."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", newline="", encoding="utf-8-sig"
-        ) as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            if lacking := [c for c in columns if c not in header]:
-                raise UserError(
-                    f"{path}: no column {lacking[0]!r} in its header {','.join(header)[:200]!r}"
-                )
-            at = [header.index(c) for c in columns]
-            yield from (tuple(row[k].strip() for k in at) for row in reader if len(row) > max(at))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from None
+def read_findings(cells: list[str]) -> tuple[list[str], list[set[str]]]:
+    """Split label cells like 'effusion|mass' into names; 'normal' and the other words of NEGATIVE
+    are left out.
+
+    → all classes, sorted; the set of findings of each cell
+    """
+    findings = []
+    for cell in cells:
+        names = {name.strip() for name in cell.split("|")}
+        findings.append({name for name in names if name.lower() not in NEGATIVE})
+    return sorted(set().union(*findings)), findings
 
 
-def match(names, listed):
-    """For each path of `names` the path of `listed` that is its tail or whose tail it is, by whole parts; else None."""
-    tails = lambda path: itertools.accumulate(
-        reversed(path.split("/")), lambda tail, part: f"{part}/{tail}"
-    )
-    exact = {path.replace("\\", "/").removeprefix("./"): path for path in listed}
-    longer = {tail: original for path, original in exact.items() for tail in tails(path)}
-    return [
-        longer.get(name) or next((exact[t] for t in tails(name) if t in exact), None)
-        for name in names
-    ]
+# ---------------------------------------------------------------- paths
+def without_suffix(name: str) -> str:
+    """The name without .png, .dcm or another image suffix; other dots stay, as names of ChestDR
+    and SIIM hold dots.
+    """
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and "." + suffix.lower() in IMAGE_SUFFIXES else name
 
 
-NEGATIVE = {"", "normal", "no finding", "none", "negative", "0"}
+def tails(path: str) -> list[str]:
+    """The ends of a path, folder by folder, shortest first: 'a/b/c' → ['c', 'b/c', 'a/b/c']."""
+    parts = path.split("/")
+    return ["/".join(parts[k:]) for k in reversed(range(len(parts)))]
 
 
-SPLITS = ("train", "val", "test")
+def match(names, listed) -> list[str | None]:
+    """Find for each film of `names` its row among the paths `listed`; None where it has none.
+
+    A row matches a file when one path ends with the other, compared folder by folder
+    (`train/p1/a.png` matches `a.png`).
+    """
+    as_written = {path.replace("\\", "/").removeprefix("./"): path for path in listed}
+    by_tail = {}  # the rows whose path is the longer one
+    for path, row in as_written.items():
+        for tail in tails(path):
+            by_tail[tail] = row
+    found = []
+    for name in names:
+        row = by_tail.get(name)
+        if row is None:  # the film's path is the longer one
+            row = next((as_written[tail] for tail in tails(name) if tail in as_written), None)
+        found.append(row)
+    return found
 
 
+# ---------------------------------------------------------------- labels
 class Labels:
-    """A CSV `filename,label[,patient_id][,split]`: label is one class or several joined by | ("normal" = none of them).
+    """The table of a linear probe: a CSV `filename,label,split`, with `patient_id` where patients
+    are known.
 
-    names, y (n, classes) 0/1, classes, split (n,) of train/val/test, patients.
+    A label is one class or several joined by |; "normal" (or another word of NEGATIVE) means none
+    of the classes. Attributes, row by row: names, y (n, classes) of 0 and 1, split (n,) of train,
+    val and test, patients; and classes.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(
-                f"--probe {path}: no such file; a CSV with the columns filename,label,split is wanted"
+                f"--probe {path}: no such file; "
+                "a CSV with the columns filename,label,split is wanted"
             )
-        with open(self.path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or not {"filename", "label", "split"} <= rows[0].keys():
-            raise UserError(
-                f"--probe {path}: the columns filename, label and split are wanted, found {', '.join(rows[0]) if rows else 'nothing'}"
-            )
-        for line, r in enumerate(rows, 2):
-            if (
-                not r["filename"]
-                or r["label"] is None
-                or (r["split"] or "").strip().lower() not in SPLITS
-            ):
-                raise UserError(
-                    f"--probe {path}, line {line}: a filename, a label and a split of {', '.join(SPLITS)} are wanted, found {','.join(map(str, r.values()))[:120]}"
-                )
-        self.names = [r["filename"].strip() for r in rows]
-        parts = [{p.strip() for p in r["label"].split("|")} for r in rows]
-        self.classes = sorted({p for each in parts for p in each if p.lower() not in NEGATIVE})
-        self.y = np.array([[c in each for c in self.classes] for each in parts], dtype=float)
-        self.split = np.array([r["split"].strip().lower() for r in rows])
-        self.patients = [r.get("patient_id") or r["filename"] for r in rows]
+        rows = read_table(self.path)
+        self.check(rows)
+        self.names = [row["filename"] for row in rows]
+        self.classes, findings = read_findings([row["label"] for row in rows])
+        targets = [[name in found for name in self.classes] for found in findings]
+        self.y = np.array(targets, dtype=float)
+        self.split = np.array([row["split"].lower() for row in rows])
+        self.patients = [row.get("patient_id") or row["filename"] for row in rows]
 
-    def complete(self):
-        """Itself, when a probe can be fitted, chosen and tested on it; else Stop."""
+    def check(self, rows):
+        """Refuse, with the number of the line, a table whose rows lack a column, a filename or a
+        known split.
+        """
+        if not rows or not {"filename", "label", "split"} <= rows[0].keys():
+            found = ", ".join(rows[0]) if rows else "nothing"
+            raise UserError(
+                f"--probe {self.path}: the columns filename, label and split are wanted, "
+                f"found {found}"
+            )
+        for line, row in enumerate(rows, start=2):
+            if not row["filename"] or row["split"].lower() not in SPLITS:
+                raise UserError(
+                    f"--probe {self.path}, line {line}: a filename, a label and a split of "
+                    f"{', '.join(SPLITS)} are wanted, found {','.join(row.values())[:120]}"
+                )
+
+    def complete(self) -> "Labels":
+        """The table itself, when a probe can be fitted, chosen and tested on it; else UserError."""
         if not self.classes or set(SPLITS) - set(self.split):
             raise UserError(
-                f"--probe {self.path}: films of all three splits ({', '.join(SPLITS)}) and a class beside normal are wanted; "
-                f"found {', '.join(sorted(set(self.split)))}; {', '.join(self.classes) or 'no class'}"
+                f"--probe {self.path}: films of all three splits ({', '.join(SPLITS)}) and a class "
+                f"beside normal are wanted; found {', '.join(sorted(set(self.split)))}; "
+                f"{', '.join(self.classes) or 'no class'}"
             )
         return self
 
-    def locate(self, films):
-        """Row → number of its film in `films` by path tail, -1 where it is missing; Stop when none is there, or when a row fits two."""
+    def locate(self, films) -> np.ndarray:
+        """Find each row's film: its number in `films`, -1 where it is not there. (n,)
+
+        UserError when none is there, or when a row fits two films: CheXpert calls every film
+        view1_frontal.jpg.
+        """
         where = {}
         for i, name in enumerate(match(films.names, self.names)):
             if name is None:
                 continue
-            if name in where:  # CheXpert calls every film view1_frontal.jpg
+            if name in where:
                 raise UserError(
-                    f"--probe {self.path}: {name} fits both {films.names[where[name]]} and {films.names[i]}: write more of the path"
+                    f"--probe {self.path}: {name} fits both {films.names[where[name]]} and "
+                    f"{films.names[i]}: write more of the path"
                 )
             where[name] = i
         found = np.array([where.get(name, -1) for name in self.names])
         if (found < 0).all():
             raise UserError(
-                f"--probe {self.path}: none of its {len(found)} films is in the data (first: {self.names[0]})"
+                f"--probe {self.path}: none of its {len(found)} films is in the data "
+                f"(first: {self.names[0]})"
             )
         return found
-
-
-NO_FINDING = (
-    "normal",
-    "no finding",
-    "no_finding",
-    "none",
-    "negative",
-    "",
-)  # csv labels that mean: none of the classes

@@ -22,7 +22,8 @@ import data
 import finetune
 from model import Classifier, ViT
 from plumbing import benchmarks, checkpoint, launch
-from plumbing.film import Example, fit
+from plumbing.film import fit
+from plumbing.splits import Example
 
 TINY = ["--weights", "none", "--size", "tiny", "--image", "32", "--patch", "8", "--device", "cpu"]
 SHORT = ["--batch", "8", "--epochs", "6", "--lr", "2e-3", "--log_every", "2", "--drop_path", "0.1"]

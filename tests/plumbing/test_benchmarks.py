@@ -9,10 +9,10 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from plumbing import benchmarks
-from plumbing.film import Example, decode_rle, encode_rle, read_film, read_mask
+from plumbing.film import decode_rle, encode_rle, read_film, read_mask
 from plumbing.folder import Index
 from plumbing.launch import UserError
-from plumbing.splits import Splits, class_warnings, draw_few
+from plumbing.splits import Example, Splits, class_warnings, draw_few
 from plumbing.table import read_list, without_suffix
 
 
