@@ -53,7 +53,7 @@ from plumbing.launch import (
 )
 from plumbing.metrics import accuracy, dice, fit_probe, mean_auroc
 from plumbing.splits import class_warnings, draw_few
-from plumbing.weights import load_encoder
+from plumbing.weights import load_encoder, resized
 
 
 # ---------------------------------------------------------------- loss, prediction, judgement
@@ -365,7 +365,7 @@ def make_vit(config, path):
             k: v for k, v in SIZES[config.size or "base"].items() if not k.startswith("predictor")
         }
         return ViT(config.image, config.patch, **size, drop_path=config.drop_path)
-    return load_encoder(path).resized(config.image, config.patch, config.drop_path)
+    return resized(load_encoder(path), config.image, config.patch, config.drop_path)
 
 
 def shape_of(config, path):

@@ -337,9 +337,9 @@ def save(out, world, optimizer, recipe, step):
     )
 
 
-def main():
+def main(args=None, Model=CheXWorld):
     # config
-    config, recipe_name = choose(parse(Config, __doc__))
+    config, recipe_name = choose(args or parse(Config, __doc__))
     out = Path(config.out)
 
     # devices
@@ -391,15 +391,7 @@ def main():
     bad = UnreadableFilms_(films)
 
     # model
-    world = CheXWorld(
-        config.image,
-        config.patch,
-        **SIZES[config.size],
-        tasks=config.tasks,
-        delta=not config.no_delta,
-        action=not config.no_action,
-        unified=not config.not_unified,
-    ).to(device)
+    world = Model(config.image, config.patch, **SIZES[config.size]).to(device)
     world.encoder.save_memory = world.predictor.save_memory = config.checkpointing
     K, M = mask_sizes(world.encoder.grid)
     parameters = [p for p in world.parameters() if p.requires_grad]
@@ -491,6 +483,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             terms = []
+            features = []
             for part in range(accumulate):
                 waiting = time.perf_counter()
                 item = next(loader)
@@ -504,9 +497,10 @@ def main():
                     else contextlib.nullcontext()
                 )
                 with sync, autocast(device, config.precision):
-                    losses = forward(**batch)
+                    losses, pooled = forward(**batch)
                     (losses["loss"] / accumulate).backward()
                 terms.append(losses)
+                features.append(pooled)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -536,7 +530,7 @@ def main():
                 mean = team.mean(
                     torch.stack([torch.stack([t[n].detach() for t in terms]).mean() for n in names])
                 )
-                std, rank = collect_health(torch.cat([t["features"] for t in terms]), team)
+                std, rank = collect_health(torch.cat(features), team)
                 now = time.perf_counter()
                 rate, wait = (done - logged) * config.batch / (now - since), waited / (now - since)
                 waited, since, logged = 0.0, now, done

@@ -12,10 +12,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lab.common import run_command
+from model import CheXWorld, error, swap_views, take
 from plumbing import phantom
-from plumbing.checkpoint import read_log, write_json, write_text
+from plumbing.checkpoint import (
+    UNFIT,
+    BadCheckpoint,
+    brief,
+    load_checkpoint,
+    read_log,
+    write_json,
+    write_text,
+)
 from plumbing.launch import UserError, flag, run_script
 
 ROWS = {  # in the order of the paper's table
@@ -37,6 +47,103 @@ SCRATCH, PIXELS = "random initialisation", "raw 64² pixels"
 
 
 SMALL = "--size tiny --image 96 --patch 16 --batch 16 --epochs 15 --warmup 1 --lr 1.5e-3 --ema 0.99"  # three minutes a run on one core
+
+
+class AblatedCheXWorld(CheXWorld):
+    """CheXWorld with the switches of Table 3; with all of them at their defaults it is CheXWorld.
+
+    tasks: some of "local,global,domain". Without local nothing is masked; without domain the
+    context is the plain view and π is told nothing.
+    delta: False hides where the other view lies (its own grid instead of φ).
+    action: False tells π nothing, while the augmentation stays.
+    unified: False asks each task in a forward pass of its own.
+    """
+
+    LOSSES = ("l11", "l22", "l12", "l21", "d11", "d22")  # d: domain alone, when not unified
+
+    def __init__(
+        self, *args, tasks="local,global,domain", delta=True, action=True, unified=True, **sizes
+    ):
+        super().__init__(*args, **sizes)
+        self.tasks = set(tasks.split(","))
+        if self.tasks - {"local", "global", "domain"}:
+            raise ValueError(f"tasks must be some of local, global, domain; got {tasks!r}")
+        self.delta = delta
+        self.action = action
+        self.unified = unified
+        self.config |= dict(tasks=tasks, delta=delta, action=action, unified=unified)
+
+    def forward(self, y, x, keep, masked, coords, action):
+        """Compute the losses of the chosen tasks; arguments and result as in CheXWorld.forward."""
+        target = self.targets(y)  # (2B, N, D)
+        if self.unified:
+            losses = self.together(target, y, x, keep, masked, coords, action)
+        else:
+            losses = self.apart(target, y, x, keep, masked, coords, action)
+        losses["loss"] = torch.stack(list(losses.values())).mean()
+        return losses, target.mean(1)
+
+    def together(self, target, y, x, keep, masked, coords, action):
+        """One encoding of each context serves all tasks, as in the paper."""
+        if "domain" not in self.tasks:
+            x = y
+        if "domain" not in self.tasks or not self.action:
+            action = None
+        if "local" not in self.tasks:
+            keep = masked = None
+        context = self.encoder(x, keep)
+        losses = {}
+        if "local" in self.tasks or "global" not in self.tasks:
+            l11, l22 = self.within(target, context, keep, masked, action)
+            losses |= dict(l11=l11, l22=l22)
+        if "global" in self.tasks:
+            l12, l21 = self.between(target, context, keep, coords, action)
+            losses |= dict(l12=l12, l21=l21)
+        return losses
+
+    def apart(self, target, y, x, keep, masked, coords, action):
+        """Each task encodes its own context: local a masked view, global a whole one, both plain;
+        domain a whole view after T_a."""
+        losses = {}
+        if "local" in self.tasks:
+            l11, l22 = self.within(target, self.encoder(y, keep), keep, masked, None)
+            losses |= dict(l11=l11, l22=l22)
+        if "global" in self.tasks:
+            l12, l21 = self.between(target, self.encoder(y), None, coords, None)
+            losses |= dict(l12=l12, l21=l21)
+        if "domain" in self.tasks:
+            told = action if self.action else None
+            d11, d22 = self.within(target, self.encoder(x), None, None, told)
+            losses |= dict(d11=d11, d22=d22)
+        return losses
+
+    def within(self, target, context, keep, masked, action):
+        """Eq. (10): each view predicts its own masked patches, or all of them when masked is None."""
+        grid = self.coords.expand(len(context), -1, -1)
+        seen_at = grid if keep is None else take(grid, keep)
+        wanted_at = grid if masked is None else take(grid, masked)
+        guess = self.predictor(context, seen_at, wanted_at, action)
+        return error(guess, target if masked is None else take(target, masked))
+
+    def between(self, target, context, keep, coords, action):
+        """Eq. (11): each view predicts every patch of the other view, at φ, or at its own grid."""
+        grid = self.coords.expand(len(context), -1, -1)
+        seen_at = grid if keep is None else take(grid, keep)
+        wanted_at = coords if self.delta else grid
+        guess = self.predictor(context, seen_at, wanted_at, action)
+        return error(guess, swap_views(target))
+
+
+def load_ablated(path: str | Path) -> AblatedCheXWorld:
+    """Load the world of a run with Table 3's switches. Raises BadCheckpoint."""
+    checkpoint = load_checkpoint(path)
+    try:
+        config = {k: v for k, v in checkpoint["config"].items() if k != "raw_action"}
+        world = AblatedCheXWorld(**config)
+        world.load_state_dict(checkpoint["world"])
+    except UNFIT as error:
+        raise BadCheckpoint(f"{path}: not a run of lab.ablation ({brief(error)})") from None
+    return world
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ from model import ViT
 from plumbing import pictures
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, flag, run_script
-from plumbing.weights import load_encoder
+from plumbing.weights import load_encoder, resized
 
 
 @dataclasses.dataclass
@@ -80,7 +80,7 @@ def command(config, device):
     torch.manual_seed(config.seed)
     fresh = ViT(**encoder.config)
     pair = {
-        name: vit.resized(size, patch).to(device).eval()
+        name: resized(vit, size, patch).to(device).eval()
         for name, vit in (("pre-trained", encoder), ("random weights", fresh))
     }
     ways = {name: lambda x, vit=vit: dense(vit, x, config.side) for name, vit in pair.items()}

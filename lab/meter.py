@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import augment
+from lab.ablation import AblatedCheXWorld
 from model import SIZES, CheXWorld
 from plumbing.launch import autocast
 
@@ -126,7 +127,7 @@ def within(event, name):
 
 
 # ------------------------------------------------------------------------------------------------ the step
-class Counted(CheXWorld):
+class Counted(AblatedCheXWorld):
     """CheXWorld that predicts only the first `count` patches of the other view: it can be timed at the token counts of other programs."""
 
     def between(self, t, h, keep, coords, action):

@@ -297,14 +297,8 @@ def predicted(world, item, device):
     """What the decoder paints from: the prediction at all patches of the target, pooled over each part; the action is the identity. → (B, R, D)"""
     keep, at = item["keep"].to(device), world.coords.expand(len(item["keep"]), -1, -1)
     h = world.encoder(augment.to_float(item["context"].to(device))[:, None], keep)
-    told = (
-        torch.tensor(augment.IDENTITY, device=device).expand(len(h), 4)
-        if world.action and "domain" in world.tasks
-        else None
-    )
-    guess = world.predictor(
-        h, take(at, keep), item["coords"].to(device) if world.delta else at, told
-    )  # (B, N, D)
+    told = torch.tensor(augment.IDENTITY, device=device).expand(len(h), 4)
+    guess = world.predictor(h, take(at, keep), item["coords"].to(device), told)  # (B, N, D)
     return pool(guess.float(), item["rectangles"])
 
 

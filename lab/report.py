@@ -5,7 +5,7 @@ import torch
 
 from lab.common import pooled, readable, whole
 from lab.domain import domain_test
-from model import CheXWorld
+from model import ViT
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
 from plumbing.metrics import linear_probe, mean_auroc
@@ -35,7 +35,7 @@ def closing(config, out, world, films, held, tables, device):
             )
     write_json(out / "result.json", result)
     torch.manual_seed(config.seed)
-    fresh = CheXWorld(**world.config).to(device).eval().target_encoder
+    fresh = ViT(**world.encoder.config).to(device).eval()
     for table in tables:
         scores = probe_table(
             table,

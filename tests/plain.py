@@ -128,7 +128,11 @@ def losses(state, batch, config):
     y, x = (
         (batch[k].astype(float) - 0.5) / 0.25 for k in ("y", "x")
     )  # the program's one mean and deviation
-    n, films, tasks = config["image"] // config["patch"], len(y) // 2, config["tasks"].split(",")
+    n, films, tasks = (
+        config["image"] // config["patch"],
+        len(y) // 2,
+        config.get("tasks", "local,global,domain").split(","),
+    )
     own, terms = grid(n), {}
 
     def term(name, h, seen, at, action, goal):
@@ -147,14 +151,14 @@ def losses(state, batch, config):
             layer_norm(vit(y[j], target, config["heads"]), eps=1e-5) for j in (k, other)
         )
         keep, masked, every = batch["keep"][k], batch["masked"][k], np.arange(n * n)
-        phi = batch["coords"][k] if config["delta"] else own
-        action = batch["action"][k] if config["action"] else None
+        phi = batch["coords"][k] if config.get("delta", True) else own
+        action = batch["action"][k] if config.get("action", True) else None
         within, between, alone = (
             f"l{view + 1}{view + 1}",
             f"l{view + 1}{2 - view}",
             f"d{view + 1}{view + 1}",
         )
-        if config["unified"]:
+        if config.get("unified", True):
             seen = keep if "local" in tasks else every
             h = vit(x[k] if "domain" in tasks else y[k], encoder, config["heads"], seen)
             action = action if "domain" in tasks else None

@@ -1,0 +1,48 @@
+"""Small world models with random weights, and batches for them: shared by the tests of the losses."""
+
+import numpy as np
+import plain
+import torch
+
+TINY = dict(
+    image=32,
+    patch=8,
+    dim=32,
+    depth=2,
+    heads=4,
+    predictor_dim=24,
+    predictor_depth=2,
+    predictor_heads=2,
+)
+
+
+def shaken(module, seed=0):
+    """Every parameter random, biases and norms too, so that none can be left out unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(
+                1 + 0.3 * noise
+                if "norm" in name and "weight" in name
+                else noise * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5)
+            )
+    return module
+
+
+def make_batch(films=3, n=4, side=32, seed=0):
+    """Both views of some films: images, disjoint keep and masked, fractional coordinates, actions with and without each part."""
+    rng = np.random.default_rng(seed)
+    orders = np.stack([rng.permutation(n * n) for _ in range(2 * films)])
+    action = rng.uniform((0.6, 0.6, 0.5, 0), (1.4, 1.4, 2, 2), (2 * films, 4))
+    action[0] = 1, 1, 1, 0
+    coords = plain.grid(n) + rng.uniform(-2, 2, (2 * films, 1, 2))
+    y, x = rng.random((2, 2 * films, 1, side, side))
+    return dict(y=y, x=x, keep=orders[:, :6], masked=orders[:, 9:], coords=coords, action=action)
+
+
+def tensors(batch, dtype=torch.float32):
+    return {
+        k: torch.from_numpy(v) if v.dtype == np.int64 else torch.from_numpy(v).to(dtype)
+        for k, v in batch.items()
+    }
