@@ -34,7 +34,7 @@ from plumbing import pictures
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
 from plumbing.checkpoint import (
     Log,
-    Preempted,
+    StopRequest,
     load_checkpoint,
     save_atomic,
     write_json,
@@ -579,7 +579,7 @@ def main():
 
     # devices
     team = start_team(asked.device)
-    device, preempted = team.device, Preempted()
+    device, preempted = team.device, StopRequest()
 
     # data
     path, why = choose_weights(asked, out)
@@ -762,7 +762,7 @@ def main():
             bar.update()
 
             done, value, val_loss = step + 1, "", ""
-            stopping = team.any(preempted.asked)
+            stopping = team.any(preempted.requested)
             validating = done % every == 0 or done == end
             logging = validating or done % config.log_every == 0
             if logging:

@@ -9,7 +9,6 @@ The data decides the recipe: none means the demo, given means the paper; flags o
 where the last one stopped. --out receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -18,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import augment
@@ -28,16 +26,19 @@ from lab.report import closing
 from masks import mask_sizes, sample_masks
 from model import SIZES, CheXWorld
 from plumbing import phantom, pictures
-from plumbing.checkpoint import Log, Preempted, load_checkpoint, save_atomic, write_json
+from plumbing.checkpoint import Log, StopRequest, remove_leftovers, resume, save_atomic, write_json
 from plumbing.keys import torch_generator
 from plumbing.launch import (
     UserError,
     autocast,
     choose_precision,
+    clip_and_step,
     cosine,
     flag,
     leave_with_parent,
+    no_sync,
     parse,
+    prepare_forward,
     run_script,
     send,
     start_team,
@@ -295,29 +296,6 @@ def recipe_of(config, names):
     }
 
 
-def resume(path, recipe, world, optimizer):
-    """Continue from last.pt when there is one; a changed recipe is refused. → step to go on with"""
-    if not path.is_file():
-        return 0
-    saved = load_checkpoint(path)
-    if not {"world", "optimizer", "recipe", "step"} <= saved.keys():
-        raise UserError(
-            f"{path} is not a checkpoint of this program: move it away or choose another --out"
-        )
-    changed = [
-        f"{k} {saved['recipe'].get(k)} → {v}"
-        for k, v in recipe.items()
-        if saved["recipe"].get(k) != v
-    ]
-    if changed:
-        raise UserError(
-            f"{path.parent} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew"
-        )
-    world.load_state_dict(saved["world"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"]
-
-
 def save(out, world, optimizer, recipe, step):
     """last.pt: all that resuming needs; encoder.pt: the target encoder alone. Both atomically."""
     save_atomic(
@@ -349,8 +327,7 @@ def main(args=None, Model=CheXWorld):
     torch.manual_seed(config.seed)
 
     if team.lead:
-        for left in out.glob(".*.tmp"):  # of a run that was killed while it wrote
-            left.unlink()
+        remove_leftovers(out)
     team.wait()
 
     # data
@@ -408,7 +385,8 @@ def main(args=None, Model=CheXWorld):
 
     # resume
     recipe = recipe_of(config, [films.names[i] for i in train])
-    start = resume(out / "last.pt", recipe, world, optimizer)
+    saved = resume(out / "last.pt", recipe, {"world": world, "optimizer": optimizer})
+    start = saved["step"] if saved else 0
     mean_start = team.mean(torch.tensor(float(start), device=device)).item()
     if team.any(mean_start != start):
         raise UserError(
@@ -442,15 +420,7 @@ def main(args=None, Model=CheXWorld):
             pictures.save(draw_views(views, config, min(4, config.batch)), out / "views.png")
 
     # compile, DDP
-    on = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
-    forward = torch.compile(world) if on else world
-    forward = (
-        DistributedDataParallel(
-            forward, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
-        if team.world > 1
-        else forward
-    )
+    forward = prepare_forward(world, config.compile, team)
 
     # loop
     batches = Batches(
@@ -467,7 +437,7 @@ def main(args=None, Model=CheXWorld):
     )
     bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
     asked, finite, waited, since, logged, done = (
-        Preempted(),
+        StopRequest(),
         torch.ones((), device=device),
         0.0,
         time.perf_counter(),
@@ -491,19 +461,13 @@ def main(args=None, Model=CheXWorld):
                 bad.note(item["bad"])
                 places = team.rank * micro * accumulate + part * micro + torch.arange(micro)
                 batch = prepare(item, config, step, places, device)
-                sync = (
-                    forward.no_sync()
-                    if team.world > 1 and part + 1 < accumulate
-                    else contextlib.nullcontext()
-                )
+                sync = no_sync(forward, is_last=part + 1 == accumulate)
                 with sync, autocast(device, config.precision):
                     losses, pooled = forward(**batch)
                     (losses["loss"] / accumulate).backward()
                 terms.append(losses)
                 features.append(pooled)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = clip_and_step(world, optimizer, config.clip)
             world.update_target(momentum)
             finite = (
                 finite
@@ -513,7 +477,7 @@ def main(args=None, Model=CheXWorld):
             bar.update()
 
             done = step + 1
-            stopping = team.any(asked.asked)
+            stopping = team.any(asked.requested)
             saving = done % config.save_every == 0 or done == end or stopping
             if done % config.log_every == 0 or done == end or saving:
                 broken = (
@@ -559,9 +523,9 @@ def main(args=None, Model=CheXWorld):
     finally:
         bar.close()
 
-    if team.lead and not asked.asked:
+    if team.lead and not asked.requested:
         closing(config, out, world, films, held, tables, device)
-    if asked.asked:
+    if asked.requested:
         team.say(f"SIGTERM: saved at step {done} in {out}; the same command goes on from there")
     team.leave()
 

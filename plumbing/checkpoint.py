@@ -14,10 +14,8 @@ import torch
 from plumbing.launch import UserError
 
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(UserError, ValueError):
     """Weights that cannot be used; the message is one line for the user."""
-
-    one_line = True
 
 
 UNFIT = (
@@ -123,12 +121,61 @@ def read_log(path):
     ]
 
 
-class Preempted:
-    """SIGTERM (a pre-empted job) sets a flag that the loop reads at the end of a step."""
+# ------------------------------------------------------------------------------------------------ runs that go on
+class StopRequest:
+    """`requested` becomes true on SIGTERM (a pre-empted job): the loop then saves and ends after its step."""
 
     def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self.ask)
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._request)
 
-    def ask(self, *_):
-        self.asked = True
+    def _request(self, *_):
+        self.requested = True
+
+
+def newest_run(file="encoder.pt", root="runs"):
+    """Find the newest pre-training run below `root`: a folder that holds encoder.pt. → path of `file` in it, or None"""
+    found = [path for path in Path(root).rglob(file) if path.with_name("encoder.pt").is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def refuse_other_recipe(folder, saved, recipe):
+    """Raise UserError, naming old and new value, when the run in `folder` was started with other settings than `recipe`."""
+    keys = [*recipe, *(key for key in saved if key not in recipe)]
+    changed = [
+        f"{key} {saved.get(key)} → {recipe.get(key)}"
+        for key in keys
+        if saved.get(key) != recipe.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with another recipe ({'; '.join(changed)}): "
+            "choose another --out, or delete it to start anew"
+        )
+
+
+def resume(path, recipe, parts):
+    """Load the state of an interrupted run into `parts` {name: module or optimizer}. → what was saved, or None without a file
+
+    recipe: settings that must not have changed (None: the caller has compared them). Raises UserError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    saved = load_checkpoint(path)
+    wanted = {"step", *parts} if recipe is None else {"step", "recipe", *parts}
+    if not wanted <= saved.keys():
+        raise UserError(
+            f"{path} is not a checkpoint of this program: move it away or choose another --out"
+        )
+    if recipe is not None:
+        refuse_other_recipe(path.parent, saved["recipe"], recipe)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved
+
+
+def remove_leftovers(folder):
+    """Delete the temporary files of a run that was killed while it wrote into `folder`."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 class UserError(Exception):
@@ -211,6 +212,36 @@ def send(tensor, device):
         if device.type == "cuda"
         else tensor.to(device)
     )
+
+
+# ------------------------------------------------------------------------------------------------ the training step
+def prepare_forward(model, compile, team):
+    """Wrap a network for training: torch.compile as asked, DistributedDataParallel when there are several processes.
+
+    compile: on, off or auto (on GPUs only). The wrapped network shares its parameters with `model`.
+    """
+    on_gpu = team.device.type == "cuda"
+    if compile == "on" or (compile == "auto" and on_gpu):
+        model = torch.compile(model)
+    if team.world == 1:
+        return model
+    devices = [team.device] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def no_sync(forward, is_last):
+    """The context of one micro-batch: processes average their gradients only after the last one of a step."""
+    if is_last or not isinstance(forward, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return forward.no_sync()
+
+
+def clip_and_step(model, optimizer, clip):
+    """Shorten the gradient to a norm of at most `clip`, update the weights, clear the gradient. → norm before, on the device"""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 # ------------------------------------------------------------------------------------------------ schedules

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from plumbing import checkpoint, launch
-from plumbing.checkpoint import Log, Preempted, read_log, save_atomic, write_json, write_text
+from plumbing.checkpoint import Log, StopRequest, read_log, save_atomic, write_json, write_text
 from plumbing.keys import torch_generator
 from plumbing.launch import UserError, cosine, flag, parse, warmup_cosine
 
@@ -302,10 +302,10 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 def test_sigterm_only_sets_a_flag():
     before = signal.getsignal(signal.SIGTERM)
     try:
-        asked = Preempted()
-        assert not asked.asked
+        asked = StopRequest()
+        assert not asked.requested
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked.asked
+        assert asked.requested
     finally:
         signal.signal(signal.SIGTERM, before)
 
