@@ -3,29 +3,19 @@
 import csv
 import importlib
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from lab_for_tests import TINY, good, make_place  # noqa: F401 (place is a fixture)
 from PIL import Image
 from scipy import stats
 
-from lab import ablation, common, correspondence, health, surprise
+import augment
+from lab import common, domain, correspondence, health, surprise
 from model import CheXWorld
-from plumbing import checkpoint, launch, phantom
-
-TINY = dict(
-    image=64,
-    patch=8,
-    dim=32,
-    depth=1,
-    heads=2,
-    predictor_dim=32,
-    predictor_depth=1,
-    predictor_heads=2,
-)
+from plumbing import launch, phantom
 
 
 # ---------------------------------------------------------------- correspondence
@@ -210,10 +200,6 @@ class Perfect(torch.nn.Module):
 
 
 def test_a_perfect_world_recalls_everything_and_one_blind_to_the_film_nothing(monkeypatch):
-    import evaluate
-
-    import augment
-
     world, images = Perfect(), torch.rand(2, 1, 16, 16)
 
     def remember(y, action):
@@ -221,10 +207,10 @@ def test_a_perfect_world_recalls_everything_and_one_blind_to_the_film_nothing(mo
         return y * 0
 
     monkeypatch.setattr(augment, "apply_action", remember)
-    perfect = evaluate.domain_test(world, images)
+    perfect = domain.domain_test(world, images)
     assert perfect["action"]["recall@1"] > 99 and perfect["random"]["recall@1"] == 100 / 64
     monkeypatch.setattr(world, "predictor", lambda h, *_: torch.zeros(len(h), 16, 16))
-    blind = evaluate.domain_test(world, images)
+    blind = domain.domain_test(world, images)
     assert blind["action"]["recall@5"] < 30 and blind["action"] == blind["no_action"]
 
 
@@ -276,38 +262,6 @@ def test_variety_knows_collapse():
 
 
 # ---------------------------------------------------------------- as a user runs them
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a run of random tiny weights and phantoms."""
-    folder = tmp_path_factory.mktemp("analyze")
-    torch.manual_seed(0)
-    world = CheXWorld(**TINY)
-    checkpoint.save_atomic(
-        {"world": world.state_dict(), "config": world.config}, folder / "runs" / "tiny" / "last.pt"
-    )
-    checkpoint.save_atomic(
-        {"encoder": world.target_encoder.state_dict(), "config": world.target_encoder.config},
-        folder / "runs" / "tiny" / "encoder.pt",
-    )
-    phantom.write_phantoms(folder / "set", 48, size=64)
-    return folder
-
-
-def run(place, *words):
-    return subprocess.run(
-        [sys.executable, "-m", f"lab.{words[0]}", *map(str, words[1:])],
-        cwd=place,
-        capture_output=True,
-        text=True,
-    )
-
-
-def good(place, *words):
-    done = run(place, *words)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture
 def here(place, monkeypatch):
     """The same without a new process: here("domain", "--films", 3)."""
@@ -469,124 +423,9 @@ def test_views(place):
         (["health", "--data", "nowhere"], "no such folder"),
         (["views", "--data", "set/films", "--films", "0"], "at least one"),
         (["views", "--data", "set/films", "--image", "65"], "multiple"),
-        (["ablation", "--rows", "locale"], "any of"),
-        (["domane"], "no such command"),
     ],
 )
 def test_mistakes_are_said_in_one_line(here, words, message):
     with pytest.raises(Exception, match=message) as error:
         here(*words, *(["--out", "x"] if len(words) > 1 else []))
     assert error.value.one_line and "\n" not in str(error.value)
-
-
-def test_ablation_table_by_hand(tmp_path):
-    config = ablation.Config(
-        out=str(tmp_path),
-        seeds=2,
-        rows="local;full, no Δ",
-        data="films",
-        probe="t.csv",
-        table_only=True,
-    )
-    for row, seed, value in (("local", 0, 60.0), ("local", 1, 70.0), ("full, no Δ", 0, 80.0)):
-        here = ablation.folder(config, row, seed)
-        checkpoint.write_json(
-            here / "result.json",
-            {
-                "probe": {
-                    "t": {
-                        "pre-trained": value,
-                        ablation.SCRATCH: 55.0 + seed,
-                        ablation.PIXELS: 58.0,
-                    }
-                },
-                "domain": {
-                    "action": {"recall@5": 30.0},
-                    "no_action": {"recall@5": 20.0},
-                    "random": {"recall@5": 8.0},
-                },
-            },
-        )
-        checkpoint.write_json(
-            here / "config.json",
-            {
-                "tasks": "local" if row == "local" else "local,global,domain",
-                "no_action": False,
-                "size": "tiny",
-                "image": 64,
-                "patch": 8,
-            },
-        )
-        checkpoint.write_json(here / "finetune_t" / "result.json", {"mean": value + 5})
-    ablation.command(config, None)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert np.isclose(result["local"]["probe t"]["mean"], 65) and np.isclose(
-        result["local"]["probe t"]["std"], np.std([60, 70], ddof=1)
-    )
-    assert (
-        result["local"]["Recall@5"]["mean"] == 20 and result["full, no Δ"]["Recall@5"]["mean"] == 30
-    )  # the first never saw an action
-    assert (
-        result["local"]["10% t"]["seeds"] == [65, 75]
-        and result[ablation.SCRATCH]["Recall@5"]["mean"] == 8
-    )
-    assert result[ablation.SCRATCH]["probe t"]["seeds"] == [55, 56] and set(
-        result[ablation.PIXELS]
-    ) == {"probe t"}
-    lines = (tmp_path / "table.md").read_text().splitlines()
-    assert (
-        lines[0].startswith("| | probe t | 10% t | Recall@5 |")
-        and lines[2].startswith("| local |")
-        and "65.0 ± 7.1" in lines[2]
-    )
-    assert lines[2].endswith("| 2 | 84.7 |") and lines[3].endswith("| 1 | 87.6 |")
-    assert len({ablation.folder(config, row, 0) for row in ablation.ROWS}) == len(ablation.ROWS)
-
-
-def test_rank_correlation_is_scipys():
-    a, b = np.random.default_rng(0).permutation(7), np.random.default_rng(1).random(7)
-    assert np.isclose(ablation.agreement(a, b), stats.spearmanr(a, b).statistic)
-
-
-def test_ablation_runs_the_real_scripts_and_goes_on(place):
-    flags = "--size tiny --image 64 --patch 8 --batch 8 --epochs 1 --warmup 0 --max_steps 1"
-    words = [
-        "ablation",
-        "--out",
-        "a",
-        "--seeds",
-        1,
-        "--rows",
-        "full, not unified",
-        "--data",
-        "set/films",
-        "--probe",
-        "set/phantoms.csv",
-        "--flags",
-        flags,
-        "--fraction",
-        0.5,
-        "--finetune",
-        "--max_steps 1 --epochs 1",
-    ]
-    first = good(place, *words)
-    assert (
-        "--not_unified" in first
-        and "--weights none" in first
-        and first.count("--fraction 0.5") == 2
-    )
-    result = json.loads((place / "a" / "result.json").read_text())
-    columns = {"probe phantoms", "50% phantoms", "Recall@5", "RankMe"}
-    assert set(result["full, not unified"]) == columns and set(
-        result[ablation.SCRATCH]
-    ) == columns - {"RankMe"}
-    again = good(place, *words)
-    assert "nothing left to run" in again and "pretrain.py" not in again
-    refused = run(place, *words, "--fraction", 0.2)
-    assert (
-        refused.returncode == 1
-        and "fraction 0.5 → 0.2" in refused.stderr
-        and len(refused.stderr.splitlines()) == 1
-    )
-    (place / "a" / "random_initialisation" / "seed0" / "finetune_phantoms" / "result.json").unlink()
-    assert "nothing left" not in good(place, *words)
