@@ -63,6 +63,63 @@ def to_float(views):
     return views.float() / 255
 
 
+# ------------------------------------------------------------------------------------------------ crops of fine-tuning
+def train_crop(film, rng, size):
+    """A random part of a film for training: area fraction 0.4 to 1, then a flip. uint8 (H, W) → uint8 (size, size)"""
+    boxes, flips = sample_boxes(rng, *film.shape, scale=(0.4, 1.0))
+    return crop(film, boxes[0], size, flips[0])
+
+
+def whole_crop(film, size):
+    """The whole film squeezed to a square. uint8 (H, W) → uint8 (size, size)"""
+    return crop(film, (0, 0, *film.shape), size)
+
+
+def mask_to(mask, size):
+    """A mask squeezed to a square as whole_crop squeezes its film, nearest pixel. bool (H, W) → bool (size, size)"""
+    image = Image.fromarray(np.asarray(mask, np.uint8))
+    return np.asarray(image.resize((size, size), Image.Resampling.NEAREST), bool)
+
+
+def centre_crops(film, size, ten=False):
+    """The square in the middle of a film; ten: also those in its four corners, and all five flipped.
+
+    uint8 (H, W), no side below `size` → uint8 (1 or 10, size, size)
+    """
+    down = film.shape[0] - size
+    right = film.shape[1] - size
+    corners = [(down // 2, right // 2)]
+    if ten:
+        corners += [(0, 0), (0, right), (down, 0), (down, right)]
+    crops = np.stack([film[top : top + size, left : left + size] for top, left in corners])
+    return np.concatenate([crops, crops[..., ::-1]]) if ten else crops
+
+
+def shift_scale_flip(film, mask, rng):
+    """Move a film and its mask together: shift by up to a sixteenth and scale by up to a tenth (p = 0.5), flip (p = 0.5).
+
+    film uint8, mask bool, both (size, size) → the same; black comes in from outside.
+    """
+    size = len(film)
+    u = rng.random(5)
+    if u[0] < 0.5:
+        zoom = 1 + 0.2 * (u[1] - 0.5)
+        shift = (u[2:4] - 0.5) * size / 8  # (down, right), px
+        top, left = (
+            size / 2 - size / (2 * zoom) - shift
+        )  # output pixel p shows p / zoom + (top, left)
+        matrix = (1 / zoom, 0, left, 0, 1 / zoom, top)
+        film = warp(film, matrix, Image.Resampling.BICUBIC)
+        mask = warp(mask.astype(np.uint8), matrix, Image.Resampling.NEAREST).astype(bool)
+    return (film[:, ::-1], mask[:, ::-1]) if u[4] < 0.5 else (film, mask)
+
+
+def warp(pixels, matrix, resampling):
+    """Pillow's affine transform of a uint8 (size, size) picture: output (x, y) shows input (ax + by + c, dx + ey + f)."""
+    image = Image.fromarray(pixels)
+    return np.asarray(image.transform(image.size, Image.Transform.AFFINE, matrix, resampling))
+
+
 # ------------------------------------------------------------------------------------------------ geometry
 def grid_coords(grid, device=None):
     """(row, col) of the n × n patches in raster order, patch units: (0, 0) is the centre of the top-left patch. → (N, 2)"""

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import augment
@@ -99,7 +98,7 @@ def open_films(root, cache_dir=None, side=320, patients=None, mimic_all=False):
 class Views(torch.utils.data.Dataset):
     """Item (epoch, i) → two crops of film i and where they lie: views uint8 (2, size, size), boxes float32 (2, 4) px, flips bool (2,).
 
-    A film that cannot be read gives way to the next that can; `bad` is then its number in `films`, else -1. Keyed by (seed, epoch, i).
+    A film that cannot be read gives way to the next that can; `unreadable` and `reason` then tell of it. Keyed by (seed, epoch, i).
     """
 
     def __init__(self, films, size, seed, subset=None):
@@ -111,25 +110,19 @@ class Views(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        film, bad = self.read(i)
-        boxes, flips = augment.sample_boxes(
-            np.random.default_rng((VIEWS, self.seed, epoch, i)), *film.shape
-        )
-        views = np.stack(
-            [augment.crop(film, box, self.size, flip) for box, flip in zip(boxes, flips)]
-        )
-        return {"views": views, "boxes": boxes.astype(np.float32), "flips": flips, "bad": bad}
+        film, replaced = self.read(i)
+        rng = np.random.default_rng((VIEWS, self.seed, epoch, i))
+        boxes, flips = augment.sample_boxes(rng, *film.shape)
+        crops = [
+            augment.crop(film, box, self.size, flip) for box, flip in zip(boxes, flips, strict=True)
+        ]
+        views = np.stack(crops)
+        return {"views": views, "boxes": boxes.astype(np.float32), "flips": flips, **replaced}
 
-    def read(self, i, tries=100):
-        """Film i, or the next readable one → (film, -1 or the number of the bad one)."""
-        first = int(self.subset[i])
-        for k in range(min(tries, len(self))):
-            try:
-                return self.films[int(self.subset[(i + k) % len(self)])], first if k else -1
-            except UnreadableFilm as error:
-                reason = error
-        where = f"{min(tries, len(self))} films in a row cannot be read, from {self.films.names[first]} on ({reason})"
-        raise UserError(f"{where}: python data.py check --data … names them all")
+    def read(self, i):
+        """Film i, or the next readable one → (film, what read_or_next says of film i)."""
+        _, film, replaced = read_or_next(self.films, self.subset, i)
+        return film, replaced
 
 
 class Batches:
@@ -243,217 +236,189 @@ def command():
     check(films, config.workers) if word == "check" else pack(films, config.out, config.workers)
 
 
-# ------------------------------------------------------------------------------------------------ sets of films
+# ------------------------------------------------------------------------------------------------ films that are kept, and films that cannot be read
 class InMemory:
-    """A small set, each film decoded once and then kept. Same names, patients and errors as the set behind it."""
+    """A small set of films: each is decoded once and then kept. It looks like the set behind it, names, patients and errors included."""
 
     def __init__(self, films):
-        self.films, self.kept, self.names, self.patients = films, {}, films.names, films.patients
+        vars(self).update(vars(films))  # names, patients, …
+        self.films = films
+        self.decoded = {}  # {i: film, or the error that it raised}
 
     def __len__(self):
         return len(self.films)
 
     def __getitem__(self, i):
-        if i not in self.kept:
-            try:
-                self.kept[i] = self.films[i]
-            except UnreadableFilm as error:
-                self.kept[i] = error
-        if isinstance(self.kept[i], UnreadableFilm):
-            raise self.kept[i]
-        return self.kept[i]
+        if i not in self.decoded:
+            self.decoded[i] = self.attempt(i)
+        if isinstance(self.decoded[i], UnreadableFilm):
+            raise self.decoded[i]
+        return self.decoded[i]
 
-
-class UnreadableFilms_:
-    """Names and counts what the loader replaced; more than 1 % of the films bad stops the run."""
-
-    def __init__(self, films):
-        self.films, self.seen = films, set()
-
-    def note(self, numbers):
-        """numbers (b,): -1 or the number of a film that could not be read."""
-        for i in set(numbers[numbers >= 0].tolist()) - self.seen:
-            self.seen.add(i)
-            print(f"bad film, skipped ({len(self.seen)} so far): {self.films.names[i]}", flush=True)
-        if len(self.seen) > 0.01 * len(self.films):
-            names = ", ".join(self.films.names[i] for i in sorted(self.seen)[:5])
-            raise UserError(
-                f"{len(self.seen)} of {len(self.films)} films cannot be read, more than 1 %: {names} … run python data.py check --data … for all, with reasons"
-            )
-
-
-def mask_to(mask, size):
-    """bool (H, W) → bool (size, size), nearest pixel: the whole film squeezed to a square, as the film itself (DATASETS.md section 9)."""
-    return np.asarray(
-        Image.fromarray(np.asarray(mask, np.uint8)).resize((size, size), Image.Resampling.NEAREST),
-        bool,
-    )
-
-
-def train_crop(film, rng, size):
-    """Random resized crop, area fraction 0.4 to 1, and flip. uint8 (H, W) → (size, size)"""
-    boxes, flips = augment.sample_boxes(rng, *film.shape, scale=(0.4, 1.0))
-    return augment.crop(film, boxes[0], size, flips[0])
-
-
-def test_views(film, size, ten=False):
-    """Short side 256 (for size 224), centre crop; ten: also the four corners, and all five flipped. uint8 (H, W) → (1 or 10, size, size)"""
-    film = fit(film, round(size * 256 / 224))
-    down, right = film.shape[0] - size, film.shape[1] - size
-    corners = [(down // 2, right // 2)] + (
-        [(0, 0), (0, right), (down, 0), (down, right)] if ten else []
-    )
-    views = [film[y : y + size, x : x + size] for y, x in corners]
-    return np.stack(views + [v[:, ::-1] for v in views] if ten else views)
-
-
-def shift_scale_flip(film, mask, rng):
-    """Shift by up to a sixteenth, scale by up to a tenth (p = 0.5), flip (p = 0.5): film and mask together, both (size, size); black comes in."""
-    size, u = len(film), rng.random(5)
-    if u[0] < 0.5:
-        zoom, shift = 1 + 0.2 * (u[1] - 0.5), (u[2:4] - 0.5) * size / 8
-        start = (
-            size / 2 - size / (2 * zoom) - shift
-        )  # output pixel p shows input pixel p / zoom + start
-        matrix = (1 / zoom, 0, start[1], 0, 1 / zoom, start[0])
-        film = np.asarray(
-            Image.fromarray(film).transform(
-                (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
-            )
-        )
-        mask = np.asarray(
-            Image.fromarray(mask.astype(np.uint8)).transform(
-                (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST
-            ),
-            bool,
-        )
-    return (film[:, ::-1], mask[:, ::-1]) if u[4] < 0.5 else (film, mask)
-
-
-class TaskFilms:
-    """films[i] → (film uint8, mask bool (size, size) or None) of case i; raises UnreadableFilm. Films come at a short side of at most twice `size`
-    (the authors' 512 for 224). kept: a dict that holds decoded films by path, filled now by threads; None = decode at every use."""
-
-    def __init__(self, cases, size, kept=None):
-        self.cases, self.size, self.kept = cases, size, kept
-        new = [] if kept is None else [i for i, c in enumerate(cases) if c.path not in kept]
-        with ThreadPoolExecutor() as pool:
-            read = tqdm(
-                pool.map(self._attempt, new),
-                "decode",
-                len(new),
-                unit=" films",
-                leave=False,
-                disable=None if new else True,
-            )
-            for i, item in zip(new, read):
-                kept[cases[i].path] = item
-
-    def __len__(self):
-        return len(self.cases)
-
-    def _attempt(self, i):
-        case = self.cases[i]
+    def attempt(self, i):
+        """Film i, or the error that it raises."""
         try:
-            film = read_film(case.path, 2 * self.size)
-            mask = None if case.mask is None else mask_to(read_mask(case), self.size)
-            return (fit(film, 2 * self.size) if min(film.shape) > 2 * self.size else film), mask
+            return self.films[i]
         except UnreadableFilm as error:
             return error
-        except (OSError, SyntaxError, UserError) as error:  # of the mask
-            return UnreadableFilm(f"its mask: {error}")
 
-    def __getitem__(self, i):
-        item = self._attempt(i) if self.kept is None else self.kept[self.cases[i].path]
-        if isinstance(item, UnreadableFilm):
-            raise item
-        return item
-
-
-class TrainExamples(torch.utils.data.Dataset):
-    """Item (epoch, i) → view uint8 (size, size), goal: target float (c,) or mask (size, size); bad: i when film i gave way to the next readable
-    one, else -1."""
-
-    def __init__(self, films, seed):
-        self.films, self.seed = films, seed
-
-    def __getitem__(self, at):
-        epoch, i = at
-        for k in range(len(self.films)):
-            j = (i + k) % len(self.films)
-            try:
-                film, mask = self.films[j]
-                break
-            except UnreadableFilm as error:
-                reason = error
-        else:
-            raise UserError(f"no training film can be read, the last one because: {reason}")
-        rng, size = np.random.default_rng((TRAIN_VIEW, self.seed, epoch, i)), self.films.size
-        if mask is None:
-            view, goal = train_crop(film, rng, size), np.float32(self.films.cases[j].target)
-        else:
-            view, goal = shift_scale_flip(augment.crop(film, (0, 0, *film.shape), size), mask, rng)
-        return {"view": np.array(view), "goal": np.asarray(goal, np.float32), "bad": i if k else -1}
-
-
-class TestExamples(torch.utils.data.Dataset):
-    """Item i → views uint8 (1 or 10, size, size), target or mask, good = False (and zeros) when the film cannot be read."""
-
-    def __init__(self, films, ten=False):
-        self.films, self.ten = films, ten
-
-    def __len__(self):
-        return len(self.films)
-
-    def __getitem__(self, i):
-        size, case = self.films.size, self.films.cases[i]
-        try:
-            film, mask = self.films[i]
-            views = (
-                test_views(film, size, self.ten)
-                if mask is None
-                else augment.crop(film, (0, 0, *film.shape), size)[None]
-            )
-        except UnreadableFilm:
-            goal = case.target if case.mask is None else np.zeros((size, size))
-            return {
-                "views": np.zeros(
-                    (10 if self.ten and case.mask is None else 1, size, size), np.uint8
-                ),
-                "goal": np.float32(goal),
-                "index": i,
-                "good": False,
-            }
-        return {
-            "views": np.array(views),
-            "goal": np.float32(case.target if mask is None else mask),
-            "index": i,
-            "good": True,
-        }
+    def decode_all(self):
+        """Decode every film now, with threads and a progress bar."""
+        numbers = range(len(self))
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(self.attempt, numbers)
+            bar = tqdm(decoded, "decode", len(self), unit=" films", leave=False, disable=None)
+            self.decoded = dict(zip(numbers, bar, strict=True))
 
 
 class UnreadableFilms:
-    """Names and counts the films that cannot be read; more than one film and 1 % of them stop the run."""
+    """Names each film that cannot be read, once and with the reason; more than one film and 1 % of all stop the run.
+
+    reasons: {name: why it cannot be read}
+    """
 
     def __init__(self, total):
-        self.total, self.names = total, {}
+        self.total = total
+        self.reasons = {}
 
-    def note(self, films, indices):
-        """films: a Films; indices: of cases in it that were found bad."""
-        for i in indices:
-            path = str(films.cases[i].path)
-            if path not in self.names:
-                try:
-                    films[i]
-                    self.names[path] = "unreadable once"
-                except UnreadableFilm as error:
-                    self.names[path] = str(error)
-                tqdm.write(f"bad film, skipped: {path}: {self.names[path]}")
-        if len(self.names) > max(1, 0.01 * self.total):
-            first = ", ".join(list(self.names)[:3])
+    def note(self, name, reason):
+        """Note one film."""
+        if name in self.reasons:
+            return
+        self.reasons[name] = reason
+        tqdm.write(f"bad film, skipped ({len(self.reasons)} so far): {name}: {reason}")
+        if len(self.reasons) > max(1, 0.01 * self.total):
+            first = ", ".join(list(self.reasons)[:3])
             raise UserError(
-                f"{len(self.names)} of {self.total} films cannot be read, more than 1 %: {first}; mend them or take them out of the list"
+                f"{len(self.reasons)} of {self.total} films cannot be read, more than 1 %: {first} …: "
+                "python data.py check --data … names them all; mend them or take them away"
             )
+
+    def note_batch(self, batch):
+        """Note the films of a loaded batch that another one stands in for."""
+        for name, reason in zip(batch["unreadable"], batch["reason"], strict=True):
+            if name:
+                self.note(name, reason)
+
+
+def read_or_next(films, numbers, at, tries=100):
+    """Film numbers[at], or, when it cannot be read, the next that can. → (its number, the film, {"unreadable": name, "reason": why})
+
+    The names of the dict are those of numbers[at], and empty when that was readable. UserError when `tries` in a row are unreadable.
+    """
+    first_reason = ""
+    tries = min(tries, len(numbers))
+    for k in range(tries):
+        number = int(numbers[(at + k) % len(numbers)])
+        try:
+            film = films[number]
+        except UnreadableFilm as error:
+            first_reason = first_reason or str(error)
+            continue
+        name = films.names[numbers[at]] if first_reason else ""
+        return number, film, {"unreadable": name, "reason": first_reason}
+    first = films.names[numbers[at]]
+    raise UserError(
+        f"{tries} films in a row cannot be read, from {first} on ({first_reason}): python data.py check --data … names them all"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ examples of a downstream task
+class TaskFilms:
+    """films[i] → (film uint8 (H, W), mask bool (size, size) or None) of example i; raises UnreadableFilm.
+
+    Films come at a short side of at most twice `size`, as the authors' 512 px for 224.
+    """
+
+    def __init__(self, examples, size):
+        self.examples = examples
+        self.size = size
+        self.names = [str(example.path) for example in examples]
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        example = self.examples[i]
+        film = read_film(example.path, 2 * self.size)
+        if min(film.shape) > 2 * self.size:
+            film = fit(film, 2 * self.size)
+        if example.mask is None:
+            return film, None
+        try:
+            mask = read_mask(example.mask, example.path)
+        except (OSError, SyntaxError, UserError) as error:
+            raise UnreadableFilm(f"its mask: {error}") from None
+        return film, augment.mask_to(mask, self.size)
+
+
+def open_examples(examples, size, in_memory):
+    """The films of these examples, all decoded now and kept when `in_memory`, else decoded at every use."""
+    films = TaskFilms(examples, size)
+    if in_memory:
+        films = InMemory(films)
+        films.decode_all()
+    return films
+
+
+class TrainExamples(torch.utils.data.Dataset):
+    """Item (epoch, i) → view uint8 (size, size) and goal, the target float (c,) or the mask float (size, size), both cut at random.
+
+    A film that cannot be read gives way to the next that can; `unreadable` and `reason` then tell of it. Keyed by (seed, epoch, i).
+    """
+
+    def __init__(self, films, seed):
+        self.films = films
+        self.seed = seed
+
+    def __getitem__(self, key):
+        epoch, i = key
+        size = self.films.size
+        number, (film, mask), replaced = read_or_next(self.films, range(len(self.films)), i)
+        rng = np.random.default_rng((TRAIN_VIEW, self.seed, epoch, i))
+        if mask is None:
+            view = augment.train_crop(film, rng, size)
+            goal = self.films.examples[number].target
+        else:
+            view, goal = augment.shift_scale_flip(augment.whole_crop(film, size), mask, rng)
+        return {"view": np.array(view), "goal": np.asarray(goal, np.float32), **replaced}
+
+
+def test_views(film, size, ten=False):
+    """The crops that a film is tested on: short side 256 (for size 224), then its centre crop, or ten. → uint8 (1 or 10, size, size)"""
+    return augment.centre_crops(fit(film, round(size * 256 / 224)), size, ten)
+
+
+class TestExamples(torch.utils.data.Dataset):
+    """Item i → views uint8 (1 or 10, size, size), goal (target or mask, float) and index i.
+
+    A film that cannot be read gives zeros, and its name and why under `unreadable` and `reason`, which else are empty.
+    """
+
+    def __init__(self, films, ten=False):
+        self.films = films
+        self.ten = ten
+
+    def __len__(self):
+        return len(self.films)
+
+    def __getitem__(self, i):
+        size = self.films.size
+        example = self.films.examples[i]
+        item = {"index": i, "unreadable": "", "reason": ""}
+        try:
+            film, mask = self.films[i]
+        except UnreadableFilm as error:
+            film = np.zeros((size, size), np.uint8)
+            mask = None if example.mask is None else np.zeros((size, size), bool)
+            item.update(unreadable=self.films.names[i], reason=str(error))
+        if mask is None:
+            views = test_views(film, size, self.ten)
+            goal = example.target
+        else:
+            views = augment.whole_crop(film, size)[None]
+            goal = mask
+        return {"views": np.array(views), "goal": np.float32(goal), **item}
 
 
 if __name__ == "__main__":

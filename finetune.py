@@ -28,7 +28,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import augment
-from data import Batches, TaskFilms, TestExamples, TrainExamples, UnreadableFilms
+from data import (
+    Batches,
+    InMemory,
+    TestExamples,
+    TrainExamples,
+    UnreadableFilms,
+    open_examples,
+)
 from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import pictures
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
@@ -89,11 +96,11 @@ def predict(forward, kind, films, config, team, bad, ten=False):
     mine, rows, broken = (
         torch.utils.data.Subset(TestExamples(films, ten), range(team.rank, len(films), team.world)),
         {},
-        [],
+        {},
     )
     size, workers = (
         max(1, config.micro // (10 if ten else 1)),
-        config.workers if films.kept is None else 0,
+        0 if isinstance(films, InMemory) else config.workers,
     )
     loader = torch.utils.data.DataLoader(mine, batch_size=size, num_workers=workers)
     for item in loader:
@@ -113,22 +120,27 @@ def predict(forward, kind, films, config, team, bad, ten=False):
             ]
         else:
             out = out.view(*views.shape[:2], -1).mean(1).cpu().numpy()
-        for i, good, row in zip(item["index"].tolist(), item["good"].tolist(), out):
-            rows.update({i: row}) if good else broken.append(i)
+        names, reasons = item["unreadable"], item["reason"]
+        for i, name, reason, row in zip(item["index"].tolist(), names, reasons, out, strict=True):
+            if name:
+                broken[name] = reason
+            else:
+                rows[i] = row
     if team.world > 1:
         parts = [None] * team.world
         dist.all_gather_object(parts, (rows, broken))
         rows, broken = (
             {i: r for p, _ in parts for i, r in p.items()},
-            [i for _, b in parts for i in b],
+            {name: reason for _, b in parts for name, reason in b.items()},
         )
-    bad.note(films, sorted(broken))
+    for name, reason in sorted(broken.items()):
+        bad.note(name, reason)
     return dict(sorted(rows.items()))
 
 
 def goals(films, rows):
     """Targets (n, c) of the predicted cases, in their order."""
-    return np.array([films.cases[i].target for i in rows], float)
+    return np.array([films.examples[i].target for i in rows], float)
 
 
 def judge(kind, labels, films, rows):
@@ -173,7 +185,7 @@ def write_predictions(path, kind, labels, films, rows):
     table = csv.writer(text)
     table.writerow(("film", "class", "label", "score"))
     for i, row in rows.items():
-        case = films.cases[i]
+        case = films.examples[i]
         pairs = (
             [(labels[0], int(row[1]), row[0])] if kind == "mask" else zip(labels, case.target, row)
         )
@@ -198,7 +210,7 @@ def write_picture(path, model, films, rows, device):
         tint[..., 0] += 100 * guess
         tint[..., 1] += 100 * item["goal"]
         pictures_of.append([item["views"][0], tint.clip(0, 255).astype(np.uint8)])
-        captions.append([films.cases[i].path.name[:40], f"Dice {100 * rows[i][0]:.1f}"])
+        captions.append([films.examples[i].path.name[:40], f"Dice {100 * rows[i][0]:.1f}"])
     titles = ["film", "green truth, red prediction"]
     pictures.save(
         pictures.grid(pictures_of, captions, titles, ["best", "median", "worst"], cell=256), path
@@ -608,8 +620,7 @@ def main():
         UnreadableFilms(sum(c["films"] for c in splits.counts().values())),
     )
     fits = bad.total * (2 * size) ** 2 * 1.2 * team.world < asked.memory_gb * 1e9
-    kept = {} if fits else None  # films decoded once, for all seeds
-    films = {split: TaskFilms(getattr(splits, split), size, kept) for split in ("val", "test")}
+    films = {split: open_examples(getattr(splits, split), size, fits) for split in ("val", "test")}
 
     results, stopping = [], False
     for seed in range(asked.seed, asked.seed + asked.seeds):
@@ -628,7 +639,9 @@ def main():
                     ]
                 )
             )
-        films["train"] = TaskFilms([] if ready else drawn, size, kept)
+        training = [] if ready else drawn
+        if "train" not in films or films["train"].examples != training:
+            films["train"] = open_examples(training, size, fits)
         config, reason = settle(asked, kind, shape, len(drawn), team)
         n, per_epoch = len(drawn), len(drawn) // config.batch
         total = config.epochs * per_epoch
@@ -744,7 +757,7 @@ def main():
             losses = []
             for part in range(accumulate):
                 item = next(loader)
-                bad.note(films["train"], item["bad"][item["bad"] >= 0].tolist())
+                bad.note_batch(item)
                 places = team.rank * share + part * config.micro + torch.arange(config.micro)
                 images, goal = prepare(item, kind, seed, step, places, config.batch, device)
                 sync = (
@@ -835,7 +848,7 @@ def main():
                 "best_step": best["step"],
                 "steps": done,
                 "over": over,
-                "bad": sorted(bad.names),
+                "bad": sorted(bad.reasons),
             }
         )
         if team.lead:

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import augment
-from data import Batches, InMemory, UnreadableFilms_, Views, open_films
+from data import Batches, InMemory, UnreadableFilms, Views, open_films
 from lab.meter import fitting, passes
 from lab.report import closing
 from masks import mask_sizes, sample_masks
@@ -365,7 +365,7 @@ def main(args=None, Model=CheXWorld):
     total = config.epochs * per_epoch
     end = min(total, config.max_steps or total)
     views = Views(films, config.image, config.seed, train)
-    bad = UnreadableFilms_(films)
+    unreadable = UnreadableFilms(len(films))
 
     # model
     world = Model(config.image, config.patch, **SIZES[config.size]).to(device)
@@ -458,7 +458,7 @@ def main(args=None, Model=CheXWorld):
                 waiting = time.perf_counter()
                 item = next(loader)
                 waited += time.perf_counter() - waiting
-                bad.note(item["bad"])
+                unreadable.note_batch(item)
                 places = team.rank * micro * accumulate + part * micro + torch.arange(micro)
                 batch = prepare(item, config, step, places, device)
                 sync = no_sync(forward, is_last=part + 1 == accumulate)

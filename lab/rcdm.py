@@ -240,8 +240,8 @@ class Pairs(Views):
         self.grid, self.mode, self.pixels = grid, config.mode, config.size
 
     def __getitem__(self, key):
-        film, bad = self.read(key[1])
-        return self.ask(film, *self.place(*key, film.shape)) | {"bad": bad}
+        film, replaced = self.read(key[1])
+        return self.ask(film, *self.place(*key, film.shape)) | replaced
 
     def place(self, epoch, i, shape, corner=None):
         """Boxes (2, 4) px on a film of this shape (the whole film when a corner is wanted), rectangles (4, 4), visible patches (K,)."""

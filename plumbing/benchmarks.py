@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from plumbing.film import IMAGE_SUFFIXES, choose_canvas
+from plumbing.film import SUFFIXES, film_size
 from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.splits import Example, Splits, complete, disjoint
@@ -261,6 +261,21 @@ def _rsna(index, shots):
     )
 
 
+def choose_canvas(index, name, too_small):
+    """→ (canvas, notes): None, the film's own size, unless the annotations do not fit into it: then a shrunk copy of the 1024 × 1024 originals.
+    too_small(height, width) says whether any annotation reaches beyond; `name` is any film of the set."""
+    height, width = film_size(index.find([name], what="the annotations")[0])
+    if not too_small(height, width):
+        return None, []
+    if too_small(1024, 1024):
+        raise UserError(
+            f"{index.root}: annotations reach outside 1024 x 1024 pixels: not the distributed CSV"
+        )
+    return (1024, 1024), [
+        f"masks: the films are {width} x {height}, the annotations were drawn on 1024 x 1024 and are scaled"
+    ]
+
+
 def _rsna_seg(index, shots):
     table, boxes = _file(index, "stage_2_train_labels.csv"), {}
     for row in read_table(table, "patientId", "x", "y", "width", "height", "Target"):
@@ -368,7 +383,7 @@ def read_csv(index, table, column=None):
         raise UserError(
             f"{table}: no column {column if film else 'filename'}; its columns are {', '.join(rows[0]) or 'none, or no row follows'}"
         )
-    masked = bool(target) and any(Path(r[target]).suffix.lower() in IMAGE_SUFFIXES for r in rows)
+    masked = bool(target) and any(Path(r[target]).suffix.lower() in SUFFIXES for r in rows)
     if masked:
         labels, targets, masks = (
             (column or "mask",),

@@ -252,20 +252,6 @@ def not_padding(data, values):
     return used if used.any() and not used.all() else None
 
 
-IMAGE_SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".dcm",
-    ".dicom",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".gif",
-}
-
-
 def film_size(path):
     """(height, width) in pixels from the header alone; Stop when there is none."""
     try:
@@ -282,21 +268,6 @@ def film_size(path):
         raise UserError('DICOM needs a reader: pip install "pydicom>=3"') from None
     except Exception as error:  # a broken file may raise anything
         raise UserError(f"{path}: no image size in its header ({error})") from None
-
-
-def choose_canvas(index, name, too_small):
-    """→ (canvas, notes): None, the film's own size, unless the annotations do not fit into it: then a shrunk copy of the 1024 × 1024 originals.
-    too_small(height, width) says whether any annotation reaches beyond; `name` is any film of the set."""
-    height, width = film_size(index.find([name], what="the annotations")[0])
-    if not too_small(height, width):
-        return None, []
-    if too_small(1024, 1024):
-        raise UserError(
-            f"{index.root}: annotations reach outside 1024 x 1024 pixels: not the distributed CSV"
-        )
-    return (1024, 1024), [
-        f"masks: the films are {width} x {height}, the annotations were drawn on 1024 x 1024 and are scaled"
-    ]
 
 
 def decode_rle(text, height, width):
@@ -318,18 +289,22 @@ def encode_rle(mask):
     return " ".join(f"{g} {n}" for g, n in zip(gaps, lengths)) or "-1"
 
 
-def read_mask(case):
-    """The mask of a Example → bool (H, W) on its own canvas, to be resized together with the film. Grey masks count from half their maximum."""
-    kind, what, *canvas = case.mask
+def read_mask(mask, film_path):
+    """The mask of one film → bool (H, W) on its own canvas, to be resized together with the film.
+
+    mask: ("file", path), ("rle", rows, canvas) or ("boxes", rows, canvas), as in plumbing.splits.Example. Grey masks count from half
+    their maximum. Raises OSError or UserError when it cannot be read.
+    """
+    kind, what, *canvas = mask
     if kind == "file":
         gray = np.asarray(Image.open(what).convert("L"))
         return gray > gray.max() / 2
-    height, width = canvas[0] or film_size(case.path)
-    mask = np.zeros((height, width), bool)
+    height, width = canvas[0] or film_size(film_path)
+    drawn = np.zeros((height, width), bool)
     for item in what:
         if kind == "rle":
-            mask |= decode_rle(item, height, width)
+            drawn |= decode_rle(item, height, width)
         else:
             x, y, w, h = item
-            mask[int(y) : int(y + h), int(x) : int(x + w)] = True
-    return mask
+            drawn[int(y) : int(y + h), int(x) : int(x + w)] = True
+    return drawn

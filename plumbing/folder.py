@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.checkpoint import write_text
-from plumbing.film import IMAGE_SUFFIXES, looks_like_film
+from plumbing.film import SUFFIXES, looks_like_film
 from plumbing.launch import UserError
 from plumbing.pack import Pack
 from plumbing.table import SPLITS, read_list, read_table, without_suffix
@@ -47,7 +47,7 @@ class Index:
         if depth not in self.tails:
             self.tails[depth] = table = {}
             for path in self.names:
-                if Path(path).suffix.lower() in IMAGE_SUFFIXES and not MASK_FOLDER.search(path):
+                if Path(path).suffix.lower() in SUFFIXES and not MASK_FOLDER.search(path):
                     table.setdefault(without_suffix("/".join(path.split("/")[-depth:])), []).append(
                         path
                     )

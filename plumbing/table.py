@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.film import IMAGE_SUFFIXES
+from plumbing.film import SUFFIXES
 from plumbing.launch import UserError
 
 SPLITS = ("train", "val", "test")
@@ -105,7 +105,7 @@ def without_suffix(name: str) -> str:
     and SIIM hold dots.
     """
     stem, dot, suffix = name.rpartition(".")
-    return stem if dot and "." + suffix.lower() in IMAGE_SUFFIXES else name
+    return stem if dot and "." + suffix.lower() in SUFFIXES else name
 
 
 def tails(path: str) -> list[str]:

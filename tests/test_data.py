@@ -481,7 +481,7 @@ def test_views_are_the_keyed_crops():
     item = Views(Memory(9), 32, seed=4)[(2, 5)]
     boxes, flips = sample_boxes(np.random.default_rng((keys.VIEWS, 4, 2, 5)), 95, 100)
     assert item["views"].shape == (2, 32, 32) and item["views"].dtype == np.uint8
-    assert item["boxes"].dtype == np.float32 and item["bad"] == -1
+    assert item["boxes"].dtype == np.float32 and item["unreadable"] == item["reason"] == ""
     for k in range(2):
         assert np.array_equal(
             item["views"][k], crop(film(5, 95, 100), boxes[k], 32, flips[k])
@@ -509,26 +509,32 @@ def test_views_do_not_depend_on_workers_or_ranks():
         ]
         per = 8 // world // micro
         rows = [parts[r][s * per + a] for s in range(5) for r in range(world) for a in range(per)]
-        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+        unreadable = [name for row in rows for name in row.pop("unreadable")]
+        reasons = [reason for row in rows for reason in row.pop("reason")]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}, unreadable, reasons
 
-    reference = whole(0, 8, 1)
-    assert reference["views"].shape == (40, 2, 24, 24) and {7, 8} == set(
-        reference["bad"].tolist()
-    ) - {-1}
-    for other in (whole(2, 8, 1), whole(1, 2, 1), whole(0, 4, 2)):
+    reference, unreadable, reasons = whole(0, 8, 1)
+    assert reference["views"].shape == (40, 2, 24, 24)
+    assert set(zip(unreadable, reasons, strict=True)) == {
+        ("", ""),
+        ("7.png", "broken"),
+        ("8.png", "broken"),
+    }
+    for other, *names_and_reasons in (whole(2, 8, 1), whole(1, 2, 1), whole(0, 4, 2)):
         assert all(torch.equal(reference[key], other[key]) for key in reference)
+        assert names_and_reasons == [unreadable, reasons]
 
 
 def test_a_bad_film_gives_way_to_the_next():
     views = Views(Memory(10, bad=(3, 4, 9)), 24, seed=1)
-    assert views[(0, 3)]["bad"] == 3 and views[(0, 4)]["bad"] == 4 and views[(0, 5)]["bad"] == -1
+    assert [views[(0, i)]["unreadable"] for i in (3, 4, 5)] == ["3.png", "4.png", ""]
     assert np.array_equal(views.read(3)[0], film(5, 95, 100)) and np.array_equal(
         views.read(9)[0], film(0, 90, 100)
     )
     some = Views(Memory(10, bad=(3, 4, 9)), 24, seed=1, subset=[9, 3, 8])
     assert (
         len(some) == 3
-        and some[(0, 1)]["bad"] == 3
+        and some[(0, 1)]["unreadable"] == "3.png"
         and np.array_equal(some.read(0)[0], film(8, 91, 100))
     )
     with pytest.raises(UserError, match="10 films in a row cannot be read, from 0.png on .broken."):

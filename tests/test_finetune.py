@@ -18,6 +18,7 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.metrics import log_loss, roc_auc_score
 
+import augment
 import data
 import finetune
 from model import Classifier, ViT
@@ -583,8 +584,8 @@ def test_film_and_mask_move_together():
     film[20:40, 10:30] = 255
     moved = 0
     for k in range(20):
-        out, mask = data.shift_scale_flip(film, film > 0, np.random.default_rng(k))
-        again, _ = data.shift_scale_flip(film, film > 0, np.random.default_rng(k))
+        out, mask = augment.shift_scale_flip(film, film > 0, np.random.default_rng(k))
+        again, _ = augment.shift_scale_flip(film, film > 0, np.random.default_rng(k))
         assert (
             np.array_equal(out, again) and ((out > 127) != mask).sum() <= 84
         )  # a pixel along the square's edge
@@ -594,7 +595,7 @@ def test_film_and_mask_move_together():
 
 def test_training_views_depend_on_seed_epoch_and_index_only(films):
     splits = benchmarks.load_task("csv", films, films / "labels.csv")
-    kept, lazy = data.TaskFilms(splits.train, 32, {}), data.TaskFilms(splits.train, 32)
+    kept, lazy = (data.open_examples(splits.train, 32, keep) for keep in (True, False))
     item = lambda f, seed, epoch, i: data.TrainExamples(f, seed)[epoch, i]["view"]
     assert np.array_equal(item(kept, 0, 1, 2), item(lazy, 0, 1, 2))
     assert not any(
@@ -612,7 +613,7 @@ def test_training_views_depend_on_seed_epoch_and_index_only(films):
 
 def test_solved_head_is_the_probe_of_pooled_features(films):
     splits = benchmarks.load_task("csv", films, films / "labels.csv")
-    sets = {s: data.TaskFilms(getattr(splits, s), 32, {}) for s in ("train", "val", "test")}
+    sets = {s: data.open_examples(getattr(splits, s), 32, True) for s in ("train", "val", "test")}
     model = Classifier(ViT(32, 8, dim=16, depth=1, heads=2), 1).eval()
     team, config = (
         launch.Team(0, 1, torch.device("cpu")),
@@ -629,7 +630,7 @@ def test_solved_head_is_the_probe_of_pooled_features(films):
                 / 255
             )
             pooled[s] = model.vit(views).mean(1)
-    y = {s: [c.target[0] for c in f.cases] for s, f in sets.items()}
+    y = {s: [c.target[0] for c in f.examples] for s, f in sets.items()}
     from metrics import linear_probe
 
     expected = linear_probe(pooled["train"], y["train"], pooled["val"], y["val"], pooled["test"])

@@ -16,6 +16,10 @@ from plumbing.splits import Example, Splits, class_warnings, draw_few
 from plumbing.table import read_list, without_suffix
 
 
+def mask_of(example):
+    return read_mask(example.mask, example.path)
+
+
 def picture(path, mode="L", side=16, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     gray = Image.fromarray(
@@ -409,14 +413,14 @@ def test_rsna_boxes_are_filled_on_the_films_own_canvas(tmp_path):
                 truth[y, x] = any(
                     bx <= x < bx + w and by <= y < by + h for bx, by, w, h in boxes[k]
                 )
-        assert np.array_equal(read_mask(cases[name]), truth)
+        assert np.array_equal(mask_of(cases[name]), truth)
     assert [len(getattr(splits, s)) for s in ("train", "val", "test")] == [24, 3, 3]
 
 
 def test_rsna_boxes_of_shrunk_films_are_drawn_on_the_originals_canvas(tmp_path):
     rsna_tree(tmp_path, side=8)
     splits = benchmarks.load_task("rsna_seg", tmp_path)
-    assert read_mask(splits.train[0]).shape == (1024, 1024) and "drawn on 1024 x 1024" in " ".join(
+    assert mask_of(splits.train[0]).shape == (1024, 1024) and "drawn on 1024 x 1024" in " ".join(
         splits.notes
     )
 
@@ -467,7 +471,7 @@ def test_siim_unites_rows_and_tests_on_stage_one(tmp_path, table):
     )
     cases = {c.path.name.removesuffix(".dcm"): c for c in splits.train + splits.val + splits.test}
     assert cases.keys() == masks.keys() and all(
-        np.array_equal(read_mask(cases[n]), m) for n, m in masks.items()
+        np.array_equal(mask_of(cases[n]), m) for n, m in masks.items()
     )
     assert "10 films have several rows" in " ".join(splits.notes)
 
@@ -626,7 +630,7 @@ def test_csv_mask_column_is_segmentation_unless_another_is_asked_for(tmp_path):
     )
     splits = benchmarks.load_task("csv", tmp_path, table)
     assert splits.kind == "mask" and all(
-        read_mask(c).sum() == (16 * (16 - int(c.path.stem)) if c.path.stem != "0" else 0)
+        mask_of(c).sum() == (16 * (16 - int(c.path.stem)) if c.path.stem != "0" else 0)
         for c in splits.train + splits.val + splits.test
     )
     assert benchmarks.load_task("csv", tmp_path, table, column="label").kind == "labels"
