@@ -527,7 +527,7 @@ def test_judgement_of_three_classes_and_of_masks():
         "Films",
         (),
         {
-            "cases": [
+            "examples": [
                 Example(Path(str(k)), tuple(np.eye(3, dtype=int)[k % 3]), str(k)) for k in range(9)
             ]
         },
@@ -631,7 +631,7 @@ def test_solved_head_is_the_probe_of_pooled_features(films):
             )
             pooled[s] = model.vit(views).mean(1)
     y = {s: [c.target[0] for c in f.examples] for s, f in sets.items()}
-    from metrics import linear_probe
+    from plumbing.metrics import linear_probe
 
     expected = linear_probe(pooled["train"], y["train"], pooled["val"], y["val"], pooled["test"])
     rows = finetune.predict(model, "labels", sets["test"], config, team, data.UnreadableFilms(40))
