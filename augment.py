@@ -1,8 +1,17 @@
-"""Two crops of a film, their relative coordinates, and the domain transitions T_a. (Sec. 4.2, 4.3, B.1)
+"""Two crops of a film, what happens to them, and where they lie in each other. (Sec. 4.2, 4.3, B.1)
 
-Sampling and applying are apart: sample_* draw parameters from a generator, everything else is a pure function of
-(images, parameters). Boxes are (top, left, height, width) in pixels of the unflipped film; a flip mirrors the crop.
-Images on the device are float in [0, 1], (B, 1, H, W); every tone step clips back into [0, 1], as 8-bit images do.
+    1. sample_boxes, crop    Two boxes of one size are cut out of a film and resized: views 1 and 2.
+    2. apply_jitter          Brightness and contrast change, alike in both: the targets y₁ and y₂.
+    3. apply_action          T_a changes each view by its own action a: the contexts x₁ and x₂.
+    4. relative_coords       φ tells where the patches of one view lie in the grid of the other.
+
+The jitter is shared by both views, so that x₁ shows the exposure that y₂ has; otherwise the model
+would be asked for something that nothing tells it. What T_a does to one view alone, the model is
+told (that is the action) and must undo: targets are jittered, but T_a is never applied to them.
+
+sample_* draw parameters; everything else is a pure function of images and parameters.
+Boxes are (top, left, height, width) in pixels of the film; a flip mirrors the view left to right.
+Images on the device are float in [0, 1], (B, 1, H, W); every tone step clips to that range.
 """
 
 import math
@@ -11,80 +20,185 @@ import numpy as np
 import torch
 from PIL import Image
 
-IDENTITY = (
-    1.0,
-    1.0,
-    1.0,
-    0.0,
-)  # the action that changes nothing: brightness, contrast, gamma, blur sigma
+from model import grid_coords
+
+IDENTITY = (1.0, 1.0, 1.0, 0.0)  # the action that changes nothing
+BLUR_MAX = 2.0  # the largest sigma, px (Sec. B.1)
 
 
-BLUR_MAX = 2.0  # px (Sec. B.1)
+# ---- 1. Crops, on the CPU
 
 
-# ------------------------------------------------------------------------------------------------ crops, on the CPU
 def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Two boxes of the same size, placed independently, and two independent flips. (Sec. B.1)
+    """Draw two boxes of the same size in a film of height × width px, and two flips. (Sec. B.1)
 
-    rng: NumPy generator. height, width: the film's, px. → boxes (2, 4) float64, flips (2,) bool.
-    Box 1 is tried ten times (area fraction uniform, aspect log-uniform); a film too narrow for all ten gives the largest box it holds.
+    rng: NumPy generator. scale: range of the area as a fraction of the film's, uniform.
+    ratio: range of width / height, log-uniform. The first of ten sizes that fits is taken; where a
+    narrow film holds none, the largest box that it holds. → boxes (2, 4) float64, flips (2,) bool
     """
-    u = rng.random(26)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:10])
-    aspect = np.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[10:20])
-    w, h = np.sqrt(area * aspect), np.sqrt(area / aspect)
-    fits = (w <= width) & (h <= height)
-    k = int(fits.argmax())
-    if fits[k]:
-        h, w = h[k], w[k]
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random(10))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + (high - low) * rng.random(10))
+    box_width = np.sqrt(area * aspect)
+    box_height = np.sqrt(area / aspect)
+    fits = (box_width <= width) & (box_height <= height)
+    if fits.any():
+        first = fits.argmax()
+        size = (box_height[first], box_width[first])
     else:
-        h, w = min(height, width / ratio[0]), min(width, height * ratio[1])
-    place = u[20:24].reshape(2, 2) * (height - h, width - w)
-    return np.concatenate([place, np.broadcast_to((h, w), (2, 2))], axis=1), u[24:26] < 0.5
+        size = (min(height, width / ratio[0]), min(width, height * ratio[1]))
+    room = np.array([height - size[0], width - size[1]])
+    corners = rng.random((2, 2)) * room  # top and left of both boxes
+    flips = rng.random(2) < 0.5
+    return np.concatenate([corners, [size, size]], axis=1), flips
 
 
 def crop(film, box, size, flip=False):
-    """Cut `box` out of a film and resize it to (size, size): bicubic, antialiased, fractional edges. uint8 (H, W) → uint8 (size, size)."""
+    """Cut a box out of a film and resize it to size × size px: bicubic, antialiased.
+
+    film uint8 (H, W), box (4,) with fractional edges → uint8 (size, size)
+    """
     top, left, height, width = (float(v) for v in box)
-    right, bottom = (
-        min(left + width, film.shape[1]),
-        min(top + height, film.shape[0]),
-    )  # float rounding may overshoot by 1e-13
-    out = np.asarray(
-        Image.fromarray(film).resize(
-            (size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)
-        )
+    right = min(left + width, film.shape[1])  # float rounding may overshoot the film by 1e-13
+    bottom = min(top + height, film.shape[0])
+    image = Image.fromarray(film).resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom)
     )
-    return out[:, ::-1] if flip else out
+    view = np.asarray(image)
+    return view[:, ::-1] if flip else view
 
 
 def to_float(views):
-    """uint8 (..., H, W) from the loader → float32 in [0, 1]."""
+    """Turn grey values 0 to 255 into 0 to 1. uint8 → float32, any shape"""
     return views.float() / 255
 
 
-# ------------------------------------------------------------------------------------------------ crops of fine-tuning
+# ---- 2. and 3. Jitter and T_a, on the device
+
+
+def sample_jitter(batch, generator, p=0.8, span=(0.6, 1.4)):
+    """Draw brightness and contrast of each film's targets: (1, 1) with chance 1 - p. → (B, 2)"""
+    u = torch.rand(batch, 3, generator=generator)
+    factors = span[0] + (span[1] - span[0]) * u[:, :2]
+    is_applied = u[:, 2:] < p
+    return torch.where(is_applied, factors, torch.ones(2))
+
+
+def sample_actions(batch, generator, p_tone=0.8, p_blur=0.2):
+    """Draw actions a = (brightness, contrast, gamma, blur sigma in px). (Sec. B.1) → (B, 4)
+
+    The three tone factors are applied together, with probability p_tone, the blur with p_blur; what
+    is not applied stands as in IDENTITY.
+    """
+    u = torch.rand(batch, 6, generator=generator)
+    brightness = 0.6 + 0.8 * u[:, 0]
+    contrast = 0.6 + 0.8 * u[:, 1]
+    gamma = 0.5 * 4.0 ** u[:, 2]  # log-uniform in (0.5, 2)
+    tones = torch.stack([brightness, contrast, gamma], 1)
+    sigma = 0.05 + (BLUR_MAX - 0.05) * u[:, 3:4]
+    tones = torch.where(u[:, 4:5] < p_tone, tones, torch.ones(3))
+    sigma = torch.where(u[:, 5:6] < p_blur, sigma, torch.zeros(1))
+    return torch.cat([tones, sigma], 1)
+
+
+def apply_jitter(views, jitter):
+    """Change brightness and contrast of a film's views alike. (B, 2, H, W), jitter (B, 2)"""
+    return tone(views, jitter[:, 0], jitter[:, 1])
+
+
+def apply_action(images, action):
+    """Apply T_a (Eq. 9): brightness, contrast, gamma, then blur. (B, 1, H, W), action (B, 4)"""
+    brightness, contrast, gamma, sigma = action.unbind(1)
+    toned = tone(images, brightness, contrast) ** gamma.view(-1, 1, 1, 1)
+    is_blurred = sigma.view(-1, 1, 1, 1) > 0
+    return torch.where(is_blurred, blur(toned, sigma), toned)
+
+
+def tone(images, brightness, contrast):
+    """Scale the grey values, then stretch them about each item's mean; factors of 1 change no bit.
+
+    images (B, ...), brightness (B,), contrast (B,) → (B, ...)
+    """
+    shape = [-1] + [1] * (images.dim() - 1)
+    brightness = brightness.view(shape)
+    contrast = contrast.view(shape)
+    images = (images * brightness).clamp(0, 1)
+    mean = images.mean(dim=tuple(range(1, images.dim())), keepdim=True)
+    return (images * contrast + mean * (1 - contrast)).clamp(0, 1)
+
+
+def blur(images, sigma):
+    """Blur each image by its own Gaussian, in two matrix products. (B, 1, H, W), sigma (B,) px"""
+    height, width = images.shape[-2:]
+    rows = gaussian_matrix(height, sigma)  # (B, H, H)
+    cols = rows if width == height else gaussian_matrix(width, sigma)
+    return (rows @ images[:, 0] @ cols.mT)[:, None]
+
+
+def gaussian_matrix(size, sigma):
+    """Make matrices whose row i holds the weights that blur pixel i; each row sums to 1.
+
+    Weights end at three times the largest sigma. sigma (B,) px → (B, size, size)
+    """
+    pixel = torch.arange(size, device=sigma.device, dtype=torch.float32)
+    squared = (pixel[:, None] - pixel[None]).square()
+    weight = torch.exp(-squared / (2 * sigma.clamp(min=0.05).square().view(-1, 1, 1)))
+    weight = weight * (squared <= (3 * BLUR_MAX) ** 2)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+# ---- 4. Where one view lies in the other
+
+
+def relative_coords(context_box, target_box, grid, context_flip=None, target_flip=None):
+    """Tell where the target view's patches lie in the context view's grid: φ of Eq. (4, 5).
+
+    Boxes (B, 4) px of the film, flips (B,) bool → (B, N, 2) (row, col) in patches of the context.
+    For unflipped boxes of one size this is n·Δ + (u, v). With flips we follow each patch centre
+    from the target view to the film, and from there into the context view.
+    """
+    context_box = context_box[:, None].float()  # (B, 1, 4)
+    target_box = target_box[:, None].float()
+    centres = (grid_coords(grid, context_box.device) + 0.5) / grid  # (N, 2): fractions of a view
+    in_target = mirror(centres.expand(len(target_box), -1, -1), target_flip)  # (B, N, 2)
+    on_film = target_box[..., :2] + in_target * target_box[..., 2:]  # px
+    in_context = mirror((on_film - context_box[..., :2]) / context_box[..., 2:], context_flip)
+    return in_context * grid - 0.5
+
+
+def mirror(fractions, flip):
+    """Mirror the column fractions of flipped views. (B, N, 2), flip (B,) bool or None"""
+    if flip is None:
+        return fractions
+    row, col = fractions.unbind(-1)
+    return torch.stack([row, torch.where(flip[:, None], 1 - col, col)], -1)
+
+
+# ---- 5. Crops of fine-tuning (Sec. B.3)
+
+
 def train_crop(film, rng, size):
-    """A random part of a film for training: area fraction 0.4 to 1, then a flip. uint8 (H, W) → uint8 (size, size)"""
+    """Cut a random part out of a film, 40 to 100 % of its area, flipped or not. → (size, size)"""
     boxes, flips = sample_boxes(rng, *film.shape, scale=(0.4, 1.0))
     return crop(film, boxes[0], size, flips[0])
 
 
 def whole_crop(film, size):
-    """The whole film squeezed to a square. uint8 (H, W) → uint8 (size, size)"""
+    """Squeeze the whole film to a square. uint8 (H, W) → uint8 (size, size)"""
     return crop(film, (0, 0, *film.shape), size)
 
 
 def mask_to(mask, size):
-    """A mask squeezed to a square as whole_crop squeezes its film, nearest pixel. bool (H, W) → bool (size, size)"""
+    """Squeeze a mask as whole_crop squeezes its film, by nearest pixels. bool (H, W) → (size, size)"""
     image = Image.fromarray(np.asarray(mask, np.uint8))
     return np.asarray(image.resize((size, size), Image.Resampling.NEAREST), bool)
 
 
 def centre_crops(film, size, ten=False):
-    """The square in the middle of a film; ten: also those in its four corners, and all five flipped.
+    """Cut the square out of the middle of a film whose sides are `size` px or more.
 
-    uint8 (H, W), no side below `size` → uint8 (1 or 10, size, size)
+    ten: also the squares in the four corners, and all five flipped.
+    uint8 (H, W) → uint8 (1 or 10, size, size)
     """
     down = film.shape[0] - size
     right = film.shape[1] - size
@@ -96,118 +210,34 @@ def centre_crops(film, size, ten=False):
 
 
 def shift_scale_flip(film, mask, rng):
-    """Move a film and its mask together: shift by up to a sixteenth and scale by up to a tenth (p = 0.5), flip (p = 0.5).
+    """Move a film and its mask together; black comes in from outside.
 
-    film uint8, mask bool, both (size, size) → the same; black comes in from outside.
+    Shift by up to a sixteenth and scale by up to a tenth (together, half of the time), flip (half
+    of the time). film uint8, mask bool, both (size, size) → the same
     """
     size = len(film)
     u = rng.random(5)
     if u[0] < 0.5:
         zoom = 1 + 0.2 * (u[1] - 0.5)
         shift = (u[2:4] - 0.5) * size / 8  # (down, right), px
-        top, left = (
-            size / 2 - size / (2 * zoom) - shift
+        top, left = size / 2 - size / (2 * zoom) - shift
+        matrix = (
+            1 / zoom,
+            0,
+            left,
+            0,
+            1 / zoom,
+            top,
         )  # output pixel p shows p / zoom + (top, left)
-        matrix = (1 / zoom, 0, left, 0, 1 / zoom, top)
         film = warp(film, matrix, Image.Resampling.BICUBIC)
         mask = warp(mask.astype(np.uint8), matrix, Image.Resampling.NEAREST).astype(bool)
-    return (film[:, ::-1], mask[:, ::-1]) if u[4] < 0.5 else (film, mask)
+    if u[4] < 0.5:
+        film = film[:, ::-1]
+        mask = mask[:, ::-1]
+    return film, mask
 
 
 def warp(pixels, matrix, resampling):
-    """Pillow's affine transform of a uint8 (size, size) picture: output (x, y) shows input (ax + by + c, dx + ey + f)."""
+    """Apply Pillow's affine transform: output (x, y) shows input (ax + by + c, dx + ey + f)."""
     image = Image.fromarray(pixels)
     return np.asarray(image.transform(image.size, Image.Transform.AFFINE, matrix, resampling))
-
-
-# ------------------------------------------------------------------------------------------------ geometry
-def grid_coords(grid, device=None):
-    """(row, col) of the n × n patches in raster order, patch units: (0, 0) is the centre of the top-left patch. → (N, 2)"""
-    axis = torch.arange(grid, dtype=torch.float32, device=device)
-    return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
-
-
-def relative_coords(context_box, target_box, grid, context_flip=None, target_flip=None):
-    """Where the target's patches lie in the context's patch grid: φ of Eq. (4, 5), flips included. Boxes (B, 4), flips (B,) → (B, N, 2).
-
-    Without flips and with equal sizes this is n·Δ + (u, v). With flips, the patch centre is first mapped to film pixels.
-    """
-    context_box, target_box = context_box[:, None].float(), target_box[:, None].float()  # (B, 1, 4)
-    at = (grid_coords(grid, context_box.device) + 0.5) / grid  # (N, 2) fractions of the target crop
-    at = mirror(at.expand(len(target_box), -1, -1), target_flip)
-    pixel = target_box[..., :2] + at * target_box[..., 2:]  # (B, N, 2) film pixels
-    inside = mirror(
-        (pixel - context_box[..., :2]) / context_box[..., 2:], context_flip
-    )  # fractions of the context crop
-    return inside * grid - 0.5
-
-
-def mirror(fractions, flip):
-    """Mirror the column fraction of the flipped items. (B, N, 2), (B,) bool or None → (B, N, 2)"""
-    if flip is None:
-        return fractions
-    row, col = fractions.unbind(-1)
-    return torch.stack([row, torch.where(flip[:, None], 1 - col, col)], -1)
-
-
-# ------------------------------------------------------------------------------------------------ tone, on the device
-def sample_jitter(batch, generator, p=0.8, span=(0.6, 1.4)):
-    """Brightness and contrast of the target, one pair a film, shared by both views; (1, 1) with probability 1 - p. → (B, 2)"""
-    u = torch.rand(batch, 3, generator=generator)
-    factors = span[0] + (span[1] - span[0]) * u[:, :2]
-    return torch.where(u[:, 2:] < p, factors, torch.ones(2))
-
-
-def sample_actions(batch, generator, p_tone=0.8, p_blur=0.2):
-    """Actions a ∈ R⁴ = (brightness, contrast, gamma, blur sigma in px), Sec. B.1; parts that are not applied are the identity. → (B, 4)"""
-    u = torch.rand(batch, 6, generator=generator)
-    tone = torch.stack(
-        [0.6 + 0.8 * u[:, 0], 0.6 + 0.8 * u[:, 1], 0.5 * 4.0 ** u[:, 2]], 1
-    )  # gamma log-uniform in (0.5, 2)
-    blur = 0.05 + (BLUR_MAX - 0.05) * u[:, 3:4]
-    return torch.cat(
-        [
-            torch.where(u[:, 4:5] < p_tone, tone, torch.ones(3)),
-            torch.where(u[:, 5:6] < p_blur, blur, torch.zeros(1)),
-        ],
-        1,
-    )
-
-
-def tone(images, brightness, contrast):
-    """Scale the grey values, then stretch them about their mean; both clip. images (B, ...), factors (B,)."""
-    shape = (-1,) + (1,) * (images.dim() - 1)
-    images = (images * brightness.view(shape)).clamp(0, 1)
-    mean = images.mean(dim=tuple(range(1, images.dim())), keepdim=True)
-    return (images * contrast.view(shape) + mean * (1 - contrast.view(shape))).clamp(
-        0, 1
-    )  # factors of 1 change no bit
-
-
-def apply_jitter(views, jitter):
-    """The same jitter on both views of a film, stretched about the pair's common mean: else x₁ → y₂ is not predictable. (B, 2, H, W), (B, 2)"""
-    return tone(views, jitter[:, 0], jitter[:, 1])
-
-
-def apply_action(images, action):
-    """T_a (Eq. 9): brightness, contrast, gamma, then Gaussian blur. images (B, 1, H, W), action (B, 4) → (B, 1, H, W)"""
-    brightness, contrast, gamma, sigma = action.unbind(1)
-    toned = tone(images, brightness, contrast) ** gamma.view(-1, 1, 1, 1)
-    return torch.where(sigma.view(-1, 1, 1, 1) > 0, blur(toned, sigma), toned)
-
-
-def blur(images, sigma):
-    """Gaussian blur with one sigma (px) an image, as two products with banded matrices; rows renormalised at the border. (B, 1, H, W), (B,)"""
-    height, width = images.shape[-2:]
-    rows = gaussian_matrix(height, sigma)
-    cols = rows if width == height else gaussian_matrix(width, sigma)
-    return (rows @ images[:, 0] @ cols.mT)[:, None]
-
-
-def gaussian_matrix(size, sigma):
-    """(B, size, size): row i holds the weights that blur pixel i, cut at the radius of 3 × the largest sigma."""
-    at = torch.arange(size, device=sigma.device, dtype=torch.float32)
-    distance = (at[:, None] - at[None]).square()
-    weight = torch.exp(-distance / (2 * sigma.clamp(min=0.05).square().view(-1, 1, 1)))
-    weight = weight * (distance <= (3 * BLUR_MAX) ** 2)
-    return weight / weight.sum(-1, keepdim=True)

@@ -1,78 +1,99 @@
 """Block masks for a whole batch at once. (Sec. 4.1, B.1)
 
-The mask M of a view is the union of four rectangles, each of area fraction (0.15, 0.2) and aspect (0.75, 1.5); the
-context is its complement, cut to one square block of area fraction (0.75, 1). Kernels want static shapes, so the number
-of visible patches K and of predicted patches M stays the same for a whole training. Of eight drawn masks an image keeps
-the one whose union and context come closest to holding M and K patches, and then predicts M patches of the union *at
-random* and sees K patches of the context *at random*: never in raster order, which would blind the model to the
-costophrenic angles. What this costs (tests/test_masks.py measures it):
-- the union's other patches (7 of 196 on average) are hidden and not predicted, the context's other patches (10) not seen;
-- where even the best of eight falls short (one image in ten), the missing patches are taken at random from the rest: 0.3 %
-  of the predicted patches lie outside the union, 0.3 % of the seen ones outside the context;
-- the best of eight favours large squares (mean area 0.95, drawn 0.88): a crop's corners are seen in 61 % of images, not 43 %.
+The mask M of a view is the union of four rectangles, each of 15 to 20 % of its area and of aspect
+0.75 to 1.5. The context is what the mask leaves of one square block of 75 to 100 % of the area.
+
+These areas vary from view to view, but a batch wants the same number of tokens for every view: K
+visible patches and M masked ones, fixed for a whole training. So each view draws eight masks and
+keeps the one that comes closest to K and M. Where it still has more patches than needed, patches
+are dropped *at random*. Dropping the last ones in raster order, as the authors' code does, would
+leave the bottom of the film, with its costophrenic angles, almost never predicted.
+
+What this costs, of 196 patches (tests/test_masks.py measures it): on average 7 patches of the
+union are hidden but not predicted, and 10 of the context are not seen. One view in ten lacks some;
+they are taken at random from outside, 0.3 % of all. Large squares are favoured: their mean area is
+0.95 instead of 0.88, so that a view's corners are seen in 61 % of the views instead of 43 %.
 """
 
 import torch
 
+TRIES = 8  # masks drawn per view, of which the best fitting is kept
+
 
 def mask_sizes(grid, visible=80 / 196, masked=92 / 196):
-    """K and M for an n × n grid: near the means 84 and 94 of 196 that the untruncated recipe gives. → (K, M)"""
+    """Tell how many patches of an n × n grid are seen and predicted. → (K, M)
+
+    The drawn areas give 84 and 94 of 196 on average; we ask for a little less,
+    so that few views lack any.
+    """
     return round(visible * grid * grid), round(masked * grid * grid)
 
 
-def sample_masks(batch, grid, generator=None, rows=None, device=None, tries=8):
-    """Disjoint patch indices: keep (R, K), masked (R, M), long, for `rows` of a batch (all of them when None).
+def sample_masks(batch, grid, generator=None, rows=None, device=None):
+    """Draw which patches every view sees and which it predicts.
 
-    Numbers are drawn for the whole (global) batch and only then cut to `rows`, so a rank computes its own share and
-    still gets what one process would have got. Ascending order within a row.
+    Numbers are drawn for the whole (global) batch and only then cut to `rows`, so every rank gets
+    for its own rows R what a single process would have got.
+    → keep (R, K), masked (R, M): patch indices, disjoint, in ascending order
     """
+    drawn = torch.rand(batch, TRIES * 19 + grid * grid, generator=generator)
+    drawn = send(drawn if rows is None else drawn[rows], device)
+    sizes = drawn[:, : TRIES * 19].view(-1, TRIES, 19)
+    rectangles = sizes[..., :16].unflatten(-1, (4, 4))  # (R, TRIES, 4 rectangles, 4 numbers)
+    square = sizes[..., None, 16:]  # (R, TRIES, 1 square, 3 numbers)
+    order = drawn[:, TRIES * 19 :]  # (R, N)
+
+    hidden = blocks(rectangles, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (R, TRIES, N)
+    inside = blocks(square, grid, area=(0.75, 1.0))
+    hidden, seen = closest_fit(hidden, inside & ~hidden, grid)  # (R, N) each
+
+    # One sort picks both: seen patches score 0 to 1, those outside both 1 to 2, hidden ones 2 to 3.
+    score = order + 1 + hidden.float() - seen.float()
+    ranked = score.argsort(dim=1, stable=True)  # stable: ties fall alike on every rank
     keep_count, mask_count = mask_sizes(grid)
-    u = torch.rand(batch, tries * 19 + grid * grid, generator=generator)
-    u = u if rows is None else u[rows]
-    on_gpu = device is not None and torch.device(device).type == "cuda"
-    u = (
-        u.pin_memory().to(device, non_blocking=True) if on_gpu else u.to(device)
-    )  # by way of pinned memory the host does not wait
-    sizes, order = u[:, : tries * 19].view(-1, tries, 19), u[:, tries * 19 :]
-    hidden = blocks(
-        sizes[..., :16].unflatten(-1, (4, 4)), grid, (0.15, 0.2), (0.75, 1.5)
-    )  # (R, tries, N) union of four
-    inside = blocks(
-        sizes[..., None, 16:], grid, (0.75, 1.0), (1.0, 1.0)
-    )  # (R, tries, N) the square
-    seen = inside & ~hidden
-    short = (mask_count - hidden.sum(-1)).clamp(min=0) + (keep_count - seen.sum(-1)).clamp(min=0)
-    best = short.argmin(1)[:, None, None].expand(
-        -1, 1, grid * grid
-    )  # the first of the best: unbiased
-    hidden, seen = hidden.gather(1, best)[:, 0], seen.gather(1, best)[:, 0]
-    # One sort settles everything: hidden patches score 2 to 3, seen ones 0 to 1, those outside both 1 to 2, at random within.
-    ranked = (order + 1 + hidden.float() - seen.float()).argsort(
-        dim=1, stable=True
-    )  # stable: a tie falls alike in every share of the batch
-    return ranked[:, :keep_count].sort(1).values, ranked[:, -mask_count:].sort(1).values
+    keep = ranked[:, :keep_count].sort(1).values
+    masked = ranked[:, -mask_count:].sort(1).values
+    return keep, masked
 
 
-def blocks(u, grid, scale, aspect):
-    """Union of random rectangles. u (..., blocks, 3 or 4) uniform: area, top, left, aspect → (..., N) bool.
+def send(tensor, device):
+    """Move a tensor to the device. A GPU takes it from pinned memory, so the host does not wait."""
+    if device is not None and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
-    Sides are rounded to whole patches and kept below the grid's; the position is uniform over all that fit.
+
+def closest_fit(hidden, seen, grid):
+    """Keep each view's mask that lacks the fewest patches. Both (R, TRIES, N) → both (R, N)"""
+    keep_count, mask_count = mask_sizes(grid)
+    lacks_hidden = (mask_count - hidden.sum(-1)).clamp(min=0)
+    lacks_seen = (keep_count - seen.sum(-1)).clamp(min=0)
+    best = (lacks_hidden + lacks_seen).argmin(1)  # (R,): the first drawn, where several fit alike
+    view = torch.arange(len(best), device=best.device)
+    return hidden[view, best], seen[view, best]
+
+
+def blocks(u, grid, area, aspect=None):
+    """Cover a grid with random rectangles: True on every patch that any of them covers.
+
+    u (..., blocks, 3 or 4): uniform numbers for area, top, left and, unless the blocks are squares,
+    aspect. area: range of the fraction of the grid. aspect: range of height / width, log-uniform.
+    Sides are whole patches; every place where a block fits is equally likely. → (..., N) bool
     """
-    area = (scale[0] + (scale[1] - scale[0]) * u[..., 0]) * grid * grid
-    ratio = (
-        aspect[0] * (aspect[1] / aspect[0]) ** u[..., -1]
-        if aspect[0] < aspect[1]
-        else torch.ones_like(area)
-    )  # height / width, log-uniform
-    height = (area * ratio).sqrt().round().clamp(1, grid)
-    width = (area / ratio).sqrt().round().clamp(1, grid)
-    rows = span(u[..., 1], height, grid)  # (..., blocks, n)
-    cols = span(u[..., 2], width, grid)
-    return (rows.mT @ cols).flatten(-2) > 0.5  # counts of covering blocks, as one product
+    size = (area[0] + (area[1] - area[0]) * u[..., 0]) * grid * grid  # in patches
+    ratio = torch.ones_like(size)
+    if aspect is not None:
+        ratio = aspect[0] * (aspect[1] / aspect[0]) ** u[..., 3]
+    height = (size * ratio).sqrt().round().clamp(1, grid)
+    width = (size / ratio).sqrt().round().clamp(1, grid)
+    rows = covered(u[..., 1], height, grid)  # (..., blocks, n)
+    cols = covered(u[..., 2], width, grid)
+    count = rows.mT @ cols  # (..., n, n): how many blocks cover each patch
+    return (count > 0.5).flatten(-2)
 
 
-def span(u, length, grid):
-    """1 on the `length` patches from a start that is uniform over all places that fit, else 0. (...) → (..., n) float"""
+def covered(u, length, grid):
+    """Mark `length` patches in a row, from a random start. u, length (...) → (..., n) of 0 and 1"""
     start = (u * (grid - length + 1)).floor()[..., None]
-    at = torch.arange(grid, device=u.device)
-    return ((at >= start) & (at < start + length[..., None])).float()
+    patch = torch.arange(grid, device=u.device)
+    return ((patch >= start) & (patch < start + length[..., None])).float()

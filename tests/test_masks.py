@@ -114,7 +114,7 @@ def test_coverage_is_even(grid, corner):
 def watched(monkeypatch, grid, batch=2000):
     """sample_masks with the rectangles it drew: → keep, masked (B, N) bool, unions and squares (B, tries, N) bool."""
     seen = []
-    monkeypatch.setattr(masks, "blocks", lambda *a: seen.append(blocks(*a)) or seen[-1])
+    monkeypatch.setattr(masks, "blocks", lambda *a, **k: seen.append(blocks(*a, **k)) or seen[-1])
     chosen = [
         torch.zeros(batch, grid * grid, dtype=torch.bool).scatter_(1, i, True)
         for i in draw(batch, grid)
