@@ -1,17 +1,24 @@
-"""The eight downstream sets as people have them on disk, and any folder with a CSV: films, targets, splits, recipe.
+"""The eight downstream data sets as people have them on disk, and any folder with a CSV.
 
-    splits = tasks.load("shenzhen", tasks.find_root("shenzhen"))
-    splits.train[0]                # Example(path, target, patient, mask);   splits.notes says what was decided, splits.counts() what came out
+To add a ninth one:
+1. Write a reader, `read_NAME(index, shots)`: it finds the set's table with `find_file`, reads it
+   and returns `Found({"all": rows})`, or "train" and "test" apart where the set says so. A row
+   names a film, its target and its patient; files, splits and repeated films are seen to later.
+2. Give it a row in TASKS: how it is judged, its labels and sizes, its recipe, where to get it.
+3. Test it on a small tree with its lay-out, as tests/plumbing/test_benchmarks.py does.
 
-Facts and decisions behind every reader: DATASETS.md (its section 0 is the list). Sub-folders are found by looking, not by configuration.
+    splits = load_task("shenzhen", find_root("shenzhen"))
+    splits.train[0]    # Example(path, target, patient, mask); splits.notes says what was decided
+
+The facts behind every reader are in docs/data.md.
 """
 
 import os
 import re
+from collections.abc import Callable
+from itertools import chain, product
 from pathlib import Path
-from typing import Callable, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from plumbing.film import SUFFIXES, film_size
 from plumbing.folder import Index
@@ -21,102 +28,72 @@ from plumbing.table import (
     NEGATIVE,
     SPLITS,
     number,
+    read_findings,
     read_list,
     read_table,
     require_columns,
     without_suffix,
 )
 
-NIH = (
-    "Atelectasis",
-    "Cardiomegaly",
-    "Effusion",
-    "Infiltration",
-    "Mass",
-    "Nodule",
-    "Pneumonia",
-    "Pneumothorax",
-    "Consolidation",
-    "Edema",
-    "Emphysema",
-    "Fibrosis",
-    "Pleural_Thickening",
-    "Hernia",
+# Labels, in the order of the official lists.
+NIH = tuple(
+    "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
+    "Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia".split()
 )
-
-
-VINDR = (
-    "Pleural effusion",
-    "Lung tumor",
-    "Pneumonia",
-    "Tuberculosis",
-    "Other diseases",
-    "No finding",
-)  # not COPD: DATASETS.md section 4
-
-
+# Pleural effusion, not COPD as the paper's text says: docs/data.md.
+VINDR = tuple(
+    "Pleural effusion, Lung tumor, Pneumonia, Tuberculosis, Other diseases, No finding".split(", ")
+)
 CHEXPERT = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-
-
 UNCERTAIN_IS_POSITIVE = ("Atelectasis", "Edema")
-
-
 RSNA = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
-
-
-CHESTDR = (
-    "pleural_effusion",
-    "nodule",
-    "pneumonia",
-    "cardiomegaly",
-    "hilar_enlargement",
-    "fracture_old",
-    "fibrosis",
-    "aortic_calcification",
-    "tortuous_aorta",
-    "thickened_pleura",
-    "TB",
-    "pneumothorax",
-    "emphysema",
-    "atelectasis",
-    "calcification",
-    "pulmonary_edema",
-    "increased_lung_markings",
-    "elevated_diaphragm",
-    "consolidation",
+CHESTDR = tuple(
+    "pleural_effusion nodule pneumonia cardiomegaly hilar_enlargement fracture_old fibrosis "
+    "aortic_calcification tortuous_aorta thickened_pleura TB pneumothorax emphysema atelectasis "
+    "calcification pulmonary_edema increased_lung_markings elevated_diaphragm "
+    "consolidation".split()
 )
 
-
-class Task(NamedTuple):
-    """One row of the table. kind: labels (BCE, mean AUROC), classes (cross entropy, accuracy), mask (Dice + BCE, Dice). sizes: films in the
-    official train, val, test. paper: Tables 1 and 2, percent. tree: what --data should hold and where to get it."""
-
-    reader: Callable
-    kind: str
-    labels: tuple
-    sizes: tuple
-    recipe: dict
-    paper: str
-    tree: str
+# Columns that a CSV of one's own may use, in lower case; the first that is there counts.
+FILM = ("filename", "image_filename", "file", "image", "path", "image index")
+PATIENT = ("patient_id", "patient")
+TARGET = ("mask", "mask_file", "label", "labels", "finding labels")
+SPLIT_WORDS = {"training": "train", "valid": "val", "validate": "val", "validation": "val"}
 
 
-class Absent(Exception):
-    """A reader does not find the files that it needs; `load` turns it into the expected tree."""
+# ---------------------------------------------------------------- what a reader returns
+class Row(NamedTuple):
+    """One film of a set: its name, one 0 or 1 per label, its patient (None: the film's name), and
+    its mask as in splits.Example.
+    """
+
+    name: str
+    target: tuple
+    patient: str | None = None
+    mask: tuple | None = None
 
 
 class Found(NamedTuple):
-    """What a reader returns: {split or "all": rows (name, target, patient, mask)}, remarks, and where the defaults of the table do not hold:
-    the path parts that tell two films apart, kind, labels; drawn: the few-shot lists were used."""
+    """What a reader finds: {split: rows}, or {"all": rows} where the set defines no test split.
 
-    parts: dict
-    notes: list = []
+    notes: one line per decision. depth: how many parts of a path tell two films apart (0: as many
+    as are written). kind, labels: where those of the task do not hold. drawn: the train rows are
+    the set's own few-shot draw.
+    """
+
+    parts: dict[str, list[Row]]
+    notes: list[str] = []
     depth: int = 1
     kind: str | None = None
     labels: tuple | None = None
     drawn: bool = False
 
 
-def _file(index, *names):
+class Absent(Exception):
+    """A file is missing without which a set cannot be read; load_task adds the expected tree."""
+
+
+def find_file(index: Index, *names: str) -> Path:
     """The first file with one of these names; Absent when there is none."""
     files = index.files(*names)
     if not files:
@@ -124,506 +101,532 @@ def _file(index, *names):
     return files[0]
 
 
-def _rows(parts, patient=lambda name: name):
-    """{split: [(name, numbers)]} → {split: [(name, target, patient, mask)]}."""
-    return {
-        split: [(name, numbers, patient(name), None) for name, numbers in rows]
-        for split, rows in parts.items()
-    }
+def rows_of_lists(lists: dict, patient_of: Callable | None = None) -> dict[str, list[Row]]:
+    """Turn split lists that carry labels, {split: [(name, labels)]}, into {split: rows}."""
+    parts = {}
+    for split, films in lists.items():
+        parts[split] = [
+            Row(name, labels, patient_of(name) if patient_of else None) for name, labels in films
+        ]
+    return parts
 
 
-def _choose(films, parts, table, lists):
-    """{split: names} → {split: [films[name]]}; Stop when a list names a film without a row in the table."""
-    unknown = [n for names in parts.values() for n in names if n not in films]
+def choose_rows(rows: dict[str, Row], lists: dict, table: Path, source: str) -> dict:
+    """Divide the rows of a table, {name: row}, as lists without labels say: {split: names}.
+
+    source: how the lists are called, for the UserError when they name a film without a row.
+    """
+    parts = {}
+    unknown = []
+    for split, names in lists.items():
+        parts[split] = [rows[name] for name in names if name in rows]
+        unknown += [name for name in names if name not in rows]
     if unknown:
         raise UserError(
-            f"{table}: {len(unknown)} films of {lists} have no row, the first: {', '.join(unknown[:3])}"
+            f"{table}: {len(unknown)} films of {source} have no row, "
+            f"the first: {', '.join(unknown[:3])}"
         )
-    return {split: [films[n] for n in names] for split, names in parts.items()}
+    return parts
 
 
-def _shenzhen(index, shots):
-    listed = index.lists("ShenzenCXR_{}_data.txt", "ShenzhenCXR_{}_data.txt")
-    if listed:
-        return Found(_rows(listed), ["split: ShenzenCXR_*_data.txt"])
-    names = [n.rpartition("/")[2] for n in index.names]
-    films = [(n, (int(n[-5]),)) for n in names if re.fullmatch(r"CHNCXR_\d{4}_[01]\.png", n)]
+def target_of(findings, labels) -> tuple[int, ...]:
+    """One 0 or 1 per label: whether it is among the findings."""
+    return tuple(int(label in findings) for label in labels)
+
+
+# ---------------------------------------------------------------- classification
+def read_shenzhen(index, shots):
+    """Shenzhen: tuberculosis or not says the last digit of the name, CHNCXR_0327_1.png."""
+    lists = index.lists("ShenzenCXR_{}_data.txt", "ShenzhenCXR_{}_data.txt")
+    if lists:
+        return Found(rows_of_lists(lists), ["split: ShenzenCXR_*_data.txt"])
+    names = [path.rpartition("/")[2] for path in index.names]
+    films = [name for name in names if re.fullmatch(r"CHNCXR_\d{4}_[01]\.png", name)]
     if not films:
         raise Absent("no CHNCXR_*.png")
-    return Found(_rows({"all": films}))
+    return Found({"all": [Row(name, (int(name[-5]),)) for name in films]})
 
 
-def _nih_patient(name):
+def read_nih(index, shots):
+    """ChestX-ray14: findings joined by |; a film is named after its patient, 00000001_000.png."""
+    lists = index.lists("Xray14_{}_official.txt")
+    if lists:
+        return Found(rows_of_lists(lists, nih_patient), ["split: Xray14_*_official.txt"])
+    table = find_file(index, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+    rows = {}
+    for line in read_table(table, "Image Index", "Finding Labels"):
+        name = line["Image Index"]
+        rows[name] = Row(name, target_of(line["Finding Labels"].split("|"), NIH), nih_patient(name))
+    train = index.files("train_val_list.txt")
+    test = index.files("test_list.txt")
+    if not train or not test:
+        return Found({"all": list(rows.values())})
+    names = {
+        "train": [name for name, _ in read_list(train[0])],
+        "test": [name for name, _ in read_list(test[0])],
+    }
+    parts = choose_rows(rows, names, table, "train_val_list.txt, test_list.txt")
+    return Found(parts, ["test: test_list.txt"])
+
+
+def nih_patient(name):
     return name.split("_")[0]
 
 
-def _chestxray14(index, shots):
-    listed = index.lists("Xray14_{}_official.txt")
-    if listed:
-        return Found(_rows(listed, _nih_patient), ["split: Xray14_*_official.txt"])
-    table = _file(index, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
-    findings = {
-        r["Image Index"]: r["Finding Labels"].split("|")
-        for r in read_table(table, "Image Index", "Finding Labels")
-    }
-    films = {
-        name: (name, tuple(int(label in found) for label in NIH))
-        for name, found in findings.items()
-    }
-    official = [index.files(f) for f in ("train_val_list.txt", "test_list.txt")]
-    if not all(official):
-        return Found(_rows({"all": list(films.values())}, _nih_patient))
+def read_vindr(index, shots):
+    """VinDr-CXR: three radiologists per training film; one who sees a finding is enough."""
+    lists = index.lists("VinDrCXR_{}_pe_global_one.txt")
+    if lists:
+        return Found(rows_of_lists(lists), ["labels and test: VinDrCXR_*_pe_global_one.txt"])
     parts = {
-        split: [n for n, _ in read_list(path[0])]
-        for split, path in zip(("train", "test"), official)
+        "train": read_vindr_table(find_file(index, "image_labels_train.csv")),
+        "test": read_vindr_table(find_file(index, "image_labels_test.csv")),
     }
-    return Found(
-        _rows(_choose(films, parts, table, "train_val_list.txt, test_list.txt"), _nih_patient),
-        ["test: test_list.txt"],
-    )
+    notes = ["labels: positive when any radiologist says so", "test: image_labels_test.csv"]
+    return Found(parts, notes)
 
 
-def _vindr(index, shots):
-    listed = index.lists("VinDrCXR_{}_pe_global_one.txt")
-    if listed:
-        return Found(_rows(listed), ["labels and test: VinDrCXR_*_pe_global_one.txt"])
-    parts = {}
-    for split in ("train", "test"):
-        votes = {}
-        table = _file(index, f"image_labels_{split}.csv")
-        rows = read_table(table)
-        wanted = ["image_id", *(v for v in VINDR if v != "Other diseases")]
-        require_columns(table, rows[0] if rows else [], wanted)
-        for row in rows:
-            row.setdefault(
-                "Other diseases", row.get("Other disease", "")
-            )  # the test file writes it in the singular
-            votes.setdefault(row["image_id"], []).append(
-                [number(row[label]) > 0 for label in VINDR]
-            )
-        parts[split] = [
-            (name, tuple(int(v) for v in np.any(rows, axis=0))) for name, rows in votes.items()
-        ]
-    return Found(
-        _rows(parts),
-        ["labels: positive when any radiologist says so", "test: image_labels_test.csv"],
-    )
+def read_vindr_table(table) -> list[Row]:
+    """Unite the lines of each film, one line per radiologist."""
+    lines = read_table(table)
+    header = list(lines[0]) if lines else []
+    column_of = {label: label for label in VINDR}
+    if "Other diseases" not in header:
+        column_of["Other diseases"] = "Other disease"  # the test file writes it in the singular
+    require_columns(table, header, ["image_id", *column_of.values()])
+    findings = {}
+    for line in lines:
+        seen = [label for label, column in column_of.items() if number(line[column]) > 0]
+        findings.setdefault(line["image_id"], set()).update(seen)
+    return [Row(name, target_of(found, VINDR)) for name, found in findings.items()]
 
 
-def _chexpert(index, shots):
+def read_chexpert(index, shots):
+    """CheXpert: the frontal films of train.csv and, to test on, of valid.csv."""
     parts = {}
     for split, name in (("train", "train.csv"), ("test", "valid.csv")):
-        rows = [
-            r
-            for r in read_table(_file(index, name), "Path", "Frontal/Lateral", *CHEXPERT)
-            if r["Frontal/Lateral"] == "Frontal"
-        ]
-        limit = {label: (1, -1) if label in UNCERTAIN_IS_POSITIVE else (1,) for label in CHEXPERT}
+        lines = read_table(find_file(index, name), "Path", "Frontal/Lateral", *CHEXPERT)
         parts[split] = [
-            (r["Path"], tuple(int(number(r[label]) in limit[label]) for label in CHEXPERT))
-            for r in rows
+            Row(line["Path"], chexpert_target(line), patient=line["Path"].split("/")[-3])
+            for line in lines
+            if line["Frontal/Lateral"] == "Frontal"
         ]
+    uncertain = " and ".join(UNCERTAIN_IS_POSITIVE)
     notes = [
-        "labels: uncertain is positive for "
-        + " and ".join(UNCERTAIN_IS_POSITIVE)
-        + ", negative for the others",
+        f"labels: uncertain is positive for {uncertain}, negative for the others",
         "test: valid.csv, frontal",
     ]
-    return Found(
-        _rows(parts, lambda name: name.split("/")[-3]), notes, depth=3
-    )  # patient/study/view: the prefix differs between releases
+    # Three parts, patient/study/view, name a film; what stands before differs between releases.
+    return Found(parts, notes, depth=3)
 
 
-def _rsna_split(index, rows, table, notes=()):
-    """rows {id: row} → Found by RSNAPneumonia_*.txt, with or without .png in them, or all rows."""
-    listed = index.lists("RSNAPneumonia_{}.txt")
-    parts = {split: [without_suffix(n) for n, _ in names] for split, names in listed.items()} or {
-        "all": list(rows)
-    }
-    return Found(
-        _choose(rows, parts, table, "RSNAPneumonia_*.txt"),
-        ["split: RSNAPneumonia_*.txt"] * bool(listed) + list(notes),
-    )
+def chexpert_target(line):
+    """1 is positive, 0 and blank negative; -1 is uncertain and depends on the label."""
+    target = []
+    for label in CHEXPERT:
+        value = number(line[label])
+        is_positive = value == 1 or (value == -1 and label in UNCERTAIN_IS_POSITIVE)
+        target.append(int(is_positive))
+    return tuple(target)
 
 
-def _rsna(index, shots):
-    table = _file(index, "stage_2_detailed_class_info.csv")
-    classes = {
-        r["patientId"]: r["class"] for r in read_table(table, "patientId", "class")
-    }  # one row a box: a film has up to four
-    strange = set(classes.values()) - set(RSNA)
-    if strange:
-        raise UserError(f"{table}: class {sorted(strange)[0]!r} is none of {', '.join(RSNA)}")
-    return _rsna_split(
-        index,
-        {n: (n, tuple(int(c == name) for name in RSNA), n, None) for n, c in classes.items()},
-        table,
-    )
+def read_rsna(index, shots):
+    """RSNA pneumonia: one of three classes per film."""
+    table = find_file(index, "stage_2_detailed_class_info.csv")
+    rows = {}
+    for line in read_table(table, "patientId", "class"):  # one line per box: up to four per film
+        if line["class"] not in RSNA:
+            raise UserError(f"{table}: class {line['class']!r} is none of {', '.join(RSNA)}")
+        rows[line["patientId"]] = Row(line["patientId"], target_of([line["class"]], RSNA))
+    return split_rsna(index, rows, table)
 
 
-def choose_canvas(index, name, too_small):
-    """→ (canvas, notes): None, the film's own size, unless the annotations do not fit into it: then a shrunk copy of the 1024 × 1024 originals.
-    too_small(height, width) says whether any annotation reaches beyond; `name` is any film of the set."""
-    height, width = film_size(index.find([name], what="the annotations")[0])
-    if not too_small(height, width):
+def split_rsna(index, rows, table, notes=()):
+    """Divide the rows, {name: row}, by RSNAPneumonia_*.txt, where these lists are there."""
+    lists = index.lists("RSNAPneumonia_{}.txt")
+    if not lists:
+        return Found({"all": list(rows.values())}, [*notes])
+    names = {}
+    for split, films in lists.items():  # some releases of the lists write .png behind the names
+        names[split] = [without_suffix(name) for name, _ in films]
+    parts = choose_rows(rows, names, table, "RSNAPneumonia_*.txt")
+    return Found(parts, ["split: RSNAPneumonia_*.txt", *notes])
+
+
+def read_chestdr(index, shots):
+    """ChestDR of MedFMC: 19 labels; where its K-shot lists lie, those of the first experiment."""
+    patterns = ["{}_20.txt", "{}val.txt"]  # train_20.txt and val_20.txt; trainval.txt
+    if shots:
+        patterns.insert(0, f"chest_{shots}-shot_{{}}_exp1.txt")
+    test = index.files("test_WithLabel.txt")
+    for pattern in patterns:
+        lists = index.lists(pattern, need=("train",))
+        if lists and test:
+            parts = rows_of_lists(lists | {"test": read_list(test[0])})
+            notes = [f"split: {pattern.format('*')}, test_WithLabel.txt"]
+            return Found(parts, notes, drawn="shot" in pattern)
+    return Found({"all": read_chestdr_table(index)})
+
+
+def read_chestdr_table(index) -> list[Row]:
+    """The labels are the 19 columns after img_id, in the order of the lists; blank lines go."""
+    table = find_file(index, "chestdr_published_19d.csv", "chest_train.csv")
+    lines = read_table(table)
+    header = list(lines[0]) if lines else []
+    require_columns(table, header, ["img_id"])
+    first = header.index("img_id") + 1
+    columns = header[first : first + len(CHESTDR)]
+    rows = []
+    for line in lines:
+        cells = [line[column] for column in columns]
+        if line["img_id"] and all(cells):
+            rows.append(Row(line["img_id"], tuple(int(number(cell)) for cell in cells)))
+    return rows
+
+
+# ---------------------------------------------------------------- segmentation
+def read_rsna_seg(index, shots):
+    """RSNA pneumonia: the mask of a film is the union of its boxes, empty for negative films."""
+    table = find_file(index, "stage_2_train_labels.csv")
+    boxes = {}  # film: [(x, y, width, height)]
+    for line in read_table(table, "patientId", "x", "y", "width", "height", "Target"):
+        of_film = boxes.setdefault(line["patientId"], [])
+        if line["Target"] == "1":
+            of_film.append(tuple(number(line[key]) for key in ("x", "y", "width", "height")))
+    every_box = list(chain.from_iterable(boxes.values()))
+    right = max((x + width for x, _, width, _ in every_box), default=0)
+    bottom = max((y + height for _, y, _, height in every_box), default=0)
+
+    def fits(height, width):
+        return right <= width and bottom <= height
+
+    canvas, notes = choose_canvas(index, list(boxes), fits)
+    rows = {}
+    for name, of_film in boxes.items():
+        rows[name] = Row(name, (), mask=("boxes", tuple(of_film), canvas))
+    return split_rsna(index, rows, table, notes)
+
+
+def read_siim(index, shots):
+    """SIIM-ACR pneumothorax: run lengths, several per film; stage 1's test films are the test."""
+    table = find_file(index, "stage_2_train.csv", "train-rle.csv")
+    runs = {}  # film: [run lengths]
+    for line in read_table(table, "ImageId", "EncodedPixels"):
+        of_film = runs.setdefault(line["ImageId"], [])
+        if line["EncodedPixels"] not in ("-1", ""):
+            of_film.append(line["EncodedPixels"])
+    every_run = chain.from_iterable(runs.values())
+    last_pixel = max((sum(map(int, text.split())) for text in every_run), default=0)
+
+    def fits(height, width):
+        return last_pixel <= height * width
+
+    canvas, notes = choose_canvas(index, list(runs), fits)
+    rows = [Row(name, (), mask=("rle", tuple(texts), canvas)) for name, texts in runs.items()]
+    several = sum(len(texts) > 1 for texts in runs.values())
+    if several:
+        notes.append(f"masks: {several} films have several rows, united")
+    in_test = [path for path in index.names if "dicom-images-test/" in path]
+    test_names = {without_suffix(path.rpartition("/")[2]) for path in in_test}
+    test = [row for row in rows if row.name in test_names]
+    if not test:
+        return Found({"all": rows}, notes)
+    train = [row for row in rows if row.name not in test_names]
+    return Found({"train": train, "test": test}, [*notes, "test: dicom-images-test"])
+
+
+def choose_canvas(index, names, fits) -> tuple[tuple | None, list[str]]:
+    """The size (height, width) that annotations were drawn on: None, the film's own, where they fit
+    into it; else the films are shrunk copies of 1024 × 1024 originals.
+
+    names: the films, of which the first is looked at. fits(height, width): whether no annotation
+    reaches beyond such a film. → (canvas, notes)
+    """
+    if not names:
         return None, []
-    if too_small(1024, 1024):
+    height, width = film_size(index.find(names[:1], what="the annotations")[0])
+    if fits(height, width):
+        return None, []
+    if not fits(1024, 1024):
         raise UserError(
             f"{index.root}: annotations reach outside 1024 x 1024 pixels: not the distributed CSV"
         )
-    return (1024, 1024), [
-        f"masks: the films are {width} x {height}, the annotations were drawn on 1024 x 1024 and are scaled"
-    ]
-
-
-def _rsna_seg(index, shots):
-    table, boxes = _file(index, "stage_2_train_labels.csv"), {}
-    for row in read_table(table, "patientId", "x", "y", "width", "height", "Target"):
-        box = tuple(number(row[k]) for k in ("x", "y", "width", "height"))
-        boxes.setdefault(row["patientId"], []).extend([box] if row["Target"] == "1" else [])
-    right, bottom = [
-        max(edge)
-        for edge in zip((0, 0), *((x + w, y + h) for rows in boxes.values() for x, y, w, h in rows))
-    ]
-    canvas, notes = choose_canvas(
-        index, next(iter(boxes)), lambda height, width: right > width or bottom > height
+    note = (
+        f"masks: the films are {width} x {height}, "
+        "the annotations were drawn on 1024 x 1024 and are scaled"
     )
-    return _rsna_split(
-        index,
-        {n: (n, (), n, ("boxes", tuple(rows), canvas)) for n, rows in boxes.items()},
-        table,
-        notes,
-    )
+    return (1024, 1024), [note]
 
 
-def _siim(index, shots):
-    table, runs = _file(index, "stage_2_train.csv", "train-rle.csv"), {}
-    for row in read_table(table, "ImageId", "EncodedPixels"):  # several rows a film: their union
-        runs.setdefault(row["ImageId"], []).extend(
-            [row["EncodedPixels"]] if row["EncodedPixels"] not in ("-1", "") else []
-        )
-    last = max((sum(map(int, r.split())) for rows in runs.values() for r in rows), default=0)
-    canvas, notes = choose_canvas(
-        index, next(iter(runs)), lambda height, width: last > height * width
-    )
-    rows = [(n, (), n, ("rle", tuple(r), canvas)) for n, r in runs.items()]
-    several = sum(len(r) > 1 for r in runs.values())
-    notes += [f"masks: {several} films have several rows, united"] * bool(several)
-    tested = {
-        without_suffix(n.rpartition("/")[2]) for n in index.names if "dicom-images-test/" in n
-    } & set(runs)
-    if not tested:
-        return Found({"all": rows}, notes)
-    parts = {
-        "train": [r for r in rows if r[0] not in tested],
-        "test": [r for r in rows if r[0] in tested],
-    }
-    return Found(parts, notes + ["test: dicom-images-test"])
-
-
-def _chestdr(index, shots):
-    test = index.files("test_WithLabel.txt")
-    for pattern in [f"chest_{shots}-shot_{{}}_exp1.txt"] * bool(shots) + ["{}_20.txt", "{}val.txt"]:
-        listed = index.lists(pattern, need=("train",))
-        if listed and test:
-            parts = listed | {"test": read_list(test[0])}
-            return Found(
-                _rows(parts),
-                [f"split: {pattern.format('*')}, test_WithLabel.txt"],
-                drawn="shot" in pattern,
-            )
-    films, table = [], _file(index, "chestdr_published_19d.csv", "chest_train.csv")
-    rows = read_table(table)
-    require_columns(table, rows[0] if rows else [], ["img_id"])
-    for row in rows:
-        at = list(row).index("img_id")
-        films.append(
-            (row["img_id"], list(row.values())[at + 1 : at + 1 + len(CHESTDR)])
-        )  # the 19 columns after the name, in the order of the lists
-    return Found(
-        _rows(
-            {
-                "all": [
-                    (n, tuple(int(number(x)) for x in cells))
-                    for n, cells in films
-                    if n and all(cells)
-                ]
-            }
-        )
-    )
-
-
+# ---------------------------------------------------------------- a CSV of one's own
 def read_csv(index, table, column=None):
-    """--labels FILE.csv → Found: filename, then label ('a', 'a|b', 'normal'), or one 0/1 column a label, or mask (a file) → segmentation;
-    optional patient_id, split. column: the column to learn, where that order (mask, label, 0/1) is not what is wanted."""
-    if not table or not Path(table).is_file():
+    """A CSV with a column filename and either mask (a file: segmentation), label ('a', 'a|b',
+    'normal') or columns of 0 and 1, one per label; with patient_id and split where they are known.
+
+    column: the one to learn, where the first of these that is there is not what is wanted.
+    """
+    lines = read_labels_file(table)
+    header = list(lines[0]) if lines else []
+    film = find_column(header, FILM)
+    patient = find_column(header, PATIENT)
+    split = find_column(header, ("split",))
+    target = column or find_column(header, TARGET)
+    if not film or (column and column not in header):
         raise UserError(
-            f"--task csv needs --labels FILE.csv (columns filename, label); {table or 'none given'} is no file"
+            f"{table}: no column {column if film else 'filename'}; its columns are "
+            f"{', '.join(header) or 'none, or no row follows'}"
         )
-    table = Path(table)
-    rows = read_table(table) or [{}]
-    names = {h.lower(): h for h in rows[0]}
-    film, patient, split = (
-        next((names[n] for n in aliases if n in names), None)
-        for aliases in (
-            ("filename", "image_filename", "file", "image", "path", "image index"),
-            ("patient_id", "patient"),
-            ("split",),
-        )
-    )
-    target = column or next(
-        (
-            names[n]
-            for n in ("mask", "mask_file", "label", "labels", "finding labels")
-            if n in names
-        ),
-        None,
-    )
-    if not film or (column and column not in rows[0]):
-        raise UserError(
-            f"{table}: no column {column if film else 'filename'}; its columns are {', '.join(rows[0]) or 'none, or no row follows'}"
-        )
-    masked = bool(target) and any(Path(r[target]).suffix.lower() in SUFFIXES for r in rows)
-    if masked:
-        labels, targets, masks = (
-            (column or "mask",),
-            [()] * len(rows),
-            _csv_masks(index, table, [r[target] for r in rows]),
-        )
+    cells = [line[target] for line in lines] if target else []
+    if any(Path(cell).suffix.lower() in SUFFIXES for cell in cells):
+        kind = "mask"
+        labels = (column or "mask",)
+        targets = [() for _ in lines]
+        masks = find_masks(index, Path(table), cells)
     else:
-        labels, targets = _csv_labels(
-            table, rows, target, [h for h in rows[0] if h not in (film, patient, split)]
-        )
-        masks = [None] * len(rows)
-    parts, alias = {}, {"valid": "val", "validation": "val", "validate": "val", "training": "train"}
-    for row, goal, mask in zip(rows, targets, masks):
-        part = row[split].lower() if split else "all"
-        parts.setdefault(alias.get(part, part), []).append(
-            (row[film], goal, (patient and row[patient]) or row[film], mask)
-        )
-    if split and not {"train", "test"} <= set(parts) <= set(SPLITS):
-        raise UserError(
-            f"{table}: column split must name train, test and perhaps val; it says {', '.join(sorted(map(repr, parts)))}"
-        )
+        kind = "labels"
+        others = [name for name in header if name not in (film, patient, split)]
+        labels, targets = csv_targets(table, lines, target, others)
+        masks = [None for _ in lines]
+    rows = []
+    for line, goal, mask in zip(lines, targets, masks, strict=True):
+        rows.append(Row(line[film], goal, line[patient] if patient else None, mask))
+    parts = divide(table, rows, [line[split] for line in lines]) if split else {"all": rows}
     notes = [
-        f"labels: column {target}" if target else "labels: " + ", ".join(labels),
+        f"labels: column {target}" if target else f"labels: {', '.join(labels)}",
         f"split: {'column split' if split else 'none in the CSV'}",
     ]
-    notes += [] if patient else ["patients: no column patient_id, so every film counts as one"]
-    return Found(parts, notes, 0, "mask" if masked else "labels", labels)
+    if not patient:
+        notes.append("patients: no column patient_id, so every film counts as one")
+    return Found(parts, notes, 0, kind, labels)
 
 
-def _csv_labels(table, rows, target, others):
-    """→ (label names, targets): from one column of names, or from every column that holds only 0 and 1."""
+def read_labels_file(table) -> list[dict[str, str]]:
+    """The rows of --labels; UserError when it is not given or no file."""
+    if not table or not Path(table).is_file():
+        raise UserError(
+            "--task csv needs --labels FILE.csv (columns filename, label); "
+            f"{table or 'none given'} is no file"
+        )
+    return read_table(table)
+
+
+def find_column(header, names) -> str | None:
+    """The first of the names that heads a column, whatever its case there; None when none does."""
+    column_of = {column.lower(): column for column in header}
+    return next((column_of[name] for name in names if name in column_of), None)
+
+
+def divide(table, rows, words) -> dict[str, list[Row]]:
+    """Divide the rows by what the column split says of each; UserError when that is no split."""
+    parts = {}
+    for row, word in zip(rows, words, strict=True):
+        split = SPLIT_WORDS.get(word.lower(), word.lower())
+        parts.setdefault(split, []).append(row)
+    if not {"train", "test"} <= set(parts) <= set(SPLITS):
+        raise UserError(
+            f"{table}: column split must name train, test and perhaps val; "
+            f"it says {', '.join(sorted(map(repr, parts)))}"
+        )
+    return parts
+
+
+def csv_targets(table, lines, target, others) -> tuple[tuple, list[tuple]]:
+    """Learn the column `target`, of names or of 0 and 1; without one, all others of only 0 and 1.
+
+    → (labels, one target per line)
+    """
     if not target:
-        labels = [h for h in others if {r[h] for r in rows} <= {"0", "1", "0.0", "1.0", ""}]
+        labels = [name for name in others if is_binary(lines, name, blank=True)]
         if not labels:
             raise UserError(
-                f"{table}: no column label, mask, or of 0 and 1; --column NAME says which one to learn"
+                f"{table}: no column label, mask, or of 0 and 1; "
+                "--column NAME says which one to learn"
             )
-        return tuple(labels), [tuple(int(number(r[h])) for h in labels) for r in rows]
-    if {r[target] for r in rows} <= {"0", "1", "0.0", "1.0"}:
-        return (target,), [(int(number(r[target])),) for r in rows]
-    found = [
-        {x.strip() for x in r[target].split("|") if x.strip().lower() not in NEGATIVE} for r in rows
-    ]
-    labels = sorted(set().union(*found))
-    if len(labels) == 2 and all(len(f) == 1 for f in found):
-        labels = labels[1:]  # two exclusive names are one question; the second is its "yes"
+        targets = [tuple(int(number(line[name])) for name in labels) for line in lines]
+        return tuple(labels), targets
+    if is_binary(lines, target):
+        return (target,), [(int(number(line[target])),) for line in lines]
+    labels, findings = read_findings([line[target] for line in lines])
     if not labels:
         raise UserError(
-            f"{table}: column {target} names no class beside {', '.join(NEGATIVE[:-1])}"
+            f"{table}: column {target} names no class beside {', '.join(filter(None, NEGATIVE))}"
         )
-    return tuple(labels), [tuple(int(label in f) for label in labels) for f in found]
+    if len(labels) == 2 and all(len(found) == 1 for found in findings):
+        labels = labels[1:]  # two names that exclude each other are one question: is it the second?
+    return tuple(labels), [target_of(found, labels) for found in findings]
 
 
-def _csv_masks(index, table, names):
-    """Mask files beside the CSV, under --data, or anywhere there by name; an empty cell is an empty mask."""
-    out, absent, by_name = [], [], {n.rpartition("/")[2]: n for n in index.names}
+def is_binary(lines, column, blank=False) -> bool:
+    """Whether a column holds only 0 and 1, and with `blank` perhaps nothing."""
+    allowed = {"0", "1", "0.0", "1.0"}
+    if blank:
+        allowed.add("")
+    return {line[column] for line in lines} <= allowed
+
+
+def find_masks(index, table, names) -> list[tuple]:
+    """Find mask files beside the table, under --data or, by the bare name, anywhere below.
+
+    An empty name is an empty mask.
+    """
+    path_of = {path.rpartition("/")[2]: path for path in index.names}
+    masks = []
+    absent = []
     for name in names:
-        places = [
-            p
-            for p in (
-                table.parent / name,
-                index.root / name,
-                index.root / by_name.get(Path(name).name, name),
-            )
-            if p.is_file()
-        ]
-        out.append(("file", places[0]) if name and places else ("boxes", (), None))
-        absent += [name] if name and not places else []
+        anywhere = index.root / path_of.get(Path(name).name, name)
+        places = [table.parent / name, index.root / name, anywhere]
+        found = [path for path in places if path.is_file()]
+        if not name:
+            masks.append(("boxes", (), None))
+        elif found:
+            masks.append(("file", found[0]))
+        else:
+            absent.append(name)
     if absent:
         raise UserError(
-            f"{table}: {len(absent)} of the {len(names)} masks are not there, the first: {', '.join(absent[:3])}"
+            f"{table}: {len(absent)} of the {len(names)} masks are not there, "
+            f"the first: {', '.join(absent[:3])}"
         )
-    return out
+    return masks
 
 
-def find_root(name, data=None):
-    """Folder of a task: --data, or $CXR/<task>, or ./data/<task>; the two RSNA tasks share one."""
-    tried = (
-        [Path(data)]
-        if data
-        else [
-            Path(p) / n
-            for p in (os.environ.get("CXR"), "data")
-            if p
-            for n in dict.fromkeys((name, name.removesuffix("_seg")))
-        ]
+# ---------------------------------------------------------------- the table of tasks
+class Task(NamedTuple):
+    """One row of TASKS.
+
+    reader(index, shots) → Found. kind: labels (BCE, mean AUROC), classes (cross entropy, accuracy)
+    or mask (Dice + BCE, Dice). sizes: films in the official train, val and test. paper: its result
+    in Tables 1 and 2, percent. tree: what --data should hold, and where to get it.
+    """
+
+    reader: Callable
+    kind: str
+    labels: tuple
+    sizes: tuple[int, int, int]
+    recipe: dict
+    paper: str
+    tree: str
+
+
+# Sec. B.3; epochs and batch sizes are published for VinDr and CheXpert only, the others are ours.
+# fmt: off
+CLASSIFY = dict(
+    lr=1e-4, weight_decay=0.05, layer_decay=0.75, drop_path=0.6,
+    warmup=1, patience=15, epochs=50, batch=32, head="random",
+)
+SEGMENT = CLASSIFY | dict(lr=2e-4, layer_decay=0.8, drop_path=0.1)
+
+TASKS = {
+    "vindr": Task(
+        read_vindr, "labels", VINDR, sizes=(13500, 1500, 3000), paper="95.24",
+        recipe=CLASSIFY | dict(batch=256),
+        tree="vindr-cxr/1.0.0/{train,test}/<id>.dicom and "
+        "annotations/image_labels_{train,test}.csv, from physionet.org/content/vindr-cxr",
+    ),
+    "shenzhen": Task(
+        read_shenzhen, "labels", ("tuberculosis",), sizes=(463, 65, 134), paper="98.88",
+        recipe=CLASSIFY | dict(epochs=100),
+        tree="ChinaSet_AllFiles/CXR_png/CHNCXR_0001_0.png ..., "
+        "from data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets",
+    ),
+    "chestxray14": Task(
+        read_nih, "labels", NIH, sizes=(75312, 11212, 25596), paper="83.58",
+        recipe=CLASSIFY | dict(epochs=30, batch=256),
+        tree="images*/00000001_000.png ..., Data_Entry_2017_v2020.csv, train_val_list.txt, "
+        "test_list.txt, from nihcc.app.box.com/v/ChestXray-NIHCC",
+    ),
+    "rsna": Task(
+        read_rsna, "classes", RSNA, sizes=(21295, 2680, 2709), paper="75.03",
+        recipe=CLASSIFY | dict(epochs=30, batch=256),
+        tree="stage_2_train_images/<id>.dcm and stage_2_detailed_class_info.csv, "
+        "from kaggle.com/c/rsna-pneumonia-detection-challenge",
+    ),
+    "chexpert": Task(
+        read_chexpert, "labels", CHEXPERT, sizes=(171924, 19103, 202), paper="89.63",
+        recipe=CLASSIFY
+        | dict(lr=1e-2, weight_decay=0.4, layer_decay=0.55, drop_path=0.1, epochs=1, batch=256),
+        tree="CheXpert-v1.0[-small]/{train,valid}/patient*/study*/*.jpg, train.csv, valid.csv, "
+        "from stanfordaimi.azurewebsites.net",
+    ),
+    "chestdr": Task(
+        read_chestdr, "labels", CHESTDR, sizes=(783, 196, 1161), paper="64.60 / 75.19 / 76.40",
+        recipe=CLASSIFY | dict(epochs=100),
+        tree="MedFMC_train/chest/{images/*.png,chest_train.csv} from figshare (MedFMC) and "
+        "chest_K-shot_*_exp1.txt from github.com/openmedlab/MedFM",
+    ),
+    "siim": Task(
+        read_siim, "mask", ("pneumothorax",), sizes=(9303, 1372, 1372), paper="84.58",
+        recipe=SEGMENT,
+        tree="dicom-images-train/**/<ImageId>.dcm and stage_2_train.csv or train-rle.csv, "
+        "from kaggle.com/c/siim-acr-pneumothorax-segmentation",
+    ),
+    "rsna_seg": Task(
+        read_rsna_seg, "mask", ("opacity",), sizes=(21295, 2680, 2709), paper="79.02",
+        recipe=SEGMENT,
+        tree="stage_2_train_images/<id>.dcm and stage_2_train_labels.csv, "
+        "from kaggle.com/c/rsna-pneumonia-detection-challenge",
+    ),
+    "csv": Task(
+        read_csv, "labels", (), sizes=(70, 10, 20), paper="",
+        recipe=CLASSIFY | dict(head="probe"),
+        tree="a folder of films, and --labels FILE.csv with columns filename, label",
+    ),
+}
+# fmt: on
+
+
+# ---------------------------------------------------------------- from a name to films
+def find_root(name: str, data: str | None = None) -> Path:
+    """Find the folder of a task: --data, or $CXR/<task>, or ./data/<task>; the two RSNA tasks share
+    one.
+    """
+    if data:
+        tried = [Path(data)]
+    else:
+        parents = [os.environ["CXR"], "data"] if os.environ.get("CXR") else ["data"]
+        names = dict.fromkeys([name, name.removesuffix("_seg")])
+        tried = [Path(parent) / each for parent, each in product(parents, names)]
+    for folder in tried:
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"no folder {' or '.join(map(str, tried))} for task {name}: give --data DIR. "
+        f"Expected: {TASKS[name].tree}"
     )
-    folder = next((f for f in tried if f.is_dir()), None)
-    if folder is None:
-        raise UserError(
-            f"no folder {' or '.join(map(str, tried))} for task {name}: give --data DIR. Expected: {TASKS[name].tree}"
-        )
-    return folder
 
 
-def load_task(name, root, table=None, shots=None, column=None, cache=None):
-    """Read task `name` under `root` → Splits, every film's file found, none opened. table, column: of task csv (read_csv). cache: text file for the index.
-    shots: MedFM's own K-shot lists where they lie there (else draw() does it). Stop says which files are missing and where to get them."""
-    task, index = TASKS[name], Index(root, cache)
+def load_task(name, root, table=None, shots=None, column=None, cache=None) -> Splits:
+    """Read a task under `root`: every film's file is found, none is opened.
+
+    table, column: of task csv (read_csv). shots: MedFM's own K-shot lists are taken where they lie
+    there; else splits.draw_few draws. cache: text file that keeps the list of files. UserError says
+    which files are missing, and where to get them.
+    """
+    task = TASKS[name]
+    index = Index(root, cache)
     try:
         found = read_csv(index, table, column) if name == "csv" else task.reader(index, shots)
     except Absent as error:
         raise UserError(f"{root}: {error}. Expected for task {name}: {task.tree}") from None
-    kind, labels = found.kind or task.kind, found.labels or task.labels
-    for row in (r for rows in found.parts.values() for r in rows):
-        if len(row[1]) != (0 if kind == "mask" else len(labels)):
-            raise UserError(f"{root}: {row[0]} has {len(row[1])} labels, not {len(labels)}")
-    paths = {
-        split: index.find([r[0] for r in rows], found.depth, f"the {split} list")
-        for split, rows in found.parts.items()
-    }
-    cases = {
-        split: [Example(path, *row[1:]) for path, row in zip(paths[split], rows)]
-        for split, rows in found.parts.items()
-    }
-    parts, drew = complete(cases, task.sizes)
+    kind = found.kind or task.kind
+    labels = found.labels or task.labels
+    length = 0 if kind == "mask" else len(labels)
+    parts = {}
+    for split, rows in found.parts.items():
+        for row in rows:
+            if len(row.target) != length:
+                raise UserError(f"{root}: {row.name} has {len(row.target)} labels, not {length}")
+        paths = index.find([row.name for row in rows], found.depth, f"the {split} list")
+        parts[split] = [
+            Example(path, row.target, row.patient or row.name, row.mask)
+            for path, row in zip(paths, rows, strict=True)
+        ]
+    parts, drawn = complete(parts, task.sizes)
     parts, dropped = disjoint(parts)
-    if not all(parts.values()):
+    empty = [split for split in SPLITS if not parts[split]]
+    if empty:
         raise UserError(
-            f"{root}: {' and '.join(s for s in SPLITS if not parts[s])} is empty: too few films or patients for task {name}"
+            f"{root}: {' and '.join(empty)} is empty: too few films or patients for task {name}"
         )
-    return Splits(
-        name,
-        kind,
-        labels,
-        parts["train"],
-        parts["val"],
-        parts["test"],
-        found.notes + drew + dropped,
-        found.drawn,
-    )
-
-
-CLASSIFY = dict(
-    lr=1e-4,
-    weight_decay=0.05,
-    layer_decay=0.75,
-    drop_path=0.6,
-    warmup=1,
-    patience=15,
-    epochs=50,
-    batch=32,
-    head="random",
-)
-
-
-SEGMENT = dict(
-    lr=2e-4,
-    weight_decay=0.05,
-    layer_decay=0.8,
-    drop_path=0.1,
-    warmup=1,
-    patience=15,
-    epochs=50,
-    batch=32,
-    head="random",
-)
-
-
-TASKS = {
-    "vindr": Task(
-        _vindr,
-        "labels",
-        VINDR,
-        (13500, 1500, 3000),
-        CLASSIFY | dict(batch=256),
-        "95.24",
-        "vindr-cxr/1.0.0/{train,test}/<id>.dicom and annotations/image_labels_{train,test}.csv, from physionet.org/content/vindr-cxr",
-    ),
-    "shenzhen": Task(
-        _shenzhen,
-        "labels",
-        ("tuberculosis",),
-        (463, 65, 134),
-        CLASSIFY | dict(epochs=100),
-        "98.88",
-        "ChinaSet_AllFiles/CXR_png/CHNCXR_0001_0.png ..., from data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets",
-    ),
-    "chestxray14": Task(
-        _chestxray14,
-        "labels",
-        NIH,
-        (75312, 11212, 25596),
-        CLASSIFY | dict(epochs=30, batch=256),
-        "83.58",
-        "images*/00000001_000.png ..., Data_Entry_2017_v2020.csv, train_val_list.txt, test_list.txt, from nihcc.app.box.com/v/ChestXray-NIHCC",
-    ),
-    "rsna": Task(
-        _rsna,
-        "classes",
-        RSNA,
-        (21295, 2680, 2709),
-        CLASSIFY | dict(epochs=30, batch=256),
-        "75.03",
-        "stage_2_train_images/<id>.dcm and stage_2_detailed_class_info.csv, from kaggle.com/c/rsna-pneumonia-detection-challenge",
-    ),
-    "chexpert": Task(
-        _chexpert,
-        "labels",
-        CHEXPERT,
-        (171924, 19103, 202),
-        CLASSIFY
-        | dict(lr=1e-2, weight_decay=0.4, layer_decay=0.55, drop_path=0.1, epochs=1, batch=256),
-        "89.63",
-        "CheXpert-v1.0[-small]/{train,valid}/patient*/study*/*.jpg, train.csv, valid.csv, from stanfordaimi.azurewebsites.net",
-    ),
-    "chestdr": Task(
-        _chestdr,
-        "labels",
-        CHESTDR,
-        (783, 196, 1161),
-        CLASSIFY | dict(epochs=100),
-        "64.60 / 75.19 / 76.40",
-        "MedFMC_train/chest/{images/*.png,chest_train.csv} from figshare (MedFMC) and chest_K-shot_*_exp1.txt from github.com/openmedlab/MedFM",
-    ),
-    "siim": Task(
-        _siim,
-        "mask",
-        ("pneumothorax",),
-        (9303, 1372, 1372),
-        SEGMENT,
-        "84.58",
-        "dicom-images-train/**/<ImageId>.dcm and stage_2_train.csv or train-rle.csv, from kaggle.com/c/siim-acr-pneumothorax-segmentation",
-    ),
-    "rsna_seg": Task(
-        _rsna_seg,
-        "mask",
-        ("opacity",),
-        (21295, 2680, 2709),
-        SEGMENT,
-        "79.02",
-        "stage_2_train_images/<id>.dcm and stage_2_train_labels.csv, from kaggle.com/c/rsna-pneumonia-detection-challenge",
-    ),
-    "csv": Task(
-        read_csv,
-        "labels",
-        (),
-        (70, 10, 20),
-        CLASSIFY | dict(head="probe"),
-        "",
-        "a folder of films, and --labels FILE.csv with columns filename, label",
-    ),
-}
+    notes = [*found.notes, *drawn, *dropped]
+    return Splits(name, kind, labels, **parts, notes=notes, drawn=found.drawn)
