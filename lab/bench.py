@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import augment
 from data import Views, open_films
+from lab.ablation import AblatedCheXWorld
 from masks import mask_sizes, sample_masks
 from model import SIZES, CheXWorld, ViT, attend, grid_coords, sincos, take
 from plumbing import phantom
@@ -176,11 +177,12 @@ def is_within(event, name):
 
 
 # ---------------------------------------------------------------- the training step
-class Counted(CheXWorld):
-    """CheXWorld that predicts only the first `count` patches of the other view."""
+class FewerTargets(AblatedCheXWorld):
+    """A CheXWorld that predicts only the first `count` patches of the other view."""
 
-    def between(self, t, h, keep, coords, action):
-        return super().between(t[:, : self.count], h, keep, coords[:, : self.count], action)
+    def between(self, target, context, keep, coords, action):
+        count = self.count
+        return super().between(target[:, :count], context, keep, coords[:, :count], action)
 
 
 def made_up_batch(config, device):
@@ -213,7 +215,9 @@ class Step:
         torch.manual_seed(0)
         self.config = dataclasses.replace(config, **more)
         self.device = team.device
-        self.world = Counted(config.image, config.patch, **SIZES[config.size]).to(team.device)
+        is_whole = config.targets == (config.image // config.patch) ** 2
+        World = CheXWorld if is_whole else FewerTargets
+        self.world = World(config.image, config.patch, **SIZES[config.size]).to(team.device)
         self.world.count = config.targets
         self.set_checkpointing(self.config.checkpointing)
         self.trained = [p for p in self.world.parameters() if p.requires_grad]
@@ -230,7 +234,7 @@ class Step:
 
     def __call__(self):
         with autocast(self.device, self.config.precision):
-            losses = self.forward(**self.batch)
+            losses, _ = self.forward(**self.batch)
             losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
         self.optimizer.step()
@@ -494,7 +498,7 @@ def step_rows(bench):
     step = Step(bench.config, bench.team)
 
     def reading_losses():
-        return [value.sum().item() for value in step().values()]
+        return [value.item() for value in step().values()]
 
     name = "host waits per step: losses stay on the device until logged"
     off, on = (count_waits(function, bench.device) for function in (reading_losses, step))
@@ -504,7 +508,7 @@ def step_rows(bench):
         seconds = bytes_each * sum(p.numel() for p in parameters) / bench.speed
         return f"{1e3 * seconds:.2f} ms = bytes / memory speed"
 
-    step.forward(**step.batch)["loss"].backward()
+    step.forward(**step.batch)[0]["loss"].backward()
     loop = torch.optim.AdamW(step.trained, lr=0.0, foreach=False, fused=False)
     bench.time_row("AdamW fused", loop.step, step.optimizer.step, least(28, step.trained))
     old = list(step.world.target_encoder.parameters())

@@ -44,7 +44,7 @@ def run(words, ok=True):
 def test_counted_flops_are_those_pytorch_counts(counts):
     step = bench.Step(config(**counts), TEAM)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step.forward(**step.batch)["loss"].backward()
+        step.forward(**step.batch)[0]["loss"].backward()
     counted = bench.count_flops(step.config)
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
@@ -61,7 +61,7 @@ def test_fewer_targets_are_the_first_ones_of_the_whole_loss():
             h[rows], model.take(at, b["keep"])[rows], b["coords"][rows, :7], b["action"][rows]
         )
         wanted = (guess - t[2 * j : 2 * j + 2, :7]).square().mean()
-        assert world(**b)[name].item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert world(**b)[0][name].item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_a_made_up_batch_has_the_wanted_tokens():
