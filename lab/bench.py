@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import augment
@@ -42,8 +41,10 @@ from plumbing.launch import (
     UserError,
     autocast,
     choose_precision,
+    clip_and_step,
     flag,
     parse,
+    prepare_forward,
     run_script,
     start_team,
 )
@@ -78,12 +79,10 @@ def fill_in(config: Config, team: Team) -> Config:
     is_gpu = team.device.type == "cuda"
     patches = (config.image // config.patch) ** 2
     visible, masked = mask_sizes(config.image // config.patch)
-    is_compiled = config.compile == "on" or (config.compile == "auto" and is_gpu)
     config = dataclasses.replace(
         config,
         batch=config.batch or (64 if is_gpu else 2),
         precision=choose_precision(config.precision, team.device),
-        compile="on" if is_compiled else "off",
         visible=config.visible or visible,
         masked=config.masked or masked,
         targets=config.targets or patches,
@@ -222,9 +221,7 @@ class Step:
         self.set_checkpointing(self.config.checkpointing)
         self.trained = [p for p in self.world.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.05, fused=True)
-        self.forward = torch.compile(self.world) if self.config.compile == "on" else self.world
-        if team.world > 1:
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False)
+        self.forward = prepare_forward(self.world, self.config.compile, team)
         self.batch = made_up_batch(config, team.device)
 
     def set_checkpointing(self, on):
@@ -236,9 +233,7 @@ class Step:
         with autocast(self.device, self.config.precision):
             losses, _ = self.forward(**self.batch)
             losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clip_and_step(self.world, self.optimizer, 1.0)
         self.world.update_target(0.996)
         return losses
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 from PIL import Image
 
 import pretrain
-from lab import meter
+from lab import bench
 from plumbing import launch, phantom
 
 SMALL = "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 --log_every 1 --save_every 1000 --device cpu --precision float32 --holdout 4".split()
@@ -310,7 +310,10 @@ def test_the_host_never_waits_while_a_batch_is_prepared(device):
     }
     item = {k: v.pin_memory() if device.type == "cuda" else v for k, v in item.items()}
     assert (
-        meter.waits(lambda: pretrain.prepare(item, config, 0, torch.arange(2), device), device) == 0
+        bench.count_waits(
+            lambda: pretrain.prepare(item, config, 0, torch.arange(2), device), device
+        )
+        == 0
     )
 
 
