@@ -27,6 +27,16 @@ RANDOM_CUT = 10  # (seed): boxes of the correspondence test
 RCDM_PLACE = 20  # (seed, epoch, film) or (seed): boxes and hidden rectangles; films to show
 RCDM_NOISE = 21  # (seed, step): time and noise of a training step
 RCDM_PAINT = 22  # (seed, sample): the noise that a painting starts from
+# synthetic films: here the name comes last, as always, so that films stay what they were
+PHANTOM_LABELS = 0  # (seed, patient): what the patient has
+PHANTOM_SHAPE = 1  # (seed, patient): the anatomy, side and place of each finding
+PHANTOM_FILM = 2  # (seed, film): scanner, pose, breath, exposure, noise
+PHANTOM_SPLIT = 3  # (seed, patient): train, val or test
+PHANTOM_MARKER = 4  # (seed, film): collimated edge and letter
+PHANTOM_GAS = (
+    1  # (trees): gas in the gut; `trees` is a patient's own number, alone the vessels' key
+)
+PHANTOM_TEXTURE = 2  # (trees): texture of the findings
 
 
 def numpy_rng(*key):

@@ -1,4 +1,5 @@
-"""Phantoms: the ground truth agrees with the pixels, everything is a function of (seed, index), and the files hold what memory held."""
+"""Synthetic films: the ground truth agrees with the pixels, (seed, index) decide everything, and files
+hold what memory held."""
 
 import csv
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from plumbing import phantom
+from plumbing.launch import UserError
 from plumbing.phantom import DOMAINS, FINDINGS, LANDMARKS, make_phantom, write_phantoms
 
 
@@ -20,13 +22,17 @@ def films():
 
 def cardiothoracic_ratio(item):
     """Width of the heart over that of the lung fields together, as read off a film with a ruler."""
-    width = lambda mask: np.ptp(np.flatnonzero(mask.any(0))) + 1
+
+    def width(mask):
+        return np.ptp(np.flatnonzero(mask.any(0))) + 1
+
     return width(item["heart"]) / width(item["lungs"])
 
 
 def brightness_gain(index, finding, size=128):
-    """Difference image (with minus without the finding) of one patient's film, both parts of the pair, as float."""
-    without, with_it = (make_phantom(1, index, size, findings=found) for found in ((), (finding,)))
+    """What a finding adds to one patient's film (float image), the film without it, and with it."""
+    without = make_phantom(1, index, size, findings=())
+    with_it = make_phantom(1, index, size, findings=(finding,))
     return with_it["film"].astype(float) - without["film"], without, with_it
 
 
@@ -35,10 +41,8 @@ def test_shapes_and_types_at_every_size(size):
     item = make_phantom(0, 5, size)
     assert item["film"].shape == item["lungs"].shape == item["heart"].shape == (size, size)
     assert item["film"].dtype == np.uint8 and item["lungs"].dtype == item["heart"].dtype == bool
-    assert item["labels"].shape == (len(FINDINGS),) and item["landmarks"].shape == (
-        len(LANDMARKS),
-        2,
-    )
+    assert item["labels"].shape == (len(FINDINGS),)
+    assert item["landmarks"].shape == (len(LANDMARKS), 2)
 
 
 def test_same_seed_and_index_same_film_others_differ():
@@ -58,20 +62,18 @@ def test_making_other_films_first_changes_nothing():
 def test_anatomy_is_the_same_at_another_size():
     small, large = make_phantom(5, 11, 128), make_phantom(5, 11, 256)
     assert np.array_equal(small["labels"], large["labels"]) and small["domain"] == large["domain"]
-    boxes = [
-        (item["marker"], len(item["film"])) for item in (small, large, make_phantom(5, 11, 64))
-    ]
-    assert all(
-        np.allclose(np.array(box) / size, np.array(boxes[1][0]) / 256, atol=0.51 / 64 + 0.51 / 256)
-        for box, size in boxes
-    )
+    expected = np.array(large["marker"]) / 256
+    for item in (small, make_phantom(5, 11, 64)):
+        marker = np.array(item["marker"]) / len(item["film"])
+        assert np.allclose(marker, expected, atol=0.51 / 64 + 0.51 / 256)
     assert np.allclose((small["landmarks"] + 0.5) * 2, large["landmarks"] + 0.5)
     shrunk = np.asarray(Image.fromarray(large["lungs"]).convert("L").reduce(2)) > 127
     assert (shrunk != small["lungs"]).mean() < 0.01
 
 
 def test_two_films_of_a_patient_share_the_findings_and_not_the_pose(films):
-    pairs = [(a, b) for a, b in zip(films, films[1:]) if a["patient"] == b["patient"]]
+    neighbours = zip(films, films[1:], strict=False)
+    pairs = [(a, b) for a, b in neighbours if a["patient"] == b["patient"]]
     assert len(pairs) == 40  # every other patient has two films
     assert all(np.array_equal(a["labels"], b["labels"]) for a, b in pairs)
     assert all(not np.array_equal(a["landmarks"], b["landmarks"]) for a, b in pairs)
@@ -79,13 +81,9 @@ def test_two_films_of_a_patient_share_the_findings_and_not_the_pose(films):
 
 
 def test_prevalence_and_domains():
-    labels, domains = zip(
-        *[
-            (item["labels"], item["domain"])
-            for item in (make_phantom(0, index, 64) for index in range(600))
-        ]
-    )
-    labels = np.array(labels)
+    items = [make_phantom(0, index, 64) for index in range(600)]
+    labels = np.array([item["labels"] for item in items])
+    domains = [item["domain"] for item in items]
     assert 0.34 < (labels.sum(1) == 0).mean() < 0.46
     assert all(0.15 < share < 0.27 for share in labels.mean(0)), labels.mean(0)
     assert np.bincount(domains, minlength=len(DOMAINS)).min() > 60
@@ -94,13 +92,10 @@ def test_prevalence_and_domains():
 def test_masks_and_landmarks_agree_with_each_other(films):
     for item in films:
         size = len(item["film"])
-        (knob, hilum, ventricle, clavicle), points = (
-            item["landmarks"],
-            np.round(item["landmarks"]).astype(int),
-        )
+        knob, hilum, ventricle, clavicle = item["landmarks"]
         assert (item["landmarks"] > 0).all() and (item["landmarks"] < size - 1).all()
         assert not (item["lungs"] & item["heart"]).any()
-        assert item["heart"][tuple(points[2])]  # the left ventricle lies in the heart
+        assert item["heart"][tuple(np.round(ventricle).astype(int))]
         assert 0.2 < item["lungs"].mean() < 0.55
         columns = np.nonzero(item["lungs"])[1]
         middle = (columns.min() + columns.max()) / 2
@@ -118,22 +113,18 @@ def test_lungs_are_darker_than_the_heart(films):
 
 def test_cardiomegaly_is_a_heart_wider_than_half_the_chest(films):
     has = FINDINGS.index("cardiomegaly")
-    big, small = (
-        [cardiothoracic_ratio(item) for item in films if item["labels"][has] == value]
-        for value in (1, 0)
-    )
+    big = [cardiothoracic_ratio(item) for item in films if item["labels"][has]]
+    small = [cardiothoracic_ratio(item) for item in films if not item["labels"][has]]
     assert len(big) > 10 and min(big) > 0.5 > max(small), (min(big), max(small))
 
 
 @pytest.mark.parametrize("index", (0, 1, 4, 7, 12))
 def test_effusion_fills_the_costophrenic_angle_of_one_side(index):
     gain, without, with_it = brightness_gain(index, "effusion")
-    assert np.array_equal(without["lungs"], with_it["lungs"]) and np.array_equal(
-        without["landmarks"], with_it["landmarks"]
-    )
-    half = (
-        np.arange(128) < without["landmarks"][1, 1] + 9
-    )  # the spine is 7 % of the film away from the right hilum
+    assert np.array_equal(without["lungs"], with_it["lungs"])
+    assert np.array_equal(without["landmarks"], with_it["landmarks"])
+    spine = without["landmarks"][1, 1] + 9  # 7 % of the film away from the right hilum
+    half = np.arange(128) < spine
     angles = []
     for side in (half, ~half):
         field = without["lungs"] & side
@@ -160,10 +151,13 @@ def test_pneumothorax_darkens_the_rim_of_one_lung(index):
     lung = without["lungs"]
     rims = []
     for half in (np.arange(128) < 64, np.arange(128) >= 64):
-        first = np.argmax(lung & half, 1) if half[0] else 127 - np.argmax((lung & half)[:, ::-1], 1)
-        rows = np.flatnonzero((lung & half).any(1))[8:24]
-        step = 3 if half[0] else -3
-        rims.append(np.mean([gain[row, first[row] + step] for row in rows]))
+        field = lung & half
+        if half[0]:
+            rim = np.argmax(field, 1) + 3
+        else:
+            rim = 127 - np.argmax(field[:, ::-1], 1) - 3
+        rows = np.flatnonzero(field.any(1))[8:24]
+        rims.append(gain[rows, rim[rows]].mean())
     assert min(rims) < -2 and min(rims) < max(rims) - 2, rims
 
 
@@ -176,10 +170,8 @@ def test_consolidation_takes_air_out_of_one_lung(index):
 
 def test_mirrored_heart_lies_on_the_other_side():
     for index in range(6):
-        usual, planted = (
-            make_phantom(0, index, 128),
-            make_phantom(0, index, 128, anomaly="mirrored heart"),
-        )
+        usual = make_phantom(0, index, 128)
+        planted = make_phantom(0, index, 128, anomaly="mirrored heart")
         middle = usual["landmarks"][1, 1] + 128 * 0.08  # hila stay where they were
         assert planted["landmarks"][2, 1] < middle < usual["landmarks"][2, 1]
         assert planted["heart"][tuple(np.round(planted["landmarks"][2]).astype(int))]
@@ -188,10 +180,8 @@ def test_mirrored_heart_lies_on_the_other_side():
 
 def test_missing_lung_is_white_and_out_of_the_mask():
     for index in range(6):
-        usual, planted = (
-            make_phantom(0, index, 128, findings=()),
-            make_phantom(0, index, 128, anomaly="missing lung", findings=()),
-        )
+        usual = make_phantom(0, index, 128, findings=())
+        planted = make_phantom(0, index, 128, anomaly="missing lung", findings=())
         gone = usual["lungs"] & ~planted["lungs"]
         assert 0.3 < gone.sum() / usual["lungs"].sum() < 0.7
         assert planted["film"][gone].mean() > usual["film"][gone].mean() + 25
@@ -206,59 +196,61 @@ def test_unknown_anomaly_and_finding_are_refused():
 
 
 def test_marker_box_holds_the_brightest_ink(films):
-    marked = [
-        item for item in films if item["marker"] and DOMAINS[item["domain"]]["name"] != "portable"
-    ]
+    names = [DOMAINS[item["domain"]].name for item in films]
+    others = [item for item, name in zip(films, names, strict=True) if name != "portable"]
+    marked = [item for item in others if item["marker"]]
     assert len(marked) > 30
     for item in marked:
         top, left, height, width = item["marker"]
         assert item["film"][top : top + height + 2, left : left + width + 2].max() > 200
 
 
+def command(*flags, check=False):
+    """Run python -m plumbing.phantom. → its exit code and output"""
+    words = [sys.executable, "-m", "plumbing.phantom", *flags]
+    return subprocess.run(words, check=check, capture_output=True, text=True)
+
+
+def read_rows(path):
+    """The rows of a phantoms.csv."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_image(path):
+    return np.asarray(Image.open(path))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """60 phantoms written by the command itself, in two processes."""
     out = tmp_path_factory.mktemp("phantoms")
-    flags = "--count 60 --size 64 --seed 2 --workers 2".split()
-    subprocess.run(
-        [sys.executable, "-m", "plumbing.phantom", "--out", str(out), *flags],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    command("--out", str(out), *"--count 60 --size 64 --seed 2 --workers 2".split(), check=True)
     return out
 
 
 def test_files_hold_what_make_phantom_returns(folder):
-    rows = list(csv.DictReader(open(folder / "phantoms.csv", newline="")))
-    assert [row["filename"] for row in rows] == sorted(
-        path.name for path in (folder / "films").iterdir()
-    )
+    rows = read_rows(folder / "phantoms.csv")
+    files = sorted(path.name for path in (folder / "films").iterdir())
+    assert [row["filename"] for row in rows] == files
     for index in (0, 1, 17, 59):
-        row, item = rows[index], make_phantom(2, index, 64)
-        assert np.array_equal(
-            np.asarray(Image.open(folder / "films" / row["filename"])), item["film"]
-        )
-        assert np.array_equal(np.asarray(Image.open(folder / row["mask"])) > 0, item["lungs"])
-        assert np.array_equal(np.asarray(Image.open(folder / row["heart"])) == 255, item["heart"])
-        names = row["label"].split("|")
-        assert names == (
-            [name for name, here in zip(FINDINGS, item["labels"]) if here] or ["normal"]
-        )
+        row = rows[index]
+        item = make_phantom(2, index, 64)
+        assert np.array_equal(read_image(folder / "films" / row["filename"]), item["film"])
+        assert np.array_equal(read_image(folder / row["mask"]) > 0, item["lungs"])
+        assert np.array_equal(read_image(folder / row["heart"]) == 255, item["heart"])
+        found = [name for name, has in zip(FINDINGS, item["labels"], strict=True) if has]
+        assert row["label"].split("|") == (found or ["normal"])
         read = [[float(row[f"{name}_row"]), float(row[f"{name}_col"])] for name in LANDMARKS]
-        assert (
-            np.allclose(read, item["landmarks"], atol=0.006)
-            and int(row["domain"]) == item["domain"]
-        )
-        assert row["marker"] == (
-            "" if item["marker"] is None else "|".join(map(str, item["marker"]))
-        )
+        assert np.allclose(read, item["landmarks"], atol=0.006)
+        assert int(row["domain"]) == item["domain"]
+        marker = "" if item["marker"] is None else "|".join(map(str, item["marker"]))
+        assert row["marker"] == marker
 
 
 def test_splits_are_by_patient(folder):
-    rows = list(csv.DictReader(open(folder / "phantoms.csv", newline="")))
     splits = {}
-    for row in rows:
+    for row in read_rows(folder / "phantoms.csv"):
         splits.setdefault(row["patient_id"], set()).add(row["split"])
     assert len(splits) == 40 and all(len(found) == 1 for found in splits.values())
     assert {next(iter(found)) for found in splits.values()} == {"train", "val", "test"}
@@ -266,41 +258,43 @@ def test_splits_are_by_patient(folder):
 
 def test_split_shares(tmp_path, monkeypatch):
     blank = np.zeros((4, 4), bool)
-    row = dict(
-        film=blank.astype(np.uint8),
-        lungs=blank,
-        heart=blank,
-        labels=np.zeros(5),
-        landmarks=np.zeros((4, 2)),
-        domain=0,
-        marker=None,
-    )
+    row = dict(film=blank.astype(np.uint8), lungs=blank, heart=blank, labels=np.zeros(5))
+    row |= dict(landmarks=np.zeros((4, 2)), domain=0, marker=None)
     monkeypatch.setattr(phantom, "make_phantom", lambda seed, index, size: dict(row, patient=index))
-    rows = list(csv.DictReader(open(write_phantoms(tmp_path, 1000, 4), newline="")))
-    share = lambda split: sum(row["split"] == split for row in rows) / 1000
-    assert (
-        abs(share("train") - 0.7) < 0.05
-        and abs(share("val") - 0.1) < 0.03
-        and abs(share("test") - 0.2) < 0.04
-    )
+    splits = [row["split"] for row in read_rows(write_phantoms(tmp_path, 1000, 4))]
+    assert abs(splits.count("train") / 1000 - 0.7) < 0.05
+    assert abs(splits.count("val") / 1000 - 0.1) < 0.03
+    assert abs(splits.count("test") / 1000 - 0.2) < 0.04
 
 
 def test_one_worker_writes_the_same_files(folder, tmp_path):
+    def files_in(root):
+        return sorted(file.relative_to(root) for file in root.rglob("*") if file.is_file())
+
     path = write_phantoms(tmp_path, 60, 64, seed=2, workers=1)
-    files = sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file())
-    assert files == sorted(
-        file.relative_to(folder) for file in folder.rglob("*") if file.is_file()
-    )  # no temporary file is left
-    assert (
-        all((tmp_path / file).read_bytes() == (folder / file).read_bytes() for file in files)
-        and path.name == "phantoms.csv"
-    )
+    assert path == tmp_path / "phantoms.csv"
+    files = files_in(tmp_path)
+    assert files == files_in(folder)
+    assert len(files) == 3 * 60 + 1  # no temporary file is left
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
 
 
-def test_bad_size_is_one_clear_line():
-    result = subprocess.run(
-        [sys.executable, "-m", "plumbing.phantom", "--size", "32"], capture_output=True, text=True
-    )
-    assert (
-        result.returncode == 2 and "64 to 512" in result.stderr and "Traceback" not in result.stderr
-    )
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--size", "32"], "64 to 512"),
+        (["--count", "0"], "at least 1"),
+        (["--workers", "0"], "at least 1"),
+        (["--seed", "-1"], "0 or more"),
+    ],
+)
+def test_a_bad_flag_is_one_clear_line(flags, words):
+    with pytest.raises(UserError, match=words):
+        phantom.main(flags)
+
+
+def test_the_command_turns_an_error_into_one_line():
+    result = command("--size", "32")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "64 to 512" in result.stderr
