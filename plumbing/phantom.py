@@ -8,8 +8,8 @@ The folder receives films/, masks/ (lungs), hearts/ and phantoms.csv.
 Every tissue is a map of how much X-ray it absorbs, drawn from smooth outlines that vary by patient.
 The maps add up along the ray, as in a real radiograph; a scanner's tone curve makes the sum grey.
 
-Outlines live in the patient's frame: x to the image's right, 0 at the spine; y down; the film's side
-is 1. Points are (n, 2) of (x, y); a layer is float32 (size, size); `p` is what make_patient
+Outlines live in the patient's frame: x to the image's right, 0 at the spine; y down; the unit is a
+film's side. Points are (n, 2) of (x, y); a layer is float32 (size, size); `p` is what make_patient
 returns. Left and right are the patient's: side +1 is the left, on the image's right.
 """
 
@@ -479,7 +479,7 @@ class HalfChest:
         return x**2 + y**2
 
 
-# A finding takes its half of the chest, an amount 0.3..1, a spot (along, up) 0..1 and a texture, and
+# A finding takes its half of the chest, an amount 0.3..1, a spot (along, up) 0..1, a texture. It
 # returns three layers, or 0: the share of air lost, extra attenuation, the share of lung collapsed.
 def effusion(half, amount, spot, texture):
     """Fluid; its surface climbs the chest wall."""

@@ -1,5 +1,4 @@
-"""Synthetic films: the ground truth agrees with the pixels, (seed, index) decide everything, and files
-hold what memory held."""
+"""Synthetic films: truth agrees with pixels, (seed, index) decide all, files hold what memory held."""
 
 import csv
 import subprocess
