@@ -1,191 +1,235 @@
-"""Pictures of arrays: grids with captions, curves, heat maps. PIL and NumPy only; a leaf.
+"""Pictures of arrays: grids with captions, curves, heat maps, the views of a training step.
 
-Images are uint8 (H, W) or (H, W, 3), or PIL pictures; text is legible at 100 %.
+Images are uint8 (H, W) or (H, W, 3), or PIL pictures. Text is legible at 100 %.
 """
 
-import io
 import math
-import os
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-INK, PALE, COLOURS = (
-    "#1b1b1f",
-    "#d8d8dc",
-    ["#3b6fb6", "#d1495b", "#3a9d5d", "#e09f3e", "#7d5ba6", "#5c6b73"],
-)
+from plumbing.checkpoint import replace_with
 
-
+INK = "#1b1b1f"
+PALE = "#d8d8dc"
+COLOURS = ["#3b6fb6", "#d1495b", "#3a9d5d", "#e09f3e", "#7d5ba6", "#5c6b73"]  # of curves
 VIEW_COLOURS = ["#ffb000", "#4cc9f0"]  # of the boxes of view 1 and view 2
 
-
-HEAT = np.array(
-    [
-        [0, 0, 4],
-        [40, 11, 84],
-        [101, 21, 110],
-        [159, 42, 99],
-        [212, 72, 66],
-        [245, 125, 21],
-        [250, 193, 39],
-        [252, 255, 164],
-    ],
-    float,
-)  # dark → bright, even steps of lightness
+# fmt: off
+HEAT = np.array([  # dark → bright, in even steps of lightness
+    (0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99),
+    (212, 72, 66), (245, 125, 21), (250, 193, 39), (252, 255, 164),
+], float)
+# fmt: on
 
 
-def font(size=13):
+# ----------------------------------------------------------------------------------------- images
+def font(size: int = 13):
     """Pillow's own scalable face."""
     return ImageFont.load_default(size=size)
 
 
-def to_picture(image, cell=None):
-    """Array or picture → RGB picture; with `cell`, scaled so that its longer side is `cell` px."""
-    picture = (
-        image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
-    )
-    picture = picture.convert("RGB")
+def to_picture(image, cell: int | None = None) -> Image.Image:
+    """An array or a picture as RGB picture; with `cell`, its longer side becomes `cell` px."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.ascontiguousarray(image))
+    picture = image.convert("RGB")
     if cell:
         scale = cell / max(picture.size)
-        size = tuple(max(1, round(s * scale)) for s in picture.size)
-        picture = picture.resize(
-            size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
-        )
+        size = tuple(max(1, round(side * scale)) for side in picture.size)
+        smooth = Image.Resampling.BICUBIC if scale <= 3 else Image.Resampling.NEAREST
+        picture = picture.resize(size, smooth)
     return picture
 
 
-def grid(rows, captions=None, column_titles=None, row_titles=None, cell=160, gap=8, footnote=None):
-    """rows: lists of images (None = empty place); captions: the same shape, a line below each image. → white page"""
-    columns = max(len(r) for r in rows)
-    left = 0 if not row_titles else gap + max(round(font().getlength(t)) for t in row_titles)
-    top, line = 22 if column_titles else 0, 18 if captions else 0
-    page = Image.new(
-        "RGB",
-        (
-            left + columns * (cell + gap) + gap,
-            top + len(rows) * (cell + line + gap) + gap + (20 if footnote else 0),
-        ),
-        "white",
-    )
-    draw = ImageDraw.Draw(page)
-    if footnote:
-        draw.text((left + gap, page.height - 6), footnote, INK, font(), anchor="ls")
-    for c, title in enumerate(column_titles or []):
-        draw.text((left + gap + c * (cell + gap) + cell / 2, 5), title, INK, font(), anchor="ma")
-    for r, row in enumerate(rows):
-        y = top + gap + r * (cell + line + gap)
-        if row_titles:
-            draw.text((gap, y + cell / 2), row_titles[r], INK, font(), anchor="lm")
-        for c, image in enumerate(row):
-            if image is None:
-                continue
-            x, picture = left + gap + c * (cell + gap), to_picture(image, cell)
-            page.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
-            if captions and captions[r][c]:
-                draw.text((x + cell / 2, y + cell + 2), captions[r][c], INK, font(12), anchor="ma")
-    return page
+def to_grey(images) -> np.ndarray:
+    """Float images (n, 1, H, W) in [0, 1], NumPy or a tensor on the CPU → uint8 (n, H, W)."""
+    return (255 * np.clip(np.asarray(images)[:, 0], 0, 1)).round().astype(np.uint8)
 
 
-def ticks(low, high, count=5):
-    """Round numbers from low to high, about `count` of them: steps of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / count or 1.0
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [
-        k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
-
-
-def curves(series, title, x_label, y_label, size=(640, 320), log_y=False):
-    """series: {name: (x, y)} → line chart with axes, round ticks and a legend; drawn at four times the size, then reduced."""
-    change = (
-        (lambda v: np.log10(np.maximum(np.asarray(v, float), 1e-12)))
-        if log_y
-        else (lambda v: np.asarray(v, float))
-    )
-    xs, ys = (
-        np.concatenate([np.asarray(x, float) for x, _ in series.values()]),
-        np.concatenate([change(y) for _, y in series.values()]),
-    )
-    good = np.isfinite(ys)
-    (x0, x1), (y0, y1) = (xs.min(), xs.max()), (ys[good].min(), ys[good].max())
-    y0 = min(y0, 0.0) if not log_y and y0 < 0.5 * y1 else y0
-    x1, y1 = x1 if x1 > x0 else x0 + 1, y1 + 0.05 * (y1 - y0) if y1 > y0 else y0 + 1
-    scale, box = 4, (58, 34, size[0] - 16, size[1] - 44)
-    place = lambda x, y: (
-        scale * (box[0] + (x - x0) / (x1 - x0) * (box[2] - box[0])),
-        scale * (box[3] - (y - y0) / (y1 - y0) * (box[3] - box[1])),
-    )
-    page = Image.new("RGB", (size[0] * scale, size[1] * scale), "white")
-    draw = ImageDraw.Draw(page)
-    text = lambda xy, words, size_, anchor, colour=INK: draw.text(
-        xy, words, colour, font(size_ * scale), anchor=anchor
-    )
-    for v in ticks(y0, y1):
-        draw.line([place(x0, v), place(x1, v)], PALE, scale)
-        text(
-            (place(x0, v)[0] - 6 * scale, place(x0, v)[1]),
-            f"{10**v:g}" if log_y else f"{v:g}",
-            12,
-            "rm",
-        )
-    for v in ticks(x0, x1, 6):
-        text((place(v, y0)[0], place(v, y0)[1] + 5 * scale), f"{v:g}", 12, "ma")
-    draw.line([place(x0, y1), place(x0, y0), place(x1, y0)], INK, scale)
-    text((box[0] * scale, 10 * scale), f"{title}  ({y_label} by {x_label})", 13, "la")
-    for k, (name, (x, y)) in enumerate(series.items()):
-        points = [place(a, b) for a, b in zip(np.asarray(x, float), change(y)) if np.isfinite(b)]
-        draw.line(points, COLOURS[k % len(COLOURS)], round(1.6 * scale), joint="curve")
-        if len(series) > 1:
-            text(
-                ((box[2] - 8) * scale, (box[1] + 4 + 16 * k) * scale),
-                name,
-                13,
-                "ra",
-                COLOURS[k % len(COLOURS)],
-            )
-    return page.resize(size, Image.Resampling.LANCZOS)
-
-
-def heat(array, low=None, high=None):
-    """(H, W) → RGB uint8: dark is `low` (the smallest value by default), bright is `high`."""
-    array = np.asarray(array, float)
-    low, high = np.nanmin(array) if low is None else low, np.nanmax(array) if high is None else high
-    at = np.clip((np.nan_to_num(array, nan=low) - low) / ((high - low) or 1), 0, 1) * (
-        len(HEAT) - 1
-    )
+def heat(array, low=None, high=None) -> np.ndarray:
+    """Colour a map (H, W): `low` (its smallest value) is dark, `high` bright. → uint8 (H, W, 3)"""
+    values = np.asarray(array, float)
+    low = np.nanmin(values) if low is None else low
+    high = np.nanmax(values) if high is None else high
+    share = (np.nan_to_num(values, nan=low) - low) / ((high - low) or 1)
+    at = np.clip(share, 0, 1) * (len(HEAT) - 1)  # between which two colours
     below = np.minimum(at.astype(int), len(HEAT) - 2)
-    return (
-        (HEAT[below] + (at - below)[..., None] * (HEAT[below + 1] - HEAT[below]))
-        .round()
-        .astype(np.uint8)
-    )
+    step = HEAT[below + 1] - HEAT[below]
+    return (HEAT[below] + (at - below)[..., None] * step).round().astype(np.uint8)
 
 
-def overlay(image, heated, alpha=0.5):
-    """Blend a heat map (RGB) over a grey image, scaled to it. → picture"""
+def overlay(image, heated, alpha: float = 0.5) -> Image.Image:
+    """Blend a heat map (RGB) over a grey image, scaled to it."""
     base = to_picture(image)
     return Image.blend(base, to_picture(heated).resize(base.size, Image.Resampling.BICUBIC), alpha)
 
 
-def draw_boxes(image, boxes, colours):
-    """Outline boxes (top, left, height, width) px on an image. → picture"""
+def draw_boxes(image, boxes, colours) -> Image.Image:
+    """Outline boxes (top, left, height, width), px, on a copy of an image."""
     picture = to_picture(image)
-    width = max(1, round(max(picture.size) / 90))
-    for (top, left, height, wide), colour in zip(boxes, colours):
-        ImageDraw.Draw(picture).rectangle(
-            [left, top, left + wide - 1, top + height - 1], outline=colour, width=width
-        )
+    pen = ImageDraw.Draw(picture)
+    line = max(1, round(max(picture.size) / 90))
+    for (top, left, height, width), colour in zip(boxes, colours, strict=False):
+        corners = [left, top, left + width - 1, top + height - 1]
+        pen.rectangle(corners, outline=colour, width=line)
     return picture
 
 
+# ------------------------------------------------------------------------------------------ pages
+def grid(
+    rows, captions=None, column_titles=None, row_titles=None, cell=160, gap=8, footnote=None
+) -> Image.Image:
+    """Lay out rows of images (None = an empty place) on a white page.
+
+    captions: the same shape as rows, a line below each image; footnote: a line below all.
+    """
+    columns = max(len(row) for row in rows)
+    left = top = below = foot = 0
+    if row_titles:
+        left = gap + max(round(font().getlength(title)) for title in row_titles)
+    if column_titles:
+        top = 22
+    if captions:
+        below = 18
+    if footnote:
+        foot = 20
+    width = left + columns * (cell + gap) + gap
+    height = top + len(rows) * (cell + below + gap) + gap + foot
+    page = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(page)
+    if footnote:
+        pen.text((left + gap, height - 6), footnote, INK, font(), anchor="ls")
+    for c, title in enumerate(column_titles or []):
+        pen.text((left + gap + c * (cell + gap) + cell / 2, 5), title, INK, font(), anchor="ma")
+    for r, row in enumerate(rows):
+        y = top + gap + r * (cell + below + gap)
+        if row_titles:
+            pen.text((gap, y + cell / 2), row_titles[r], INK, font(), anchor="lm")
+        for c, image in enumerate(row):
+            if image is None:
+                continue
+            x = left + gap + c * (cell + gap)
+            picture = to_picture(image, cell)
+            page.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
+            if captions and captions[r][c]:
+                pen.text((x + cell / 2, y + cell + 2), captions[r][c], INK, font(12), anchor="ma")
+    return page
+
+
+def stack(pictures, gap: int = 8) -> Image.Image:
+    """Put pictures one below the other on white."""
+    width = max(picture.width for picture in pictures)
+    height = sum(picture.height + gap for picture in pictures) - gap
+    page = Image.new("RGB", (width, height), "white")
+    y = 0
+    for picture in pictures:
+        page.paste(picture, (0, y))
+        y += picture.height + gap
+    return page
+
+
+def save(picture, path):
+    """Write a PNG atomically; a picture with a palette keeps it."""
+    if getattr(picture, "mode", None) != "P":
+        picture = to_picture(picture)
+    replace_with(path, partial(picture.save, format="PNG", optimize=True))
+
+
+# ----------------------------------------------------------------------------------------- curves
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from low to high, in steps of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / count or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+class Axes:
+    """The frame of a line chart: where a point lies on the page, and how to write there.
+
+    It is drawn at four times the size, and reduced in the end: Pillow does not smooth lines itself.
+    """
+
+    SCALE = 4
+
+    def __init__(self, size, xs, ys, has_zero: bool):
+        self.left, self.top, self.right, self.bottom = 58, 34, size[0] - 16, size[1] - 44
+        self.x0, self.x1 = xs.min(), xs.max()
+        self.y0, self.y1 = ys.min(), ys.max()
+        if has_zero and self.y0 < 0.5 * self.y1:
+            self.y0 = min(self.y0, 0.0)
+        if self.x1 <= self.x0:
+            self.x1 = self.x0 + 1
+        room = 0.05 * (self.y1 - self.y0)
+        self.y1 = self.y1 + room if self.y1 > self.y0 else self.y0 + 1
+        self.size = size
+        self.page = Image.new("RGB", (size[0] * self.SCALE, size[1] * self.SCALE), "white")
+        self.pen = ImageDraw.Draw(self.page)
+
+    def place(self, x, y):
+        """Values → px on the finished page."""
+        across = (x - self.x0) / (self.x1 - self.x0)
+        up = (y - self.y0) / (self.y1 - self.y0)
+        left = self.left + across * (self.right - self.left)
+        return left, self.bottom - up * (self.bottom - self.top)
+
+    def line(self, points, colour, width=1.0):
+        """Connect points of (x, y), in values."""
+        pixels = [tuple(self.SCALE * at for at in self.place(x, y)) for x, y in points]
+        self.pen.line(pixels, colour, round(width * self.SCALE), joint="curve")
+
+    def text(self, at, words, size, anchor, colour=INK):
+        """Write at (left, top), px on the finished page."""
+        at = tuple(self.SCALE * each for each in at)
+        self.pen.text(at, words, colour, font(size * self.SCALE), anchor=anchor)
+
+    def scales(self, log_y):
+        """Draw both axes with their numbers."""
+        for v in ticks(self.y0, self.y1):
+            self.line([(self.x0, v), (self.x1, v)], PALE)
+            left, height = self.place(self.x0, v)
+            self.text((left - 6, height), f"{10**v if log_y else v:g}", 12, "rm")
+        for v in ticks(self.x0, self.x1, 6):
+            left, height = self.place(v, self.y0)
+            self.text((left, height + 5), f"{v:g}", 12, "ma")
+        self.line([(self.x0, self.y1), (self.x0, self.y0), (self.x1, self.y0)], INK)
+
+    def finish(self) -> Image.Image:
+        return self.page.resize(self.size, Image.Resampling.LANCZOS)
+
+
+def curves(series, title, x_label, y_label, size=(640, 320), log_y=False) -> Image.Image:
+    """Draw a line chart of {name: (x, y)}, with axes, round ticks and a legend; NaN is left out."""
+    lines = {}
+    for name, (x, y) in series.items():
+        y = np.asarray(y, float)
+        if log_y:
+            y = np.log10(np.maximum(y, 1e-12))
+        lines[name] = np.asarray(x, float), y
+    xs = np.concatenate([x for x, _ in lines.values()])
+    ys = np.concatenate([y for _, y in lines.values()])
+    axes = Axes(size, xs, ys[np.isfinite(ys)], has_zero=not log_y)
+    axes.scales(log_y)
+    axes.text((axes.left, 10), f"{title}  ({y_label} by {x_label})", 13, "la")
+    for k, (name, (x, y)) in enumerate(lines.items()):
+        colour = COLOURS[k % len(COLOURS)]
+        is_drawn = np.isfinite(y)
+        axes.line(np.stack([x, y], 1)[is_drawn], colour, width=1.6)
+        if len(lines) > 1:
+            axes.text((axes.right - 8, axes.top + 4 + 16 * k), name, 13, "ra", colour)
+    return axes.finish()
+
+
+# -------------------------------------------------------------------------------------- the views
 def views_picture(films, boxes, flips, batch, patch):
     """Draw what a training step shows the model: one row per film, both of its views in turn.
 
     films: b images uint8 (H, W); boxes (b, 2, 4) of (top, left, height, width), px; flips (b, 2);
-    batch: what CheXWorld.forward takes (y, x, keep, masked, action): view 1 of all films, then view 2.
+    batch: what CheXWorld.forward takes (y, x, keep, masked, action), view 1 of all films first.
     """
     targets = to_grey(batch["y"])
     augmented = to_grey(batch["x"])
@@ -228,32 +272,3 @@ def hide(image, keep, masked, patch):
     painted = np.where(kind == 1, image, image // 6)[..., None].repeat(3, 2)
     painted[kind == 2] += np.array([120, 30, 30], np.uint8)
     return painted
-
-
-def to_grey(images):
-    """Float images (n, 1, H, W) in [0, 1], NumPy or a tensor on the CPU → uint8 (n, H, W)."""
-    return (255 * np.clip(np.asarray(images)[:, 0], 0, 1)).round().astype(np.uint8)
-
-
-def stack(pictures, gap=8):
-    """Pictures one below the other on white."""
-    page = Image.new(
-        "RGB",
-        (max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap),
-        "white",
-    )
-    y = 0
-    for picture in pictures:
-        page.paste(picture, (0, y))
-        y += picture.height + gap
-    return page
-
-
-def save(picture, path):
-    """Write a PNG atomically; a palette picture stays one."""
-    path, data = Path(path), io.BytesIO()
-    picture = picture if getattr(picture, "mode", None) == "P" else to_picture(picture)
-    picture.save(data, "PNG", optimize=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data.getvalue())
-    os.replace(temporary, path)

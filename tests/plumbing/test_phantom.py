@@ -1,4 +1,4 @@
-"""Synthetic films: truth agrees with pixels, (seed, index) decide all, files hold what memory held."""
+"""Synthetic films: truth and pixels agree, (seed, index) decide all, files hold what they should."""
 
 import csv
 import subprocess

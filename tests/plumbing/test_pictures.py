@@ -1,4 +1,4 @@
-"""Pictures: where things land on the page, that numbers become the right colours, that files are whole."""
+"""Pictures: where things land on the page, whether numbers get their colours and files are whole."""
 
 import numpy as np
 import pytest
@@ -14,84 +14,68 @@ def luminance(rgb):
 def test_heat_rises_in_lightness_and_clips():
     ramp = pictures.heat(np.linspace(0, 1, 200)[None])
     assert (np.diff(luminance(ramp[0])) > -1).all() and ramp.dtype == np.uint8
-    assert (
-        pictures.heat(np.array([[-5.0, 0.0, 1.0, 9.0]]), 0, 1)[0, [0, 3]]
-        == pictures.heat(np.array([[0.0, 1.0]]), 0, 1)[0]
-    ).all()
-    assert pictures.heat(np.full((2, 2), 3.0)).shape == (
-        2,
-        2,
-        3,
-    )  # a constant map is no division by zero
+    beyond = pictures.heat(np.array([[-5.0, 9.0]]), 0, 1)
+    assert (beyond == pictures.heat(np.array([[0.0, 1.0]]), 0, 1)).all()
+    constant = pictures.heat(np.full((2, 2), 3.0))  # is no division by zero
+    assert constant.shape == (2, 2, 3)
     assert (pictures.heat(np.array([[np.nan, 1.0]]), 0, 1)[0, 0] == pictures.HEAT[0]).all()
 
 
 def test_grid_puts_each_image_into_its_cell_and_leaves_gaps_white():
-    red, grey = (
-        np.zeros((40, 40, 3), np.uint8) + np.array([255, 0, 0], np.uint8),
-        np.full((20, 40), 90, np.uint8),
-    )
-    page = np.asarray(
-        pictures.grid([[red, None], [grey, Image.new("L", (10, 40), 30)]], cell=40, gap=8)
-    )
+    red = np.zeros((40, 40, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+    wide = np.full((20, 40), 90, np.uint8)
+    tall = Image.new("L", (10, 40), 30)
+    page = np.asarray(pictures.grid([[red, None], [wide, tall]], cell=40, gap=8))
     assert page.shape == (2 * 48 + 8, 2 * 48 + 8, 3)
     assert (page[8:48, 8:48] == [255, 0, 0]).all() and (page[8:48, 56:96] == 255).all()
-    assert (page[66:86, 8:48] == 90).all() and (
-        page[56:65, 8:48] == 255
-    ).all()  # a wide image keeps its shape, centred
+    assert (page[66:86, 8:48] == 90).all()  # a wide image keeps its shape, centred
+    assert (page[56:65, 8:48] == 255).all()
     assert (page[56:96, 71:81] == 30).all() and (page[:8] == 255).all()
 
 
 def test_grid_writes_its_words():
     blank = np.full((60, 60), 255, np.uint8)
     plain = np.asarray(pictures.grid([[blank]], cell=60))
-    words = np.asarray(
-        pictures.grid(
-            [[blank]], captions=[["p = 0.01"]], column_titles=["film"], row_titles=["one"], cell=60
-        )
-    )
-    assert (
-        (plain == 255).all() and words.shape[0] > plain.shape[0] and words.shape[1] > plain.shape[1]
-    )
-    assert (words.min(2) < 100).sum() > 60
+    words = pictures.grid([[blank]], [["p = 0.01"]], ["film"], ["one"], cell=60, footnote="all")
+    words = np.asarray(words)
+    assert (plain == 255).all()
+    assert words.shape[0] == plain.shape[0] + 22 + 18 + 20 and words.shape[1] > plain.shape[1]
+    dark = words.min(2) < 100
+    assert dark.sum() > 60
+    assert dark[:22].any() and dark[-20:].any()  # the title above, the footnote below
 
 
 def test_ticks_are_round_and_inside():
     for low, high in ((0, 1), (0.03, 0.91), (-7, 1234), (1e-5, 3e-5), (100, 101)):
         at = pictures.ticks(low, high)
-        assert 2 <= len(at) <= 7 and low - 1e-9 * abs(low) <= at[0] and at[-1] <= high * (1 + 1e-9)
-        digits = {f"{abs(b - a):.0e}"[0] for a, b in zip(at, at[1:])}
+        assert 2 <= len(at) <= 7
+        assert low - 1e-9 * abs(low) <= at[0] and at[-1] <= high * (1 + 1e-9)
+        digits = {f"{step:.0e}"[0] for step in np.diff(at)}
         assert digits <= {"1", "2", "5"} and len(digits) == 1
 
 
 @pytest.mark.parametrize("log_y", [False, True])
 def test_curves_draw_each_series_where_its_values_lie(log_y):
     x = np.arange(100)
-    page = np.asarray(
-        pictures.curves(
-            {"low": (x, np.full(100, 1.0)), "high": (x, np.full(100, 100.0))},
-            "two",
-            "step",
-            "value",
-            log_y=log_y,
-        )
-    ).astype(int)
-    blue, red = (
-        np.abs(page - np.array(c)).sum(2) < 60 for c in ((0x3B, 0x6F, 0xB6), (0xD1, 0x49, 0x5B))
-    )
-    row = lambda mask: np.median(np.nonzero(mask[:, 60:400])[0])  # left of the legend
-    top, bottom = 34, 320 - 44
-    assert page.shape == (320, 640, 3) and top <= row(red) < top + 20
-    assert abs(row(blue) - bottom) < (
-        2 if log_y else 5
-    )  # 1 of 100: the foot of a log axis, one percent up a linear one
+    series = {"low": (x, np.full(100, 1.0)), "high": (x, np.full(100, 100.0))}
+    page = np.asarray(pictures.curves(series, "two", "step", "value", log_y=log_y)).astype(int)
+
+    def row_of(colour):
+        found = np.abs(page - np.array(colour)).sum(2) < 60
+        return np.median(np.nonzero(found[:, 60:400])[0])  # left of the legend
+
+    low = row_of((0x3B, 0x6F, 0xB6))
+    high = row_of((0xD1, 0x49, 0x5B))
+    top = 34
+    bottom = 320 - 44
+    assert page.shape == (320, 640, 3) and top <= high < top + 20
+    # 1 of 100 lies at the foot of a log axis, and one percent up a linear one
+    assert abs(low - bottom) < (2 if log_y else 5)
 
 
 def test_curves_survive_nan_and_single_points():
-    page = pictures.curves(
-        {"a": ([0, 1, 2], [1.0, float("nan"), 2.0]), "b": ([1], [1.5])}, "t", "x", "y"
-    )
-    assert page.size == (640, 320)
+    series = {"a": ([0, 1, 2], [1.0, float("nan"), 2.0]), "b": ([1], [1.5])}
+    assert pictures.curves(series, "t", "x", "y").size == (640, 320)
     assert pictures.curves({"flat": ([3], [2.0])}, "t", "x", "y").size == (640, 320)
 
 
@@ -101,13 +85,9 @@ def test_overlay_and_boxes():
     assert (np.abs(half.astype(int) - 50) <= 1).all()
     boxed = np.asarray(pictures.draw_boxes(film, [(10, 20, 30, 40)], ["#ff0000"]))
     red = (boxed == [255, 0, 0]).all(2)
-    assert (
-        red[10, 20:60].all()
-        and red[39, 20:60].all()
-        and red[10:40, 20].all()
-        and red[10:40, 59].all()
-        and red.sum() == 2 * 40 + 2 * 30 - 4
-    )
+    assert red[10, 20:60].all() and red[39, 20:60].all()
+    assert red[10:40, 20].all() and red[10:40, 59].all()
+    assert red.sum() == 2 * 40 + 2 * 30 - 4
 
 
 def test_hidden_patches_are_red_when_asked_for_and_dark_otherwise():
@@ -135,29 +115,34 @@ def test_views_picture_puts_both_views_of_a_film_into_its_row():
         "action": np.ones((2 * count, 4)),
     }
     page = np.asarray(pictures.views_picture(films, boxes, flips, batch, patch=8)).astype(int)
-    middle = lambda row, column: page[  # a pixel in the cell's upper half
-        22 + gap + row * (cell + 18 + gap) + cell // 4,
-        gap + column * (cell + gap) + cell // 2,
-    ]
-    for row in range(count):
-        for column, (value, k) in enumerate([(0, row), (0.5, row), (0.5, row)], start=1):
-            assert (middle(row, column) == round(255 * (value + k / 10))).all()
-            other = round(255 * (value + (k + count) / 10))
-            assert (middle(row, column + 3) == other).all()
+
+    def middle(row, column):  # a pixel in the cell's upper half
+        y = 22 + gap + row * (cell + 18 + gap) + cell // 4
+        x = gap + column * (cell + gap) + cell // 2
+        return page[y, x]
+
+    for k in range(2 * count):
+        row = k % count
+        column = 1 + 3 * (k // count)
+        assert (middle(row, column) == round(255 * k / 10)).all()  # target
+        assert (middle(row, column + 1) == round(255 * (k / 10 + 0.5))).all()  # augmented
+        assert (middle(row, column + 2) == round(255 * (k / 10 + 0.5))).all()  # its context
     amber, blue = ((page == colour).all(2) for colour in ([255, 176, 0], [76, 201, 240]))
     assert amber.any() and blue.any() and np.nonzero(amber)[1].max() < gap + cell
 
 
 def test_stack_and_save(tmp_path):
-    page = pictures.stack(
-        [Image.new("RGB", (30, 10), "red"), Image.new("RGB", (20, 5), "blue")], gap=4
-    )
-    assert (
-        page.size == (30, 19)
-        and page.getpixel((0, 12)) == (255, 255, 255)
-        and page.getpixel((0, 14)) == (0, 0, 255)
-    )
+    red = Image.new("RGB", (30, 10), "red")
+    blue = Image.new("RGB", (20, 5), "blue")
+    page = pictures.stack([red, blue], gap=4)
+    assert page.size == (30, 19)
+    assert page.getpixel((0, 12)) == (255, 255, 255) and page.getpixel((0, 14)) == (0, 0, 255)
     pictures.save(page, tmp_path / "a.png")
-    assert (np.asarray(Image.open(tmp_path / "a.png")) == np.asarray(page)).all() and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["a.png"]
+    assert (np.asarray(Image.open(tmp_path / "a.png")) == np.asarray(page)).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_save_keeps_a_palette(tmp_path):
+    page = Image.new("RGB", (30, 10), "red").quantize(4)
+    pictures.save(page, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode == "P"
