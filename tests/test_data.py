@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from data import Batches, Views, open_films
 from plumbing import folder, keys
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError
-from plumbing.table import match
 
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -360,23 +358,6 @@ def test_index_is_cached_until_something_changes(tmp_path, monkeypatch):
     (cache / "films.json").write_text("{")
     assert names(mimic_all=True) == ["00000002_000.png", "2.png"] and len(looked) == 2
     assert os.listdir(cache) == ["films.json"]
-
-
-def test_match():
-    listed = ["b/1.png", "z/c/2.png", "d/2.png", "11.png"]
-    assert match(["a/b/1.png", "1.png", "x11.png", "c/2.png"], listed) == [
-        "b/1.png",
-        "b/1.png",
-        None,
-        "z/c/2.png",
-    ]
-    many = [f"train/patient{k:05d}/study1/view1_frontal.jpg" for k in range(20000)]
-    began = time.time()
-    assert (
-        match(many, [f"CheXpert-v1.0/{n}" for n in many[::2]])[:2]
-        == [f"CheXpert-v1.0/{many[0]}", None]
-        and time.time() - began < 5
-    )
 
 
 # ------------------------------------------------------------------------------------------------ the commands

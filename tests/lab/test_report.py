@@ -12,7 +12,6 @@ from model import CheXWorld, ViT
 from plumbing import metrics, table
 from plumbing.film import UnreadableFilm
 from plumbing.keys import torch_generator
-from plumbing.launch import UserError
 
 TINY = dict(
     image=32,
@@ -172,86 +171,10 @@ def test_a_model_that_says_the_same_of_everything_scores_chance():
     ] == pytest.approx(result["random"])
 
 
-# ------------------------------------------------------------------------------------------------ label tables
+# ---------------------------------------------------------------- the linear probe
 def make_labels(tmp_path, text, name="table.csv"):
     (tmp_path / name).write_text(text)
     return table.Labels(tmp_path / name)
-
-
-def test_labels_of_several_classes(tmp_path):
-    labels = make_labels(
-        tmp_path,
-        "filename,label,patient_id,split\n"
-        "a.png,effusion|nodule,p1,train\nb.png,normal,p2,Val\nc.png, nodule ,,test\nd.png,No Finding,p3,test\n",
-    )
-    assert labels.classes == ["effusion", "nodule"] and labels.y.tolist() == [
-        [1, 1],
-        [0, 0],
-        [0, 1],
-        [0, 0],
-    ]
-    assert labels.split.tolist() == ["train", "val", "test", "test"] and labels.patients == [
-        "p1",
-        "p2",
-        "c.png",
-        "p3",
-    ]
-    assert labels.names == ["a.png", "b.png", "c.png", "d.png"]
-
-
-WRONG = {
-    "": ["nothing"],
-    "filename,label\na,b\n": ["filename", "split"],
-    "filename,label,split\n": ["nothing"],
-    "filename,label,split\na.png,x\n": ["line 2"],
-    "filename,label,split\n,x,train\n": ["line 2"],
-    "filename,label,split\na.png,x,train\nb.png,y,valid\n": ["line 3", "valid", "train, val, test"],
-}
-
-
-@pytest.mark.parametrize("text, words", WRONG.items())
-def test_a_wrong_table_is_one_line(tmp_path, text, words):
-    with pytest.raises(UserError) as error:
-        make_labels(tmp_path, text)
-    assert (
-        "table.csv" in str(error.value)
-        and "\n" not in str(error.value)
-        and all(w in str(error.value) for w in words)
-    ), error.value
-
-
-def test_a_missing_table_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        table.Labels(tmp_path / "none.csv")
-
-
-def test_rows_find_their_films_by_the_tail_of_the_path(tmp_path):
-    """CheXpert calls every film view1_frontal.jpg: a base name is not enough."""
-    labels = make_labels(
-        tmp_path,
-        "filename,label,split\nCheXpert/train/patient1/view1.jpg,x,train\nCheXpert/train/patient2/view1.jpg,y,train\n"
-        "gone.jpg,x,test\nplain.png,x,test\n",
-    )
-    films = Films(
-        dict.fromkeys(
-            [
-                "patient2/view1.jpg",
-                "deep/below/plain.png",
-                "patient1/view1.jpg",
-                "patient3/view1.jpg",
-            ],
-            noise(0),
-        )
-    )
-    assert labels.locate(films).tolist() == [2, 0, -1, 1]
-
-
-def test_a_row_that_fits_two_films_or_a_table_that_fits_none_is_refused(tmp_path):
-    labels = make_labels(tmp_path, "filename,label,split\nview1.jpg,x,train\n")
-    with pytest.raises(UserError, match="fits both patient1/view1.jpg and patient2/view1.jpg"):
-        labels.locate(Films({"patient1/view1.jpg": noise(0), "patient2/view1.jpg": noise(1)}))
-    with pytest.raises(UserError, match="none of its 1 films"):
-        labels.locate(Films({"other.jpg": noise(0)}))
 
 
 def test_readable():

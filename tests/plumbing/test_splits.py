@@ -1,0 +1,130 @@
+"""Splits: no patient on two sides, draws by seed, and the sentences that say what was decided."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from plumbing.launch import UserError
+from plumbing.splits import (
+    Example,
+    Splits,
+    class_warnings,
+    complete,
+    disjoint,
+    draw_few,
+    hold_out_films,
+)
+from plumbing.table import Labels
+
+
+def make_films(patients):
+    """Films without pixels, {name: patient}."""
+
+    class Films(SimpleNamespace):
+        def __len__(self):
+            return len(self.names)
+
+    return Films(names=list(patients), patients=list(patients.values()))
+
+
+def make_labels(tmp_path, rows):
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(["filename,label,split,patient_id", *rows]))
+    return Labels(path)
+
+
+def example(name, target=(0,), patient=None):
+    return Example(Path(name), target, patient or name)
+
+
+# ---------------------------------------------------------------- films held out of pre-training
+def test_a_tenth_of_the_films_is_held_out_with_all_films_of_their_patients():
+    films = make_films({f"{k}.png": f"p{k // 4}" for k in range(80)})
+    train, held = hold_out_films(films, [], holdout=50, seed=1)
+    # The same films as ever: runs of earlier versions are judged on what they have not seen.
+    assert held.tolist() == sorted(np.random.default_rng((3, 1)).permutation(80)[:8])
+    held_patients = {films.patients[i] for i in held}
+    rest = [i for i in range(80) if films.patients[i] not in held_patients]
+    assert train.tolist() == rest and len(rest) < 80 - 8
+    assert len(hold_out_films(films, [], holdout=3, seed=1)[1]) == 3
+    assert hold_out_films(films, [], holdout=50, seed=2)[1].tolist() != held.tolist()
+
+
+def test_the_test_films_of_a_table_are_held_out_and_the_table_may_know_the_patient(tmp_path):
+    known = {"a.png": "nih:1", "b.png": "nih:1", "c.png": "nih:2"}
+    unknown = {name: name for name in ("d.png", "e.png", "f.png")}  # the folder knows nobody
+    films = make_films(known | unknown)
+    rows = ["a.png,x,test,9", "c.png,x,train,9", "d.png,x,test,7", "e.png,normal,train,7"]
+    train, held = hold_out_films(films, [make_labels(tmp_path, rows)], holdout=2, seed=0)
+    assert [films.names[i] for i in held] == ["a.png", "d.png"]
+    assert [films.names[i] for i in train] == ["c.png", "f.png"]  # b, e: of a held-out patient
+
+
+def test_holding_everything_out_is_refused(tmp_path):
+    films = make_films({"a.png": "p", "b.png": "p"})
+    table = make_labels(tmp_path, ["a.png,x,test,p"])
+    with pytest.raises(UserError, match="every film is held out"):
+        hold_out_films(films, [table], holdout=2, seed=0)
+
+
+# ---------------------------------------------------------------- splits of a task
+def test_missing_splits_are_drawn_by_patient_and_always_the_same():
+    films = [example(f"{k}.png", patient=f"p{k // 3}") for k in range(60)]
+    parts, notes = complete({"all": films}, (70, 10, 20))
+    assert sum(map(len, parts.values())) == 60
+    patients = [{film.patient for film in parts[split]} for split in ("train", "val", "test")]
+    assert sum(map(len, patients)) == len(set().union(*patients)) == 20
+    assert [len(parts[split]) for split in ("train", "val", "test")] == [42, 6, 12]
+    assert parts == complete({"all": films}, (70, 10, 20))[0]
+    assert [note.partition(":")[0] for note in notes] == ["test", "val"]
+    given = {"train": films[:30], "val": films[30:40], "test": films[40:]}
+    assert complete(given, (70, 10, 20)) == (given, [])
+
+
+def test_a_film_stays_in_one_split_test_before_train_before_val():
+    a, b, c, d = (example(name) for name in "abcd")
+    parts, notes = disjoint({"train": [a, a, b, c], "val": [b, d], "test": [c]})
+    assert parts == {"test": [c], "train": [a, b], "val": [d]}
+    assert notes == [
+        "train: 1 repeated rows dropped",
+        "train: 1 films removed that are in test too",
+        "val: 1 films removed that are in train too",
+    ]
+
+
+def test_rows_that_contradict_each_other_and_patients_in_two_splits_are_refused():
+    with pytest.raises(UserError, match="a stands twice in train, with different labels"):
+        disjoint({"train": [example("a", (0,)), example("a", (1,))]})
+    with pytest.raises(UserError, match="patient p has films in test and in train"):
+        disjoint({"train": [example("a", patient="p")], "test": [example("b", patient="p")]})
+
+
+# ---------------------------------------------------------------- few films
+HUNDRED = [example(f"{k}.png", (int(k % 10 == 0), int(k % 3 == 0))) for k in range(100)]
+
+
+@pytest.mark.parametrize("kind", [dict(fraction=0.1), dict(shots=4)])
+def test_draws_are_keyed_by_seed(kind):
+    drawn = draw_few(HUNDRED, seed=1, **kind)
+    assert drawn == draw_few(HUNDRED, seed=1, **kind) != draw_few(HUNDRED, seed=2, **kind)
+
+
+def test_draws_have_the_wanted_size():
+    assert len(draw_few(HUNDRED, 0.1)) == 10
+    assert draw_few(HUNDRED) == HUNDRED
+    assert len(draw_few(HUNDRED, 1e-9)) == 1
+    few = draw_few(HUNDRED, shots=4)
+    assert all(sum(film.target[k] for film in few) >= 4 for k in (0, 1))
+    assert sum(not any(film.target) for film in few) == 4
+    assert len(few) <= 12
+
+
+def test_classes_without_positives_are_named():
+    splits = Splits("csv", "labels", ("rare", "third"), HUNDRED[1:10], HUNDRED, HUNDRED[:1], [])
+    assert class_warnings(splits) == [
+        "warning: train has no positive film of rare: it cannot be learnt",
+        "warning: test has no negative film of rare: it has no AUROC",
+        "warning: test has no negative film of third: it has no AUROC",
+    ]
