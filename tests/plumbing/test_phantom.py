@@ -1,4 +1,4 @@
-"""Synthetic films: truth and pixels agree, (seed, index) decide all, files hold what they should."""
+"""Synthetic films: truth and pixels agree, (seed, index) decide all, files hold what is drawn."""
 
 import csv
 import subprocess

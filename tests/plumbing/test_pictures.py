@@ -1,4 +1,4 @@
-"""Pictures: where things land on the page, whether numbers get their colours and files are whole."""
+"""Pictures: where things land on the page, numbers get their colours, files are whole."""
 
 import numpy as np
 import pytest
