@@ -192,7 +192,7 @@ class Axes:
         for v in ticks(self.y0, self.y1):
             self.line([(self.x0, v), (self.x1, v)], PALE)
             left, height = self.place(self.x0, v)
-            self.text((left - 6, height), f"{10**v if log_y else v:g}", 12, "rm")
+            self.text((left - 6, height), f"{10**v:.3g}" if log_y else f"{v:g}", 12, "rm")
         for v in ticks(self.x0, self.x1, 6):
             left, height = self.place(v, self.y0)
             self.text((left, height + 5), f"{v:g}", 12, "ma")
