@@ -33,9 +33,8 @@ PHANTOM_SHAPE = 1  # (seed, patient): the anatomy, side and place of each findin
 PHANTOM_FILM = 2  # (seed, film): scanner, pose, breath, exposure, noise
 PHANTOM_SPLIT = 3  # (seed, patient): train, val or test
 PHANTOM_MARKER = 4  # (seed, film): collimated edge and letter
-PHANTOM_GAS = (
-    1  # (trees): gas in the gut; `trees` is a patient's own number, alone the vessels' key
-)
+# `trees` is a patient's own number; alone it is the key of the vessels
+PHANTOM_GAS = 1  # (trees): gas in the gut
 PHANTOM_TEXTURE = 2  # (trees): texture of the findings
 
 
