@@ -1,94 +1,134 @@
-"""Numbers that judge a model: AUROC, accuracy, Dice, Recall@k, collapse measures, linear probe and nearest neighbours.
+"""Numbers that judge a model: AUROC, accuracy, Dice, Recall@k, measures of collapse, linear probe.
 
-Every function takes NumPy arrays or torch tensors (any device) and computes in float64 on the CPU. Fractions, not percent.
+Every function takes NumPy arrays or torch tensors (any device) and computes in float64 on the CPU.
+Results are fractions, not percent.
 """
 
 import numpy as np
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 L2_GRID = tuple(np.logspace(-3, 3, 7))  # strengths of the probe's penalty, as 1 / C in scikit-learn
-
-
 L2_FALLBACK = 1.0  # where validation cannot choose because it lacks a class
 
 
-def _array(values):
+def to_array(values) -> np.ndarray:
     """Array or tensor → float64 NumPy array on the CPU."""
-    values = values.detach().cpu() if isinstance(values, torch.Tensor) else values
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
     return np.asarray(values, dtype=np.float64)
 
 
-def auroc(scores, labels):
-    """Area under the ROC curve in 0..1 of scores (n,) against labels (n,) 0/1: the share of (positive, negative) pairs ranked
-    rightly, a tie counting half. nan when one class is absent."""
-    scores, positive = _array(scores), _array(labels) > 0.5
-    positives, negatives = positive.sum(), (~positive).sum()
+# ---------------------------------------------------------------- downstream tasks
+def auroc(scores, labels) -> float:
+    """Area under the ROC curve, in 0..1: the share of (positive, negative) pairs that are ranked
+    rightly, a tie counting half.
+
+    scores (n,), labels (n,) of 0 and 1. nan when one class is absent or a score is nan.
+    """
+    scores = to_array(scores)
+    is_positive = to_array(labels) > 0.5
+    positives = is_positive.sum()
+    negatives = (~is_positive).sum()
     if not positives or not negatives or np.isnan(scores).any():
         return float("nan")
+    # Every set of equal scores gets the mean of its ranks, which are counted from 1.
     _, group, count = np.unique(scores, return_inverse=True, return_counts=True)
-    midrank = np.cumsum(count) - (count - 1) / 2  # mean rank, from 1, of each set of equal scores
-    above = midrank[group][positive].sum() - positives * (positives + 1) / 2
-    return float(above / (positives * negatives))
+    mean_rank = np.cumsum(count) - (count - 1) / 2
+    rank_sum = mean_rank[group][is_positive].sum()
+    pairs_won = rank_sum - positives * (positives + 1) / 2  # a rank counts other positives, too
+    return float(pairs_won / (positives * negatives))
 
 
-def mean_auroc(scores, labels):
-    """scores (n, c), labels (n, c) 0/1 → (unweighted mean over the classes that have both kinds, list of c values, nan where undefined)."""
-    scores, labels = _array(scores), _array(labels)
-    each = [auroc(s, t) for s, t in zip(scores.T, labels.T)]
-    defined = [a for a in each if not np.isnan(a)]
-    return (float(np.mean(defined)) if defined else float("nan")), each
+def mean_auroc(scores, labels) -> tuple[float, list[float]]:
+    """Unweighted mean AUROC over the classes that have positives and negatives, and all c values.
+
+    scores (n, c), labels (n, c) of 0 and 1. The values are nan where undefined.
+    """
+    columns = zip(to_array(scores).T, to_array(labels).T, strict=True)
+    values = [auroc(score, label) for score, label in columns]
+    defined = [value for value in values if not np.isnan(value)]
+    return (float(np.mean(defined)) if defined else float("nan")), values
 
 
-def accuracy(logits, labels):
+def accuracy(logits, labels) -> float:
     """Share of rows whose largest logit (n, c) is the label (n,)."""
-    return float((_array(logits).argmax(1) == _array(labels)).mean())
+    return float((to_array(logits).argmax(1) == to_array(labels)).mean())
 
 
-def dice(prediction, truth):
-    """2 |A ∩ B| / (|A| + |B|) of two boolean masks (H, W); empty against empty is 1, anything against empty 0 (DATASETS.md section 9)."""
-    prediction, truth = _array(prediction) > 0.5, _array(truth) > 0.5
+def dice(prediction, truth) -> float:
+    """Overlap of two masks (H, W), 2 |A ∩ B| / (|A| + |B|).
+
+    Empty against empty is 1 and anything against empty 0, as in the authors' code.
+    """
+    prediction = to_array(prediction) > 0.5
+    truth = to_array(truth) > 0.5
     total = prediction.sum() + truth.sum()
-    return float(2 * (prediction & truth).sum() / total) if total else 1.0
+    if not total:
+        return 1.0
+    return float(2 * (prediction & truth).sum() / total)
 
 
-def recall_at_k(errors, ks=(1, 3, 5)):
-    """errors (n, n): row i holds prediction i's error against every candidate, column i being the true one (METHOD.md, domain sensitivity).
-    → {k: share of rows whose true candidate is among the k smallest}; ties are broken evenly, so equal errors score chance, k / n."""
-    errors = _array(errors)
+# ---------------------------------------------------------------- pre-training
+def recall_at_k(errors, ks=(1, 3, 5)) -> dict[int, float]:
+    """Share of predictions whose true candidate is among the k of least error (Table 4).
+
+    errors (n, n): row i holds prediction i's error against every candidate, column i the true one.
+    Ties are broken evenly, so that equal errors score chance, k / n. → {k: share}
+    """
+    errors = to_array(errors)
     true = np.diag(errors)[:, None]
-    smaller, equal = (
-        (errors < true).sum(1),
-        (errors == true).sum(1),
-    )  # equal counts the true candidate itself
-    return {k: float(np.clip((k - smaller) / np.maximum(equal, 1), 0, 1).mean()) for k in ks}
+    smaller = (errors < true).sum(1)
+    equal = (errors == true).sum(1)  # counts the true candidate itself
+    recall = {}
+    for k in ks:
+        places_left = (k - smaller) / np.maximum(equal, 1)
+        recall[k] = float(np.clip(places_left, 0, 1).mean())
+    return recall
 
 
-def feature_std(features):
-    """Mean over dimensions of the standard deviation over the n rows of features (n, d): 0 when the encoder says the same of every film."""
-    return float(_array(features).std(0).mean())
+def feature_std(features) -> float:
+    """How much the n rows of features (n, d) differ: standard deviation, mean over the dimensions.
+
+    It is 0 when the encoder says the same of every film.
+    """
+    return float(to_array(features).std(0).mean())
 
 
-def spectrum(features):
+def spectrum(features) -> np.ndarray:
     """Singular values of features (n, d), largest first, summing to 1."""
-    values = np.linalg.svd(_array(features), compute_uv=False)
+    values = np.linalg.svd(to_array(features), compute_uv=False)
     return values / max(values.sum(), 1e-12)
 
 
-def rankme(features):
-    """Effective rank in 1..min(n, d): exp of the entropy of the normalised singular values (Garrido et al. 2023, Eq. 1)."""
+def rankme(features) -> float:
+    """Effective rank of features (n, d), in 1..min(n, d): exp of the entropy of their spectrum.
+
+    Garrido et al. 2023, Eq. 1.
+    """
     share = spectrum(features) + 1e-7
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def _scaling(train):
-    """Mean and 1 / standard deviation of the columns of train (n, d); 0 for constant columns, which thereby drop out."""
-    train = _array(train)
-    mean, std = train.mean(0), train.std(0)
-    return mean, np.where(std > 1e-9 * (1 + np.abs(mean)), 1 / np.maximum(std, 1e-300), 0.0)
+# ---------------------------------------------------------------- linear probe
+def column_scale(train) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and 1 / standard deviation of the columns of train (n, d).
+
+    The scale of a constant column is 0, so that it drops out.
+    """
+    train = to_array(train)
+    mean = train.mean(0)
+    std = train.std(0)
+    varies = std > 1e-9 * (1 + np.abs(mean))
+    return mean, np.where(varies, 1 / np.maximum(std, 1e-300), 0.0)
 
 
-def _fit_logistic(x, y, l2, start=None):
-    """Weights (d + 1,), bias last and unpenalised, minimising sum of log losses + l2 / 2 · |w|² for labels y (n,); full batch L-BFGS."""
+def fit_logistic(x, y, l2, start=None) -> torch.Tensor:
+    """Logistic regression of labels y (n,) on x (n, d) by full-batch L-BFGS.
+
+    Minimises the sum of the log losses + l2 / 2 · |w|². → weights (d + 1,), the unpenalised bias
+    last
+    """
     weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64) if start is None else start.clone()
     weights.requires_grad_(True)
     optimizer = torch.optim.LBFGS(
@@ -103,10 +143,8 @@ def _fit_logistic(x, y, l2, start=None):
     def closure():
         optimizer.zero_grad()
         logits = x @ weights[:-1] + weights[-1]
-        loss = (
-            torch.nn.functional.binary_cross_entropy_with_logits(logits, y)
-            + l2 / (2 * len(y)) * weights[:-1].square().sum()
-        )
+        penalty = l2 / (2 * len(y)) * weights[:-1].square().sum()
+        loss = binary_cross_entropy_with_logits(logits, y) + penalty
         loss.backward()
         return loss
 
@@ -114,50 +152,54 @@ def _fit_logistic(x, y, l2, start=None):
     return weights.detach()
 
 
-def _fit_one(train_x, y, val_x, val_y):
-    """Weights (d + 1,) of one binary label: one fit per strength, strong to weak, each starting from the last; best on validation wins."""
-    best, best_auroc, weights = None, -1.0, None
-    can_choose = not np.isnan(auroc(np.zeros(len(val_y)), val_y))
-    for l2 in sorted(L2_GRID, reverse=True) if can_choose else [L2_FALLBACK]:
-        weights = _fit_logistic(train_x, y, l2, weights)
-        value = auroc(val_x @ weights[:-1], val_y) if can_choose else 0.0
+def fit_best_logistic(train_x, train_y, val_x, val_y) -> np.ndarray:
+    """Logistic regression of one label at the strength of L2 that is best on validation.
+
+    The strengths are tried from strong to weak, each fit starting from the last. Where validation
+    lacks a class, L2_FALLBACK is taken. → weights (d + 1,)
+    """
+    if np.isnan(auroc(np.zeros(len(val_y)), val_y)):
+        return fit_logistic(train_x, train_y, L2_FALLBACK).numpy()
+    weights = None
+    best = None
+    best_auroc = -1.0
+    for l2 in sorted(L2_GRID, reverse=True):
+        weights = fit_logistic(train_x, train_y, l2, weights)
+        value = auroc(val_x @ weights[:-1], val_y)
         if value > best_auroc:  # a tie keeps the stronger penalty
-            best, best_auroc = weights, value
+            best = weights
+            best_auroc = value
     return best.numpy()
 
 
-def fit_probe(train_x, train_y, val_x, val_y):
-    """Logistic regression on train_x (n, d), standardised by train; labels (n,) or, one regression a column, (n, c). The L2 strength is chosen
-    per label by validation AUROC (L2_FALLBACK where validation lacks a class). → weight (d, c), bias (c,): logits of raw features are x @ weight + bias."""
-    train_y, val_y = (y.reshape(len(y), -1) for y in (_array(train_y), _array(val_y)))
-    mean, scale = _scaling(train_x)
-    train, val = ((_array(x) - mean) * scale for x in (train_x, val_x))
+def fit_probe(train_x, train_y, val_x, val_y) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a linear probe: features standardised by train, one logistic regression per label.
+
+    train_x, val_x (n, d); labels (n,) or (n, c); every label gets its own strength of L2.
+    → weight (d, c), bias (c,): the logits of raw features are x @ weight + bias
+    """
+    train_y = to_array(train_y).reshape(len(train_y), -1)
+    val_y = to_array(val_y).reshape(len(val_y), -1)
+    mean, scale = column_scale(train_x)
+    train = (to_array(train_x) - mean) * scale
+    val = (to_array(val_x) - mean) * scale
+    # With more dimensions than films the solution lies in the span of the films: rotating the
+    # features into it is exact, and fast.
     basis = np.eye(train.shape[1])
-    if (
-        train.shape[1] > len(train)
-    ):  # more dimensions than films: the solution lies in their span, so rotate into it (exact, and fast)
+    if train.shape[1] > len(train):
         basis = np.linalg.svd(train, full_matrices=False)[2].T
-    train, val = (torch.from_numpy(np.ascontiguousarray(x @ basis)) for x in (train, val))
-    fitted = np.stack(
-        [_fit_one(train, torch.tensor(y), val, v) for y, v in zip(train_y.T, val_y.T)], 1
-    )  # (d + 1, c)
+    train = torch.from_numpy(np.ascontiguousarray(train @ basis))
+    val = torch.from_numpy(np.ascontiguousarray(val @ basis))
+    columns = []
+    for label, val_label in zip(train_y.T, val_y.T, strict=True):
+        columns.append(fit_best_logistic(train, torch.tensor(label), val, val_label))
+    fitted = np.stack(columns, 1)  # (d + 1, c)
     weight = scale[:, None] * (basis @ fitted[:-1])
     return weight, fitted[-1] - mean @ weight
 
 
-def linear_probe(train_x, train_y, val_x, val_y, test_x):
-    """Logits of test_x (m, d) by fit_probe on the other two; labels (n,) or (n, c) → (m,) or (m, c)."""
+def linear_probe(train_x, train_y, val_x, val_y, test_x) -> np.ndarray:
+    """Logits of test_x (m, d) by a probe of train and val: (m,) or (m, c), as the labels are."""
     weight, bias = fit_probe(train_x, train_y, val_x, val_y)
-    scores = _array(test_x) @ weight + bias
+    scores = to_array(test_x) @ weight + bias
     return scores[:, 0] if np.ndim(train_y) == 1 else scores
-
-
-def knn_scores(train_x, train_y, test_x, k=20):
-    """Mean label of the k nearest training rows by cosine similarity of standardised features; labels (n,) or (n, c) → (m,) or (m, c)."""
-    mean, scale = _scaling(train_x)
-    train, test = ((_array(x) - mean) * scale for x in (train_x, test_x))
-    train, test = (
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (train, test)
-    )
-    nearest = np.argsort(-(test @ train.T), axis=1, kind="stable")[:, :k]
-    return _array(train_y)[nearest].mean(1)
