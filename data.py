@@ -1,18 +1,17 @@
-"""Images in: any folder of films → two views of one film, the same whatever the number of workers and ranks.
+"""From files to batches: the films of any folder, two crops of a film for pre-training, and the
+examples of a downstream task. What is drawn never depends on the number of workers or processes.
 
-    python data.py check --data DIR                            # what is there, what was recognised, which films are bad and why
-    python data.py pack  --data DIR --out cxr.pack --side 320  # decode once; training then maps the file into memory
+    python data.py check --data DIR                  # what is there; what cannot be read, and why
+    python data.py pack --data DIR --out cxr.pack    # decode once; training then maps the file
 
-MIMIC-CXR-JPG, CheXpert and ChestX-ray14 are recognised by their lists, wherever these lie below DIR; of them only frontal training
-films are taken. Everything else below DIR that looks like a film is taken too, and so is what packed files (*.pack) hold.
+MIMIC-CXR-JPG, CheXpert and ChestX-ray14 are recognised by their lists, wherever these lie below
+DIR; of them only frontal training films are taken. Everything else below DIR that looks like a film
+is taken too, and so is what packed files (*.pack) hold.
 """
 
-import itertools
 import os
 import sys
 import time
-from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,88 +20,58 @@ import torch
 from tqdm import tqdm
 
 import augment
-from plumbing.film import UnreadableFilm, fit, read_film, read_mask
-from plumbing.folder import cached_index, make_index
-from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS
+from plumbing.film import UnreadableFilm, fit, read_mask, read_shrunk
+from plumbing.folder import Index, choose_films
+from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS, numpy_rng
 from plumbing.launch import UserError, flag, parse, run_script
-from plumbing.pack import Pack, attempts, pack_films
+from plumbing.pack import Films, InMemory, Pack, pack_films, read_all
 from plumbing.table import match, read_table
 
 
-class Films:
-    """films[i] → uint8 (H, W), short side at most `side` (0 = as stored); raises UnreadableFilm. Packed films are views of the mapped file.
+# ---------------------------------------------------------------- films
+def open_films(root, cache_dir=None, side: int = 320, patients=None, mimic_all=False) -> Films:
+    """All films below the folder `root`, or in the packed file `root` → Films.
 
-    names: paths below the root; patients: who; summary: lines that say what was recognised.
-    """
-
-    def __init__(self, root, names, patients, packs, side, summary):
-        self.root, self.files, self.packs, self.side, self.summary = (
-            str(root),
-            len(names),
-            packs,
-            side,
-            summary,
-        )
-        self.names = list(itertools.chain(names, *(p.names for p in packs)))
-        self.patients = list(itertools.chain(patients, *(p.patients for p in packs)))
-        self.starts = list(itertools.accumulate((len(p) for p in packs), initial=self.files))
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        if i >= self.files:
-            k = bisect_right(self.starts, i) - 1
-            return self.packs[k][i - self.starts[k]]
-        film = read_film(f"{self.root}/{self.names[i]}", self.side)
-        return fit(film, self.side) if 0 < self.side < min(film.shape) else film
-
-    def verified(self, i):
-        """films[i]; a packed one is compared with its checksum first."""
-        k = bisect_right(self.starts, i) - 1
-        return self[i] if i < self.files else self.packs[k].verified(i - self.starts[k])
-
-
-def open_films(root, cache_dir=None, side=320, patients=None, mimic_all=False):
-    """All films below the folder `root`, or in the packed file `root` → Films. Raises Stop when there is nothing.
-
-    cache_dir: where the index is kept. patients: CSV (filename, patient_id) for films of other folders, whose patient is else their name.
-    mimic_all: MIMIC's own validation and test films, too.
+    cache_dir: where the list of what lies below root is kept. patients: CSV (filename, patient_id)
+    for films of folders of your own, each of which else counts as a patient. mimic_all: take
+    MIMIC's own validation and test films, too. Raises UserError when there is no film.
     """
     root = Path(root).expanduser()
     if root.is_file() and root.suffix == ".pack":
         pack = Pack(root)
-        return Films(root.parent, [], [], [pack], side, [pack.told])
+        return Films(root.parent, {}, [pack], side, [pack.summary])
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
-    index = (
-        cached_index(root, Path(cache_dir) / "films.json", mimic_all)
-        if cache_dir
-        else make_index(root, mimic_all)
-    )
-    known = index["patients"]
+    index = Index(root, Path(cache_dir) / "films.json" if cache_dir else None)
+    packs = {name: Pack(root / name) for name in index.names if name.endswith(".pack")}
+    patient_of, summary = choose_films(index, packs, mimic_all)
+    if not patient_of and not packs:
+        found = "; ".join(summary) or "none looks like a film"
+        raise UserError(
+            f"--data {root}: no films to train on below it ({len(index.names):,} files; {found})"
+        )
     if patients:
         rows = read_table(patients, "filename", "patient_id")
-        table = {row["filename"]: row["patient_id"] for row in rows if row["patient_id"]}
-        known = [table.get(row, old) for row, old in zip(match(index["names"], table), known)]
-    return Films(
-        root,
-        index["names"],
-        known,
-        [Pack(root / name) for name in index["packs"]],
-        side,
-        index["summary"],
-    )
+        told = {row["filename"]: row["patient_id"] for row in rows}
+        for name, filename in zip(list(patient_of), match(patient_of, told), strict=True):
+            if filename is not None:
+                patient_of[name] = told[filename]
+    summary += [pack.summary for pack in packs.values()]
+    return Films(root, patient_of, list(packs.values()), side, summary)
 
 
+# ---------------------------------------------------------------- pre-training
 class Views(torch.utils.data.Dataset):
-    """Item (epoch, i) → two crops of film i and where they lie: views uint8 (2, size, size), boxes float32 (2, 4) px, flips bool (2,).
+    """Item (epoch, i) → two crops of film i and where they lie, drawn by (seed, epoch, i).
 
-    A film that cannot be read gives way to the next that can; `unreadable` and `reason` then tell of it. Keyed by (seed, epoch, i).
+    views uint8 (2, size, size), boxes float32 (2, 4) px, flips bool (2,); unreadable, reason: see
+    read_or_next. subset: numbers of the films to take, all by default; i counts in it.
     """
 
     def __init__(self, films, size, seed, subset=None):
-        self.films, self.size, self.seed = films, size, seed
+        self.films = films
+        self.size = size
+        self.seed = seed
         self.subset = np.arange(len(films)) if subset is None else np.asarray(subset)
 
     def __len__(self):
@@ -111,25 +80,23 @@ class Views(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, i = key
         film, replaced = self.read(i)
-        rng = np.random.default_rng((VIEWS, self.seed, epoch, i))
-        boxes, flips = augment.sample_boxes(rng, *film.shape)
-        crops = [
-            augment.crop(film, box, self.size, flip) for box, flip in zip(boxes, flips, strict=True)
-        ]
-        views = np.stack(crops)
+        boxes, flips = augment.sample_boxes(numpy_rng(VIEWS, self.seed, epoch, i), *film.shape)
+        views = np.stack([augment.crop(film, boxes[k], self.size, flips[k]) for k in (0, 1)])
         return {"views": views, "boxes": boxes.astype(np.float32), "flips": flips, **replaced}
 
     def read(self, i):
-        """Film i, or the next readable one → (film, what read_or_next says of film i)."""
+        """Film i, or the next that can be read → (film, what read_or_next says of film i)."""
         _, film, replaced = read_or_next(self.films, self.subset, i)
         return film, replaced
 
 
 class Batches:
-    """Batch sampler: yields the list of (epoch, i) of every micro-batch of this rank, from `start_step` until `steps` (default: one epoch).
+    """Batch sampler: the list of (epoch, i) of every micro-batch of one process, step after step.
 
-    Step s is a slice of `batch` places of the epochs' permutations of n, each cut to whole batches; a rank owns a contiguous share of
-    it and takes that in micro-batches. So rank, world, micro and resuming never change which film lies at which place of which step.
+    Every epoch shuffles the n films and drops the incomplete last batch. Step s is one global batch
+    of that order; each process takes its contiguous share, in micro-batches. So the number of
+    processes, the size of micro-batches and resuming never change which film is at which place of
+    which step. From `start_step` until `steps`, by default one epoch.
     """
 
     def __init__(self, n, batch, micro, rank, world, seed, start_step=0, steps=None):
@@ -139,142 +106,67 @@ class Batches:
             )
         if batch % (micro * world):
             raise UserError(
-                f"batch {batch} is not a multiple of micro-batch {micro} × {world} processes: change --batch"
+                f"batch {batch} is not a multiple of micro-batch {micro} × {world} processes: "
+                "change --batch"
             )
-        self.n, self.batch, self.micro, self.rank, self.world, self.seed = (
-            n,
-            batch,
-            micro,
-            rank,
-            world,
-            seed,
-        )
-        self.start_step, self.steps, self.steps_per_epoch = (
-            start_step,
-            n // batch if steps is None else steps,
-            n // batch,
-        )
+        self.n = n
+        self.batch = batch
+        self.micro = micro
+        self.rank = rank
+        self.share = batch // world
+        self.seed = seed
+        self.start_step = start_step
+        self.steps_per_epoch = n // batch
+        self.steps = self.steps_per_epoch if steps is None else steps
 
     def __len__(self):
-        return max(0, self.steps - self.start_step) * (self.batch // self.world // self.micro)
+        return max(0, self.steps - self.start_step) * (self.share // self.micro)
 
     def __iter__(self):
-        share, drawn = self.batch // self.world, None
+        order_of = None  # the epoch that `order` belongs to
         for step in range(self.start_step, self.steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != drawn:
-                order, drawn = (
-                    np.random.default_rng((ORDER, self.seed, epoch)).permutation(self.n),
-                    epoch,
-                )
-            first = place * self.batch + self.rank * share
-            for start in range(first, first + share, self.micro):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != order_of:
+                order = numpy_rng(ORDER, self.seed, epoch).permutation(self.n)
+                order_of = epoch
+            first = step_of_epoch * self.batch + self.rank * self.share
+            for start in range(first, first + self.share, self.micro):
                 yield [(epoch, int(i)) for i in order[start : start + self.micro]]
 
 
-# ------------------------------------------------------------------------------------------------ commands
-@dataclass
-class Config:
-    data: str | None = flag(
-        None, "folder of films, any mix of sets and sub-folders, or a packed file"
-    )
-    out: str = flag("cxr.pack", "pack: the file to write")
-    side: int = flag(320, "pack: short side in px; larger films are shrunk, 0 keeps them")
-    workers: int = flag(len(os.sched_getaffinity(0)), "reading processes")
-    patients: str | None = flag(None, "CSV with columns filename,patient_id for films of your own")
-    mimic_all: bool = flag(False, "take MIMIC's validation and test films, too")
+# ---------------------------------------------------------------- films that cannot be read
+def read_or_next(films, numbers, at: int, tries: int = 100):
+    """Read film numbers[at], or, when it cannot be read, the next of `numbers` that can.
 
-
-def check(films, workers):
-    """Read every film; name the bad ones with their reasons."""
-    began, bad = time.time(), 0
-    for i, (film, reason) in enumerate(attempts(films, 0, workers, "check")):
-        if film is None:
-            tqdm.write(f"bad: {films.names[i]}: {reason}")
-            bad += 1
-    print(
-        f"{len(films) - bad:,} of {len(films):,} films can be read, {bad:,} bad ({bad / len(films):.2%}); "
-        f"{len(films) / (time.time() - began):.0f} films/s with {workers} workers"
-    )
-    if bad > 0.01 * len(films):
-        print(
-            "more than 1 % bad: pretrain.py would stop; move the files named above away, or mend them"
-        )
-
-
-def pack(films, out, workers):
-    """Pack the films, unless that is done; say how fast, how big, and which were left out."""
-    began = time.time()
-    done = Path(out).exists()
-    packed = Pack(out) if done else pack_films(films, out, workers)
-    for name, reason in packed.bad:
-        print(f"bad, left out: {name}: {reason}")
-    rate = (
-        "already there"
-        if done
-        else f"{len(films) / (time.time() - began):.0f} films/s with {workers} workers"
-    )
-    print(
-        f"{out}: {len(packed):,} films, short side {packed.side}, {Path(out).stat().st_size:,} bytes, checksums verified; {rate}"
-    )
-
-
-def command():
-    """check or pack, as the first word of the command line says."""
-    word, argv = (sys.argv[1:2] or ["?"])[0], sys.argv[2:]
-    config = parse(
-        Config, __doc__, ["--help"] if word in ("-h", "--help") else argv, prog=f"data.py {word}"
-    )
-    if word not in ("check", "pack") or not config.data:
-        raise UserError(
-            "say what to do with which films: python data.py check --data DIR, or python data.py pack --data DIR --out cxr.pack"
-        )
-    films = open_films(
-        config.data, side=config.side, patients=config.patients, mimic_all=config.mimic_all
-    )
-    print("\n".join(films.summary))
-    check(films, config.workers) if word == "check" else pack(films, config.out, config.workers)
-
-
-# ------------------------------------------------------------------------------------------------ films that are kept, and films that cannot be read
-class InMemory:
-    """A small set of films: each is decoded once and then kept. It looks like the set behind it, names, patients and errors included."""
-
-    def __init__(self, films):
-        vars(self).update(vars(films))  # names, patients, …
-        self.films = films
-        self.decoded = {}  # {i: film, or the error that it raised}
-
-    def __len__(self):
-        return len(self.films)
-
-    def __getitem__(self, i):
-        if i not in self.decoded:
-            self.decoded[i] = self.attempt(i)
-        if isinstance(self.decoded[i], UnreadableFilm):
-            raise self.decoded[i]
-        return self.decoded[i]
-
-    def attempt(self, i):
-        """Film i, or the error that it raises."""
+    → (number of the film, the film, {"unreadable": name, "reason": why} of numbers[at]: "" and ""
+    when that one was read). UserError when `tries` films in a row cannot be read.
+    """
+    first_name = films.names[numbers[at]]
+    first_reason = ""
+    tries = min(tries, len(numbers))
+    for k in range(tries):
+        number = int(numbers[(at + k) % len(numbers)])
         try:
-            return self.films[i]
+            film = films[number]
         except UnreadableFilm as error:
-            return error
+            first_reason = first_reason or str(error)
+            continue
+        return number, film, {"unreadable": first_name if k else "", "reason": first_reason}
+    raise UserError(
+        f"{tries} films in a row cannot be read, from {first_name} on ({first_reason}): "
+        "python data.py check --data … names them all"
+    )
 
-    def decode_all(self):
-        """Decode every film now, with threads and a progress bar."""
-        numbers = range(len(self))
-        with ThreadPoolExecutor() as pool:
-            decoded = pool.map(self.attempt, numbers)
-            bar = tqdm(decoded, "decode", len(self), unit=" films", leave=False, disable=None)
-            self.decoded = dict(zip(numbers, bar, strict=True))
+
+def is_too_many(unreadable: int, total: int) -> bool:
+    """Whether so many unreadable films stop a run: more than one, and more than 1 % of all."""
+    return unreadable > max(1, 0.01 * total)
 
 
 class UnreadableFilms:
-    """Names each film that cannot be read, once and with the reason; more than one film and 1 % of all stop the run.
+    """Names each film that cannot be read, once and with the reason; too many stop the run.
 
-    reasons: {name: why it cannot be read}
+    total: films of the run; reasons: {name: why it cannot be read}.
     """
 
     def __init__(self, total):
@@ -282,15 +174,16 @@ class UnreadableFilms:
         self.reasons = {}
 
     def note(self, name, reason):
-        """Note one film."""
+        """Note one film. UserError when it is one too many."""
         if name in self.reasons:
             return
         self.reasons[name] = reason
-        tqdm.write(f"bad film, skipped ({len(self.reasons)} so far): {name}: {reason}")
-        if len(self.reasons) > max(1, 0.01 * self.total):
+        count = len(self.reasons)
+        tqdm.write(f"bad film, skipped ({count} so far): {name}: {reason}")
+        if is_too_many(count, self.total):
             first = ", ".join(list(self.reasons)[:3])
             raise UserError(
-                f"{len(self.reasons)} of {self.total} films cannot be read, more than 1 %: {first} …: "
+                f"{count} of {self.total} films cannot be read, more than 1 %: {first} …: "
                 "python data.py check --data … names them all; mend them or take them away"
             )
 
@@ -301,33 +194,12 @@ class UnreadableFilms:
                 self.note(name, reason)
 
 
-def read_or_next(films, numbers, at, tries=100):
-    """Film numbers[at], or, when it cannot be read, the next that can. → (its number, the film, {"unreadable": name, "reason": why})
-
-    The names of the dict are those of numbers[at], and empty when that was readable. UserError when `tries` in a row are unreadable.
-    """
-    first_reason = ""
-    tries = min(tries, len(numbers))
-    for k in range(tries):
-        number = int(numbers[(at + k) % len(numbers)])
-        try:
-            film = films[number]
-        except UnreadableFilm as error:
-            first_reason = first_reason or str(error)
-            continue
-        name = films.names[numbers[at]] if first_reason else ""
-        return number, film, {"unreadable": name, "reason": first_reason}
-    first = films.names[numbers[at]]
-    raise UserError(
-        f"{tries} films in a row cannot be read, from {first} on ({first_reason}): python data.py check --data … names them all"
-    )
-
-
-# ------------------------------------------------------------------------------------------------ examples of a downstream task
+# ---------------------------------------------------------------- examples of a downstream task
 class TaskFilms:
-    """films[i] → (film uint8 (H, W), mask bool (size, size) or None) of example i; raises UnreadableFilm.
+    """films[i] → (film uint8 (H, W), mask bool (size, size) or None) of example i.
 
-    Films come at a short side of at most twice `size`, as the authors' 512 px for 224.
+    Films come at a short side of at most twice `size`, as the authors' 512 px for 224. Raises
+    UnreadableFilm, also for a mask that cannot be read.
     """
 
     def __init__(self, examples, size):
@@ -340,9 +212,7 @@ class TaskFilms:
 
     def __getitem__(self, i):
         example = self.examples[i]
-        film = read_film(example.path, 2 * self.size)
-        if min(film.shape) > 2 * self.size:
-            film = fit(film, 2 * self.size)
+        film = read_shrunk(example.path, 2 * self.size)
         if example.mask is None:
             return film, None
         try:
@@ -352,8 +222,8 @@ class TaskFilms:
         return film, augment.mask_to(mask, self.size)
 
 
-def open_examples(examples, size, in_memory):
-    """The films of these examples, all decoded now and kept when `in_memory`, else decoded at every use."""
+def open_examples(examples, size: int, in_memory: bool):
+    """The films of some examples: all decoded now and kept in memory, or decoded at every use."""
     films = TaskFilms(examples, size)
     if in_memory:
         films = InMemory(films)
@@ -362,9 +232,10 @@ def open_examples(examples, size, in_memory):
 
 
 class TrainExamples(torch.utils.data.Dataset):
-    """Item (epoch, i) → view uint8 (size, size) and goal, the target float (c,) or the mask float (size, size), both cut at random.
+    """Item (epoch, i) → a view of film i and what to predict of it, cut by (seed, epoch, i).
 
-    A film that cannot be read gives way to the next that can; `unreadable` and `reason` then tell of it. Keyed by (seed, epoch, i).
+    view uint8 (size, size); goal float, target (c,) or mask (size, size), cut as the view is;
+    unreadable, reason: see read_or_next.
     """
 
     def __init__(self, films, seed):
@@ -375,7 +246,7 @@ class TrainExamples(torch.utils.data.Dataset):
         epoch, i = key
         size = self.films.size
         number, (film, mask), replaced = read_or_next(self.films, range(len(self.films)), i)
-        rng = np.random.default_rng((TRAIN_VIEW, self.seed, epoch, i))
+        rng = numpy_rng(TRAIN_VIEW, self.seed, epoch, i)
         if mask is None:
             view = augment.train_crop(film, rng, size)
             goal = self.films.examples[number].target
@@ -384,15 +255,19 @@ class TrainExamples(torch.utils.data.Dataset):
         return {"view": np.array(view), "goal": np.asarray(goal, np.float32), **replaced}
 
 
-def test_views(film, size, ten=False):
-    """The crops that a film is tested on: short side 256 (for size 224), then its centre crop, or ten. → uint8 (1 or 10, size, size)"""
+def test_views(film, size: int, ten=False):
+    """The centre crop that a film is tested on, or ten; the short side becomes 256 px for size 224.
+
+    uint8 (H, W) → uint8 (1 or 10, size, size)
+    """
     return augment.centre_crops(fit(film, round(size * 256 / 224)), size, ten)
 
 
 class TestExamples(torch.utils.data.Dataset):
-    """Item i → views uint8 (1 or 10, size, size), goal (target or mask, float) and index i.
+    """Item i → what to predict of film i, and from which crops of it.
 
-    A film that cannot be read gives zeros, and its name and why under `unreadable` and `reason`, which else are empty.
+    views uint8 (1 or 10, size, size), goal as in TrainExamples, index i. A film that cannot be read
+    gives zeros, its name under `unreadable` and why under `reason`; both are "" otherwise.
     """
 
     def __init__(self, films, ten=False):
@@ -421,5 +296,77 @@ class TestExamples(torch.utils.data.Dataset):
         return {"views": np.array(views), "goal": np.float32(goal), **item}
 
 
+# ---------------------------------------------------------------- python data.py check|pack
+def count_cpus():
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: what a job or container was given
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass
+class Config:
+    data: str = flag(None, "folder of films, any mix of sets and sub-folders, or a packed file")
+    out: str = flag("cxr.pack", "pack: the file to write")
+    side: int = flag(320, "pack: short side in px; larger films are shrunk, 0 keeps them")
+    workers: int = flag(count_cpus(), "reading processes")
+    patients: str = flag(None, "CSV with columns filename,patient_id for films of your own")
+    mimic_all: bool = flag(False, "take MIMIC's validation and test films, too")
+
+
+def check(films, workers):
+    """Read every film; name those that cannot be read, with their reasons."""
+    began = time.time()
+    unreadable = 0
+    for name, (film, reason) in zip(films.names, read_all(films, 0, workers, "check"), strict=True):
+        if film is None:
+            tqdm.write(f"bad: {name}: {reason}")
+            unreadable += 1
+    share = unreadable / len(films)
+    rate = len(films) / (time.time() - began)
+    print(
+        f"{len(films) - unreadable:,} of {len(films):,} films can be read, {unreadable:,} bad "
+        f"({share:.2%}); {rate:.0f} films/s with {workers} workers"
+    )
+    if is_too_many(unreadable, len(films)):
+        print(
+            "more than 1 % bad: training would stop; mend the films named above, or take them away"
+        )
+
+
+def pack(films, out, workers):
+    """Pack the films, unless that is done; say how fast, how big, and which were left out."""
+    began = time.time()
+    if Path(out).exists():
+        packed = Pack(out)
+        rate = "already there"
+    else:
+        packed = pack_films(films, out, workers)
+        rate = f"{len(films) / (time.time() - began):.0f} films/s with {workers} workers"
+    for name, reason in packed.unreadable:
+        print(f"bad, left out: {name}: {reason}")
+    print(
+        f"{out}: {len(packed):,} films, short side {packed.side}, {Path(out).stat().st_size:,} "
+        f"bytes, checksums verified; {rate}"
+    )
+
+
+def main():
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    wants_help = word in ("-h", "--help")
+    args = parse(Config, __doc__, sys.argv[1 if wants_help else 2 :], prog="data.py check|pack")
+    if word not in ("check", "pack") or not args.data:
+        raise UserError(
+            "say what to do with which films: python data.py check --data DIR, "
+            "or python data.py pack --data DIR --out cxr.pack"
+        )
+    films = open_films(args.data, None, args.side, args.patients, args.mimic_all)
+    print("\n".join(films.summary))
+    if word == "check":
+        check(films, args.workers)
+    else:
+        pack(films, args.out, args.workers)
+
+
 if __name__ == "__main__":
-    run_script(command)
+    run_script(main)

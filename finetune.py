@@ -602,7 +602,7 @@ def main():
         asked.labels,
         asked.shots,
         asked.column,
-        out / "index.txt" if team.lead else None,
+        out / "films.json" if team.lead else None,
     )
     kind, labels, metric = splits.kind, splits.labels, METRIC[splits.kind]
     ready = load_finetuned(path, device, kind, labels) if asked.eval else None

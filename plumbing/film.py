@@ -1,6 +1,8 @@
-"""One film from one file, whatever radiographs are saved as → uint8 (H, W), bright = dense; and the packed file of many. Part of data.py.
+"""One film and its mask from one file each: whatever radiographs are saved as → uint8 (H, W),
+bright = dense.
 
-What a file is, its first bytes say, never its name. A file that is not a readable film raises UnreadableFilm with the reason.
+What a file is, its first bytes say, never its name. A file that cannot be read as a film raises
+UnreadableFilm with the reason.
 """
 
 import os
@@ -10,126 +12,109 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from plumbing.launch import UserError
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "TIFF",
-    "GIF",
-    "BMP",
-    "JPEG2000",
-)  # named, so that Pillow never starts a PostScript interpreter
-
-
-IMAGE_STARTS = (
-    b"\x89PNG",
-    b"\xff\xd8\xff",
-    b"GIF8",
-    b"II*\0",
-    b"MM\0*",
-    b"BM",
-    b"\0\0\0\x0cjP  ",
-    b"\xff\x4f\xff\x51",
+# Suffixes of films, in lower case; files without a suffix are looked into.
+SUFFIXES = frozenset(
+    ".png .jpg .jpeg .jpe .jfif .webp .tif .tiff .gif .bmp .jp2 .dcm .dicom .dic".split()
 )
 
+# Named one by one, so that Pillow never starts a PostScript interpreter.
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "JPEG2000")
 
-DICOM_STARTS = (
-    b"\x02\0\0\0",
-    b"\x02\0\x10\0",
-    b"\x08\0\0\0",
-    b"\x08\0\x05\0",
-    b"\x08\0\x08\0",
-    b"\x08\0\x16\0",
-)  # tags, without header
+# The first bytes of PNG, JPEG, GIF, TIFF (both byte orders), BMP, JPEG 2000 (boxed and bare).
+# fmt: off
+IMAGE_STARTS = (
+    b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"BM",
+    b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51",
+)
+# fmt: on
 
+# A DICOM file without the usual header begins with one of these tags of groups 2 and 8.
+DICOM_STARTS = tuple(
+    bytes.fromhex(tag)
+    for tag in ("02000000", "02001000", "08000000", "08000500", "08000800", "08001600")
+)
 
-OPENJPEG = (
-    "1.2.840.10008.1.2.4.90",
-    "1.2.840.10008.1.2.4.91",
-)  # JPEG 2000; every other compressed syntax: libjpeg
-
-
-SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".bmp",
-    ".jp2",
-    ".dcm",
-    ".dicom",
-    ".dic",
-}
+# Transfer syntaxes of JPEG 2000, which openjpeg decodes; libjpeg decodes the other compressed ones.
+OPENJPEG = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 
 
 class UnreadableFilm(Exception):
     """A file that cannot be read as a film; the message is the reason."""
 
 
-def sniff(head):
-    """'dicom', 'image' or '' from the first 132 or more bytes of a file."""
+# ---------------------------------------------------------------- what a file is
+def sniff(head: bytes) -> str:
+    """'dicom', 'image' or '' for neither, from the first 132 or more bytes of a file."""
     if head[128:132] == b"DICM" or head.startswith(DICOM_STARTS):
         return "dicom"
-    return (
-        "image"
-        if head.startswith(IMAGE_STARTS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-        else ""
-    )
+    is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    return "image" if is_webp or head.startswith(IMAGE_STARTS) else ""
 
 
-def looks_like_film(path):
-    """By suffix; a file without one, or with a number for one as DICOM UIDs have, by its first bytes."""
+def looks_like_film(path: str) -> bool:
+    """Whether a file looks like a film: by its suffix, and without one by its first bytes.
+
+    Names of DICOM files are often UIDs, so that a number is no suffix.
+    """
     name = os.path.basename(path)
     suffix = os.path.splitext(name)[1].lower()
     if suffix[1:] and not suffix[1:].isdigit():
         return suffix in SUFFIXES
+    if name == "DICOMDIR":
+        return False
     try:
         with open(path, "rb") as file:
-            return name != "DICOMDIR" and bool(sniff(file.read(132)))
+            return sniff(file.read(132)) != ""
     except OSError:
         return False
 
 
-def read_film(path, side=0):
-    """Any image or DICOM file → uint8 (H, W). Raises UnreadableFilm, also for constant and black-and-white pictures (masks, posterised films).
+# ---------------------------------------------------------------- films
+def read_film(path, side: int = 0) -> np.ndarray:
+    """Read any image or DICOM file → uint8 (H, W).
 
-    side: the short side that is wanted, px: a JPEG may then be decoded at 1/2, 1/4 or 1/8, never below `side`. 0 = full size.
+    side: the short side that is wanted, px. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its
+    size, never below `side`; 0 = full size. Raises UnreadableFilm, also for pictures without
+    anatomy (refuse_flat).
     """
     try:
         with open(path, "rb") as file:
             head = file.read(256)
         kind = sniff(head)
-        if not kind:
-            raise UnreadableFilm(
-                f"neither an image nor DICOM (begins with {head[:12]!r})" if head else "empty file"
-            )
-        film = (
-            read_dicom(path, head[128:132] == b"DICM")
-            if kind == "dicom"
-            else read_image(path, side)
-        )
+        if kind == "dicom":
+            film = read_dicom(path, has_header=head[128:132] == b"DICM")
+        elif kind == "image":
+            film = read_image(path, side)
+        elif head:
+            raise UnreadableFilm(f"neither an image nor DICOM (begins with {head[:12]!r})")
+        else:
+            raise UnreadableFilm("empty file")
     except UnreadableFilm:
         raise
     except UnidentifiedImageError:
         raise UnreadableFilm("damaged image header") from None
     except Exception as error:  # a decoder may raise anything on a broken file
-        raise UnreadableFilm(
-            (
-                getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-            ).splitlines()[0]
-        ) from None
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise UnreadableFilm(reason.splitlines()[0]) from None
     return refuse_flat(film)
 
 
-def refuse_flat(film):
-    """The film itself, unless it is tiny, constant, or nine tenths of it are pure black or white: no anatomy is left in it.
+def read_shrunk(path, side: int) -> np.ndarray:
+    """Read a film at a short side of at most `side` px, smaller ones and all for 0 as stored.
 
-    Of 2,050 real films the worst, a small body in a black border, has half of its pixels there; a posterised one 98 %.
+    → uint8 (H, W)
+    """
+    film = read_film(path, side)  # a reduced JPEG, too, may still be nearly twice as large
+    is_larger = 0 < side < min(film.shape)
+    return fit(film, side) if is_larger else film
+
+
+def refuse_flat(film: np.ndarray) -> np.ndarray:
+    """The film itself, unless no anatomy is left in it.
+
+    That is, when it is tiny, constant, or nine tenths of it are pure black or white. Of 2,050 real
+    films the worst, a small body in a black border, has half of its pixels there; a posterised one
+    has 98 %.
     """
     if min(film.shape) < 16:
         raise UnreadableFilm(f"only {film.shape[1]} × {film.shape[0]} px")
@@ -142,75 +127,68 @@ def refuse_flat(film):
     return film
 
 
-def fit(film, side):
-    """Resize so that the short side is `side` px, aspect kept, antialiased bicubic. uint8 (H, W) → uint8."""
+def fit(film: np.ndarray, side: int) -> np.ndarray:
+    """Resize a film so that its short side is `side` px: aspect kept, antialiased bicubic."""
     height, width = film.shape
     scale = side / min(height, width)
-    size = max(side, round(width * scale)), max(side, round(height * scale))
-    return (
-        film
-        if size == (width, height)
-        else np.asarray(Image.fromarray(film).resize(size, Image.Resampling.BICUBIC))
-    )
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    if size == (width, height):
+        return film
+    return np.asarray(Image.fromarray(film).resize(size, Image.Resampling.BICUBIC))
 
 
-def read_image(path, side):
-    """PNG, JPEG, WEBP, TIFF, GIF, BMP or JPEG 2000 → uint8 (H, W), first frame.
+def read_image(path, side: int) -> np.ndarray:
+    """Read the first frame of a PNG, JPEG, WEBP, TIFF, GIF, BMP or JPEG 2000 file → uint8 (H, W).
 
-    Colour → luma; palettes are looked up; alpha is dropped (grey under a transparent border is still the film, and compositing would draw
-    edges); EXIF rotation is applied; more than 8 bit → percentiles as for DICOM, since 12-bit films are often saved in 16 bits unscaled.
+    Colour becomes luma, palettes are looked up, EXIF rotation is applied. Alpha is dropped: grey
+    under a transparent border is still the film, and compositing would draw edges. More than 8 bit
+    are spread by percentiles as in DICOM, since 12-bit films are often saved unscaled in 16 bits.
     """
-    with Image.open(path, formats=FORMATS) as image:
-        image.draft(
-            "L", (side, side) if side else None
-        )  # JPEG only: decodes luma alone, and at reduced scale
+    with Image.open(path, formats=PILLOW_FORMATS) as image:
+        # For a JPEG: decode luma alone, and at a reduced scale.
+        image.draft("L", (side, side) if side else None)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in "IF":  # 16 and 32 bit, float
-            film = stretch(np.asarray(image))
-            white_is_zero = (
-                getattr(image, "tag_v2", {}).get(262) == 0
-            )  # Pillow inverts these itself, but only at 8 bit
-            return 255 - film if white_is_zero else film
-        image.info.pop("transparency", None)
-        return np.asarray(image.convert("L"))
+        if image.mode[0] not in "IF":
+            image.info.pop("transparency", None)
+            return np.asarray(image.convert("L"))
+        film = stretch(np.asarray(image))  # 16 and 32 bit, float
+        # TIFF may store white as 0 (tag 262); Pillow inverts these itself, but only at 8 bit.
+        white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0
+        return 255 - film if white_is_zero else film
 
 
-def stretch(values, used=None):
-    """Deep grey values → uint8: the range between percentiles 0.5 and 99.5 (of the pixels in `used`) becomes 0–255."""
+def stretch(values: np.ndarray, used: np.ndarray | None = None) -> np.ndarray:
+    """Deep grey values → uint8: what lies between percentiles 0.5 and 99.5 becomes 0 to 255.
+
+    used: bool, the pixels that the percentiles are taken of; None = all.
+    """
     low, high = np.percentile(values if used is None else values[used], (0.5, 99.5))
     if not high > low:
         raise UnreadableFilm("constant image")
     return ((np.clip(values, low, high) - low) * (255 / (high - low)) + 0.5).astype(np.uint8)
 
 
-def read_dicom(path, has_header):
-    """DICOM → uint8 (H, W): first frame, modality LUT, window on the stored polarity, percentiles, MONOCHROME1 inverted last.
+# ---------------------------------------------------------------- DICOM
+def read_dicom(path, has_header: bool) -> np.ndarray:
+    """Read the first frame of a DICOM file → uint8 (H, W).
 
-    The window describes stored values: inverting before it would be wrong. Padding pixels count for nothing and end black.
+    In this order: modality LUT, window, percentiles, and MONOCHROME1 inverted last. The window
+    describes stored values, so inverting before it would be wrong. Padding pixels count for nothing
+    and end black.
     """
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+        from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
         raise UnreadableFilm('DICOM needs a reader: pip install "pydicom>=3"') from None
     data = pydicom.dcmread(path, force=not has_header)
     if "PixelData" not in data:
         raise UnreadableFilm("DICOM without pixel data")
-    syntax = transfer_syntax(data)
-    try:
-        values = pixel_array(data, index=0)
-    except RuntimeError as error:
-        if "missing dependencies" not in str(error):
-            raise
-        decoder = "openjpeg" if syntax in OPENJPEG else "libjpeg"
-        raise UnreadableFilm(
-            f"{syntax.name}: no decoder installed: pip install pylibjpeg pylibjpeg-{decoder}"
-        ) from None
-    if values.ndim == 3:
-        return np.asarray(
-            Image.fromarray(stretch(values) if values.dtype != np.uint8 else values).convert("L")
-        )
+    values = decode_pixels(data)
+    if values.ndim == 3:  # colour
+        values = values if values.dtype == np.uint8 else stretch(values)
+        return np.asarray(Image.fromarray(values).convert("L"))
     used = not_padding(data, values)
     film = stretch(apply_voi_lut(apply_modality_lut(values, data), data, index=0), used)
     if data.PhotometricInterpretation == "MONOCHROME1":
@@ -218,42 +196,56 @@ def read_dicom(path, has_header):
     return film if used is None else np.where(used, film, 0).astype(np.uint8)
 
 
-def transfer_syntax(data):
-    """The transfer syntax UID; headless files get the uncompressed one that pydicom's parser found them to be in."""
-    from pydicom.uid import (
-        ExplicitVRBigEndian,
-        ExplicitVRLittleEndian,
-        ImplicitVRLittleEndian,
+def decode_pixels(data) -> np.ndarray:
+    """The stored values of the first frame: (H, W), or (H, W, 3) in colour."""
+    from pydicom.pixels import pixel_array
+
+    syntax = transfer_syntax(data)
+    try:
+        return pixel_array(data, index=0)
+    except RuntimeError as error:
+        if "missing dependencies" not in str(error):
+            raise
+    decoder = "openjpeg" if syntax in OPENJPEG else "libjpeg"
+    raise UnreadableFilm(
+        f"{syntax.name}: no decoder installed: pip install pylibjpeg pylibjpeg-{decoder}"
     )
 
+
+def transfer_syntax(data):
+    """The transfer syntax UID of a DICOM data set.
+
+    A file without header gets the uncompressed one that pydicom's parser found it to be in.
+    """
+    from pydicom import uid
+
     if "TransferSyntaxUID" not in data.file_meta:
-        implicit, little = data.original_encoding
-        data.file_meta.TransferSyntaxUID = (
-            ImplicitVRLittleEndian
-            if implicit
-            else ExplicitVRLittleEndian
-            if little
-            else ExplicitVRBigEndian
-        )
+        is_implicit, is_little = data.original_encoding
+        if is_implicit:
+            syntax = uid.ImplicitVRLittleEndian
+        elif is_little:
+            syntax = uid.ExplicitVRLittleEndian
+        else:
+            syntax = uid.ExplicitVRBigEndian
+        data.file_meta.TransferSyntaxUID = syntax
     return data.file_meta.TransferSyntaxUID
 
 
-def not_padding(data, values):
-    """bool (H, W): pixels outside PixelPaddingValue … PixelPaddingRangeLimit; None when nothing is padded, or everything is."""
+def not_padding(data, values: np.ndarray) -> np.ndarray | None:
+    """bool (H, W): pixels outside PixelPaddingValue … PixelPaddingRangeLimit.
+
+    None when nothing is padded, or everything is.
+    """
     if "PixelPaddingValue" not in data:
         return None
-    ends = sorted(
-        (
-            int(data.PixelPaddingValue),
-            int(data.get("PixelPaddingRangeLimit", data.PixelPaddingValue)),
-        )
-    )
-    used = (values < ends[0]) | (values > ends[1])
+    first = int(data.PixelPaddingValue)
+    last = int(data.get("PixelPaddingRangeLimit", first))
+    used = (values < min(first, last)) | (values > max(first, last))
     return used if used.any() and not used.all() else None
 
 
-def film_size(path):
-    """(height, width) in pixels from the header alone; Stop when there is none."""
+def film_size(path) -> tuple[int, int]:
+    """(height, width) in px from the header of a film's file alone; UserError when it has none."""
     try:
         with Image.open(path) as image:
             return image.height, image.width
@@ -270,35 +262,18 @@ def film_size(path):
         raise UserError(f"{path}: no image size in its header ({error})") from None
 
 
-def decode_rle(text, height, width):
-    """SIIM's run lengths → bool (height, width): (gap since the last run's end, length) pairs over columns, top to bottom."""
-    flat, at = np.zeros(height * width, bool), 0
-    numbers = [int(x) for x in text.split()]
-    for gap, length in zip(numbers[::2], numbers[1::2]):
-        flat[at + gap : at + gap + length] = True
-        at += gap + length
-    if at > height * width:
-        raise UserError(f"run lengths reach pixel {at}, the film has {height * width}")
-    return flat.reshape(width, height).T
+# ---------------------------------------------------------------- masks
+def read_mask(mask: tuple, film_path) -> np.ndarray:
+    """Read or draw the mask of a film → bool (H, W), to be squeezed to a square as the film is.
 
-
-def encode_rle(mask):
-    """bool (H, W) → SIIM's run lengths, '-1' when empty; the inverse of decode_rle."""
-    edges = np.flatnonzero(np.diff(np.r_[0, np.asarray(mask, np.int8).T.ravel(), 0]))
-    gaps, lengths = edges[::2] - np.r_[0, edges[1:-1:2]], edges[1::2] - edges[::2]
-    return " ".join(f"{g} {n}" for g, n in zip(gaps, lengths)) or "-1"
-
-
-def read_mask(mask, film_path):
-    """The mask of one film → bool (H, W) on its own canvas, to be resized together with the film.
-
-    mask: ("file", path), ("rle", rows, canvas) or ("boxes", rows, canvas), as in plumbing.splits.Example. Grey masks count from half
-    their maximum. Raises OSError or UserError when it cannot be read.
+    mask: ("file", path), a picture that counts from half its largest grey value;
+    ("rle", run lengths, canvas) or ("boxes", rectangles (x, y, width, height), canvas), drawn on a
+    canvas of (height, width) px, None = the film's own size. Raises OSError or UserError.
     """
     kind, what, *canvas = mask
     if kind == "file":
-        gray = np.asarray(Image.open(what).convert("L"))
-        return gray > gray.max() / 2
+        grey = np.asarray(Image.open(what).convert("L"))
+        return grey > grey.max() / 2
     height, width = canvas[0] or film_size(film_path)
     drawn = np.zeros((height, width), bool)
     for item in what:
@@ -308,3 +283,30 @@ def read_mask(mask, film_path):
             x, y, w, h = item
             drawn[int(y) : int(y + h), int(x) : int(x + w)] = True
     return drawn
+
+
+def decode_rle(text: str, height: int, width: int) -> np.ndarray:
+    """Run lengths as SIIM writes them → bool (height, width).
+
+    Pairs of (gap since the last run's end, length of the run) go down the columns, left to right.
+    """
+    flat = np.zeros(height * width, bool)
+    end = 0
+    numbers = [int(word) for word in text.split()]
+    for gap, length in zip(numbers[::2], numbers[1::2], strict=False):  # '-1' alone: no run
+        start = end + gap
+        end = start + length
+        flat[start:end] = True
+    if end > height * width:
+        raise UserError(f"run lengths reach pixel {end}, the film has {height * width}")
+    return flat.reshape(width, height).T
+
+
+def encode_rle(mask: np.ndarray) -> str:
+    """bool (H, W) → run lengths as SIIM writes them, '-1' when empty; the inverse of decode_rle."""
+    column_after_column = np.asarray(mask, np.int8).T.ravel()
+    edges = np.flatnonzero(np.diff(np.r_[0, column_after_column, 0]))
+    starts, ends = edges[::2], edges[1::2]
+    gaps = starts - np.r_[0, ends[:-1]]
+    pairs = zip(gaps, ends - starts, strict=True)
+    return " ".join(f"{gap} {length}" for gap, length in pairs) or "-1"

@@ -1,393 +1,483 @@
-"""plumbing.folder"""
+"""What lies below a folder: one walk and one cache of it, films found by name, and the lists of the
+three sets that pre-training knows (MIMIC-CXR-JPG, CheXpert, ChestX-ray14).
+"""
 
 import itertools
 import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from plumbing.checkpoint import write_text
-from plumbing.film import SUFFIXES, looks_like_film
+from plumbing.film import looks_like_film
 from plumbing.launch import UserError
-from plumbing.pack import Pack
 from plumbing.table import SPLITS, read_list, read_table, without_suffix
 
 MASK_FOLDER = re.compile(r"(^|[/_])(masks?|annotations?)(_\d+)?/", re.IGNORECASE)
 
 
-class Index:
-    """Every file under root but hidden ones, walked once and kept in the text file `cache`; films are found by name or path tail, with or without suffix."""
+# ---------------------------------------------------------------- the walk
+def in_threads(function, items: list) -> list:
+    """Call function(item) for every item with 16 threads; the results come in the items' order.
 
-    def __init__(self, root, cache=None):
-        self.root, self.cache = Path(root), cache and Path(cache)
-        lines = self.cache.read_text().splitlines() if self.cache and self.cache.is_file() else []
-        self.fresh = lines[:1] != [str(self.root.resolve())]
-        self.names = self._walk() if self.fresh else lines[1:]
-        self.tails = {}
-
-    def _walk(self):
-        names, _ = walk(self.root)
-        if self.cache:
-            write_text(self.cache, "\n".join([str(self.root.resolve()), *names]) + "\n")
-        return names
-
-    def files(self, *names):
-        """Paths of the files with one of these names, in the order of the names."""
-        return [
-            self.root / path
-            for name in names
-            for path in self.names
-            if path.rpartition("/")[2] == name
-        ]
-
-    def _tail(self, depth):
-        """{last `depth` parts without suffix: [relative paths]} of all images outside mask folders."""
-        if depth not in self.tails:
-            self.tails[depth] = table = {}
-            for path in self.names:
-                if Path(path).suffix.lower() in SUFFIXES and not MASK_FOLDER.search(path):
-                    table.setdefault(without_suffix("/".join(path.split("/")[-depth:])), []).append(
-                        path
-                    )
-        return self.tails[depth]
-
-    def _candidates(self, name, depth):
-        """Files that `name` may mean: by its last `depth` parts; for depth 0 by as many of its parts as lead anywhere."""
-        if depth == 0 and Path(name).is_file() and Path(name).is_absolute():
-            return [name]
-        parts = name.replace("\\", "/").removeprefix("./").split("/")
-        for n in range(len(parts), 0, -1) if depth == 0 else [min(depth, len(parts))]:
-            tail = "/".join(parts[-n:])
-            found = self._tail(n).get(without_suffix(tail), [])
-            for closer in (
-                [p for p in found if p == tail],
-                [p for p in found if ("/" + p).endswith("/" + tail)],
-                found,
-            ):
-                if closer:
-                    return closer
-        return []
-
-    def find(self, names, depth=1, what="the lists"):
-        """Image paths of names, compared by their last `depth` parts (0: as written); Stop with the count when any is absent or ambiguous."""
-        found = [self._candidates(n, depth) for n in names]
-        if not self.fresh and any(
-            len(f) != 1 for f in found
-        ):  # the folder may have changed since the cache was written
-            self.names, self.tails, self.fresh = self._walk(), {}, True
-            return self.find(names, depth, what)
-        absent = [n for n, f in zip(names, found) if not f]
-        if absent:
-            raise UserError(
-                f"{self.root}: {len(absent)} of the {len(names)} films named by {what} are not there, the first: {', '.join(absent[:3])}"
-            )
-        for several in found:
-            if len(several) > 1:
-                raise UserError(
-                    f"{self.root}: one film name, several files ({several[0]}, {several[1]}): point --data at one copy, or write the path in the list"
-                )
-        return [self.root / f[0] for f in found]
-
-    def lists(self, *patterns, need=("train", "test")):
-        """Split lists like 'Xray14_{}_official.txt' → {split: [(name, numbers)]}, {} unless the needed ones are there."""
-        parts = {}
-        for split, words in zip(SPLITS, (["train"], ["val", "valid"], ["test"])):
-            for path in self.files(*(p.format(w) for p in patterns for w in words))[:1]:
-                parts[split] = read_list(path)
-        return parts if set(need) <= set(parts) else {}
-
-
-MIMIC_BAD = frozenset(
+    On a cold disk or over a network, nearly all the time of looking at files is waiting. Items are
+    handed over by the hundred, since handing over costs as much as a look at a file in memory.
     """
-    0518c887-b80608ca-830de2d5-89acf0e2-bd3ec900 03b2e67c-70631ff8-685825fb-6c989456-621ca64d 786d69d0-08d16a2c-dd260165-682e66e9-acf7e942
-    1d0bafd0-72c92e4c-addb1c57-40008638-b9ec8584 f55a5fe2-395fc452-4e6b63d9-3341534a-ebb882d5 14a5423b-9989fc33-123ce6f1-4cc7ca9a-9a3d2179
-    9c42d877-dfa63a03-a1f2eb8c-127c60c3-b20b7e01 996fb121-fab58dd2-7521fd7e-f9f3133c-bc202556 56b8afd3-5f6d4419-8699d79e-6913a2bd-35a08557
-    93020995-6b84ca33-2e41e00d-5d6e3bee-87cfe5c6 f57b4a53-5fecd631-2fe14e8a-f4780ee0-b8471007 d496943d-153ec9a5-c6dfe4c0-4fb9e57f-675596eb
-    46b02f13-69fb7e49-321880e4-80584065-c1f57b50 422689b1-40e06ae8-d6151ff3-2780c186-6bd67271 8385a8ad-ad5e02a8-8e1fa7f3-d822c648-2a41a205
-    e180a7b6-684946d6-fe1782de-45ed1033-1a6f8a51 f5f82c2f-e99a7a06-6ecc9991-072adb2f-497dae52 6d54a492-7aade003-a238dc5c-019ccdd2-05661649
-    2b5edbbf-116df0e3-d0fea755-fabd7b85-cbb19d84 db9511e3-ee0359ab-489c3556-4a9b2277-c0bf0369 87495016-a6efd89e-a3697ec7-89a81d53-627a2e13
-    810a8e3b-2cf85e71-7ed0b3d3-531b6b68-24a5ca89 a9f0620b-6e256cbd-a7f66357-2fe78c8a-49caac26
-""".split()
-)  # unusable films of MIMIC-CXR that the authors drop
 
+    def call_all(part):
+        return [function(item) for item in part]
 
-NAMED = {
-    "MIMIC-CXR-JPG": re.compile(
-        r"(?:^|/)([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+$"
-    ),  # a set's film: its key is group 1
-    "CheXpert": re.compile(r"(patient\d+/study\d+/view\d+_[a-z]+)\.\w+$"),
-    "ChestX-ray14": re.compile(r"(?:^|/)(\d{8}_\d{3})\.\w+$"),
-}
-
-
-# ------------------------------------------------------------------------------------------------ the three sets, by their lists
-class Listed(NamedTuple):
-    """What the lists of one set say: films wanted {key: patient}, keys of all films they mention, how the set should look on disk."""
-
-    title: str
-    wanted: dict
-    known: set
-    tree: str
-
-    def key(self, name):
-        """The key of a film file of this set, else None."""
-        named = NAMED[self.title].search(name)
-        key = named[1] if named else os.path.splitext(os.path.basename(name))[0]
-        return key if named or key in self.known else None
-
-
-def list_mimic(lists, every_split):
-    """MIMIC-CXR-JPG: ViewPosition exactly AP or PA, training split unless `every_split`, without the bad ones."""
-    tree = "mimic-cxr-jpg/{files/p10/p10000032/s50414267/<dicom_id>.jpg, mimic-cxr-2.0.0-{metadata,split}.csv.gz} from physionet.org"
-    found = {
-        kind: [p for p in lists if re.fullmatch(rf"mimic-cxr-[\d.]+-{kind}\.csv(\.gz)?", p.name)]
-        for kind in ("metadata", "split", "chexpert", "negbio")
-    }
-    if not any(found.values()):
-        return None
-    for kind in ("metadata",) if every_split else ("metadata", "split"):
-        if not found[kind]:
-            raise UserError(
-                f"MIMIC-CXR-JPG without its mimic-cxr-2.0.0-{kind}.csv[.gz]: frontal training films cannot be told; expected {tree}"
-            )
-    train = {
-        row["dicom_id"]
-        for path in found["split"]
-        for row in read_table(path, "dicom_id", "split")
-        if row["split"] == "train"
-    }
-    wanted, known = {}, set()
-    for row in itertools.chain(
-        *(read_table(p, "dicom_id", "subject_id", "ViewPosition") for p in found["metadata"])
-    ):
-        film, subject, view = row["dicom_id"], row["subject_id"], row["ViewPosition"]
-        known.add(film)
-        if view in ("AP", "PA") and (every_split or film in train) and film not in MIMIC_BAD:
-            wanted[film] = f"mimic:{subject}"
-    return Listed("MIMIC-CXR-JPG", wanted, known, tree)
-
-
-def list_chexpert(lists, _):
-    """CheXpert, any of its five layouts: frontal films of train.csv. A film is known by patient/study/view, whatever folders lie above."""
-    tree = "CheXpert-v1.0[-small]/{train/patient00001/study1/view1_frontal.jpg, valid/…, train.csv} from stanfordmlgroup.github.io"
-    tables = []
-    for path in (
-        p
-        for p in lists
-        if p.name in ("train.csv", "valid.csv", "val_labels.csv", "test_labels.csv")
-    ):
-        with open(path, errors="replace") as file:  # other sets have a train.csv, too
-            if file.readline().startswith(("Path,", "\ufeffPath,")) and re.search(
-                r"patient\d+/study", file.readline()
-            ):
-                tables.append(path)
-    if not tables:
-        return None
-    wanted, known = {}, set()
-    for row in itertools.chain(
-        *(read_table(p, "Path", "Frontal/Lateral") for p in tables if p.name == "train.csv")
-    ):
-        if named := NAMED["CheXpert"].search(row["Path"]):
-            known.add(named[1])
-            if row["Frontal/Lateral"] == "Frontal":
-                wanted[named[1]] = f"chexpert:{named[1].split('/')[0]}"
-    return Listed("CheXpert", wanted, known, tree)
-
-
-def list_nih(lists, _):
-    """NIH ChestX-ray14: the films of train_val_list.txt (all are frontal). Patients from Data_Entry_2017*.csv, else from the names."""
-    tree = "{images_001/images/00000001_000.png, …, Data_Entry_2017.csv, train_val_list.txt} from nihcc.app.box.com"
-    tables = [p for p in lists if re.fullmatch(r"Data_Entry_2017.*\.csv", p.name)]
-    chosen, tested = (
-        [p for p in lists if p.name == f"{part}_list.txt"] for part in ("train_val", "test")
-    )
-    if not tables and not chosen:
-        return None
-    if not chosen:
-        raise UserError(
-            f"{tables[0]}: ChestX-ray14 without train_val_list.txt: its test films cannot be told; expected {tree}"
-        )
-    stem = lambda name: name.strip().rsplit(".", 1)[0]
-    patients = {
-        stem(row["Image Index"]): row["Patient ID"]
-        for row in itertools.chain(*(read_table(p, "Image Index", "Patient ID") for p in tables))
-    }
-    names, others = (
-        {stem(line) for path in paths for line in path.read_text(errors="replace").split()}
-        for paths in (chosen, tested)
-    )
-    wanted = {key: f"nih:{patients.get(key, key.split('_')[0]):0>8}" for key in names}
-    return Listed("ChestX-ray14", wanted, names | others | patients.keys(), tree)
-
-
-def choose_films(names, packed, sets):
-    """Which film files to take: those a list wants, and those that belong to no set → (names, patients, summary lines).
-
-    packed: names of films that packed files hold; a set's film that is there counts as found.
-    """
-    taken, others, found, left, twice = (
-        [],
-        [],
-        [set() for _ in sets],
-        [0] * len(sets),
-        [0] * len(sets),
-    )
-    for s, listed in enumerate(sets):
-        found[s].update(key for key in map(listed.key, packed) if key in listed.wanted)
-    for name in names:
-        s, key = next(
-            ((s, key) for s, listed in enumerate(sets) if (key := listed.key(name))), (None, None)
-        )
-        if s is None:
-            taken.append((name, name))
-            others.append(name)
-        elif key not in sets[s].wanted:
-            left[s] += 1
-        elif key in found[s]:
-            twice[s] += 1
-        else:
-            found[s].add(key)
-            taken.append((name, sets[s].wanted[key]))
-    lines = [line for parts in zip(sets, found, left, twice) for line in report_set(*parts)]
-    if others:
-        folders = {os.path.dirname(name) for name in others}
-        lines.append(
-            f"{'other films' if sets else 'films'}: {len(others):,} in {len(folders):,} folder{'s' * (len(folders) > 1)}"
-        )
-    for title, pattern in NAMED.items():
-        if alike := sum(pattern.search(name) is not None for name in others):
-            lines.append(
-                f"warning: {alike:,} films are named as in {title}, whose lists are not here: its test films are trained on, too"
-            )
-    return [name for name, _ in taken], [who for _, who in taken], lines
-
-
-def report_set(listed, found, left, twice):
-    """Summary lines of one set; Stop when its lists name films of which none is there."""
-    missing = sorted(listed.wanted.keys() - found)
-    if missing and not found:
-        raise UserError(
-            f"{listed.title}: none of the {len(missing):,} films in its lists (first {missing[0]}) is there; expected {listed.tree}"
-        )
-    line = f"{listed.title}: {len(found):,} frontal training films of {len({listed.wanted[key] for key in found}):,} patients"
-    line += f"; {left:,} left out (lateral, validation, test, bad or unlisted)" if left else ""
-    yield line + (f"; {twice:,} second copies left out" if twice else "")
-    if missing:
-        yield f"warning: {listed.title}: {len(missing):,} of {len(listed.wanted):,} listed films not there, first {', '.join(missing[:3])}"
-
-
-# ------------------------------------------------------------------------------------------------ folders → films
-def threaded(function, items):
-    """[function(item) for item in items] by 16 threads: on a cold disk or over a network, waiting is what looking costs."""
     parts = [items[k : k + 100] for k in range(0, len(items), 100)]
     with ThreadPoolExecutor(16) as pool:
-        return list(
-            itertools.chain(*pool.map(lambda part: [function(item) for item in part], parts))
-        )
+        return list(itertools.chain.from_iterable(pool.map(call_all, parts)))
 
 
-def look(folder):
-    """One folder → ((device, inode) or None when it may not be read, mtime in ns, sorted [(name, is a folder)] without hidden ones)."""
+def look(folder: str):
+    """Look into one folder → (identity, when it was last modified in ns, [(name, is a folder)]).
+
+    Hidden entries are left out. The identity, device and inode, is None when the folder cannot be
+    read, as lost+found on a mounted disk.
+    """
     try:
         stat = os.stat(folder)
         with os.scandir(folder) as entries:
-            return (
-                (stat.st_dev, stat.st_ino),
-                stat.st_mtime_ns,
-                sorted((e.name, e.is_dir()) for e in entries if e.name[0] != "."),
-            )
-    except (PermissionError, FileNotFoundError):  # lost+found of a mounted disk, say
+            visible = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
+    except (PermissionError, FileNotFoundError):
         return None, 0, []
+    return (stat.st_dev, stat.st_ino), stat.st_mtime_ns, sorted(visible)
 
 
-def walk(root):
-    """Every file and folder below `root` → (sorted file paths relative to it, {folder: mtime in ns})."""
-    files, folders, seen, level = [], {}, {None}, [""]
+def walk(root) -> tuple[list[str], dict[str, int]]:
+    """Look through all folders below `root`, level by level.
+
+    → (sorted paths of the files, {folder: when it was last modified in ns}), all relative to root
+    """
+    files = []
+    modified = {}
+    seen = {None}
+    level = [""]
     while level:
-        looked, below = threaded(look, [os.path.join(root, folder) for folder in level]), []
-        for folder, (identity, mtime, entries) in zip(level, looked):
-            if identity in seen:  # a link back up
+        next_level = []
+        looks = in_threads(look, [os.path.join(root, folder) for folder in level])
+        for folder, (identity, time, entries) in zip(level, looks, strict=True):
+            if identity in seen:  # unreadable, or a link that leads back up
                 continue
             seen.add(identity)
-            folders[folder] = mtime
+            modified[folder] = time
             for name, is_folder in entries:
-                (below if is_folder else files).append(f"{folder}/{name}" if folder else name)
-        level = below
-    return sorted(files), folders
+                path = f"{folder}/{name}" if folder else name
+                if is_folder:
+                    next_level.append(path)
+                else:
+                    files.append(path)
+        level = next_level
+    return sorted(files), modified
 
 
-def make_index(root, every_split):
-    """Look through `root` → dict of names, patients, packs, summary, and the state of the folders and lists that this rests on."""
-    files, folders = walk(root)
-    lists = [
-        name
-        for name in files
-        if name.endswith((".csv", ".csv.gz", "_list.txt")) and os.path.isfile(root / name)
-    ]
-    packs = {name: Pack(root / name) for name in files if name.endswith(".pack")}
-    packed = {
-        f"{above}{name}"
-        for path, pack in packs.items()
-        for name in pack.names
-        for above in (
-            "",
-            f"{os.path.dirname(path)}/",
-            os.path.join(os.path.dirname(path), pack.folder, ""),
-        )
-    }
-    sets = [
-        s
-        for s in (
-            read([root / p for p in lists], every_split)
-            for read in (list_mimic, list_chexpert, list_nih)
-        )
-        if s
-    ]
-    films = threaded(
-        lambda name: name if name not in packed and looks_like_film(f"{root}/{name}") else None,
-        files,
-    )
-    names, patients, summary = choose_films([name for name in films if name], packed, sets)
-    if not names and not packs:
-        raise UserError(
-            f"--data {root}: no films to train on below it ({len(files):,} files; {'; '.join(summary) or 'none looks like a film'})"
-        )
-    summary += [pack.told for pack in packs.values()]
-    return {
-        "names": names,
-        "patients": patients,
-        "packs": list(packs),
-        "summary": summary,
-        "folders": folders,
-        "lists": {name: stamp(f"{root}/{name}") for name in [*lists, *packs]},
-    }
-
-
-def stamp(path):
-    """[size, mtime in ns] of a file or folder; [0, 0] when it is gone."""
+def modified_at(folder: str) -> int:
+    """When an entry last came into a folder or left it, ns; 0 when the folder is gone."""
     try:
-        stat = os.stat(path)
-        return [stat.st_size, stat.st_mtime_ns]
+        return os.stat(folder).st_mtime_ns
     except OSError:
-        return [0, 0]
+        return 0
 
 
-def cached_index(root, cache, every_split):
-    """make_index, kept in `cache` until a folder below `root`, a list or an option changes (a folder's mtime moves with its entries)."""
-    options = ["1", str(root.resolve()), every_split]
+def list_below(root: Path, cache: Path | None = None) -> dict:
+    """List the files below `root`, from the file `cache` unless a folder has changed since.
+
+    → {"root", "folders": {folder: when modified}, "films": [paths that look like films],
+    "others": [all other paths]}
+    """
+    if cache and (listing := read_listing(root, cache)):
+        return listing
+    files, folders = walk(root)
+    is_film = in_threads(looks_like_film, [f"{root}/{name}" for name in files])
+    listing = {
+        "root": str(root.resolve()),
+        "folders": folders,
+        "films": list(itertools.compress(files, is_film)),
+        "others": [name for name, film in zip(files, is_film, strict=True) if not film],
+    }
+    if cache:
+        write_text(cache, json.dumps(listing))
+    return listing
+
+
+def read_listing(root: Path, cache: Path) -> dict | None:
+    """The listing in the file `cache`; None without one, or when a folder has changed since."""
     try:
-        index = json.loads(cache.read_text())
-        if index["options"] == options and all(
-            stamp(f"{root}/{name}") == old for name, old in index["lists"].items()
-        ):
-            if list(index["folders"].values()) == [
-                now[1] for now in threaded(stamp, [f"{root}/{name}" for name in index["folders"]])
-            ]:
-                return index
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no cache, or one from another version: look again
-    index = {"options": options, **make_index(root, every_split)}
-    write_text(cache, json.dumps(index))
-    return index
+        listing = json.loads(cache.read_text())
+        is_of_root = listing["root"] == str(root.resolve()) and "films" in listing
+        times = listing["folders"]
+    except (OSError, ValueError, KeyError, TypeError):  # no cache, or another version's
+        return None
+    if not is_of_root:
+        return None
+    now = in_threads(modified_at, [f"{root}/{folder}" for folder in times])
+    return listing if now == list(times.values()) else None
+
+
+# ---------------------------------------------------------------- files and films by name
+class Index:
+    """The files below a folder, found by name. Hidden ones are left out.
+
+    names: sorted paths relative to `root`; films: those of them that look like films. cache: a JSON
+    file that spares the next walk as long as nothing changes below root.
+    """
+
+    def __init__(self, root, cache=None):
+        self.root = Path(root)
+        listing = list_below(self.root, Path(cache) if cache else None)
+        self.films = listing["films"]
+        self.names = sorted(self.films + listing["others"])
+        self.by_tail = {}  # {depth: table of tails()}
+
+    def files(self, *names: str) -> list[Path]:
+        """Paths of the files with one of these names, in the order of the names."""
+        found = []
+        for name in names:
+            found += [self.root / path for path in self.names if os.path.basename(path) == name]
+        return found
+
+    def tails(self, depth: int) -> dict[str, list[str]]:
+        """{the last `depth` parts of a film's path, without suffix: the films that end so}.
+
+        Pictures in folders of masks or annotations are no films.
+        """
+        if depth not in self.by_tail:
+            table = {}
+            for path in self.films:
+                if not MASK_FOLDER.search(path):
+                    tail = "/".join(path.split("/")[-depth:])
+                    table.setdefault(without_suffix(tail), []).append(path)
+            self.by_tail[depth] = table
+        return self.by_tail[depth]
+
+    def candidates(self, name: str, depth: int) -> list[str]:
+        """Films that `name` may mean by its last `depth` parts; depth 0: by as many as fit."""
+        if depth == 0 and Path(name).is_absolute() and Path(name).is_file():
+            return [name]
+        parts = name.replace("\\", "/").removeprefix("./").split("/")
+        lengths = [min(depth, len(parts))] if depth else range(len(parts), 0, -1)
+        for length in lengths:
+            tail = "/".join(parts[-length:])
+            found = self.tails(length).get(without_suffix(tail), [])
+            if found:
+                same = [path for path in found if path == tail]
+                same_suffix = [path for path in found if f"/{path}".endswith(f"/{tail}")]
+                return same or same_suffix or found
+        return []
+
+    def find(self, names, depth: int = 1, what: str = "the lists") -> list[Path]:
+        """Find the film of every name, with or without suffix, by its last `depth` parts.
+
+        depth 0 takes as many parts as fit, and absolute paths. UserError with the count when a film
+        is absent, or when a name fits several. what: who names the films, for the message.
+        """
+        found = [self.candidates(name, depth) for name in names]
+        absent = [name for name, films in zip(names, found, strict=True) if not films]
+        if absent:
+            raise UserError(
+                f"{self.root}: {len(absent)} of the {len(names)} films named by {what} are not "
+                f"there, the first: {', '.join(absent[:3])}"
+            )
+        for films in found:
+            if len(films) > 1:
+                raise UserError(
+                    f"{self.root}: one film name, several files ({films[0]}, {films[1]}): "
+                    "point --data at one copy, or write the path in the list"
+                )
+        return [self.root / films[0] for films in found]
+
+    def lists(self, *patterns: str, need=("train", "test")) -> dict:
+        """Read split lists such as 'Xray14_{}_official.txt' → {split: [(name, numbers)]}.
+
+        {} stands for train, val or valid, and test. Empty unless all of `need` are there.
+        """
+        parts = {}
+        words_of = {"train": ["train"], "val": ["val", "valid"], "test": ["test"]}
+        for split in SPLITS:
+            names = []
+            for pattern in patterns:
+                names += [pattern.format(word) for word in words_of[split]]
+            paths = self.files(*names)
+            if paths:
+                parts[split] = read_list(paths[0])
+        return parts if set(need) <= set(parts) else {}
+
+
+# ---------------------------------------------------------------- the three sets, by their lists
+# How a set names its films; group 1 is the key by which its lists know a film, whatever folders lie
+# above and whether it is a JPEG or a DICOM.
+FILM_NAME = {
+    # files/p10/p10000032/s50414267/02aa804e-bde0afdd-112c0b34-7bc16630-4e384014.jpg: the dicom_id
+    "MIMIC-CXR-JPG": re.compile(r"(?:^|/)([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+$"),
+    # train/patient00001/study1/view1_frontal.jpg: from the patient on
+    "CheXpert": re.compile(r"(patient\d+/study\d+/view\d+_[a-z]+)\.\w+$"),
+    # images_001/images/00000001_000.png: the number
+    "ChestX-ray14": re.compile(r"(?:^|/)(\d{8}_\d{3})\.\w+$"),
+}
+
+# Films of MIMIC-CXR that cannot be used; the authors leave them out.
+# fmt: off
+MIMIC_BAD = frozenset("""
+    0518c887-b80608ca-830de2d5-89acf0e2-bd3ec900 03b2e67c-70631ff8-685825fb-6c989456-621ca64d
+    786d69d0-08d16a2c-dd260165-682e66e9-acf7e942 1d0bafd0-72c92e4c-addb1c57-40008638-b9ec8584
+    f55a5fe2-395fc452-4e6b63d9-3341534a-ebb882d5 14a5423b-9989fc33-123ce6f1-4cc7ca9a-9a3d2179
+    9c42d877-dfa63a03-a1f2eb8c-127c60c3-b20b7e01 996fb121-fab58dd2-7521fd7e-f9f3133c-bc202556
+    56b8afd3-5f6d4419-8699d79e-6913a2bd-35a08557 93020995-6b84ca33-2e41e00d-5d6e3bee-87cfe5c6
+    f57b4a53-5fecd631-2fe14e8a-f4780ee0-b8471007 d496943d-153ec9a5-c6dfe4c0-4fb9e57f-675596eb
+    46b02f13-69fb7e49-321880e4-80584065-c1f57b50 422689b1-40e06ae8-d6151ff3-2780c186-6bd67271
+    8385a8ad-ad5e02a8-8e1fa7f3-d822c648-2a41a205 e180a7b6-684946d6-fe1782de-45ed1033-1a6f8a51
+    f5f82c2f-e99a7a06-6ecc9991-072adb2f-497dae52 6d54a492-7aade003-a238dc5c-019ccdd2-05661649
+    2b5edbbf-116df0e3-d0fea755-fabd7b85-cbb19d84 db9511e3-ee0359ab-489c3556-4a9b2277-c0bf0369
+    87495016-a6efd89e-a3697ec7-89a81d53-627a2e13 810a8e3b-2cf85e71-7ed0b3d3-531b6b68-24a5ca89
+    a9f0620b-6e256cbd-a7f66357-2fe78c8a-49caac26
+""".split())
+# fmt: on
+
+
+@dataclass
+class FilmSet:
+    """One of the three sets as its lists describe it, and how much of it was found."""
+
+    title: str
+    tree: str  # how it lies on disk, for messages
+    wanted: dict[str, str]  # frontal training films: {key: patient}
+    mentioned: set[str]  # keys of all films that the lists name
+    found: set[str] = field(default_factory=set)  # keys of wanted films that are there
+    left_out: int = 0  # files of films that are not wanted
+    second_copies: int = 0
+
+    def key(self, name: str) -> str | None:
+        """The key of a film file of this set; None for a file that does not belong to it."""
+        match = FILM_NAME[self.title].search(name)
+        if match:
+            return match[1]
+        stem = os.path.splitext(os.path.basename(name))[0]
+        return stem if stem in self.mentioned else None
+
+    def takes(self, key: str) -> bool:
+        """Whether to train on the next file with this key: a wanted film, and its first copy."""
+        if key not in self.wanted:
+            self.left_out += 1
+            return False
+        if key in self.found:
+            self.second_copies += 1
+            return False
+        self.found.add(key)
+        return True
+
+    def report(self) -> list[str]:
+        """Say what was found. UserError when the lists name films of which none is there."""
+        missing = sorted(self.wanted.keys() - self.found)
+        if missing and not self.found:
+            raise UserError(
+                f"{self.title}: none of the {len(missing):,} films in its lists (first "
+                f"{missing[0]}) is there; expected {self.tree}"
+            )
+        patients = {self.wanted[key] for key in self.found}
+        line = f"{self.title}: {len(self.found):,} frontal training films"
+        line += f" of {len(patients):,} patients"
+        if self.left_out:
+            line += f"; {self.left_out:,} left out (lateral, validation, test, bad or unlisted)"
+        if self.second_copies:
+            line += f"; {self.second_copies:,} second copies left out"
+        lines = [line]
+        if missing:
+            lines.append(
+                f"warning: {self.title}: {len(missing):,} of {len(self.wanted):,} listed films not "
+                f"there, first {', '.join(missing[:3])}"
+            )
+        return lines
+
+
+def read_rows(paths: list[Path], *columns: str) -> list[dict[str, str]]:
+    """The rows of several tables, one after the other."""
+    return list(itertools.chain.from_iterable(read_table(path, *columns) for path in paths))
+
+
+def list_mimic(lists: list[Path], mimic_all: bool) -> FilmSet | None:
+    """MIMIC-CXR-JPG: films whose ViewPosition is exactly AP or PA.
+
+    Of the training split, unless `mimic_all`.
+    """
+    title = "MIMIC-CXR-JPG"
+    tree = (
+        "mimic-cxr-jpg/{files/p10/p10000032/s50414267/<dicom_id>.jpg, "
+        "mimic-cxr-2.0.0-{metadata,split}.csv.gz} from physionet.org"
+    )
+
+    def tables(kind):
+        return [p for p in lists if re.fullmatch(rf"mimic-cxr-[\d.]+-{kind}\.csv(\.gz)?", p.name)]
+
+    if not tables("(metadata|split|chexpert|negbio)"):
+        return None
+    for kind in ["metadata"] if mimic_all else ["metadata", "split"]:
+        if not tables(kind):
+            raise UserError(
+                f"{title} without its mimic-cxr-2.0.0-{kind}.csv[.gz]: frontal training films "
+                f"cannot be told; expected {tree}"
+            )
+    splits = read_rows(tables("split"), "dicom_id", "split")
+    train = {row["dicom_id"] for row in splits if row["split"] == "train"}
+    wanted = {}
+    mentioned = set()
+    for row in read_rows(tables("metadata"), "dicom_id", "subject_id", "ViewPosition"):
+        film = row["dicom_id"]
+        mentioned.add(film)
+        is_frontal = row["ViewPosition"] in ("AP", "PA")
+        if is_frontal and (mimic_all or film in train) and film not in MIMIC_BAD:
+            wanted[film] = f"mimic:{row['subject_id']}"
+    return FilmSet(title, tree, wanted, mentioned)
+
+
+def list_chexpert(lists: list[Path]) -> FilmSet | None:
+    """CheXpert in any of its five layouts: the frontal films of train.csv."""
+    title = "CheXpert"
+    tree = (
+        "CheXpert-v1.0[-small]/{train/patient00001/study1/view1_frontal.jpg, valid/…, train.csv} "
+        "from stanfordmlgroup.github.io"
+    )
+    names = ("train.csv", "valid.csv", "val_labels.csv", "test_labels.csv")
+    tables = [path for path in lists if path.name in names and is_chexpert_table(path)]
+    if not tables:
+        return None
+    wanted = {}
+    mentioned = set()
+    train = [path for path in tables if path.name == "train.csv"]
+    for row in read_rows(train, "Path", "Frontal/Lateral"):
+        match = FILM_NAME[title].search(row["Path"])
+        if match:
+            key = match[1]
+            mentioned.add(key)
+            if row["Frontal/Lateral"] == "Frontal":
+                wanted[key] = f"chexpert:{key.split('/')[0]}"
+    return FilmSet(title, tree, wanted, mentioned)
+
+
+def is_chexpert_table(path: Path) -> bool:
+    """By the first two lines of a table: other sets have a train.csv, too."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+        first_row = file.readline()
+    return header.startswith("Path,") and re.search(r"patient\d+/study", first_row) is not None
+
+
+def list_nih(lists: list[Path]) -> FilmSet | None:
+    """ChestX-ray14: the films of train_val_list.txt; all are frontal.
+
+    Patients come from Data_Entry_2017*.csv, else from the names of the films.
+    """
+    title = "ChestX-ray14"
+    tree = (
+        "{images_001/images/00000001_000.png, …, Data_Entry_2017.csv, train_val_list.txt} "
+        "from nihcc.app.box.com"
+    )
+    tables = [path for path in lists if re.fullmatch(r"Data_Entry_2017.*\.csv", path.name)]
+    train_lists = [path for path in lists if path.name == "train_val_list.txt"]
+    test_lists = [path for path in lists if path.name == "test_list.txt"]
+    if not tables and not train_lists:
+        return None
+    if not train_lists:
+        raise UserError(
+            f"{tables[0]}: {title} without train_val_list.txt: its test films cannot be told; "
+            f"expected {tree}"
+        )
+    patient_of = {}
+    for row in read_rows(tables, "Image Index", "Patient ID"):
+        patient_of[os.path.splitext(row["Image Index"])[0]] = row["Patient ID"]
+    train = read_stems(train_lists)
+    wanted = {}
+    for key in train:
+        patient = patient_of.get(key, key.split("_")[0])
+        wanted[key] = f"nih:{patient:0>8}"
+    return FilmSet(title, tree, wanted, train | read_stems(test_lists) | patient_of.keys())
+
+
+def read_stems(paths: list[Path]) -> set[str]:
+    """The file names in some lists of one name per line, without suffix."""
+    stems = set()
+    for path in paths:
+        words = path.read_text(errors="replace").split()
+        stems.update(os.path.splitext(word)[0] for word in words)
+    return stems
+
+
+# ---------------------------------------------------------------- which films to train on
+def choose_films(index: Index, packs: dict, mimic_all: bool = False):
+    """Choose the films to train on: those that a set's lists want, and those that belong to no set.
+
+    packs: {path below the root: Pack}; what they hold is there and not taken a second time.
+    → ({film: patient}, lines that say what was recognised). A film of no set is its own patient.
+    """
+    is_list = (".csv", ".csv.gz", "_list.txt")
+    paths = [index.root / name for name in index.names if name.endswith(is_list)]
+    lists = [path for path in paths if path.is_file()]  # a dead link is not
+    sets = [list_mimic(lists, mimic_all), list_chexpert(lists), list_nih(lists)]
+    sets = [film_set for film_set in sets if film_set]
+    packed = set()
+    for path, pack in packs.items():
+        packed |= packed_paths(path, pack)
+    for film_set in sets:
+        keys = {film_set.key(name) for name in packed}
+        film_set.found |= keys & film_set.wanted.keys()
+
+    patients = {}
+    others = []
+    for name in index.films:
+        if name in packed:
+            continue
+        film_set, key = owner(name, sets)
+        if film_set is None:
+            others.append(name)
+            patients[name] = name
+        elif film_set.takes(key):
+            patients[name] = film_set.wanted[key]
+    summary = []
+    for film_set in sets:
+        summary += film_set.report()
+    return patients, summary + report_others(others, bool(sets))
+
+
+def packed_paths(path: str, pack) -> set[str]:
+    """Where the films of a pack may lie as files as well.
+
+    A pack knows them by their paths below the folder that was packed; that may be the root, the
+    folder that the pack lies in, or one beside the pack.
+    """
+    folder = os.path.dirname(path)
+    beside = os.path.join(folder, pack.folder)
+    paths = set(pack.names)
+    paths.update(f"{folder}/{name}" for name in pack.names)
+    paths.update(f"{beside}/{name}" for name in pack.names)
+    return paths
+
+
+def owner(name: str, sets: list[FilmSet]) -> tuple[FilmSet | None, str | None]:
+    """The set that a film file belongs to and its key there; (None, None) for a film of no set."""
+    for film_set in sets:
+        key = film_set.key(name)
+        if key:
+            return film_set, key
+    return None, None
+
+
+def report_others(others: list[str], has_sets: bool) -> list[str]:
+    """Say how many films belong to no set, and warn of those that are named like a set's."""
+    if not others:
+        return []
+    folders = {os.path.dirname(name) for name in others}
+    what = "other films" if has_sets else "films"
+    plural = "" if len(folders) == 1 else "s"
+    lines = [f"{what}: {len(others):,} in {len(folders):,} folder{plural}"]
+    for title, pattern in FILM_NAME.items():
+        alike = sum(pattern.search(name) is not None for name in others)
+        if alike:
+            lines.append(
+                f"warning: {alike:,} films are named as in {title}, whose lists are not here: its "
+                "test films are trained on, too"
+            )
+    return lines

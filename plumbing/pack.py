@@ -1,10 +1,18 @@
-"""plumbing.pack"""
+"""Sets of films: files and packed files as one sequence, kept in memory, or packed.
+
+A packed file holds films decoded once, which training then maps into memory. It consists of MAGIC,
+the films' bytes one after the other, the index (three .npy arrays: the films' heights and widths,
+their checksums, and JSON text), and a footer: where the index starts, its size, its checksum, MAGIC.
+"""
 
 import io
 import json
 import os
 import struct
 import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,71 +20,163 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import write_text
-from plumbing.film import UnreadableFilm
+from plumbing.film import UnreadableFilm, read_shrunk
 from plumbing.launch import UserError, leave_with_parent
 
-# ------------------------------------------------------------------------------------------------ the packed file
-# MAGIC, the films' bytes one after the other, the index (three .npy), then a footer: where the index starts, its size, its checksum, MAGIC.
 MAGIC = b"CXRPACK1"
-
-
 FOOTER = struct.Struct("<QQI8s")
 
 
+# ---------------------------------------------------------------- sets of films
+class Films:
+    """films[i] → uint8 (H, W), short side at most `side` px (0 = as stored); raises UnreadableFilm.
+
+    The files below `root` come first, then what packed files hold. names: paths below the root;
+    patients: who is on each film; summary: lines that say what was recognised.
+    """
+
+    def __init__(self, root, patient_of, packs, side, summary):
+        self.root = str(root)
+        self.packs = packs
+        self.side = side
+        self.summary = summary
+        self.names = list(patient_of)
+        self.patients = list(patient_of.values())
+        self.file_count = len(patient_of)
+        self.first_of_pack = []  # number of each pack's first film
+        for pack in packs:
+            self.first_of_pack.append(len(self.names))
+            self.names += pack.names
+            self.patients += pack.patients
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        if i < self.file_count:
+            return read_shrunk(f"{self.root}/{self.names[i]}", self.side)
+        pack, k = self.find_packed(i)
+        return pack[k]
+
+    def verified(self, i):
+        """films[i]; a packed one is compared with its checksum first."""
+        if i < self.file_count:
+            return self[i]
+        pack, k = self.find_packed(i)
+        return pack.verified(k)
+
+    def find_packed(self, i):
+        """The pack that holds film i, and the film's number in it."""
+        p = bisect_right(self.first_of_pack, i) - 1
+        return self.packs[p], i - self.first_of_pack[p]
+
+
+class InMemory:
+    """A small set of films, each of which is decoded once and then kept, its error as well.
+
+    It has the names, patients and all other attributes of the set behind it.
+    """
+
+    def __init__(self, films):
+        vars(self).update(vars(films))
+        self.films = films
+        self.decoded = {}  # {i: film, or the error that it raised}
+
+    def __len__(self):
+        return len(self.films)
+
+    def __getitem__(self, i):
+        if i not in self.decoded:
+            self.decoded[i] = self.attempt(i)
+        if isinstance(self.decoded[i], UnreadableFilm):
+            raise self.decoded[i]
+        return self.decoded[i]
+
+    def attempt(self, i):
+        """Film i, or the error that it raises."""
+        try:
+            return self.films[i]
+        except UnreadableFilm as error:
+            return error
+
+    def decode_all(self):
+        """Decode every film now, with threads and a progress bar."""
+        numbers = range(len(self))
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(self.attempt, numbers)
+            bar = tqdm(decoded, "decode", len(self), unit=" films", leave=False, disable=None)
+            self.decoded = dict(zip(numbers, bar, strict=True))
+
+
+# ---------------------------------------------------------------- reading a packed file
 class Pack:
-    """pack[i] → uint8 (H, W), a read-only view of the mapped file. Raises Stop when the file is cut short or something else."""
+    """pack[i] → uint8 (H, W), a read-only view of the mapped file.
+
+    names, patients: of the films; side: their short side, px, at most; unreadable: [[name, reason]]
+    of the films that were left out; folder: name of the folder that was packed; summary: one line
+    that says what it is. Raises UserError when the file is cut short or something else.
+    """
 
     def __init__(self, path):
-        self.path, self.bytes = str(path), None
-        try:
-            with open(path, "rb") as file:
-                file.seek(-FOOTER.size, os.SEEK_END)
-                start, size, check, magic = FOOTER.unpack(file.read())
-                file.seek(start if magic == MAGIC else 0)
-                blob = file.read(size if magic == MAGIC else 0)
-        except OSError as error:
-            raise UserError(f"{path}: not a packed file ({error})") from None
-        if magic != MAGIC or zlib.crc32(blob) != check:
-            raise UserError(
-                f"{path}: not a packed file, or one cut short: make it again with python data.py pack"
-            )
-        stream = io.BytesIO(blob)
-        self.shapes, self.sums, text = (
-            np.load(stream, allow_pickle=False) for _ in range(3)
-        )  # (n, 2); (n,) CRC-32; JSON
-        self.starts, text = place(self.shapes), json.loads(text.tobytes())
-        self.names, self.patients, self.side, self.bad, self.folder = (
-            text[k] for k in ("names", "patients", "side", "bad", "folder")
-        )
-        self.told = f"{path}: {len(self.names):,} packed films, short side at most {self.side or 'as it was'}"
+        self.path = str(path)
+        self.bytes = None  # mapped at the first use, in each worker process anew
+        stream = io.BytesIO(read_index(path))
+        self.shapes = np.load(stream, allow_pickle=False)  # (n, 2)
+        self.checksums = np.load(stream, allow_pickle=False)  # (n,) CRC-32
+        about = json.loads(np.load(stream, allow_pickle=False).tobytes())
+        self.offsets = film_offsets(self.shapes)  # (n + 1,)
+        self.names = about["names"]
+        self.patients = about["patients"]
+        self.side = about["side"]
+        self.unreadable = about["bad"]
+        self.folder = about["folder"]
+        size = f"short side at most {self.side or 'as it was'}"
+        self.summary = f"{path}: {len(self.names):,} packed films, {size}"
 
     def __len__(self):
         return len(self.names)
 
     def __getstate__(self):
-        return {**self.__dict__, "bytes": None}  # a worker maps the file itself
+        return {**self.__dict__, "bytes": None}
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> np.ndarray:
         if self.bytes is None:
             self.bytes = np.asarray(np.memmap(self.path, np.uint8, "r"))
-        return self.bytes[self.starts[i] : self.starts[i + 1]].reshape(self.shapes[i])
+        return self.bytes[self.offsets[i] : self.offsets[i + 1]].reshape(self.shapes[i])
 
-    def verified(self, i):
+    def verified(self, i: int) -> np.ndarray:
         """Film i, after comparing it with its checksum; UnreadableFilm when they differ."""
-        if zlib.crc32(self[i]) != self.sums[i]:
+        if zlib.crc32(self[i]) != self.checksums[i]:
             raise UnreadableFilm(f"its bytes in {self.path} have changed since packing")
         return self[i]
 
 
-def place(shapes):
-    """Where each film begins and the last one ends, bytes. (n, 2) → int64 (n + 1,)"""
-    return len(MAGIC) + np.concatenate(
-        [[0], np.cumsum(np.prod(np.reshape(shapes, (-1, 2)), axis=1, dtype=np.int64))]
-    )
+def read_index(path) -> bytes:
+    """The bytes of a packed file's index, found by its footer and compared with their checksum."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-FOOTER.size, os.SEEK_END)
+            start, size, checksum, magic = FOOTER.unpack(file.read())
+            if magic == MAGIC:
+                file.seek(start)
+                index = file.read(size)
+    except OSError as error:
+        raise UserError(f"{path}: not a packed file ({error})") from None
+    if magic != MAGIC or zlib.crc32(index) != checksum:
+        raise UserError(
+            f"{path}: not a packed file, or one cut short: make it again with python data.py pack"
+        )
+    return index
+
+
+def film_offsets(shapes) -> np.ndarray:
+    """Where each film begins in the file and the last one ends, bytes. (n, 2) → int64 (n + 1,)"""
+    sizes = np.prod(np.reshape(shapes, (-1, 2)), axis=1, dtype=np.int64)
+    return len(MAGIC) + np.concatenate([[0], np.cumsum(sizes)])
 
 
 class Attempts(torch.utils.data.Dataset):
-    """Item i → (film i, "") or (None, why not): reading that never raises, for worker processes."""
+    """Item i → (film i, "") or (None, why it cannot be read): reading that never raises."""
 
     def __init__(self, films):
         self.films = films
@@ -88,8 +188,11 @@ class Attempts(torch.utils.data.Dataset):
             return None, str(error)
 
 
-def attempts(films, start, workers, task):
-    """Films from number `start` on, in order, read by `workers` processes, with a progress bar: yields (film or None, reason)."""
+def read_all(films, start: int, workers: int, task: str) -> Iterator[tuple]:
+    """Read all films from number `start` on, in order: yields (film or None, reason).
+
+    workers: processes that read; task: the word before the progress bar.
+    """
     loader = torch.utils.data.DataLoader(
         Attempts(films),
         batch_size=None,
@@ -102,86 +205,107 @@ def attempts(films, start, workers, task):
     return tqdm(loader, desc=task, initial=start, total=len(films), unit=" films", disable=None)
 
 
-def pack_films(films, out, workers=0):
-    """Write every readable film into the packed file `out` → Pack. Killed at any moment, the same call goes on where it was.
+# ---------------------------------------------------------------- writing it
+def pack_films(films, out, workers: int = 0) -> Pack:
+    """Write every readable film into the packed file `out`.
 
-    Until it is complete there is <out>.part, and <out>.journal with a line (height, width, CRC-32, reason) a film, written after its bytes.
+    Killed at any moment, the same call goes on where it was: until the file is complete there is
+    <out>.part, and <out>.journal with one line per film, written after the film's bytes:
+    `height width CRC-32 reason`, zeros and the reason for a film that cannot be read.
     """
-    part, journal = Path(f"{out}.part"), Path(f"{out}.journal")
-    key = f"{films.side} {len(films)} {zlib.crc32(json.dumps(films.names).encode())}"
-    lines = resume_packing(part, journal, key)
+    part = Path(f"{out}.part")
+    journal = Path(f"{out}.journal")
+    if not journal.exists() or not part.exists():
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(MAGIC)
+        write_text(journal, describe_films(films) + "\n")
+    lines = cut_to_whole_films(part, journal, describe_films(films))
     with open(part, "ab", buffering=0) as file, open(journal, "a", buffering=1) as log:
-        for film, reason in attempts(films, len(lines), workers, "pack"):
-            if film is not None:
-                file.write(film.tobytes())
-            lines.append(
-                f"0 0 0 {reason}"
-                if film is None
-                else f"{film.shape[0]} {film.shape[1]} {zlib.crc32(film.tobytes())} "
-            )
-            log.write(lines[-1] + "\n")
-    finish_packing(part, films, [line.split(" ", 3) for line in lines])
+        for film, reason in read_all(films, len(lines), workers, "pack"):
+            if film is None:
+                line = f"0 0 0 {reason}"
+            else:
+                content = film.tobytes()
+                file.write(content)
+                line = f"{film.shape[0]} {film.shape[1]} {zlib.crc32(content)} "
+            log.write(line + "\n")
+            lines.append(line)
+    rows = [line.split(" ", 3) for line in lines]
+    is_packed = np.array([row[0] != "0" for row in rows])
+    packed = np.flatnonzero(is_packed)
+    if not len(packed):
+        raise UserError(
+            f"none of the {len(films)} films can be read, first {films.names[0]}: {rows[0][3]}"
+        )
+    table = np.array([[int(number) for number in rows[i][:3]] for i in packed])
+    verify(part, [films.names[i] for i in packed], table)
+    unreadable = [[films.names[i], rows[i][3]] for i in np.flatnonzero(~is_packed)]
+    append_index(part, films, packed, table, unreadable)
     os.replace(part, out)
     journal.unlink()
     return Pack(out)
 
 
-def resume_packing(part, journal, key):
-    """Journal lines of the films that `part` holds, after cutting both to whole films; begins them when there is nothing to go on from."""
-    if not journal.exists() or not part.exists():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(MAGIC)
-        write_text(journal, key + "\n")
+def describe_films(films) -> str:
+    """First line of the journal: packing goes on only with the same films at the same side."""
+    return f"{films.side} {len(films)} {zlib.crc32(json.dumps(films.names).encode())}"
+
+
+def cut_to_whole_films(part: Path, journal: Path, first_line: str) -> list[str]:
+    """Cut what an interrupted packing left to whole films → the journal's lines of these.
+
+    The kill may have cut the last line and the last film; after a power cut, the films' bytes may
+    be fewer than the journal says.
+    """
     text = journal.read_text()
-    first, *lines = text[: text.rindex("\n")].split(
-        "\n"
-    )  # a line without an end was cut by the kill
-    if first != key:
+    first, *lines = text[: text.rindex("\n")].split("\n")
+    if first != first_line:
         raise UserError(
-            f"{part} was begun from other films or another --side: delete it and {journal.name} to begin again"
+            f"{part} was begun from other films or another --side: "
+            f"delete it and {journal.name} to begin again"
         )
-    ends = place([[int(n) for n in line.split()[:2]] for line in lines])[1:]
-    lines = lines[
-        : int((ends <= part.stat().st_size).sum())
-    ]  # after a power cut, bytes may be fewer than the journal says
-    os.truncate(part, ends[len(lines) - 1] if lines else len(MAGIC))
-    write_text(journal, "\n".join([key, *lines, ""]))
+    shapes = [[int(number) for number in line.split()[:2]] for line in lines]
+    offsets = film_offsets(shapes)
+    is_whole = offsets[1:] <= part.stat().st_size
+    lines = lines[: int(is_whole.sum())]
+    os.truncate(part, offsets[len(lines)])
+    write_text(journal, "\n".join([first_line, *lines, ""]))
     return lines
 
 
-def finish_packing(part, films, rows):
-    """Compare every film in `part` with its checksum, then append index and footer."""
-    good = [i for i, row in enumerate(rows) if row[0] != "0"]
-    if not good:
-        raise UserError(
-            f"none of the {len(films)} films can be read, first {films.names[0]}: {rows[0][3]}"
-        )
-    table = np.array([[int(n) for n in rows[i][:3]] for i in good])
-    shapes, sums, starts = (
-        table[:, :2].astype(np.int32),
-        table[:, 2].astype(np.uint32),
-        place(table[:, :2]),
-    )
-    data = np.asarray(np.memmap(part, np.uint8, "r"))
-    for k, i in enumerate(tqdm(good, desc="verify", unit=" films", disable=None)):
-        if zlib.crc32(data[starts[k] : starts[k + 1]]) != sums[k]:
+def verify(part: Path, names: list[str], table: np.ndarray) -> None:
+    """Compare every film in `part` with its checksum. table: (n, 3) height, width, CRC-32"""
+    offsets = film_offsets(table[:, :2])
+    content = np.asarray(np.memmap(part, np.uint8, "r"))
+    for k, name in enumerate(tqdm(names, desc="verify", unit=" films", disable=None)):
+        if zlib.crc32(content[offsets[k] : offsets[k + 1]]) != table[k, 2]:
             raise UserError(
-                f"{part}: {films.names[i]} is not as it was written: see to the disk, delete the file, pack again"
+                f"{part}: {name} is not as it was written: "
+                "see to the disk, delete the file, pack again"
             )
-    text = {
-        "names": [films.names[i] for i in good],
-        "patients": [films.patients[i] for i in good],
+
+
+def append_index(part: Path, films, packed, table: np.ndarray, unreadable: list) -> None:
+    """Append index and footer, after which the file is complete.
+
+    packed: numbers of the packed films in `films`; table: theirs, (n, 3) height, width, CRC-32;
+    unreadable: [[name, reason]] of the others.
+    """
+    about = {
+        "names": [films.names[i] for i in packed],
+        "patients": [films.patients[i] for i in packed],
         "side": films.side,
         "folder": os.path.basename(os.path.abspath(films.root)),
-        "bad": [[films.names[i], row[3]] for i, row in enumerate(rows) if row[0] == "0"],
+        "bad": unreadable,
     }
-    blob = io.BytesIO()
-    for array in (shapes, sums, np.frombuffer(json.dumps(text).encode(), np.uint8)):
-        np.save(blob, array)
+    stream = io.BytesIO()
+    np.save(stream, table[:, :2].astype(np.int32))
+    np.save(stream, table[:, 2].astype(np.uint32))
+    np.save(stream, np.frombuffer(json.dumps(about).encode(), np.uint8))
+    index = stream.getvalue()
+    start = int(film_offsets(table[:, :2])[-1])
     with open(part, "ab") as file:
-        file.write(
-            blob.getvalue()
-            + FOOTER.pack(int(starts[-1]), blob.tell(), zlib.crc32(blob.getvalue()), MAGIC)
-        )
+        file.write(index)
+        file.write(FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))
         file.flush()
         os.fsync(file.fileno())

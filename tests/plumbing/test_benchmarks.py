@@ -11,7 +11,6 @@ from sklearn.model_selection import train_test_split
 
 from plumbing import benchmarks
 from plumbing.film import decode_rle, encode_rle, read_film, read_mask
-from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.table import SPLITS
 
@@ -638,20 +637,3 @@ def test_run_lengths_round_trip_and_follow_the_competitions_own_loop():
         assert text == "-1" or np.array_equal(decode_rle(text, 7, 5), mask)
     with pytest.raises(UserError, match="reach pixel 40"):
         decode_rle("30 10", 7, 5)
-
-
-def test_cached_index_is_used_and_renewed_when_films_arrive(tmp_path):
-    root = tmp_path / "data"
-    cache = tmp_path / "index.txt"
-    picture(root / "a.png")
-    Index(root, cache)
-    before = cache.read_text()
-    picture(root / "sub" / "b.png")
-    index = Index(root, cache)
-    assert index.names == ["a.png"] and index.find(["a.png"]) == [root / "a.png"]
-    assert cache.read_text() == before
-    assert index.find(["b"]) == [root / "sub" / "b.png"] and cache.read_text() != before
-    picture(root / "other" / "b.png")
-    with pytest.raises(UserError, match="one film name, several files"):
-        Index(root).find(["b.png"])
-    assert Index(root).find(["other/b.png"], depth=0) == [root / "other" / "b.png"]

@@ -351,7 +351,7 @@ def test_pack_equals_direct_reading(tmp_path):
     pack = pack_films(direct, tmp_path / "films" / "cxr.pack")
     assert (
         pack.names == [n for n in direct.names if n != "007.png"]
-        and pack.bad[0][0] == "007.png"
+        and pack.unreadable[0][0] == "007.png"
         and len(pack) == 11
     )
     opened = open_films(tmp_path / "films" / "cxr.pack")
@@ -370,7 +370,7 @@ def test_pack_equals_direct_reading(tmp_path):
     )  # the packed films are taken once, the bad one is still a file
     assert (
         sorted(beside.names) == sorted(direct.names)
-        and beside.files == 1
+        and beside.file_count == 1
         and np.array_equal(beside[1], opened[0])
     )
     above = open_films(tmp_path)
@@ -450,7 +450,7 @@ def test_damaged_packs(tmp_path):
         (tmp_path / f"{name}.pack").write_bytes(damaged)
         with pytest.raises(UserError, match="not a packed file"):
             Pack(tmp_path / f"{name}.pack")
-    content[int(pack.starts[2]) + 50] ^= 1
+    content[int(pack.offsets[2]) + 50] ^= 1
     (tmp_path / "b.pack").write_bytes(content)
     result = run("check", "--data", tmp_path / "b.pack", "--workers", 0)
     assert (
