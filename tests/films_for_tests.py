@@ -41,6 +41,5 @@ def run(*words, **options):
         [sys.executable, str(ROOT / "data.py"), *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=300,
         **options,
     )

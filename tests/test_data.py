@@ -1,4 +1,4 @@
-"""Finding, batching and cropping of films, against hand-made trees of every layout and slow re-statements."""
+"""Finding, batching and cropping of films, against hand-made folders and slow re-statements."""
 
 import numpy as np
 import pytest
@@ -7,53 +7,30 @@ from conftest import REAL
 from films_for_tests import TINY, film, needs_real, run, tree
 
 from augment import crop, sample_boxes
-from data import Batches, Views, open_films
+from data import Batches, InMemory, UnreadableFilms, Views, open_films
 from plumbing import keys
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError
 
 
-# ------------------------------------------------------------------------------------------------ finding
+# ---------------------------------------------------------------- finding
 def test_any_folder(tmp_path):
-    tree(
-        tmp_path,
-        ["a/b/c/1.png", "a/2.JPG", "3.jfif", "CR.1.2.840.113564.99", "noname", "å ü/4.webp"],
-    )
-    tree(
-        tmp_path,
-        [
-            ".hidden.png",
-            ".git/5.png",
-            "index.html",
-            "labels.csv",
-            "a/README.txt",
-            "a/notes.json",
-            "DICOMDIR",
-        ],
-    )
+    films = ["3.jfif", "CR.1.2.840.113564.99", "a/2.JPG", "a/b/c/1.png", "noname", "å ü/4.webp"]
+    tree(tmp_path, films)
+    tree(tmp_path, [".hidden.png", ".git/5.png", "index.html", "labels.csv", "DICOMDIR"])
+    tree(tmp_path, ["a/README.txt", "a/notes.json"])
     tree(tmp_path, ["LICENSE", "1.2.3"], b"words")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     found = open_films(tmp_path)
-    assert (
-        found.names
-        == ["3.jfif", "CR.1.2.840.113564.99", "a/2.JPG", "a/b/c/1.png", "noname", "å ü/4.webp"]
-        == found.patients
-    )
-    assert (
-        found[0].shape == (40, 40)
-        and len(found) == 6
-        and "films: 6 in 4 folders" in found.summary[0]
-    )
+    assert found.names == films == found.patients
+    assert found[0].shape == (40, 40) and len(found) == 6
+    assert "films: 6 in 4 folders" in found.summary[0]
     assert open_films(tmp_path, side=16)[3].shape == (16, 16)
     (tmp_path / "people.csv").write_text(
         "filename,patient_id\nb/c/1.png,anna\nsomewhere/else/3.jfif,ben\nx/1.png,nobody\n"
     )
-    assert open_films(tmp_path, patients=tmp_path / "people.csv").patients == [
-        "ben",
-        *found.names[1:3],
-        "anna",
-        *found.names[4:],
-    ]
+    known = open_films(tmp_path, patients=tmp_path / "people.csv")
+    assert known.patients == ["ben", *films[1:3], "anna", *films[4:]]
 
 
 def test_nothing_to_open(tmp_path):
@@ -64,16 +41,15 @@ def test_nothing_to_open(tmp_path):
         open_films(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ the commands
+# ---------------------------------------------------------------- the commands
+@pytest.mark.slow
 def test_commands_and_their_errors(tmp_path):
     tree(tmp_path / "films", ["a/1.png", "b/2.jpg"])
     tree(tmp_path / "films", ["b/3.jpg"], TINY[: len(TINY) // 2])
     result = run("check", "--data", tmp_path / "films", "--workers", 2)
-    assert (
-        result.returncode == 0
-        and "films: 3 in 2 folders" in result.stdout
-        and "2 of 3 films can be read" in result.stdout
-    )
+    assert result.returncode == 0
+    assert "films: 3 in 2 folders" in result.stdout
+    assert "2 of 3 films can be read" in result.stdout
     assert "bad: b/3.jpg: image file is truncated" in result.stdout
     for words, line in (
         (["check", "--data", tmp_path / "no"], "no such folder"),
@@ -82,17 +58,13 @@ def test_commands_and_their_errors(tmp_path):
         ([], "say what to do"),
     ):
         result = run(*words)
-        assert (
-            result.returncode == 1
-            and line in result.stderr
-            and result.stderr.count("\n") == 1
-            and not result.stdout
-        )
+        assert result.returncode == 1 and line in result.stderr
+        assert result.stderr.count("\n") == 1 and not result.stdout
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------- batches
 def slow_batches(n, batch, seed, steps):
-    """Every step's global batch, written out: the epochs' permutations, each cut to whole batches, one after the other."""
+    """Every step's global batch: the epochs' permutations, each cut to whole batches, in a row."""
     places = []
     for epoch in range(steps):
         order = np.random.default_rng((keys.ORDER, seed, epoch)).permutation(n).tolist()
@@ -109,33 +81,21 @@ def test_batches_are_the_same_for_every_team(world, micro, start):
         for rank in range(world)
     ]
     per_step = 12 // world // micro
-    assert all(
-        len(s) == per_step * (11 - start) == len(Batches(50, 12, micro, 0, world, 5, start, 11))
-        for s in shares
-    )
+    count = len(Batches(50, 12, micro, 0, world, 5, start, 11))
+    assert all(len(share) == per_step * (11 - start) == count for share in shares)
     for step in range(start, 11):
-        micros = [
-            m
-            for share in shares
-            for m in share[(step - start) * per_step : (step - start + 1) * per_step]
-        ]
-        assert (
-            all(len(m) == micro for m in micros)
-            and [item for m in micros for item in m] == reference[step]
-        )
+        first = (step - start) * per_step
+        micros = [m for share in shares for m in share[first : first + per_step]]
+        assert all(len(m) == micro for m in micros)
+        assert [item for m in micros for item in m] == reference[step]
 
 
 def test_batches_cover_an_epoch_and_differ_between_epochs():
     items = [item for m in Batches(48, 12, 12, 0, 1, 0, steps=8) for item in m]
-    assert (
-        sorted(i for e, i in items if e == 0)
-        == sorted(i for e, i in items if e == 1)
-        == list(range(48))
-    )
-    assert [i for e, i in items if e == 0] != [i for e, i in items if e == 1]
-    assert list(Batches(48, 12, 12, 0, 1, 1, steps=1)) != list(
-        Batches(48, 12, 12, 0, 1, 0, steps=1)
-    )
+    first, second = ([i for e, i in items if e == epoch] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(48)) and first != second
+    one, other = (list(Batches(48, 12, 12, 0, 1, seed, steps=1)) for seed in (0, 1))
+    assert one != other
     assert len(list(Batches(50, 12, 12, 0, 1, 0))) == 4  # without `steps`: one epoch
 
 
@@ -146,17 +106,20 @@ def test_batches_that_cannot_be():
         Batches(100, 12, 5, 0, 2, 0, steps=1)
 
 
-# ------------------------------------------------------------------------------------------------ views
+# ---------------------------------------------------------------- views
 class Memory:
     """Films in memory, some of them bad."""
 
     def __init__(self, count, bad=()):
-        self.names, self.bad = [f"{k}.png" for k in range(count)], bad
+        self.names = [f"{k}.png" for k in range(count)]
+        self.bad = bad
+        self.reads = 0
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
+        self.reads += 1
         if i in self.bad:
             raise UnreadableFilm("broken")
         return film(i, 90 + i % 7, 100)
@@ -168,16 +131,12 @@ def test_views_are_the_keyed_crops():
     assert item["views"].shape == (2, 32, 32) and item["views"].dtype == np.uint8
     assert item["boxes"].dtype == np.float32 and item["unreadable"] == item["reason"] == ""
     for k in range(2):
-        assert np.array_equal(
-            item["views"][k], crop(film(5, 95, 100), boxes[k], 32, flips[k])
-        ) and np.allclose(item["boxes"][k], boxes[k])
-    others = [
-        Views(Memory(9), 32, seed=s)[(e, i)]["boxes"]
-        for s, e, i in ((4, 2, 5), (5, 2, 5), (4, 3, 5), (4, 2, 6))
-    ]
-    assert np.array_equal(others[0], item["boxes"]) and not any(
-        np.array_equal(others[0], o) for o in others[1:]
-    )
+        assert np.array_equal(item["views"][k], crop(film(5, 95, 100), boxes[k], 32, flips[k]))
+        assert np.allclose(item["boxes"][k], boxes[k])
+    keyed = [(4, 2, 5), (5, 2, 5), (4, 3, 5), (4, 2, 6)]
+    same, *others = [Views(Memory(9), 32, seed=s)[(e, i)]["boxes"] for s, e, i in keyed]
+    assert np.array_equal(same, item["boxes"])
+    assert not any(np.array_equal(same, other) for other in others)
 
 
 def test_views_do_not_depend_on_workers_or_ranks():
@@ -213,17 +172,41 @@ def test_views_do_not_depend_on_workers_or_ranks():
 def test_a_bad_film_gives_way_to_the_next():
     views = Views(Memory(10, bad=(3, 4, 9)), 24, seed=1)
     assert [views[(0, i)]["unreadable"] for i in (3, 4, 5)] == ["3.png", "4.png", ""]
-    assert np.array_equal(views.read(3)[0], film(5, 95, 100)) and np.array_equal(
-        views.read(9)[0], film(0, 90, 100)
-    )
+    assert np.array_equal(views.read(3)[0], film(5, 95, 100))
+    assert np.array_equal(views.read(9)[0], film(0, 90, 100))
     some = Views(Memory(10, bad=(3, 4, 9)), 24, seed=1, subset=[9, 3, 8])
-    assert (
-        len(some) == 3
-        and some[(0, 1)]["unreadable"] == "3.png"
-        and np.array_equal(some.read(0)[0], film(8, 91, 100))
-    )
+    assert len(some) == 3 and some[(0, 1)]["unreadable"] == "3.png"
+    assert np.array_equal(some.read(0)[0], film(8, 91, 100))
     with pytest.raises(UserError, match="10 films in a row cannot be read, from 0.png on .broken."):
         Views(Memory(10, bad=range(10)), 24, seed=1)[(0, 0)]
+
+
+def test_films_in_memory_are_read_once():
+    behind = Memory(5, bad=(2,))
+    for is_decoded_first in (False, True):
+        films = InMemory(behind)
+        behind.reads = 0
+        if is_decoded_first:
+            films.decode_all()
+        for _ in range(2):
+            assert all(np.array_equal(films[i], film(i, 90 + i, 100)) for i in (0, 1, 3, 4))
+            with pytest.raises(UnreadableFilm, match="broken"):
+                films[2]
+        assert behind.reads == 5 and films.names == behind.names and len(films) == 5
+
+
+@pytest.mark.parametrize("total,allowed", [(10, 1), (199, 1), (200, 2), (1000, 10)])
+def test_unreadable_films_are_named_once_and_too_many_stop(total, allowed, capsys):
+    unreadable = UnreadableFilms(total)
+    for k in range(allowed):
+        item = {"unreadable": ["", f"{k}.png"], "reason": ["", "broken"]}
+        unreadable.note_batch(item)
+        unreadable.note_batch(item)
+    assert list(unreadable.reasons) == [f"{k}.png" for k in range(allowed)]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == allowed and said[0] == "bad film, skipped (1 so far): 0.png: broken"
+    with pytest.raises(UserError, match=f"{allowed + 1} of {total} films .* more than 1 %: 0.png"):
+        unreadable.note("another.png", "broken")
 
 
 @needs_real

@@ -1,4 +1,4 @@
-"""Reading and packing of films, against a table made by hand and looked at, Pillow, and the DICOM rules written out in NumPy."""
+"""Reading of films, against a table made by hand, Pillow, and the rules of DICOM in NumPy."""
 
 import importlib.util
 import sys
@@ -9,10 +9,11 @@ from conftest import REAL
 from films_for_tests import TINY, film, jpeg, needs_real
 from PIL import Image
 
-from plumbing.film import UnreadableFilm, fit, read_film
+from plumbing.film import UnreadableFilm, fit, read_film, read_shrunk
 
-# ------------------------------------------------------------------------------------------------ the formats, one by one
-# file, height, width, mean grey, and by how much the mediastinum is brighter than the lungs (looked at; None: no frontal chest upright)
+# ---------------------------------------------------------------- the formats, one by one
+# File, height, width, mean grey, and by how much the mediastinum is brighter than the lungs: looked
+# at; None where there is no frontal chest, upright.
 FORMATS = [
     ("000001-9.jpg", 587, 732, 109, 135),
     ("000002-9.jpg", 384, 384, 58, None),
@@ -147,9 +148,8 @@ def test_palettes_alpha_and_modes(tmp_path):
         ("gif.png", plain, {"format": "GIF"}),
         ("webp.gif", colour, {"format": "WEBP", "lossless": True}),
     ):
-        assert (
-            np.abs(read_film(save(tmp_path, name, image, **options)).astype(int) - grey).max() <= 1
-        ), name
+        picture = read_film(save(tmp_path, name, image, **options))
+        assert np.abs(picture.astype(int) - grey).max() <= 1, name
 
 
 def test_first_frame_of_many(tmp_path):
@@ -196,13 +196,17 @@ def test_exif_rotation_is_applied(tmp_path):
 )
 def test_bad_files_are_refused_with_a_reason(tmp_path, content, reason):
     (tmp_path / "film.png").write_bytes(content)
-    for side in (
-        (0, 16) if reason != "black-and-white" else (0,)
-    ):  # scaled down, black and white blend to grey
+    # Scaled down, black and white blend to grey.
+    for side in (0,) if reason == "black-and-white" else (0, 16):
         with pytest.raises(UnreadableFilm, match=reason):
             read_film(tmp_path / "film.png", side)
     with pytest.raises(UnreadableFilm, match="No such file"):
         read_film(tmp_path / "gone.png")
+
+
+def thumbnail(picture):
+    small = Image.fromarray(picture).resize((40, 40), Image.Resampling.BOX)
+    return np.asarray(small).astype(int)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
@@ -214,27 +218,27 @@ def test_reduced_decoding_is_never_below_the_wanted_side(tmp_path, mode):
         part = read_film(tmp_path / "big.jpg", side)
         assert min(part.shape) >= min(side, 777)
         assert min(part.shape) < 2 * side or side < 90  # 1/8 is the smallest scale there is
-        small, reference = (
-            np.asarray(Image.fromarray(p).resize((40, 40), Image.Resampling.BOX)).astype(int)
-            for p in (part, whole)
-        )
-        assert (
-            np.abs(small - reference).mean() < 3
-        )  # the last block of 8 is padded: a shift of at most half a pixel
+        # The last block of 8 is padded: a shift of at most half a pixel.
+        assert np.abs(thumbnail(part) - thumbnail(whole)).mean() < 3
     assert min(read_film(tmp_path / "big.jpg", 97).shape) == 98  # 777 / 8, rounded up
 
 
 def test_fit():
     for height, width, side in ((80, 64, 32), (64, 80, 33), (50, 50, 64), (30, 300, 7)):
         small = fit(film(8, height, width), side)
-        assert (
-            min(small.shape) == side
-            and abs(max(small.shape) - max(height, width) * side / min(height, width)) <= 0.5
-        )
-    assert fit(film(8), 64) is not None and np.array_equal(fit(film(8), 64), film(8))
+        long_side = max(height, width) * side / min(height, width)
+        assert min(small.shape) == side and abs(max(small.shape) - long_side) <= 0.5
+    assert np.array_equal(fit(film(8), 64), film(8))
 
 
-# ------------------------------------------------------------------------------------------------ DICOM
+def test_read_shrunk(tmp_path):
+    path = save(tmp_path, "film.jpg", Image.fromarray(film(7, 700, 900)))
+    assert np.array_equal(read_shrunk(path, 300), fit(read_film(path, 300), 300))
+    for side in (0, 700, 800):
+        assert np.array_equal(read_shrunk(path, side), read_film(path)), side
+
+
+# ---------------------------------------------------------------- DICOM
 def write_dicom(path, values, header=True, **tags):
     pydicom = pytest.importorskip("pydicom")
     from pydicom.dataset import FileDataset, FileMetaDataset
@@ -243,22 +247,24 @@ def write_dicom(path, values, header=True, **tags):
     meta.TransferSyntaxUID = (
         pydicom.uid.ExplicitVRLittleEndian if header else pydicom.uid.ImplicitVRLittleEndian
     )
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
-        pydicom.uid.DigitalXRayImageStorageForPresentation,
-        "1.2.3",
-    )
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
     d = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    d.SOPClassUID, d.SOPInstanceUID, d.Modality = meta.MediaStorageSOPClassUID, "1.2.3", "DX"
-    d.Rows, d.Columns = values.shape[-2:]
-    d.SamplesPerPixel, d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = (
-        1,
-        16,
-        12,
-        11,
-        0,
-    )
-    d.PhotometricInterpretation, d.PixelData = "MONOCHROME2", values.astype("<u2").tobytes()
-    for key, value in tags.items():
+    shown = {
+        "SOPClassUID": meta.MediaStorageSOPClassUID,
+        "SOPInstanceUID": "1.2.3",
+        "Modality": "DX",
+        "Rows": values.shape[-2],
+        "Columns": values.shape[-1],
+        "SamplesPerPixel": 1,
+        "BitsAllocated": 16,
+        "BitsStored": 12,
+        "HighBit": 11,
+        "PixelRepresentation": 0,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "PixelData": values.astype("<u2").tobytes(),
+    }
+    for key, value in (shown | tags).items():
         setattr(d, key, value)
     if header:
         d.save_as(path, enforce_file_format=True)
@@ -270,14 +276,11 @@ def write_dicom(path, values, header=True, **tags):
 
 
 def slow_dicom(values, slope=1.0, intercept=0.0, window=None, mono1=False):
-    """DATASETS.md section 10 with NumPy; window as in DICOM PS3.3 C.11.2.1.2.1."""
+    """The rules of read_dicom with NumPy; window as in DICOM PS3.3 C.11.2.1.2.1."""
     x = values * slope + intercept
     if window:
         centre, width = window
-        low, high = (
-            min(x_ * slope + intercept for x_ in (0, 4095)),
-            max(x_ * slope + intercept for x_ in (0, 4095)),
-        )
+        low, high = sorted(stored * slope + intercept for stored in (0, 4095))
         x = np.clip((x - (centre - 0.5)) / (width - 1) + 0.5, 0, 1) * (high - low) + low
     low, high = np.percentile(x, [0.5, 99.5])
     x = np.clip((x - low) / (high - low), 0, 1) * 255
@@ -298,9 +301,8 @@ def test_dicom_order(tmp_path, mono1, window, slope, intercept, header):
     if window:
         tags |= {"WindowCenter": [window[0], 5], "WindowWidth": [window[1], 6]}
     path = write_dicom(tmp_path / "film", values, header, **tags)
-    assert (
-        np.abs(read_film(path) - slow_dicom(values, slope, intercept, window, mono1)).max() < 1.01
-    )
+    expected = slow_dicom(values, slope, intercept, window, mono1)
+    assert np.abs(read_film(path) - expected).max() < 1.01
 
 
 def test_dicom_padding_frames_and_refusals(tmp_path, monkeypatch):
@@ -310,13 +312,8 @@ def test_dicom_padding_frames_and_refusals(tmp_path, monkeypatch):
     picture = read_film(write_dicom(tmp_path / "padded.dcm", padded, PixelPaddingValue=4095))
     assert (picture[:20] == 0).all() and np.abs(picture[20:] - slow_dicom(values[20:])).max() < 1.01
     frames = np.stack([values, values[::-1]])
-    assert (
-        np.abs(
-            read_film(write_dicom(tmp_path / "frames.dcm", frames, NumberOfFrames=2))
-            - slow_dicom(values)
-        ).max()
-        < 1.01
-    )
+    first = read_film(write_dicom(tmp_path / "frames.dcm", frames, NumberOfFrames=2))
+    assert np.abs(first - slow_dicom(values)).max() < 1.01
     with pytest.raises(UnreadableFilm, match="constant"):
         read_film(write_dicom(tmp_path / "constant.dcm", values * 0 + 5))
     report = write_dicom(tmp_path / "report.dcm", values)

@@ -12,7 +12,7 @@ from plumbing import film, folder
 from plumbing.folder import Index
 from plumbing.launch import UserError
 
-MIMIC_IDS = ["02aa804e-bde0afdd-112c0b34-7bc16630-4e38401%d" % k for k in range(9)]
+MIMIC_IDS = [f"02aa804e-bde0afdd-112c0b34-7bc16630-4e38401{k}" for k in range(9)]
 MIMIC_BAD_ID = "0518c887-b80608ca-830de2d5-89acf0e2-bd3ec900"
 MIMIC_VIEWS = [
     ("AP", "train"),
@@ -28,36 +28,28 @@ MIMIC_VIEWS = [
 
 
 def mimic_tree(root, folder="", zipped=True, absent=()):
-    rows = [(MIMIC_BAD_ID, 10000032, "AP", "train")] + [
-        (i, 10000032 + k // 2, *v) for k, (i, v) in enumerate(zip(MIMIC_IDS, MIMIC_VIEWS))
-    ]
+    rows = [(MIMIC_BAD_ID, 10000032, "AP", "train")]
+    for k, (view, part) in enumerate(MIMIC_VIEWS):
+        rows.append((MIMIC_IDS[k], 10000032 + k // 2, view, part))
     metadata = (
-        "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate\n"
-        + "".join(
-            f'{i},{p},50414267,"CHEST (PA, LAT)",{view},3056,2544,21800506\n'
-            for i, p, view, _ in rows
-        )
+        "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,"
+        "StudyDate\n"
     )
-    split = "dicom_id,study_id,subject_id,split\n" + "".join(
-        f"{i},50414267,{p},{part}\n" for i, p, _, part in rows
-    )
+    split = "dicom_id,study_id,subject_id,split\n"
+    for film_id, patient, view, part in rows:
+        metadata += f'{film_id},{patient},50414267,"CHEST (PA, LAT)",{view},3056,2544,21800506\n'
+        split += f"{film_id},50414267,{patient},{part}\n"
     base = root / folder
     base.mkdir(parents=True, exist_ok=True)
     for kind, text in (("metadata", metadata), ("split", split)):
         name = f"mimic-cxr-2.0.0-{kind}.csv"
-        (base / f"{name}.gz").write_bytes(gzip.compress(text.encode())) if zipped else (
-            base / name
-        ).write_text(text)
+        if zipped:
+            (base / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (base / name).write_text(text)
     tree(
         base,
-        [
-            "index.html",
-            "files/index.html",
-            "files/p10/index.html",
-            "SHA256SUMS.txt",
-            "README",
-            "IMAGE_FILENAMES",
-        ],
+        ["index.html", "files/p10/index.html", "SHA256SUMS.txt", "README", "IMAGE_FILENAMES"],
         b"<html>",
     )
     tree(base, [f"files/p10/p{p}/s50414267/{i}.jpg" for i, p, _, _ in rows if i not in absent])
@@ -107,61 +99,45 @@ def test_lists_without_films_or_partners(tmp_path):
 
 
 CHEXPERT_ROWS = [
-    (f"train/{film}.jpg", view)
-    for film, view in (
-        ("patient00001/study1/view1_frontal", "Frontal,AP"),
-        ("patient00002/study2/view1_frontal", "Frontal,LL"),
-        ("patient00002/study1/view2_lateral", "Lateral,"),
-        ("patient43018/study1/view1_frontal", "Frontal,PA"),
-    )
+    ("train/patient00001/study1/view1_frontal.jpg", "Frontal,AP"),
+    ("train/patient00002/study2/view1_frontal.jpg", "Frontal,LL"),
+    ("train/patient00002/study1/view2_lateral.jpg", "Lateral,"),
+    ("train/patient43018/study1/view1_frontal.jpg", "Frontal,PA"),
 ]
+CHEXPERT_FOLDERS = {
+    "small": "CheXpert-v1.0-small",
+    "full": "CheXpert-v1.0",
+    "kaggle": ".",
+    "batches": "CheXpert-v1.0 batch 1 (validate & csv)",
+    "test set": "CheXpert",
+}
 CHEXPERT_HEADER = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Edema\n"
 
 
 def chexpert_tree(root, variant):
-    """The five layouts of DATASETS.md, section 2."""
+    """CheXpert as it is distributed in five ways."""
     valid = ["valid/patient64541/study1/view1_frontal.jpg"]
     films = [name for name, _ in CHEXPERT_ROWS]
     prefix = "CheXpert-v1.0-small/" if variant in ("small", "kaggle") else "CheXpert-v1.0/"
-    base = (
-        root
-        / {
-            "small": "CheXpert-v1.0-small",
-            "full": "CheXpert-v1.0",
-            "kaggle": ".",
-            "batches": "CheXpert-v1.0 batch 1 (validate & csv)",
-            "test set": "CheXpert",
-        }[variant]
-    )
+    base = root / CHEXPERT_FOLDERS[variant]
     base.mkdir(parents=True, exist_ok=True)
     if variant == "test set":
-        tree(
-            base,
-            [
-                "test/patient64741/study1/view1_frontal.jpg",
-                "val/patient64541/study1/view1_frontal.jpg",
-            ],
-        )
+        tree(base, ["test/patient64741/study1/view1_frontal.jpg"])
+        tree(base, ["val/patient64541/study1/view1_frontal.jpg"])
         for part in ("test", "val"):
             (base / f"{part}_labels.csv").write_text(
                 f"Path,No Finding\n{part}/patient64741/study1/view1_frontal.jpg,0.0\n"
             )
         return
-    (base / "train.csv").write_text(
-        CHEXPERT_HEADER
-        + "".join(f"{prefix}{n},Female,68,{view},1.0,\n" for n, view in CHEXPERT_ROWS)
-    )
-    (base / "valid.csv").write_text(
-        CHEXPERT_HEADER + f"{prefix}{valid[0]},Male,73,Frontal,AP,0.0,1.0\n"
-    )
+    rows = [f"{prefix}{name},Female,68,{view},1.0,\n" for name, view in CHEXPERT_ROWS]
+    (base / "train.csv").write_text(CHEXPERT_HEADER + "".join(rows))
+    row = f"{prefix}{valid[0]},Male,73,Frontal,AP,0.0,1.0\n"
+    (base / "valid.csv").write_text(CHEXPERT_HEADER + row)
     (base / "train_cheXbert.csv").write_text(CHEXPERT_HEADER)
     if variant == "batches":
-        batch = lambda name: (
-            "CheXpert-v1.0 batch 4 (train 3)"
-            if "43018" in name
-            else "CheXpert-v1.0 batch 2 (train 1)"
-        )
-        tree(root, [f"{batch(name)}/{name.removeprefix('train/')}" for name in films])
+        for name in films:
+            batch = "batch 4 (train 3)" if "43018" in name else "batch 2 (train 1)"
+            tree(root, [f"CheXpert-v1.0 {batch}/{name.removeprefix('train/')}"])
     else:
         tree(base, films)
     tree(base, valid)
@@ -204,27 +180,18 @@ def test_a_strangers_train_csv_is_ignored(tmp_path):
 def nih_tree(root, box=False, old=False, table=True, listed=True):
     names = ["00000001_000.png", "00000001_001.png", "00000002_000.png", "00000003_000.png"]
     if table:
-        header = (
-            "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-            "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
-        )
+        end = ",\n" if old else "\n"  # the first version's lines end with a comma
         text = (
-            header
-            + (",\n" if old else "\n")
-            + "".join(
-                f"{n},Cardiomegaly|Emphysema,1,{int(n[:8])},058Y,M,PA,2894,2729,0.143,0.143{',' if old else ''}\n"
-                for n in names
-            )
+            "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+            f"View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]{end}"
         )
+        for name in names:
+            text += f"{name},Cardiomegaly|Emphysema,1,{int(name[:8])},058Y,M,PA,"
+            text += f"2894,2729,0.143,0.143{end}"
         root.mkdir(parents=True, exist_ok=True)
         (root / ("Data_Entry_2017.csv" if old else "Data_Entry_2017_v2020.csv")).write_text(text)
-    tree(
-        root,
-        [
-            f"images/{n}" if box else f"images_00{k + 1}/images/{n}"
-            for k, n in enumerate([*names, "00000009_000.png"])
-        ],
-    )
+    for k, name in enumerate([*names, "00000009_000.png"]):
+        tree(root, [f"images/{name}" if box else f"images_00{k + 1}/images/{name}"])
     if listed:
         (root / "train_val_list.txt").write_text(
             "\n".join(names[:3])
@@ -280,14 +247,17 @@ def test_all_sets_in_one_folder_beside_others(tmp_path):
 
 
 def test_index_is_cached_until_something_changes(tmp_path, monkeypatch):
-    films, cache = tmp_path / "films", tmp_path / "run"
+    films = tmp_path / "films"
+    cache = tmp_path / "run"
     nih_tree(films)
     tree(films, ["own/deep/er/1.png"])
     looked = []
-    monkeypatch.setattr(
-        folder, "walk", lambda root, walk=folder.walk: looked.append(root) or walk(root)
-    )
-    names = lambda **options: [Path(n).name for n in open_films(films, cache, **options).names]
+    walk = folder.walk
+    monkeypatch.setattr(folder, "walk", lambda root: looked.append(root) or walk(root))
+
+    def names(**options):
+        return [Path(name).name for name in open_films(films, cache, **options).names]
+
     first = names()
     assert first == names() and len(looked) == 1
     assert open_films(films, cache).patients == open_films(films).patients
