@@ -1,4 +1,9 @@
-"""What an analysis looks at, which weights and which films, and where its results go. Shared by the commands of analyze.py."""
+"""What every analysis needs: its flags, its weights and films, and the folder of its results.
+
+An analysis NAME is a program of its own, `python -m lab.NAME`: `main` reads the flags (`start`),
+chooses weights (`find_weights`) and films (`open_set`), and leaves result.json and its pictures in
+--out (`finish`). Synthetic films are of patients that no demo was trained on.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -9,177 +14,172 @@ import torch
 import augment
 from data import open_films
 from plumbing import phantom, pictures
-from plumbing.checkpoint import write_json
+from plumbing.checkpoint import newest_run, write_json
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, flag, parse, start_team
 from plumbing.table import match, read_table
 
-OTHER_PATIENTS = 1000  # added to the seed: a population of phantoms that the demo has not seen
+OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
 
 
 @dataclasses.dataclass
 class Common:
-    weights: str = flag(
-        None,
-        "last.pt or encoder.pt of a run or its folder, the authors' file, a timm ViT [newest pre-training run under runs/]",
-    )
+    weights: str = flag(None, "a run or its last.pt or encoder.pt, the authors' file, a timm ViT")
     data: str = flag(None, "folder of films or a .pack file [synthetic films, drawn into --out]")
-    out: str = flag(None, "folder of the results [runs/COMMAND]")
-    table: str = flag(
-        None,
-        "CSV about the films; only those it names are used, of them the test split where it has one",
-    )
+    out: str = flag(None, "folder of the results [runs/NAME]")
+    table: str = flag(None, "CSV about the films: only those it names are used, or its test split")
     films: int = flag(50, "films to look at, evenly from all")
     seed: int = flag(0, "of everything random")
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
 
 
-def find_weights(config):
-    """The weights asked for, else those of the newest pre-training run. Prints the choice. → path"""
-    if config.weights:
-        path = Path(config.weights)
-        if path.is_dir():
-            path = path / "last.pt" if (path / "last.pt").is_file() else path / "encoder.pt"
-    else:
-        found = sorted(Path("runs").rglob("encoder.pt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise UserError(
-                "no pre-training run (encoder.pt) under runs/: run pretrain.py, or give --weights FILE"
-            )
-        path = (
-            found[-1].with_name("last.pt")
-            if found[-1].with_name("last.pt").is_file()
-            else found[-1]
-        )
+def start(Config, doc, name, argv=None):
+    """Read the flags of `python -m lab.NAME` and make the folder --out. → (args, device)"""
+    args = parse(Config, doc, argv, prog=f"python -m lab.{name}")
+    args = dataclasses.replace(args, out=args.out or f"runs/{name}")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}") from None
+    return args, start_team(args.device).device
+
+
+def finish(args, result, words, **pages):
+    """Write the pictures and, last, result.json; print the results and where they are."""
+    out = Path(args.out)
+    for name, page in pages.items():
+        pictures.save(page, out / f"{name}.png")
+    write_json(out / "result.json", result)
+    files = [f"{out}/{name}.png" for name in pages] + [f"numbers {out}/result.json"]
+    print(words)
+    print(", ".join(files))
+
+
+# ---------------------------------------------------------------- weights
+def find_weights(weights: str | None) -> Path:
+    """Find the weights asked for, or those of the newest pre-training run, and print their path.
+
+    Of a run, last.pt goes before encoder.pt.
+    """
+    newest = None if weights else newest_run()
+    if not weights and newest is None:
+        raise UserError("no pre-training run in runs/: run pretrain.py, or give --weights FILE")
+    path = Path(weights) if weights else newest.parent
+    if path.is_dir():
+        last = path / "last.pt"
+        path = last if last.is_file() else path / "encoder.pt"
     print(f"weights {path}", flush=True)
     return path
 
 
-def open_set(config, count, side=320):
-    """The films of --data, or synthetic ones with their table. → (films, path of the table or None)"""
-    out = Path(config.out)
-    if config.data:
-        films = open_films(config.data, out, side)
+@torch.no_grad()
+def pooled(encoder, images, batch=128):
+    """Mean of the output tokens, the feature that the paper fine-tunes (B.3).
+
+    images (n, 1, H, W) → (n, D) float32 on the CPU
+    """
+    device = next(encoder.parameters()).device
+    parts = [encoder(part.to(device)).float().mean(1).cpu() for part in images.split(batch)]
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------- films
+def open_set(args, count, side=320):
+    """Open the films of --data, or draw `count` synthetic ones, which have a table.
+
+    side: as in data.open_films. → (films, path of the table or None)
+    """
+    out = Path(args.out)
+    if args.data:
+        films = open_films(args.data, out, side)
         print("\n".join(films.summary), flush=True)
-        return films, config.table
-    folder = out / f"phantoms_{count}_{config.seed}"
+        return films, args.table
+    folder = out / f"phantoms_{count}_{args.seed}"
     if not (folder / "phantoms.csv").is_file():
-        phantom.write_phantoms(folder, count, size=128, seed=OTHER_PATIENTS + config.seed)
-    return open_films(folder / "films", out, side), config.table or folder / "phantoms.csv"
+        phantom.write_phantoms(folder, count, size=128, seed=OTHER_PATIENTS + args.seed)
+    return open_films(folder / "films", out, side), args.table or folder / "phantoms.csv"
 
 
 def rows_of(table, films):
-    """Rows of a CSV with a column filename whose films are there, by path tail; of the split `test` where rows have one. → [(film's number, row)]"""
+    """Find the rows of a CSV with a column `filename` whose films are there; only those of the
+    split `test` where rows have one. → [(the film's number, row)]
+    """
     if not Path(table).is_file():
         raise UserError(f"--table {table}: no such file")
     rows = read_table(table)
     if not rows or "filename" not in rows[0]:
-        raise UserError(
-            f"--table {table}: a column filename is wanted, found {', '.join(rows[0]) if rows else 'nothing'}"
-        )
-    rows = [r for r in rows if r.get("split", "").lower() == "test"] or rows
-    by_name = {r["filename"]: r for r in rows}
-    found = [
-        (i, by_name[name]) for i, name in enumerate(match(films.names, by_name)) if name is not None
-    ]
+        columns = ", ".join(rows[0]) if rows else "nothing"
+        raise UserError(f"--table {table}: a column filename is wanted, found {columns}")
+    rows = [row for row in rows if row.get("split", "").lower() == "test"] or rows
+    by_name = {row["filename"]: row for row in rows}
+    matches = enumerate(match(films.names, by_name))
+    found = [(i, by_name[name]) for i, name in matches if name is not None]
     if not found:
         raise UserError(
-            f"--table {table}: none of its {len(rows)} films is in the data (first: {rows[0]['filename']})"
+            f"--table {table}: none of its {len(rows)} films is in the data "
+            f"(first: {rows[0]['filename']})"
         )
     return found
 
 
 def named(table, films):
-    """Numbers of the films that the table names; all without one."""
-    return np.array([i for i, _ in rows_of(table, films)]) if table else np.arange(len(films))
+    """Numbers of the films that the table names; of all films without a table."""
+    if not table:
+        return np.arange(len(films))
+    return np.array([i for i, _ in rows_of(table, films)])
 
 
 def evenly(numbers, count):
-    """At most `count` of the numbers, evenly from all."""
+    """Choose at most `count` of the numbers, evenly from all."""
     if count < 1:
         raise UserError(f"{count} films asked for: at least one is needed")
     return numbers[np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)]
 
 
 def read_whole(films, numbers, size):
-    """The readable ones of these films, squeezed to (size, size). → (images (n, 1, size, size), their numbers, {name of a bad film: reason})"""
-    images, good, bad = [], [], {}
+    """Read films as the models see them whole: squeezed to (size, size), antialiased.
+
+    → images (n, 1, size, size), float in [0, 1], of those that can be read; their numbers (n,);
+    {name of an unreadable film: reason}
+    """
+    images = []
+    read = []
+    unreadable = {}
     for i in map(int, numbers):
         try:
             film = films[i]
         except UnreadableFilm as reason:
-            bad[films.names[i]] = str(reason)
+            unreadable[films.names[i]] = str(reason)
             continue
         images.append(augment.crop(film, (0, 0, *film.shape), size))
-        good.append(i)
+        read.append(i)
     images = np.stack(images) if images else np.zeros((0, size, size), np.uint8)
-    return augment.to_float(torch.from_numpy(images))[:, None], np.array(good, int), bad
+    images = augment.to_float(torch.from_numpy(images))[:, None]
+    return images, np.array(read, int), unreadable
 
 
 def some_films(films, table, count, size):
-    """About `count` films, evenly from those that the table names; Stop when none can be read. → images (n, 1, size, size)"""
-    images, _, bad = read_whole(films, evenly(named(table, films), count), size)
-    if not len(images):
-        raise UserError(
-            f"none of {len(bad)} films can be read; python data.py check --data … says why"
-        )
+    """Read about `count` films, evenly from those that the table names. → (n, 1, size, size)
+
+    UserError when none can be read.
+    """
+    images, read, _ = read_whole(films, evenly(named(table, films), count), size)
+    require_readable(read)
     return images
 
 
-def grey(image):
-    """(1, H, W) float → uint8 (H, W)"""
-    return (255 * image[0].clamp(0, 1)).round().byte().cpu().numpy()
-
-
-def finish(config, result, words, **pages):
-    """Write the pictures and, last, result.json; say where they are."""
-    out = Path(config.out)
-    for name, page in pages.items():
-        pictures.save(page, out / f"{name}.png")
-    write_json(out / "result.json", result)
-    print(
-        words
-        + "\n"
-        + ", ".join(f"{out}/{name}.png" for name in pages)
-        + f", numbers {out}/result.json"
-    )
-
-
-def whole(films, indices, size):
-    """Films as the models see them whole: squeezed to (size, size), antialiased. → float (n, 1, size, size) in [0, 1]"""
-    images = [
-        augment.crop(film, (0, 0, *film.shape), size) for film in (films[int(i)] for i in indices)
-    ]
-    return augment.to_float(torch.from_numpy(np.stack(images)))[:, None]
-
-
-@torch.no_grad()
-def pooled(encoder, images, batch=128):
-    """Mean over all output tokens, the feature that the paper fine-tunes on (B.3). (n, 1, H, W) → (n, D) float32 on the CPU"""
-    device = next(encoder.parameters()).device
-    return torch.cat(
-        [encoder(part.to(device)).float().mean(1).cpu() for part in images.split(batch)]
-    )
+def require_readable(read, what="films"):
+    """UserError when no film was read."""
+    if not len(read):
+        raise UserError(f"none of the {what} can be read; python data.py check --data … says why")
 
 
 def readable(films, indices):
     """Those of `indices` whose film can be read."""
-    good = []
-    for i in indices:
-        try:
-            films[int(i)]
-            good.append(int(i))
-        except UnreadableFilm:
-            pass
-    return np.array(good, dtype=int)
+    return read_whole(films, indices, 1)[1]
 
 
 def run_command(Config, command, name):
-    """Parse the flags of one `python -m lab.NAME`, make its folder, run it on its device."""
-    config = parse(Config, f"{command.__doc__}", prog=f"python -m lab.{name}")
-    config.out = config.out or f"runs/{name}"
-    try:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {config.out}: {error.strerror}") from None
-    command(config, start_team(config.device).device)
+    """Parse the flags of `python -m lab.NAME`, make its folder, run it on its device."""
+    args, device = start(Config, command.__doc__, name)
+    command(args, device)

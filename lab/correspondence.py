@@ -1,11 +1,19 @@
-"""Correspondence (Fig. 6): where in another film lies what is marked in this one? Dense features, heat maps, landmarks and how well they are found.
+"""Correspondence: where in another film lies what is marked in this one? (Fig. 6)
 
-Features of the whole film, one a patch; a pixel's feature is the mean over a window of 2 × 2 patches centred on it (RoI pooling); the
-answer is the pixel whose feature is nearest, by L2 distance, to that of the landmark in the reference film. Places are (row, col) in
-fractions of the film's height and width, (0, 0) = its top-left corner.
+    python -m lab.correspondence                                        # synthetic films
+    python -m lab.correspondence --data FILMS --table lungs.csv --image 448
+    python -m lab.correspondence --data FILMS --table points.csv --crop # where places tell little
+
+The encoder sees the whole film. The feature of a pixel is the mean over a window of 2 × 2 patches
+centred on it (RoI pooling), and the answer is the pixel whose feature is nearest, by L2 distance,
+to that of the landmark in the reference film. Random weights, raw pixels and places alone stand
+beside it. Places are (row, col) in fractions of the film's height and width, (0, 0) its top left.
+
+Writes result.json (distance in percent of the film's width, PCK) and maps.png: heat maps.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,164 +23,117 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import augment
-from lab.common import Common, find_weights, finish, grey, open_set, rows_of, run_command
+from lab.common import Common, evenly, find_weights, finish, open_set, rows_of, start
 from lab.domain import GREEN
 from model import ViT
 from plumbing import pictures
 from plumbing.film import UnreadableFilm
+from plumbing.keys import RANDOM_CUT, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.weights import load_encoder, resized
+
+# Those that a mask of both lungs shows; the patient's right is the image's left.
+MASK_LANDMARKS = ("right_apex", "left_apex", "right_angle", "left_angle")
 
 
 @dataclasses.dataclass
 class Config(Common):
-    table: str = flag(
-        None,
-        "CSV with filename and NAME_row, NAME_col (px), or filename and mask (both lungs: tips and lower corners are derived)",
-    )
-    references: int = flag(
-        5, "films in which the landmarks are marked; each is used alone, results are averaged"
-    )
-    image: int = flag(
-        None, "side of the films, px; other sizes than the encoder's are allowed [the encoder's]"
-    )
+    table: str = flag(None, "CSV filename,NAME_row,NAME_col,… (px), or filename,mask (both lungs)")
+    references: int = flag(5, "films with marked landmarks; each is used alone, then averaged")
+    image: int = flag(None, "side of the films, px, any multiple of the patch [the encoder's]")
     patch: int = flag(None, "side of a patch, px [the encoder's]")
     side: int = flag(64, "side of the heat maps, px")
-    crop: bool = flag(
-        False,
-        "cut the films at random, all landmarks inside: the closer these lie together, the less their places alone tell",
-    )
+    crop: bool = flag(False, "cut the films at random, so that places alone tell less")
 
 
-# ------------------------------------------------------------------------------------------------ correspondence
-def command(config, device):
-    """Landmarks of reference films found in others by nearest features (Fig. 6), against random weights, raw pixels and places alone."""
-    encoder = load_encoder(find_weights(config))
-    films, table = open_set(
-        config, 7 * (config.films + config.references), side=0
-    )  # as stored: the table counts its pixels
+def main(argv=None):
+    # ---- 1. Weights and films, as stored: the table counts their pixels.
+    args, device = start(Config, __doc__, "correspondence", argv)
+    encoder = load_encoder(find_weights(args.weights))
+    count = args.films + args.references
+    films, table = open_set(args, 7 * count, side=0)
     if not table:
-        raise UserError(
-            "correspondence on --data needs --table CSV with landmarks (NAME_row, NAME_col) or lung masks (mask)"
-        )
-    numbers, places, shapes, names = read_landmarks(table, films, config.films + config.references)
-    size, patch, R = (
-        config.image or encoder.image,
-        config.patch or encoder.patch,
-        min(config.references, len(numbers) - 1),
-    )
+        raise UserError("--data needs --table CSV: landmarks (NAME_row, NAME_col) or lungs (mask)")
+    numbers, places, shapes, names = read_landmarks(table, films, count)
+    R = min(args.references, len(numbers) - 1)  # the first R films are the references
+    size = args.image or encoder.image
+    patch = args.patch or encoder.patch
     if size % patch:
         raise UserError(f"--image {size} is not a multiple of --patch {patch}")
-    rng, boxes = np.random.default_rng((10, config.seed)), [(0.0, 0.0, *shape) for shape in shapes]
-    if config.crop:
-        boxes[R:] = [box_around(rng, shape, place) for shape, place in zip(shapes[R:], places[R:])]
-    boxes = np.array(boxes)
-    kept = float((boxes[R:, 2:].prod(1) / shapes[R:].prod(1)).mean())
-    places, shapes = (
-        (places * shapes[:, None] - boxes[:, None, :2]) / boxes[:, None, 2:],
-        boxes[:, 2:],
-    )
-    images = augment.to_float(
-        torch.from_numpy(
-            np.stack([augment.crop(films[int(i)], box, size) for i, box in zip(numbers, boxes)])
-        )
-    )[:, None]
-    torch.manual_seed(config.seed)
+
+    # ---- 2. Cut the films, all of each or a random box, and move the landmarks with it.
+    boxes = whole_boxes(shapes)
+    if args.crop:
+        rng = numpy_rng(RANDOM_CUT, args.seed)
+        for k in range(R, len(boxes)):
+            boxes[k] = box_around(rng, shapes[k], places[k])
+    area_kept = float((boxes[R:, 2:].prod(1) / shapes[R:].prod(1)).mean())
+    places = (places * shapes[:, None] - boxes[:, None, :2]) / boxes[:, None, 2:]
+    shapes = boxes[:, 2:]
+    cut = [augment.crop(films[i], box, size) for i, box in zip(numbers, boxes, strict=True)]
+    images = augment.to_float(torch.from_numpy(np.stack(cut)))[:, None]  # (n, 1, size, size)
+
+    # ---- 3. Answers by features, and by places alone.
+    torch.manual_seed(args.seed)
     fresh = ViT(**encoder.config)
-    pair = {
-        name: resized(vit, size, patch).to(device).eval()
-        for name, vit in (("pre-trained", encoder), ("random weights", fresh))
-    }
-    ways = {name: lambda x, vit=vit: dense(vit, x, config.side) for name, vit in pair.items()}
-    ways["raw pixels"] = lambda x: raw_windows(x, config.side, size // patch)
-    found = {
-        name: find(way, images[:R], places[:R], images[R:], name) for name, way in ways.items()
-    }  # (R, n, L, 2) each
+    ways = {}
+    for name, vit in (("pre-trained", encoder), ("random weights", fresh)):
+        ways[name] = partial(dense, resized(vit, size, patch).to(device).eval(), side=args.side)
+    ways["raw pixels"] = partial(raw_windows, side=args.side, grid=size // patch)
+    found = {}  # (R, n, L, 2) each
+    for name, way in ways.items():
+        found[name] = find(way, images[:R], places[:R], images[R:], name)
     found["reference's place"] = np.broadcast_to(places[:R, None], found["raw pixels"].shape)
-    others = (places.sum(0) - places[R:]) / (
-        len(places) - 1
-    )  # mean over all films but the one asked about
-    found["mean place of all other films"] = others[None]
-    result = {name: score(f, places[R:], shapes[R:]) for name, f in found.items()}
-    lines = [
-        f"correspondence, {R} reference × {len(images) - R} films{f' cut at random to {kept:.0%} of their area' * config.crop}, {size}² px in {patch}² patches; distance in % of the width, PCK in %",
-        f"  {'':30s}distance  PCK@5  PCK@10   " + "  ".join(names),
-    ]
-    for name, row in result.items():
-        each = "  ".join(f"{v:{len(n)}.1f}" for v, n in zip(row["distance_each"], names))
-        lines.append(
-            f"  {name:30s}{row['distance']:8.1f}{row['pck@5']:7.1f}{row['pck@10']:8.1f}   {each}"
-        )
+    found["mean place of all other films"] = mean_of_others(places)[None, R:]
+
+    # ---- 4. Scores and pictures.
+    scores = {name: score(f, places[R:], shapes[R:]) for name, f in found.items()}
+    result = {"methods": scores, "references": R, "films": len(images) - R, "landmarks": names}
+    result |= {"image": size, "patch": patch, "area_kept": area_kept}
     shown = [0, *range(R, min(R + 5, len(images)))]
     page = maps_picture(ways["pre-trained"], images[shown], places[shown], names)
-    result = {
-        "methods": result,
-        "references": R,
-        "films": len(images) - R,
-        "landmarks": names,
-        "image": size,
-        "patch": patch,
-        "area_kept": kept,
-    }
-    finish(config, result, "\n".join(lines), maps=page)
+    finish(args, result, result_table(result, args.crop), maps=page)
 
 
-def maps_picture(way, images, places, names, cell=150):
-    """One row a landmark: the reference film, then test films under their heat map (bright = alike); cross = truth, ring = answer."""
-    features = way(images)
-    maps = heat_maps(features[0], places[0], features[1:])  # (B, L, side, side)
-    answers, rows = nearest(maps), []
-    films = [pictures.to_picture(grey(image), cell) for image in images]
-    for k in range(len(names)):
-        row = [mark(films[0], places[0, k], None)]
-        for film, each, true, answer in zip(
-            films[1:], maps[:, k].cpu().numpy(), places[1:, k], answers[:, k]
-        ):
-            row.append(mark(pictures.overlay(film, pictures.heat(-each), 0.45), true, answer))
-        rows.append(row)
-    titles = ["reference", *(f"film {i + 1}" for i in range(len(images) - 1))]
-    return pictures.grid(
-        rows, column_titles=titles, row_titles=[n.replace("_", " ") for n in names], cell=cell
-    )
+def mean_of_others(places):
+    """Mean place of each landmark over all films but the one asked about. (n, L, 2) → (n, L, 2)"""
+    return (places.sum(0) - places) / (len(places) - 1)
 
 
-def mark(picture, true, answer, size=6):
-    """A cross at the true place and a ring at the answer; places are fractions (row, col)."""
-    picture = picture.copy()
-    draw, (width, height) = ImageDraw.Draw(picture), picture.size
-    row, col = true[0] * height, true[1] * width
-    for line in ([col - size, row, col + size, row], [col, row - size, col, row + size]):
-        draw.line(line, GREEN, 2)
-    if answer is not None:
-        row, col = answer[0] * height, answer[1] * width
-        draw.ellipse([col - size, row - size, col + size, row + size], outline="white", width=2)
-    return picture
-
-
-MASK_LANDMARKS = (
-    "right_apex",
-    "left_apex",
-    "right_angle",
-    "left_angle",
-)  # the patient's right is the image's left
+def result_table(result, is_cut):
+    """The result in words. → text"""
+    names = result["landmarks"]
+    area = f" cut at random to {result['area_kept']:.0%} of their area" if is_cut else ""
+    lines = [
+        f"correspondence, {result['references']} reference × {result['films']} films{area}, "
+        f"{result['image']}² px in {result['patch']}² patches; "
+        "distance in % of the width, PCK in %",
+        f"  {'':30s}distance  PCK@5  PCK@10   " + "  ".join(names),
+    ]
+    for name, row in result["methods"].items():
+        pairs = zip(row["distance_each"], names, strict=True)
+        each = "  ".join(f"{distance:{len(landmark)}.1f}" for distance, landmark in pairs)
+        values = f"{row['distance']:8.1f}{row['pck@5']:7.1f}{row['pck@10']:8.1f}"
+        lines.append(f"  {name:30s}{values}   {each}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- dense features
 def window_weights(side, grid):
-    """(side, grid): how much of each patch lies in the window of two patches' width around each pixel's centre, cut at the film's edge; rows sum to 1."""
-    centre = (
-        (torch.arange(side, dtype=torch.float64) + 0.5) * grid / side
-    )  # in patch widths from the edge
+    """How much of each patch lies in the window around each pixel: two patches wide, cut at the
+    film's edge. → (side, grid), rows sum to 1
+    """
+    pixel = torch.arange(side, dtype=torch.float64)
+    centre = (pixel[:, None] + 0.5) * grid / side  # in patch widths from the edge
     patch = torch.arange(grid, dtype=torch.float64)
-    overlap = torch.minimum(centre[:, None] + 1, patch + 1) - torch.maximum(
-        centre[:, None] - 1, patch
-    )
-    overlap = overlap.clamp(min=0)
+    end = torch.minimum(centre + 1, patch + 1)
+    start = torch.maximum(centre - 1, patch)
+    overlap = (end - start).clamp(min=0)
     return (overlap / overlap.sum(1, keepdim=True)).float()
 
 
 def roi_pool(tokens, side):
-    """Patch features → a feature for each pixel of a side × side film, by exact area-weighted RoI pooling. (B, N, D) → (B, side, side, D)"""
+    """Pool patch features into one per pixel, weighted by area. (B, N, D) → (B, side, side, D)"""
     grid = round(tokens.shape[1] ** 0.5)
     weights = window_weights(side, grid).to(tokens)
     return torch.einsum("ri,bijd,cj->brcd", weights, tokens.unflatten(1, (grid, grid)), weights)
@@ -180,40 +141,32 @@ def roi_pool(tokens, side):
 
 @torch.no_grad()
 def dense(encoder, images, side):
-    """Features of whole films a pixel. (B, 1, H, W) → (B, side, side, D)"""
-    return roi_pool(encoder(images.to(next(encoder.parameters()).device)).float(), side)
+    """Features of whole films per pixel. (B, 1, H, W) → (B, side, side, D)"""
+    device = next(encoder.parameters()).device
+    return roi_pool(encoder(images.to(device)).float(), side)
 
 
 def raw_windows(images, side, grid):
-    """The baseline that knows nothing: the grey values of the same window around each pixel. (B, 1, H, W) → (B, side, side, k²), k = 2 patches"""
+    """The baseline that knows nothing: the grey values of the same window around each pixel, which
+    is k pixels wide. (B, 1, H, W) → (B, side, side, k²)
+    """
     small = F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
     k = 2 * (side // grid) + 1
-    return (
-        F.unfold(F.pad(small, [k // 2] * 4, mode="replicate"), k)
-        .unflatten(2, (side, side))
-        .permute(0, 2, 3, 1)
-    )
+    padded = F.pad(small, [k // 2] * 4, mode="replicate")
+    return F.unfold(padded, k).unflatten(2, (side, side)).permute(0, 2, 3, 1)
 
 
+# ---------------------------------------------------------------- find and score
 def heat_maps(reference, places, test):
-    """Distance of every pixel to each landmark of the reference film. (side, side, D), (L, 2), (B, side, side, D) → (B, L, side, side)"""
+    """Distance of every pixel to each landmark of the reference film.
+
+    reference (side, side, D), places (L, 2), test (B, side, side, D) → (B, L, side, side)
+    """
     side = reference.shape[0]
     at = torch.as_tensor(np.clip(places * side, 0, side - 1)).long()
-    wanted = reference[at[:, 0], at[:, 1]]  # (L, D)
-    return torch.cdist(
-        wanted.expand(len(test), -1, -1),
-        test.flatten(1, 2),
-        compute_mode="donot_use_mm_for_euclid_dist",
-    ).unflatten(2, (side, side))
-
-
-def find(way, references, places, tests, words="films", batch=8):
-    """Look for each landmark of each reference film in each test film. way: images → dense features; places (R, L, 2) → (R, n, L, 2) fractions"""
-    known, found = way(references), []
-    for part in tqdm(tests.split(batch), desc=words, leave=False):
-        features = way(part)
-        found.append(np.stack([nearest(heat_maps(k, p, features)) for k, p in zip(known, places)]))
-    return np.concatenate(found, 1)
+    wanted = reference[at[:, 0], at[:, 1]].expand(len(test), -1, -1)  # (B, L, D)
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(wanted, test.flatten(1, 2), compute_mode=exact).unflatten(2, (side, side))
 
 
 def nearest(maps):
@@ -223,8 +176,25 @@ def nearest(maps):
     return (np.stack([best // side, best % side], -1) + 0.5) / side
 
 
+def find(way, references, places, tests, words="films", batch=8):
+    """Look for each landmark of each reference film in each test film.
+
+    way: images → dense features; places (R, L, 2) → (R, n, L, 2) fractions
+    """
+    known = way(references)
+    found = []
+    for part in tqdm(tests.split(batch), desc=words, leave=False):
+        features = way(part)
+        pairs = zip(known, places, strict=True)
+        found.append(np.stack([nearest(heat_maps(k, p, features)) for k, p in pairs]))
+    return np.concatenate(found, 1)
+
+
 def score(found, true, shapes):
-    """Found (R, n, L, 2) against true places (n, L, 2), films of shapes (n, 2) px → mean distance in % of the width; PCK: share within 5, 10 %."""
+    """Judge found (R, n, L, 2) by true places (n, L, 2), films of shapes (n, 2) px.
+
+    → mean distance in % of the width, also of each landmark; PCK: share within 5 and 10 %
+    """
     away = (found - true) * shapes[:, None] / shapes[:, None, 1:]  # in units of the film's width
     away = 100 * np.linalg.norm(away, axis=-1)  # (R, n, L)
     return {
@@ -235,90 +205,139 @@ def score(found, true, shapes):
     }
 
 
+# ---------------------------------------------------------------- pictures
+def maps_picture(way, images, places, names, cell=150):
+    """Draw one row per landmark: the reference film, then test films under their heat map (bright =
+    alike); cross = truth, ring = answer.
+    """
+    features = way(images)
+    maps = heat_maps(features[0], places[0], features[1:])  # (B, L, side, side)
+    answers = nearest(maps)
+    films = [pictures.to_picture(image, cell) for image in pictures.to_grey(images)]
+    rows = []
+    for k in range(len(names)):
+        row = [mark(films[0], places[0, k], None)]
+        for b, film in enumerate(films[1:]):
+            heat = pictures.heat(-maps[b, k].cpu().numpy())
+            row.append(mark(pictures.overlay(film, heat, 0.45), places[1 + b, k], answers[b, k]))
+        rows.append(row)
+    titles = ["reference", *(f"film {i + 1}" for i in range(len(images) - 1))]
+    row_titles = [name.replace("_", " ") for name in names]
+    return pictures.grid(rows, column_titles=titles, row_titles=row_titles, cell=cell)
+
+
+def mark(picture, true, answer, size=6):
+    """Draw a cross at the true place and a ring at the answer; places are fractions (row, col)."""
+    picture = picture.copy()
+    draw = ImageDraw.Draw(picture)
+    width, height = picture.size
+    row, col = true[0] * height, true[1] * width
+    draw.line([col - size, row, col + size, row], GREEN, 2)
+    draw.line([col, row - size, col, row + size], GREEN, 2)
+    if answer is not None:
+        row, col = answer[0] * height, answer[1] * width
+        draw.ellipse([col - size, row - size, col + size, row + size], outline="white", width=2)
+    return picture
+
+
 # ---------------------------------------------------------------- where the landmarks truly are
+def whole_boxes(shapes):
+    """The box of the whole film, for films of shapes (n, 2) px. → (n, 4)"""
+    return np.concatenate([np.zeros_like(shapes), shapes], 1)
+
+
 def box_around(rng, shape, places, tries=100):
-    """A random box, 0.3 to 0.8 of the film's area, that holds all its landmarks; the whole film where none is found, as of landmarks
-    that lie at its edges. places (L, 2) fractions → (4,) px"""
+    """Draw a random box, 0.3 to 0.8 of the film's area, that holds all its landmarks; the whole
+    film where none is found, as of landmarks at its edges. places (L, 2) fractions → (4,) px
+    """
     for _ in range(tries):
-        box = augment.sample_boxes(rng, *shape, scale=(0.3, 0.8))[0][0]
-        inside = (places * shape - box[:2]) / box[2:]
+        boxes, _flips = augment.sample_boxes(rng, *shape, scale=(0.3, 0.8))
+        inside = (places * shape - boxes[0, :2]) / boxes[0, 2:]
         if 0.02 < inside.min() and inside.max() < 0.98:
-            return box
+            return boxes[0]
     return np.array([0.0, 0.0, *shape])
 
 
 def from_mask(mask):
-    """Landmarks of a mask of both lungs: tips and outer lower corners. bool (H, W) → (4, 2) fractions; None when a side is empty."""
-    height, width = mask.shape
-    columns = mask.any(0).nonzero()[0]
-    if not len(columns):
+    """Landmarks of a mask of both lungs: tips and outer lower corners, as MASK_LANDMARKS.
+
+    bool (H, W) → (4, 2) fractions; None when a side is empty
+    """
+    if not mask.any():
         return None
     middle = round(float(mask.nonzero()[1].mean()))
-    points = []
-    for outward, (start, stop) in ((-1, (0, middle)), (1, (middle, width))):
-        rows, cols = mask[:, start:stop].nonzero()
-        if not len(rows):
-            return None
-        top = rows <= rows.min() + 0.01 * height  # a tip is a few rows, not one pixel
-        corner = (rows / height + outward * (cols + start) / width).argmax()
-        points.append(
-            [(rows[top].mean(), cols[top].mean() + start), (rows[corner], cols[corner] + start)]
-        )
-    (right_top, right_low), (left_top, left_low) = points
-    return (np.array([right_top, left_top, right_low, left_low]) + 0.5) / (height, width)
+    right = lung_points(mask[:, :middle], 0, -1, mask.shape)
+    left = lung_points(mask[:, middle:], middle, 1, mask.shape)
+    if right is None or left is None:
+        return None
+    return (np.array([right[0], left[0], right[1], left[1]]) + 0.5) / mask.shape
+
+
+def lung_points(half, first_column, outward, shape):
+    """Tip and outer lower corner of the lung in one half of a mask; outward: -1 left, 1 right.
+
+    → [(row, col), (row, col)] px of the whole mask; None when the half is empty
+    """
+    height, width = shape
+    rows, cols = half.nonzero()
+    if not len(rows):
+        return None
+    is_tip = rows <= rows.min() + 0.01 * height  # a tip is a few rows, not one pixel
+    tip = (rows[is_tip].mean(), cols[is_tip].mean() + first_column)
+    corner = (rows / height + outward * (cols + first_column) / width).argmax()
+    return [tip, (rows[corner], cols[corner] + first_column)]
 
 
 def read_landmarks(table, films, count):
-    """Truth from a CSV: columns filename and either <name>_row, <name>_col (px of the film as stored) or mask (a picture of both lungs).
+    """Read the truth from a CSV: columns filename and either NAME_row, NAME_col (px of the film as
+    stored) or mask (a picture of both lungs).
 
-    At most `count` films, evenly from all that are there. → (numbers of the films, places (n, L, 2) fractions, shapes (n, 2) px, names of the landmarks)
+    At most `count` films, evenly from all that are there. → numbers of the films, places (n, L, 2)
+    fractions, shapes (n, 2) px, names of the landmarks
     """
     rows = rows_of(table, films)
     columns = list(rows[0][1])
-    names = [c[:-4] for c in columns if c.endswith("_row") and c[:-4] + "_col" in columns]
+    names = [column.removesuffix("_row") for column in columns if column.endswith("_row")]
+    names = [name for name in names if f"{name}_col" in columns]
     if not names and "mask" not in columns:
-        raise UserError(
-            f"--table {table}: columns NAME_row, NAME_col or mask are wanted, found {', '.join(columns)}"
-        )
+        wanted = "columns NAME_row, NAME_col or mask"
+        raise UserError(f"--table {table}: {wanted} are wanted, found {', '.join(columns)}")
     found = []
-    for k in sorted({*np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)}):
+    for k in np.unique(evenly(np.arange(len(rows)), count)):
         i, row = rows[k]
         try:
             shape = films[i].shape
         except UnreadableFilm:
             continue
-        try:
-            if names:
-                places = (
-                    np.array([[float(row[f"{n}_row"]), float(row[f"{n}_col"])] for n in names])
-                    + 0.5
-                ) / shape
-            else:
-                places = from_mask(
-                    np.asarray(Image.open(Path(table).parent / row["mask"]).convert("L")) > 127
-                )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--table {table}: the row of {row['filename']} cannot be used: {error}"
-            ) from None
-        if places is not None and places.max() > 1:
-            raise UserError(
-                f"--table {table}: landmarks of {row['filename']} lie outside its {shape[0]} × {shape[1]} px; places count pixels of the film as stored"
-            )
+        places = landmarks_of(row, names, shape, table)
         if places is not None:
             found.append((i, places, shape))
     if len(found) < 2:
+        few = f"{len(found)} of its films can be used"
+        raise UserError(f"--table {table}: {few}; a reference film and one to test are needed")
+    numbers, places, shapes = zip(*found, strict=True)
+    return numbers, np.stack(places), np.array(shapes, float), names or list(MASK_LANDMARKS)
+
+
+def landmarks_of(row, names, shape, table):
+    """Landmarks of one film from its row: by name, or from the mask. → (L, 2) fractions, or None"""
+    try:
+        if names:
+            pixels = [[float(row[f"{name}_row"]), float(row[f"{name}_col"])] for name in names]
+            places = (np.array(pixels) + 0.5) / shape
+        else:
+            mask = Image.open(Path(table).parent / row["mask"]).convert("L")
+            places = from_mask(np.asarray(mask) > 127)
+    except (OSError, ValueError) as error:
+        where = f"--table {table}: the row of {row['filename']}"
+        raise UserError(f"{where} cannot be used: {error}") from None
+    if places is not None and places.max() > 1:
         raise UserError(
-            f"--table {table}: {len(found)} of its films can be used; a reference film and one to test are needed"
+            f"--table {table}: landmarks of {row['filename']} lie outside its {shape[0]} × "
+            f"{shape[1]} px; places count pixels of the film as stored"
         )
-    numbers, places, shapes = zip(*found)
-    return (
-        np.array(numbers),
-        np.stack(places),
-        np.array(shapes, float),
-        names or list(MASK_LANDMARKS),
-    )
+    return places
 
 
 if __name__ == "__main__":
-    run_script(lambda: run_command(Config, command, "correspondence"))
+    run_script(main)

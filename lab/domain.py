@@ -1,11 +1,23 @@
-"""lab.domain"""
+"""Does the world model use the action? The domain sensitivity test. (Sec. B.2, Eq. 13, Table 4)
+
+    python -m lab.domain                                     # newest run, synthetic films
+    python -m lab.domain --weights runs/pretrain --data FILMS
+
+The tone of a held-out film is changed in 64 ways, evenly spread: the candidates. Each candidate is
+augmented with a random action; from the augmented film and the action the model predicts the
+features of the candidate it came from. Recall@k is the share of predictions that have their own
+candidate among the k nearest. A model that is told nothing, and chance, stand beside it.
+
+Writes result.json; choices.png: what the model chose for three contexts of one film; errors.png:
+the error of each of its 64 predictions against every candidate.
+"""
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import augment
-from lab.common import Common, find_weights, finish, grey, open_set, run_command, some_films
+from lab.common import Common, find_weights, finish, open_set, some_films, start
 from plumbing import pictures
 from plumbing.keys import torch_generator
 from plumbing.launch import run_script
@@ -13,129 +25,149 @@ from plumbing.metrics import recall_at_k
 from plumbing.weights import load_world
 
 GREEN = "#37d67a"
+KS = (1, 3, 5)  # of Recall@k
+WAYS = {"action": "with the action", "no_action": "without", "random": "chance"}
 
 
-# ------------------------------------------------------------------------------------------------ domain
-def command(config, device):
-    """Domain sensitivity test (Table 4) on held-out films, the error matrices of one film, and what the model chose."""
-    world = load_world(find_weights(config)).to(device).eval()
-    films, table = open_set(config, 7 * config.films)
-    images = some_films(films, table, config.films, world.encoder.image)
-    result = domain_test(world, images, config.seed, progress=True)
-    lines = [
-        f"domain sensitivity test, {len(images)} films × {result['candidates']} candidates (Table 4), percent"
-    ]
-    for key, words in (
-        ("action", "with the action"),
-        ("no_action", "without"),
-        ("random", "chance"),
-    ):
-        lines.append(
-            f"  {words:18s}"
-            + "".join(f"  Recall@{k} {result[key][f'recall@{k}']:6.2f}" for k in (1, 3, 5))
-        )
+def main(argv=None):
+    args, device = start(Common, __doc__, "domain", argv)
+    world = load_world(find_weights(args.weights)).to(device).eval()
+    films, table = open_set(args, 7 * args.films)  # a seventh of the phantoms is its test split
+    images = some_films(films, table, args.films, world.encoder.image)
+    result = domain_test(world, images, args.seed, progress=True)
     candidates = domain_candidates()
-    actions = augment.sample_actions(
-        len(candidates), torch_generator(config.seed, 0)
-    )  # those of film 0 in domain_test
-    matrices = [
-        errors.cpu().numpy() for errors in domain_errors(world, images[:1], actions, candidates)
-    ]
+    actions = film_actions(len(candidates), args.seed, 0)
+    both = domain_errors(world, images[:1], actions, candidates)
+    told, untold = (errors.cpu().numpy() for errors in both)
     finish(
-        config,
+        args,
         result,
-        "\n".join(lines),
-        choices=choices_picture(images[0], actions, candidates, *matrices),
-        errors=errors_picture(*matrices),
+        result_table(result),
+        choices=choices_picture(images[0], actions, candidates, told, untold),
+        errors=errors_picture(told, untold),
     )
 
 
-def errors_picture(told, untold):
-    """Both error matrices, each row from its smallest (dark) to its largest (bright) error: a dark diagonal is what one hopes for."""
-    scaled = [
-        (e - e.min(1, keepdims=True)) / np.ptp(e, axis=1, keepdims=True).clip(1e-12)
-        for e in (told, untold)
-    ]
-    captions = [["row: prediction i, column: candidate j", "dark = small error"]]
-    return pictures.grid(
-        [[pictures.heat(e, 0, 1) for e in scaled]],
-        captions,
-        ["told the action", "not told"],
-        cell=5 * len(told),
-    )
-
-
-def choices_picture(image, actions, candidates, told, untold, shown=5):
-    """Three contexts of one film (best, middle, worst rank of the truth), each with its truth and the candidates closest to the prediction."""
-    rank = lambda errors: (errors < np.diag(errors)[:, None]).sum(1) + 1
-    ranks, ranks_untold, rows, captions = rank(told), rank(untold), [], []
-    y = augment.tone(image.expand(len(candidates), -1, -1, -1), candidates[:, 0], candidates[:, 1])
-    x = augment.apply_action(y, actions)
-    order = np.argsort(ranks, kind="stable")
-    for i in order[[0, len(order) // 2, -1]]:
-        best = np.argsort(told[i], kind="stable")[:shown]
-        side = image.shape[-1]
-        outlined = [
-            pictures.draw_boxes(grey(y[j]), [(0, 0, side, side)], [GREEN]) if j == i else grey(y[j])
-            for j in best
-        ]
-        rows.append([grey(x[i]), grey(y[i]), *outlined])
-        b, c, g, s = actions[i].tolist()
-        captions.append(
-            [
-                f"b {b:.2f} c {c:.2f} g {g:.2f} blur {s:.1f}",
-                f"rank {ranks[i]}, untold {ranks_untold[i]}",
-                *(f"{told[i, j]:.2f}" for j in best),
-            ]
-        )
-    titles = ["context x", "its truth y", *(f"choice {k + 1}" for k in range(shown))]
-    return pictures.grid(rows, captions, titles, cell=150)
-
-
-@torch.no_grad()
-def domain_errors(world, image, actions, candidates):
-    """Eq. (13) for one film: error of the prediction from x_i = T_{a_i}(y_i) against every candidate y_j, all patches. image (1, 1, H, W) → two (n, n):
-    told the action, told the identity."""
-    device = next(world.parameters()).device
-    image, actions, candidates = (v.to(device) for v in (image, actions, candidates))
-    y = augment.tone(image.expand(len(candidates), -1, -1, -1), candidates[:, 0], candidates[:, 1])
-    h, truth, at = (
-        world.encoder(augment.apply_action(y, actions)),
-        world.targets(y).flatten(1),
-        world.coords.expand(len(actions), -1, -1),
-    )
-    identity = torch.tensor(augment.IDENTITY, device=device).expand(len(actions), 4)
-    return [
-        torch.cdist(world.predictor(h, at, at, told).float().flatten(1), truth)
-        for told in (actions, identity)
-    ]
-
-
-def domain_test(world, images, seed=0, side=8, progress=False):
-    """Domain sensitivity test (Table 4): 64 candidates evenly over the range, Recall@1/3/5 in percent with the action, without it, and of chance.
-
-    images (n, 1, H, W). "Without" = the same model told the identity action. → the dict that analyze domain writes.
-    """
-    candidates, recalls = domain_candidates(side), {"action": [], "no_action": []}
-    for k, image in enumerate(tqdm(images, desc="domain test", disable=not progress, leave=False)):
-        actions = augment.sample_actions(len(candidates), torch_generator(seed, k))
-        for each, errors in zip(
-            recalls.values(), domain_errors(world, image[None], actions, candidates)
-        ):
-            each.append(recall_at_k(errors))
-    result = {
-        name: {f"recall@{k}": 100 * float(np.mean([r[k] for r in each])) for k in (1, 3, 5)}
-        for name, each in recalls.items()
-    }
-    chance = {f"recall@{k}": 100 * k / len(candidates) for k in (1, 3, 5)}
-    return result | {"random": chance, "images": len(images), "candidates": len(candidates)}
-
-
+# ---------------------------------------------------------------- the test
 def domain_candidates(side=8, span=(0.6, 1.4)):
-    """side² target jitters (brightness, contrast) spread evenly over the training range, for the domain sensitivity test (Sec. B.2). → (n, 2)"""
+    """side² target jitters (brightness, contrast), evenly over the training range. → (n, 2)"""
     axis = torch.linspace(span[0], span[1], side)
     return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
 
 
+def film_actions(count, seed, film):
+    """The random actions of a film, by its place in the test, one per candidate. → (count, 4)"""
+    return augment.sample_actions(count, torch_generator(seed, film))
+
+
+@torch.no_grad()
+def domain_errors(world, image, actions, candidates):
+    """Compare what the model predicts with every candidate, for one film. (Eq. 13)
+
+    Candidate y_j is the film in tone j; prediction i starts from x_i = T_{a_i}(y_i); the error is
+    the distance over all patches. image (1, 1, H, W), actions (n, 4), candidates (n, 2) → two
+    (n, n): the model is told the action, or the identity.
+    """
+    device = next(world.parameters()).device
+    image = image.to(device)
+    actions = actions.to(device)
+    candidates = candidates.to(device)
+    same = image.expand(len(candidates), -1, -1, -1)
+    y = augment.tone(same, candidates[:, 0], candidates[:, 1])  # (n, 1, H, W)
+    context = world.encoder(augment.apply_action(y, actions))  # (n, N, D)
+    truth = world.targets(y).flatten(1)  # (n, N · D)
+    at = world.coords.expand(len(actions), -1, -1)  # (n, N, 2)
+    identity = torch.tensor(augment.IDENTITY, device=device).expand(len(actions), 4)
+    errors = []
+    for told in (actions, identity):
+        guess = world.predictor(context, at, at, told).float().flatten(1)
+        errors.append(torch.cdist(guess, truth))
+    return errors
+
+
+def domain_test(world, images, seed=0, side=8, progress=False):
+    """Domain sensitivity test of films (n, 1, H, W) with side² candidates. (Table 4)
+
+    → {action, no_action, random: {recall@1, recall@3, recall@5: percent}, images, candidates};
+    no_action is the same model told the identity, random is chance.
+    """
+    candidates = domain_candidates(side)
+    recalls = {"action": [], "no_action": []}
+    bar = tqdm(images, desc="domain test", disable=not progress, leave=False)
+    for k, image in enumerate(bar):
+        actions = film_actions(len(candidates), seed, k)
+        told, untold = domain_errors(world, image[None], actions, candidates)
+        recalls["action"].append(recall_at_k(told, KS))
+        recalls["no_action"].append(recall_at_k(untold, KS))
+    result = {}
+    for way, films in recalls.items():
+        result[way] = {f"recall@{k}": 100 * float(np.mean([film[k] for film in films])) for k in KS}
+    result["random"] = {f"recall@{k}": 100 * k / len(candidates) for k in KS}
+    return result | {"images": len(images), "candidates": len(candidates)}
+
+
+def result_table(result):
+    """The result of domain_test in words. → text of four lines"""
+    lines = [
+        f"domain sensitivity test, {result['images']} films × {result['candidates']} candidates "
+        "(Table 4), percent"
+    ]
+    for way, words in WAYS.items():
+        recalls = [f"Recall@{k} {result[way][f'recall@{k}']:6.2f}" for k in KS]
+        lines.append("  ".join([f"  {words:22s}", *recalls]))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- pictures
+def errors_picture(told, untold):
+    """Draw both error matrices, each row from its smallest (dark) to its largest (bright) error: a
+    dark diagonal is what one hopes for.
+    """
+    maps = []
+    for errors in (told, untold):
+        spread = np.ptp(errors, axis=1, keepdims=True).clip(1e-12)
+        scaled = (errors - errors.min(1, keepdims=True)) / spread
+        maps.append(pictures.heat(scaled, 0, 1))
+    captions = ["row: prediction i, column: candidate j", "dark = small error"]
+    titles = ["told the action", "not told"]
+    return pictures.grid([maps], [captions], titles, cell=5 * len(told))
+
+
+def rank_of_truth(errors):
+    """The place, from 1, of each prediction's own candidate. (n, n) → (n,)"""
+    return (errors < np.diag(errors)[:, None]).sum(1) + 1
+
+
+def choices_picture(image, actions, candidates, told, untold, count=5):
+    """Draw three contexts of one film (best, middle, worst rank of the truth), each with its truth
+    and the candidates closest to the prediction; the truth is outlined.
+    """
+    same = image.expand(len(candidates), -1, -1, -1)
+    y = augment.tone(same, candidates[:, 0], candidates[:, 1])
+    contexts = pictures.to_grey(augment.apply_action(y, actions))
+    truths = pictures.to_grey(y)
+    whole = (0, 0, *truths.shape[1:])  # a box around all of it
+    ranks = rank_of_truth(told)
+    ranks_untold = rank_of_truth(untold)
+    order = np.argsort(ranks, kind="stable")
+    rows = []
+    captions = []
+    for i in order[[0, len(order) // 2, -1]]:
+        row = [contexts[i], truths[i]]
+        bright, contrast, gamma, blur = actions[i].tolist()
+        words = [
+            f"b {bright:.2f} c {contrast:.2f} g {gamma:.2f} blur {blur:.1f}",
+            f"rank {ranks[i]}, untold {ranks_untold[i]}",
+        ]
+        for j in np.argsort(told[i], kind="stable")[:count]:
+            is_true = j == i
+            row.append(pictures.draw_boxes(truths[j], [whole], [GREEN]) if is_true else truths[j])
+            words.append(f"{told[i, j]:.2f}")
+        rows.append(row)
+        captions.append(words)
+    titles = ["context x", "its truth y", *(f"choice {k + 1}" for k in range(count))]
+    return pictures.grid(rows, captions, titles, cell=150)
+
+
 if __name__ == "__main__":
-    run_script(lambda: run_command(Common, command, "domain"))
+    run_script(main)

@@ -1,4 +1,10 @@
-"""lab.gallery"""
+"""All pictures of the lab in one command, of synthetic films, which may be shown.
+
+    python -m lab.gallery --weights runs/demo --data runs/demo/phantoms/films
+
+Runs every analysis and trains the two RCDM decoders, each in its folder under --out, then writes
+all pictures, made small, into --docs as FOLDER_PICTURE.png. A decoder goes on where it stopped.
+"""
 
 import dataclasses
 import shlex
@@ -8,13 +14,22 @@ from pathlib import Path
 
 from PIL import Image
 
-from lab import correspondence, domain, health, surprise, views
-from lab.common import Common, find_weights, run_command
+from lab.common import find_weights, start
 from plumbing import pictures
 from plumbing.launch import UserError, flag, run_script
 
+ANALYSES = ("views", "domain", "correspondence", "health", "surprise")
+PAGES = {  # folder: its pictures
+    "views": ["views"],
+    "domain": ["choices", "errors"],
+    "correspondence": ["maps"],
+    "health": ["health"],
+    "surprise": ["surprise"],
+    "rcdm-local": ["samples", "artefacts"],
+    "rcdm-global": ["samples"],
+}
 
-# ------------------------------------------------------------------------------------------------ gallery
+
 @dataclasses.dataclass
 class Config:
     weights: str = flag(
@@ -23,64 +38,52 @@ class Config:
     )
     data: str = flag(
         None,
-        "films that rcdm.py learns to paint from [those of the run]; everything else looks at synthetic films",
+        "films that lab.rcdm learns to paint from [those of the run]; "
+        "everything else looks at synthetic films",
     )
     out: str = flag(None, "folder of all results [runs/gallery]")
     docs: str = flag("docs", "folder of the pictures")
-    steps: int = flag(None, "training steps of each of the two RCDM decoders [rcdm.py's]")
+    steps: int = flag(None, "training steps of each of the two RCDM decoders [lab.rcdm's]")
     seed: int = flag(0, "of everything random")
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
 
 
-PAGES = {
-    "views": ["views"],
-    "domain": ["choices", "errors"],
-    "correspondence": ["maps"],
-    "health": ["health"],
-    "surprise": ["surprise"],
-    "rcdm-local": ["samples", "artefacts"],
-    "rcdm-global": ["samples"],
-}  # folder: its pictures
-
-
-def command(config, device):
-    """Every analysis on synthetic films, which may be shown, and the two RCDM decoders; then all pictures, made small, into --docs as FOLDER_PICTURE.png."""
-    weights, out, docs = str(find_weights(config)), Path(config.out), Path(config.docs)
-    for module in (views, domain, correspondence, health, surprise):
-        name = module.__name__.removeprefix("lab.")
-        (out / name).mkdir(parents=True, exist_ok=True)
-        print(f"\n{name}", flush=True)
-        Own = getattr(module, "Config", Common)
-        module.command(Own(weights=weights, out=str(out / name), seed=config.seed), device)
+def main(argv=None):
+    args, _ = start(Config, __doc__, "gallery", argv)
+    weights = str(find_weights(args.weights))
+    out = Path(args.out)
+    common = ["--weights", weights, "--seed", str(args.seed), "--device", args.device]
+    for name in ANALYSES:
+        run(name, *common, "--out", str(out / name))
     for mode in ("local", "global"):
-        words = [
-            sys.executable,
-            "-m",
-            "lab.rcdm",
-            "--mode",
-            mode,
-            "--weights",
-            weights,
-            "--out",
-            str(out / f"rcdm-{mode}"),
-            "--seed",
-            str(config.seed),
-            "--device",
-            config.device,
-            *["--artefacts"][: mode == "local"],
-            *(["--steps", str(config.steps)] if config.steps else []),
-            *(["--data", config.data] if config.data else []),
-        ]
-        print("\n" + shlex.join(words), flush=True)
-        if subprocess.run(words).returncode:
-            raise UserError(f"lab.rcdm --mode {mode} failed (above); the same command goes on")
+        words = [*common, "--mode", mode, "--out", str(out / f"rcdm-{mode}")]
+        if mode == "local":
+            words.append("--artefacts")
+        if args.steps:
+            words += ["--steps", str(args.steps)]
+        if args.data:
+            words += ["--data", args.data]
+        run("rcdm", *words)
+    collect(out, Path(args.docs))
+    print(f"\npictures {args.docs}/*.png, numbers {out}/*/result.json")
+
+
+def run(name, *words):
+    """Print and run `python -m lab.NAME WORDS` as a process of its own."""
+    command = ["-m", f"lab.{name}", *words]
+    print(f"\npython {shlex.join(command)}", flush=True)
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise UserError(f"lab.{name} failed (above); the same command goes on")
+
+
+def collect(out, docs):
+    """Copy all pictures to `docs`, with 64 colours each."""
     docs.mkdir(parents=True, exist_ok=True)
     for folder, names in PAGES.items():
         for name in names:
             page = Image.open(out / folder / f"{name}.png").convert("RGB")
             pictures.save(page.quantize(64), docs / f"{folder}_{name}.png")
-    print(f"\npictures {docs}/*.png, numbers {out}/*/result.json")
 
 
 if __name__ == "__main__":
-    run_script(lambda: run_command(Config, command, "gallery"))
+    run_script(main)

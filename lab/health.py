@@ -1,12 +1,24 @@
-"""lab.health"""
+"""Is the encoder collapsed? How various its features are, against the same network with random
+weights.
+
+    python -m lab.health                                     # newest run, synthetic films
+    python -m lab.health --weights encoder.pt --data FILMS
+    python -m lab.health --weights runs/pretrain --data FILMS --table labels.csv
+
+The pooled features of many films should spread in many directions. A collapsed encoder says nearly
+the same of every film: small standard deviation, RankMe near 1, mean cosine near 1. Where a table
+has labels, a linear probe says whether the features know more than random ones.
+
+Writes result.json (with a verdict in words) and health.png: the spectrum, and the run's own curves.
+"""
 
 import dataclasses
 
 import numpy as np
 import torch
 
-from lab.common import Common, find_weights, finish, open_set, pooled, run_command, some_films
-from lab.report import probe_table
+from lab.common import Common, find_weights, finish, open_set, pooled, some_films, start
+from lab.report import column, probe_table, probe_words
 from model import ViT
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
@@ -19,83 +31,59 @@ from plumbing.weights import load_encoder
 @dataclasses.dataclass
 class Config(Common):
     films: int = flag(400, "films to look at, evenly from all")
-    table: str = flag(
-        None, "CSV filename,label,split: a linear probe against random weights and raw pixels"
-    )
+    table: str = flag(None, "CSV filename,label,split: a probe against random weights and pixels")
 
 
-# ------------------------------------------------------------------------------------------------ health
-def command(config, device):
-    """Is the encoder collapsed? Variety of its pooled features against the same network with random weights; a linear probe where labels are known."""
-    path = find_weights(config)
+def main(argv=None):
+    args, device = start(Config, __doc__, "health", argv)
+    path = find_weights(args.weights)
+    encoders = load_encoders(path, args.seed)
+    size = encoders["target encoder"].image
+    encoders = {name: vit.to(device).eval() for name, vit in encoders.items()}
+    films, table = open_set(args, 3 * args.films)
+    images = some_films(films, None, args.films, size)
+    features = {name: pooled(vit, images).numpy() for name, vit in encoders.items()}
+    rows = {name: variety(values) for name, values in features.items()}
+    result = {"films": len(images), **rows}
+    words = [variety_table(len(images), encoders["target encoder"].dim, rows)]
+    if table:
+        labels = Labels(table).complete()
+        result["probe"] = probe_table(labels, films, encoders, size)
+        words.append(probe_words(labels, result["probe"]))
+    result["verdict"] = verdict(rows["target encoder"], rows["random weights"], result.get("probe"))
+    words.append("verdict: " + result["verdict"])
+    page = health_picture(features, read_log(path.with_name("log.csv")))
+    finish(args, result, "\n".join(words), health=page)
+
+
+def load_encoders(path, seed):
+    """Load the encoders of a checkpoint, and the same network with random weights beside them.
+
+    → {name: ViT}. UserError when one of them holds NaN or infinite weights.
+    """
     encoder = load_encoder(path)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     encoders = {"target encoder": encoder, "random weights": ViT(**encoder.config)}
     if "world" in load_checkpoint(path):
         encoders["context encoder"] = load_encoder(path, "context")
-    broken = [
-        name
-        for name, vit in encoders.items()
-        if not all(torch.isfinite(p).all() for p in vit.parameters())
-    ]
-    if broken:
-        raise UserError(
-            f"{path}: the {broken[0]} holds NaN or infinite weights: go back to an older checkpoint, lower --lr or train in float32"
-        )
-    encoders = {name: vit.to(device).eval() for name, vit in encoders.items()}
-    films, table = open_set(config, 3 * config.films)
-    images = some_films(films, None, config.films, encoder.image)
-    features = {name: pooled(vit, images).numpy() for name, vit in encoders.items()}
-    result = {"films": len(images), **{name: variety(f) for name, f in features.items()}}
-    lines = [
-        f"{len(images)} films, pooled features of {encoder.dim} dimensions",
-        f"  {'':18s}{'std':>8s}{'RankMe':>8s}{'mean cosine':>13s}{'first direction':>17s}",
-    ]
-    for name in encoders:
-        row = result[name]
-        lines.append(
-            f"  {name:18s}{row['feature_std']:8.3f}{row['rankme']:8.2f}{row['mean_cosine']:13.3f}{row['first_direction']:16.1%}"
-        )
-    if table:
-        labels = Labels(table).complete()
-        result["probe"] = probe_table(labels, films, encoders, encoder.image)
-        lines += [f"linear probe on {labels.path.stem}, test AUROC, percent"] + [
-            f"  {n:18s}{v:8.2f}" for n, v in result["probe"].items()
-        ]
-    result["verdict"] = verdict(
-        result["target encoder"], result["random weights"], result.get("probe")
-    )
-    lines += ["verdict: " + result["verdict"]]
-    values = {
-        name: (v := spectrum(f - f.mean(0)))[v > 1e-6] for name, f in features.items()
-    }  # centring takes one direction away
-    pages = [
-        pictures.curves(
-            {name: (np.arange(1, 1 + len(v)), v) for name, v in values.items()},
-            "Singular values of the centred features",
-            "direction",
-            "share",
-            log_y=True,
-        )
-    ]
-    rows = [r for r in read_log(path.with_name("log.csv")) if r.get("loss") and r.get("rankme")]
-    if len(rows) > 1:
-        read = lambda key: ([float(r["step"]) for r in rows], [float(r[key]) for r in rows])
-        for key, name, unit in (
-            ("loss", "Loss", "squared error"),
-            ("rankme", "RankMe", "effective rank"),
-        ):
-            pages.append(pictures.curves({name: read(key)}, f"{name} in training", "step", unit))
-    finish(config, result, "\n".join(lines), health=pictures.stack(pages))
+    for name, vit in encoders.items():
+        if not all(torch.isfinite(p).all() for p in vit.parameters()):
+            raise UserError(
+                f"{path}: the {name} holds NaN or infinite weights: "
+                "go back to an older checkpoint, lower --lr or train in float32"
+            )
+    return encoders
 
 
+# ---------------------------------------------------------------- variety
 def variety(features):
-    """How different the films look to an encoder: std, RankMe, mean cosine between two films, share of the first centred direction. (n, D) → dict"""
+    """Measure how different the films look to an encoder. (n, D) → feature_std, rankme, mean cosine
+    between two films, share of the first direction of the centred features
+    """
     unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
     n = len(unit)
-    cosine = (np.square(unit.sum(0)).sum() - n) / max(
-        1, n * (n - 1)
-    )  # mean over all pairs of different films
+    pairs = n * (n - 1)  # of different films; the sum over all pairs also holds n cosines of 1
+    cosine = (np.square(unit.sum(0)).sum() - n) / max(1, pairs)
     return {
         "feature_std": feature_std(features),
         "rankme": rankme(features),
@@ -104,19 +92,66 @@ def variety(features):
     }
 
 
+def variety_table(count, dim, rows):
+    """The measures of {encoder: variety} in words. → text"""
+    lines = [
+        f"{count} films, pooled features of {dim} dimensions",
+        f"  {'':18s}{'std':>8s}{'RankMe':>8s}{'mean cosine':>13s}{'first direction':>17s}",
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"  {name:18s}{row['feature_std']:8.3f}{row['rankme']:8.2f}"
+            f"{row['mean_cosine']:13.3f}{row['first_direction']:16.1%}"
+        )
+    return "\n".join(lines)
+
+
 def verdict(own, fresh, probe):
-    """One sentence for a worried user."""
+    """Say in one sentence what a worried user should think and do.
+
+    own, fresh: variety of the encoder and of random weights; probe: {encoder: AUROC} or None
+    """
     if own["feature_std"] < 0.02 or own["rankme"] < 1.5:
-        return "collapsed: the encoder says nearly the same of every film. Train again with a lower --lr, a higher --ema or a longer --warmup"
+        return (
+            "collapsed: the encoder says nearly the same of every film. "
+            "Train again with a lower --lr, a higher --ema or a longer --warmup"
+        )
     if probe and probe["target encoder"] < probe["random weights"] - 1:
-        return "not collapsed, yet it knows less than random weights do: too short a training, or films unlike those of the table"
+        return (
+            "not collapsed, yet it knows less than random weights do: "
+            "too short a training, or films unlike those of the table"
+        )
     if own["rankme"] < fresh["rankme"] and own["feature_std"] < fresh["feature_std"]:
-        return "suspicious: less variety than random weights have. Normal in the first tenth of a training; later, lower --lr or raise --ema"
-    more = probe and probe["target encoder"] > probe["random weights"]
-    return "healthy: films differ in many directions" + (
-        ", and a probe finds more than in random weights" if more else ""
-    )
+        return (
+            "suspicious: less variety than random weights have. "
+            "Normal in the first tenth of a training; later, lower --lr or raise --ema"
+        )
+    words = "healthy: films differ in many directions"
+    if probe and probe["target encoder"] > probe["random weights"]:
+        words += ", and a probe finds more than in random weights"
+    return words
+
+
+# ---------------------------------------------------------------- picture
+def health_picture(features, log):
+    """Draw the spectrum of each encoder's features, and loss and RankMe of the run's log."""
+    values = {}
+    for name, each in features.items():
+        share = spectrum(each - each.mean(0))
+        share = share[share > 1e-6]  # centring takes one direction away
+        values[name] = (np.arange(1, 1 + len(share)), share)
+    title = "Singular values of the centred features"
+    pages = [pictures.curves(values, title, "direction", "share", log_y=True)]
+    rows = [row for row in log if row.get("loss") and row.get("rankme")]
+    if len(rows) > 1:
+        for key, name, unit in (
+            ("loss", "Loss", "squared error"),
+            ("rankme", "RankMe", "effective rank"),
+        ):
+            curve = {name: column(rows, key)}
+            pages.append(pictures.curves(curve, f"{name} in training", "step", unit))
+    return pictures.stack(pages)
 
 
 if __name__ == "__main__":
-    run_script(lambda: run_command(Config, command, "health"))
+    run_script(main)

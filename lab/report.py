@@ -1,90 +1,102 @@
-"""lab.report"""
+"""How good did a pre-training become? Its closing table, on films that it held out.
+
+Not a program: the last act of pretrain.py. It writes result.json (domain sensitivity test and
+linear probes, in percent) and curve.png into the folder of the run, and prints both tables.
+"""
 
 import numpy as np
 import torch
 
-from lab.common import pooled, readable, whole
-from lab.domain import domain_test
+from lab.common import evenly, pooled, read_whole
+from lab.domain import domain_test, result_table
 from model import ViT
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
 from plumbing.metrics import linear_probe, mean_auroc
-from plumbing.monitor import LOSSES
+
+DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
 
 
-def closing(config, out, world, films, held, tables, device):
-    """The closing table on held-out films: domain sensitivity test with and without the action, linear probes against random features and raw pixels."""
+def closing(args, out, world, films, held, tables, device):
+    """Judge a trained CheXWorld on films it has not seen: by the domain sensitivity test, and by
+    linear probes against random weights and raw pixels.
+
+    args: those of pretrain.py; held: numbers of the held-out films; tables: the Labels to probe.
+    """
     world.eval()
-    result = {"domain": {}, "probe": {}}
-    held = readable(films, held[np.linspace(0, len(held) - 1, min(50, len(held))).astype(int)])
-    if len(held):
-        result["domain"] = domain_test(world, whole(films, held, config.image), progress=True)
-        print(
-            f"\nheld-out films: domain sensitivity test, {len(held)} films × {result['domain']['candidates']} candidates (Table 4), percent"
-        )
-        for name, label in (
-            ("action", "with the action"),
-            ("no_action", "without"),
-            ("random", "chance"),
-        ):
-            print(
-                f"  {label:22s}"
-                + "".join(
-                    f"  Recall@{k} {result['domain'][name][f'recall@{k}']:6.2f}" for k in (1, 3, 5)
-                )
-            )
-    write_json(out / "result.json", result)
-    torch.manual_seed(config.seed)
+    result = {"domain": domain_part(world, films, held), "probe": {}}
+    write_json(out / "result.json", result)  # kept when a probe fails or is interrupted
+    torch.manual_seed(args.seed)
     fresh = ViT(**world.encoder.config).to(device).eval()
+    encoders = {"pre-trained": world.target_encoder, "random initialisation": fresh}
     for table in tables:
-        scores = probe_table(
-            table,
-            films,
-            {"pre-trained": world.target_encoder, "random initialisation": fresh},
-            config.image,
-        )
+        scores = probe_table(table, films, encoders, args.image)
         result["probe"][table.path.stem] = scores
-        print(
-            f"linear probe on {table.path.stem} ({', '.join(table.classes)}), test AUROC, percent"
-        )
-        for name, value in scores.items():
-            print(f"  {name:22s}  {value:6.2f}")
+        print(probe_words(table, scores))
     write_json(out / "result.json", result)
-    rows = read_log(out / "log.csv")
-    read = lambda key: (
-        [float(r["step"]) for r in rows if r[key]],
-        [float(r[key]) for r in rows if r[key]],
-    )
-    losses = pictures.curves(
-        {n: read(n) for n in LOSSES if read(n)[0]}, "loss terms", "step", "squared error"
-    )
-    pictures.save(
-        pictures.stack(
-            [
-                losses,
-                pictures.curves(
-                    {"RankMe": read("rankme")},
-                    "RankMe of the pooled target features",
-                    "step",
-                    "effective rank",
-                ),
-            ]
-        ),
-        out / "curve.png",
-    )
+    pictures.save(curves_picture(read_log(out / "log.csv"), world.LOSSES), out / "curve.png")
     print(
-        f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, all numbers {out}/result.json"
+        f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, "
+        f"all numbers {out}/result.json"
     )
+
+
+def domain_part(world, films, held):
+    """Run and print the domain sensitivity test on held-out films. → its result, {} without any"""
+    if len(held):
+        held = evenly(held, DOMAIN_FILMS)
+    images, _, _ = read_whole(films, held, world.encoder.image)
+    if not len(images):
+        return {}
+    result = domain_test(world, images, progress=True)
+    print(f"\nheld-out films: {result_table(result)}")
+    return result
 
 
 def probe_table(labels, films, encoders, size):
-    """Linear-probe AUROC (percent, mean over classes) on the test split for each {name: ViT}, and of raw 64 × 64 pixels. → {name: AUROC}"""
+    """Ask how much a linear probe finds in the pooled features of each {name: ViT}, and in raw
+    pixels. → {name: AUROC on the test split, percent, mean over classes}
+    """
     where = labels.locate(films)
-    keep = np.isin(where, readable(films, where[where >= 0]))
-    where, y, split = where[keep], labels.y[keep], labels.split[keep]
-    fit, val, test = (split == "train", split == "val", split == "test")
-    images = whole(films, where, size)
+    images, read, _ = read_whole(films, where[where >= 0], size)
+    keep = np.isin(where, read)
+    y = labels.y[keep]
+    split = labels.split[keep]
     features = {name: pooled(encoder, images).numpy() for name, encoder in encoders.items()}
-    features["raw 64² pixels"] = whole(films, where, 64).flatten(1).numpy()
-    score = lambda x: mean_auroc(linear_probe(x[fit], y[fit], x[val], y[val], x[test]), y[test])[0]
-    return {name: 100 * score(x) for name, x in features.items()}
+    features["raw 64² pixels"] = read_whole(films, read, 64)[0].flatten(1).numpy()
+    return {name: probe_auroc(x, y, split) for name, x in features.items()}
+
+
+def probe_auroc(x, y, split):
+    """Fit on train, choose on val, score on test. x (n, D), y (n, classes), split (n,) → percent"""
+    fit = split == "train"
+    val = split == "val"
+    test = split == "test"
+    scores = linear_probe(x[fit], y[fit], x[val], y[val], x[test])
+    return 100 * mean_auroc(scores, y[test])[0]
+
+
+def probe_words(table, scores):
+    """The result of probe_table in words. → text"""
+    title = f"linear probe on {table.path.stem} ({', '.join(table.classes)}), test AUROC, percent"
+    return "\n".join([title, *(f"  {name:22s}  {value:6.2f}" for name, value in scores.items())])
+
+
+def column(rows, key):
+    """A column of log.csv where it is filled. → (steps, values)"""
+    filled = [row for row in rows if row.get(key)]
+    return [float(row["step"]) for row in filled], [float(row[key]) for row in filled]
+
+
+def curves_picture(rows, losses):
+    """Draw the losses of these names, and RankMe, of a log against its steps."""
+    losses = {name: column(rows, name) for name in losses}
+    losses = {name: curve for name, curve in losses.items() if curve[0]}
+    rank = {"RankMe": column(rows, "rankme")}
+    title = "RankMe of the pooled target features"
+    return pictures.stack(
+        [
+            pictures.curves(losses, "loss terms", "step", "squared error"),
+            pictures.curves(rank, title, "step", "effective rank"),
+        ]
+    )

@@ -1,8 +1,17 @@
-"""Surprise: which films, and where in them, does the world model not believe?
+"""Which films, and where in them, does the world model not believe?
 
-Two questions a film, answered a patch: predict the whole from the whole under the identity action, and predict what a block hides from
-everything around it, the block swept over the film. Reference films say what is usual at each place; a conformal p-value says how rare
-a film's surprise is among them: the share of calibration films, the film itself included, that surprise at least as much.
+    python -m lab.surprise                                             # synthetic films, some wrong
+    python -m lab.surprise --data ARCHIVE --reference GOOD_FILMS
+    python -m lab.surprise --data ARCHIVE --table labels.csv           # also AUROC per kind
+
+We ask two questions about every film and answer them for every patch: the model predicts the whole
+film from the whole film under the identity action, and it predicts what a block hides from all that
+lies around the block, which sweeps over the film. Reference films say what error is usual at each
+place. A conformal p-value says how rare a film's surprise is among them: the share of calibration
+films, the film itself included, that surprise at least as much.
+
+Writes surprise.csv (every film, the least believable first), surprise.png (films above their maps
+of surprise) and result.json.
 """
 
 import csv
@@ -26,42 +35,87 @@ from lab.common import (
     named,
     pooled,
     read_whole,
+    require_readable,
     rows_of,
-    run_command,
+    start,
 )
 from model import take
 from plumbing import phantom, pictures
 from plumbing.checkpoint import write_text
+from plumbing.keys import SURPRISE, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import auroc
 from plumbing.table import NEGATIVE
 from plumbing.weights import load_world
 
-PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")
+PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")  # kinds of wrong
+FEWEST = 40  # reference films: half of them calibrate, and p is never below 1 / (half + 1)
 
 
 @dataclasses.dataclass
 class Config(Common):
     films: int = flag(1000000, "at most so many films of --data, evenly from all")
-    reference: str = flag(
-        None, "folder of films that are as they should be [each half of --data judges the other]"
-    )
+    reference: str = flag(None, "folder of good films [each half of --data judges the other]")
     references: int = flag(
-        400,
-        "at most so many reference films, evenly from all; half say what is usual, half calibrate the p-values",
+        400, "at most so many good films: half say what is usual, half calibrate"
     )
-    alpha: float = flag(
-        0.05,
-        "films with a p-value up to this are flagged: the share of good films flagged in error",
-    )
-    table: str = flag(
-        None,
-        "CSV filename,label (normal or what is wrong): AUROC of the surprise against simple baselines",
-    )
+    alpha: float = flag(0.05, "flag films with p up to this: the share of good films flagged too")
+    table: str = flag(None, "CSV filename,label (normal, or what is wrong): AUROC of the surprise")
 
 
+def main(argv=None):
+    args, device = start(Config, __doc__, "surprise", argv)
+    world = load_world(find_weights(args.weights)).to(device).eval()
+    args = args if args.data else on_synthetic_films(args)
+
+    # ---- 1. The films to judge, and those that say what is usual.
+    films = open_films(args.data)
+    numbers = evenly(named(args.table, films), args.films)
+    good = open_films(args.reference) if args.reference else films
+    references = evenly(np.arange(len(good)), args.references) if args.reference else numbers
+    require_enough(references, "reference films")
+
+    # ---- 2. Errors of all films, scores and p-values.
+    found, numbers, unreadable = watch(world, films, numbers, "films")
+    rng = numpy_rng(SURPRISE, args.seed)
+    if args.reference:
+        usual, read, _ = watch(world, good, references, "reference films")
+        require_enough(read, "of the reference films can be read")
+        scores, z = fold(usual, found, rng)
+    else:
+        require_enough(numbers, "of the films can be read")
+        scores, z = against_itself(found, rng)
+
+    # ---- 3. Table, result and picture.
+    names = [films.names[i] for i in numbers]
+    write_table(Path(args.out) / "surprise.csv", names, scores, unreadable)
+    p = scores["surprise"][2]
+    labels = labels_of(args.table, films, numbers)
+    result = {
+        "films": len(names),
+        "unreadable": unreadable,
+        "flagged": int((p <= args.alpha).sum()),
+        "alpha": args.alpha,
+        "auroc": separation(labels, scores, bool(args.reference)),
+    }
+    by_kind = labels if result["auroc"] else None
+    shown, titles, columns = choose_shown(names, by_kind, scores["surprise"][1])
+    page = films_page(films, numbers[shown], z[shown], p[shown], titles, columns)
+    finish(args, result, result_words(result, args.out), surprise=page)
+
+
+def require_enough(films, what):
+    """UserError when there are too few films to say what is usual."""
+    if len(films) < FEWEST:
+        advice = f"fewer than {FEWEST} make no p-value; give a --reference folder with more"
+        raise UserError(f"{len(films)} {what}: {advice}")
+
+
+# ---------------------------------------------------------------- errors of the world model
 def windows(grid, share=0.16):
-    """Square blocks sweeping an n × n grid at half their side; each as a bool (W, N), True = hidden. Area share as in training (0.15 to 0.2)."""
+    """Square blocks sweeping an n × n grid at half their side, each of the area share that a block
+    has in training (0.15 to 0.2). → bool (W, N), True = hidden
+    """
     side = max(1, round(grid * share**0.5))
     starts = sorted({*range(0, grid - side, max(1, side // 2)), grid - side})
     hidden = torch.zeros(len(starts), len(starts), grid, grid, dtype=torch.bool)
@@ -73,90 +127,87 @@ def windows(grid, share=0.16):
 
 @torch.no_grad()
 def errors(world, images):
-    """Squared prediction error a patch, mean over width. (B, 1, H, W) → whole (B, N), swept (B, N): the mean over the blocks that hide a patch."""
+    """Squared prediction error per patch, mean over width. (B, 1, H, W)
+
+    → whole (B, N): everything is seen; swept (B, N): the mean over the blocks that hide a patch
+    """
     device = next(world.parameters()).device
     images = images.to(device)
     identity = torch.tensor(augment.IDENTITY, device=device).expand(len(images), 4)
-    truth = world.targets(images)
+    truth = world.targets(images)  # (B, N, D)
     whole = (world.predict(images, identity).float() - truth).square().mean(-1)
-    swept, times = torch.zeros_like(whole), torch.zeros_like(whole[0])
+    swept = torch.zeros_like(whole)
+    times = torch.zeros_like(whole[0])
     at = world.coords.expand(len(images), -1, -1)
     for hidden in windows(world.encoder.grid).to(device):
-        keep, masked = (
-            (~hidden).nonzero()[:, 0].expand(len(images), -1),
-            hidden.nonzero()[:, 0].expand(len(images), -1),
-        )
-        guess = world.predictor(
-            world.encoder(images, keep), take(at, keep), take(at, masked), identity
-        )
+        keep = (~hidden).nonzero()[:, 0].expand(len(images), -1)  # (B, K)
+        masked = hidden.nonzero()[:, 0].expand(len(images), -1)  # (B, M)
+        context = world.encoder(images, keep)
+        guess = world.predictor(context, take(at, keep), take(at, masked), identity)
         swept[:, hidden] += (guess.float() - truth[:, hidden]).square().mean(-1)
         times += hidden
     return whole.cpu().numpy(), (swept / times).cpu().numpy()
 
 
 def watch(world, films, numbers, words, batch=32):
-    """Errors of many films, batch by batch, and what the baselines look at.
+    """Compute errors of many films, batch by batch, and what the baselines look at.
 
-    → ({whole, swept (n, N), features (n, D), pixels (n, 2)}, numbers of the readable films (n,), {bad film: reason})
+    → {whole, swept (n, N), features (n, D), pixels (n, 2)}, numbers of the readable films (n,),
+    {name of an unreadable film: reason}
     """
-    parts, good, bad = [], [], {}
-    for start in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
-        images, here, failed = read_whole(
-            films, numbers[start : start + batch], world.encoder.image
-        )
-        bad |= failed
-        if len(here):
-            whole, swept = errors(world, images)
-            parts.append(
-                (
-                    whole,
-                    swept,
-                    pooled(world.target_encoder, images).numpy(),
-                    pixel_statistics(images),
-                )
-            )
-            good.extend(here)
-    if not good:
-        raise UserError(
-            f"none of {len(bad)} films of the {words} can be read; python data.py check --data … says why"
-        )
-    return (
-        dict(
-            zip(
-                ("whole", "swept", "features", "pixels"),
-                (np.concatenate(p).astype(float) for p in zip(*parts)),
-            )
-        ),
-        np.array(good),
-        bad,
-    )
+    parts = {"whole": [], "swept": [], "features": [], "pixels": []}
+    readable = []
+    unreadable = {}
+    for first in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
+        some = numbers[first : first + batch]
+        images, read, failed = read_whole(films, some, world.encoder.image)
+        unreadable |= failed
+        if not len(read):
+            continue
+        whole, swept = errors(world, images)
+        parts["whole"].append(whole)
+        parts["swept"].append(swept)
+        parts["features"].append(pooled(world.target_encoder, images).numpy())
+        parts["pixels"].append(pixel_statistics(images))
+        readable.extend(read)
+    require_readable(readable, words)
+    found = {key: np.concatenate(each).astype(float) for key, each in parts.items()}
+    return found, np.array(readable), unreadable
 
 
+# ---------------------------------------------------------------- scores
 def unusual(fitting, found):
-    """How far the logarithm of each patch's error lies above what the fitting films show at that patch, in units of their spread; median and
-    quantiles, so that a few odd films among them do no harm. (m, N), (n, N) → z (n, N)"""
-    logs = np.log(fitting + 1e-12)
-    low, middle, high = np.quantile(logs, (0.16, 0.5, 0.84), axis=0)
+    """How far the logarithm of each patch's error lies above what the fitting films show there, in
+    units of their spread; by quantiles, which a few odd films among them do not move.
+
+    fitting (m, N), found (n, N) → z (n, N)
+    """
+    low, middle, high = np.quantile(np.log(fitting + 1e-12), (0.16, 0.5, 0.84), axis=0)
     return (np.log(found + 1e-12) - middle) / ((high - low) / 2 + 1e-3)
 
 
 def conformal_p(reference, scores):
-    """p = (1 + number of calibration scores ≥ the film's) / (m + 1): P(p ≤ α) ≤ α for films like the m calibration films. (m,), (n,) → (n,)"""
+    """p = (1 + number of calibration scores ≥ the film's) / (m + 1), so that P(p ≤ α) ≤ α for films
+    like the m calibration films. (m,), (n,) → (n,)
+    """
     ordered = np.sort(np.asarray(reference, float))
     at_least = len(ordered) - np.searchsorted(ordered, np.asarray(scores, float), side="left")
     return (1 + at_least) / (len(ordered) + 1)
 
 
 def knn_distance(fitting, features, k=5):
-    """Mean Euclidean distance to the k nearest fitting films, dimensions standardised. (m, D), (n, D) → (n,)"""
-    fitting, features = np.asarray(fitting, float), np.asarray(features, float)
-    mean, std = fitting.mean(0), fitting.std(0) + 1e-9
-    a, b = (torch.tensor((x - mean) / std) for x in (features, fitting))
-    return torch.cdist(a, b).topk(min(k, len(b)), largest=False).values.mean(1).numpy()
+    """Mean distance to the k nearest fitting films, standardised. (m, D), (n, D) → (n,)"""
+    fitting = np.asarray(fitting, float)
+    mean = fitting.mean(0)
+    std = fitting.std(0) + 1e-9
+    near = torch.tensor((fitting - mean) / std)
+    asked = torch.tensor((np.asarray(features, float) - mean) / std)
+    distances = torch.cdist(asked, near).topk(min(k, len(near)), largest=False).values
+    return distances.mean(1).numpy()
 
 
 def pixel_statistics(images):
-    """The simplest description: mean and standard deviation of the grey values. (n, 1, H, W) → (n, 2)"""
+    """The simplest description: mean and deviation of the grey values. (n, 1, H, W) → (n, 2)"""
     flat = images.flatten(1).double()
     return torch.stack([flat.mean(1), flat.std(1)], 1).numpy()
 
@@ -168,235 +219,223 @@ def mahalanobis(fitting, values):
     return np.sqrt(np.einsum("nd,de,ne->n", away, spread, away))
 
 
-def judge(fitting, calibration, films):
-    """Three sets of films, each what watch found → {measure: (scores of the calibration films, scores of the films)}.
+def judge(fitting, films):
+    """Score films by all measures, given what fitting films show; both as `watch` returns them.
 
-    `surprise` is the measure to use; its parts and the baselines stand beside it.
+    → {measure: (n,)}: `surprise` is the one to use, its parts and the baselines stand beside it
     """
+    above = {}
+    for key in ("whole", "swept"):
+        z = np.maximum(unusual(fitting[key], films[key]), 0)
+        above[key] = np.square(z).mean(1)  # squared, so that one very wrong place weighs
+    return {
+        "surprise": (above["whole"] + above["swept"]) / 2,
+        "whole film alone": above["whole"],
+        "swept blocks alone": above["swept"],
+        "plain mean error": (films["whole"] + films["swept"]).mean(1),
+        "nearest neighbours": knn_distance(fitting["features"], films["features"]),
+        "pixel mean and std": mahalanobis(fitting["pixels"], films["pixels"]),
+    }
 
-    def scores(x):
-        above = {
-            key: np.square(np.maximum(unusual(fitting[key], x[key]), 0)).mean(1)
-            for key in ("whole", "swept")
-        }  # one very wrong place weighs
-        return {
-            "surprise": (above["whole"] + above["swept"]) / 2,
-            "whole film alone": above["whole"],
-            "swept blocks alone": above["swept"],
-            "plain mean error": (x["whole"] + x["swept"]).mean(1),
-            "nearest neighbours": knn_distance(fitting["features"], x["features"]),
-            "pixel mean and std": mahalanobis(fitting["pixels"], x["pixels"]),
-        }
 
-    usual, found = scores(calibration), scores(films)
-    return {name: (usual[name], found[name]) for name in found}
+def select(found, rows):
+    """Some films of what `watch` found."""
+    return {key: value[rows] for key, value in found.items()}
 
 
 def fold(usual, found, rng):
-    """Judge found films by usual ones, half of which fit and half calibrate. → {measure: (calibration scores, film scores, p-values)}, z (n, N)"""
-    fit, calibrate = (
-        {key: value[half] for key, value in usual.items()}
-        for half in np.array_split(rng.permutation(len(usual["pixels"])), 2)
-    )
-    scores = {
-        name: (reference, own, conformal_p(reference, own))
-        for name, (reference, own) in judge(fit, calibrate, found).items()
-    }
-    return scores, np.mean([unusual(fit[key], found[key]) for key in ("whole", "swept")], 0)
+    """Judge found films by usual ones, half of which fit and half calibrate.
+
+    → {measure: (scores of the calibration films, of the films, p-values)}, z (n, N)
+    """
+    first, second = np.array_split(rng.permutation(len(usual["pixels"])), 2)
+    fitting = select(usual, first)
+    calibration = judge(fitting, select(usual, second))
+    own = judge(fitting, found)
+    scores = {}
+    for name, values in own.items():
+        scores[name] = (calibration[name], values, conformal_p(calibration[name], values))
+    z = [unusual(fitting[key], found[key]) for key in ("whole", "swept")]
+    return scores, np.mean(z, 0)
 
 
 def against_itself(found, rng):
-    """Without reference films, each half of the films judges the other. The same as fold."""
-    n = len(found["pixels"])
-    halves = np.array_split(rng.permutation(n), 2)
-    part = lambda rows: {key: value[rows] for key, value in found.items()}
-    results = [fold(part(other), part(own), rng) for own, other in (halves, halves[::-1])]
-    back = np.argsort(np.concatenate(halves))
+    """Without reference films, each half of the films judges the other. Returns what fold does."""
+    halves = np.array_split(rng.permutation(len(found["pixels"])), 2)
+    back = np.argsort(np.concatenate(halves))  # from the order of the halves to that of the films
+    first, first_z = fold(select(found, halves[1]), select(found, halves[0]), rng)
+    second, second_z = fold(select(found, halves[0]), select(found, halves[1]), rng)
     scores = {}
-    for name in results[0][0]:
-        reference, own, p = (
-            np.concatenate([scores_[name][k] for scores_, _ in results]) for k in range(3)
-        )
-        scores[name] = (reference, own[back], p[back])
-    return scores, np.concatenate([z for _, z in results])[back]
+    for name in first:
+        pairs = zip(first[name], second[name], strict=True)
+        calibration, own, p = (np.concatenate(pair) for pair in pairs)
+        scores[name] = (calibration, own[back], p[back])
+    return scores, np.concatenate([first_z, second_z])[back]
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- films and their labels
+def on_synthetic_films(args):
+    """The flags, with an archive of phantoms, its reference films and its table filled in."""
+    if args.table or args.reference:
+        raise UserError("--table and --reference want --data, the films that they speak of")
+    table = planted(Path(args.out), args.seed, 100)
+    archive = str(table.with_name("archive"))
+    reference = str(table.with_name("reference"))
+    return dataclasses.replace(args, table=table, data=archive, reference=reference)
+
+
 def planted(folder, seed, count):
-    """Synthetic films: reference/ as they come, archive/ the same with wrong ones among them (PLANTED). → their table"""
+    """Draw synthetic films: reference/ as they come, archive/ the same with wrong ones among them
+    (PLANTED). → path of their table
+    """
     folder = folder / f"phantoms_{count}_{seed}"
     table = folder / "archive.csv"
     if table.is_file():
         return table
-    change = {
-        "sideways": np.rot90,
-        "inverted": lambda f: 255 - f,
-        "corner": lambda f: f[: len(f) // 2, : len(f) // 2],
-    }
-    kinds = (
-        ["reference"] * 2 * count
-        + ["normal"] * count
-        + [kind for kind in PLANTED for _ in range(count // 4)]
-    )
+    kinds = ["reference"] * (2 * count) + ["normal"] * count
+    for kind in PLANTED:
+        kinds += [kind] * (count // 4)
     lines = ["filename,label"]
     for i, kind in enumerate(tqdm(kinds, desc="phantoms", leave=False)):
-        film = phantom.make_phantom(
-            OTHER_PATIENTS + seed, i, 128, anomaly=kind if kind in phantom.ANOMALIES else None
-        )["film"]
-        name = f"{'reference' if kind == 'reference' else 'archive'}/{i:05d}.png"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        pictures.save(
-            Image.fromarray(np.ascontiguousarray(change.get(kind, np.asarray)(film))), folder / name
-        )
-        lines += [f"{i:05d}.png,{kind}"] if kind != "reference" else []
+        part = "reference" if kind == "reference" else "archive"
+        path = folder / part / f"{i:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save(Image.fromarray(planted_film(seed, i, kind)), path)
+        if part == "archive":
+            lines.append(f"{path.name},{kind}")
     write_text(table, "\n".join(lines) + "\n")
     return table
 
 
-def command(config, device):
-    """Which films does the world model not believe? Prediction error of each film and patch, calibrated on reference films: surprise.csv, a picture of
-    the most and the least surprising films, and, where a table says what is wrong, AUROC against simple baselines."""
-    world, out, rng = (
-        load_world(find_weights(config)).to(device).eval(),
-        Path(config.out),
-        np.random.default_rng((9, config.seed)),
-    )
-    if not config.data:
-        if config.table or config.reference:
-            raise UserError("--table and --reference want --data, the films that they speak of")
-        config.table = planted(out, config.seed, 100)
-        config.data, config.reference = (
-            str(config.table.with_name(part)) for part in ("archive", "reference")
-        )
-    films = open_films(config.data)
-    numbers = evenly(named(config.table, films), config.films)
-    good = open_films(config.reference) if config.reference else films
-    references = evenly(np.arange(len(good)), config.references) if config.reference else numbers
-    if len(references) < 40:
-        raise UserError(
-            f"{len(references)} reference films: fewer than 40 make no p-value; give a --reference folder with more"
-        )
-    found, numbers, bad = watch(world, films, numbers, "films")
-    usual = watch(world, good, references, "reference films")[0] if config.reference else found
-    if len(usual["pixels"]) < 40:
-        raise UserError(
-            f"{len(usual['pixels'])} of the reference films can be read: fewer than 40 make no p-value"
-        )
-    scores, z = fold(usual, found, rng) if config.reference else against_itself(found, rng)
-    names = [films.names[i] for i in numbers]
-    write_table(out / "surprise.csv", names, scores, bad)
-    p = scores["surprise"][2]
-    result = {
-        "films": len(names),
-        "unreadable": bad,
-        "flagged": int((p <= config.alpha).sum()),
-        "alpha": config.alpha,
-    }
-    labels = labels_of(config, films, numbers)
-    result["auroc"] = separation(config, labels, scores)
-    lines = [
-        f"{len(names)} films: {result['flagged']} with p ≤ {config.alpha:g}, where {config.alpha * len(names):.0f} would be by chance; "
-        f"{len(bad)} unreadable; every film in {out}/surprise.csv"
-    ]
-    if result["auroc"]:
-        kinds = list(next(iter(result["auroc"].values())))
-        lines += ["AUROC, percent" + " " * 12 + "  ".join(kinds)]
-        lines += [
-            f"  {name:24s}" + "  ".join(f"{row[kind]:{len(kind)}.1f}" for kind in kinds)
-            for name, row in result["auroc"].items()
-        ]
-    order = np.argsort(-scores["surprise"][1], kind="stable")
-    shown, titles, columns = (
-        np.concatenate([order[:12], order[len(order) // 2 :][:6]]),
-        [Path(name).stem[-20:] for name in names],
-        6,
-    )
-    if (
-        result["auroc"] and config.table
-    ):  # of each kind the most surprising film, then the one in the middle
-        last = np.argsort(
-            [k.lower() in NEGATIVE for k in labels], kind="stable"
-        )  # normal ones at the right
-        kinds = [order[labels[order] == kind] for kind in dict.fromkeys(labels[last])][-6:]
-        shown, columns = (
-            np.array([each[0] for each in kinds] + [each[len(each) // 2] for each in kinds]),
-            len(kinds),
-        )
-        titles = [f"{k}, {t}" if len(k + t) < 24 else k for k, t in zip(labels, titles)]
-    finish(
-        config,
-        result,
-        "\n".join(lines),
-        surprise=page(
-            films, numbers[shown], z[shown], p[shown], [titles[i] for i in shown], columns
-        ),
-    )
+def planted_film(seed, i, kind):
+    """Phantom i, with what this kind of wrong film does to it. → uint8 (H, W)"""
+    anomaly = kind if kind in phantom.ANOMALIES else None
+    film = phantom.make_phantom(OTHER_PATIENTS + seed, i, 128, anomaly=anomaly)["film"]
+    if kind == "sideways":
+        film = np.rot90(film)
+    if kind == "inverted":
+        film = 255 - film
+    if kind == "corner":
+        film = film[: len(film) // 2, : len(film) // 2]
+    return np.ascontiguousarray(film)
 
 
-def write_table(path, names, scores, bad):
-    """surprise.csv, the least believable film first: all measures, p-values of the surprise and of the baselines; unreadable films at the top."""
+def labels_of(table, films, numbers):
+    """The table's word for each film; None without a table. → (n,)"""
+    if not table:
+        return None
+    label = {i: row.get("label", "") for i, row in rows_of(table, films)}
+    return np.array([label[i] for i in numbers])
+
+
+def are_normal(labels):
+    """Which of the labels say that nothing is wrong. (n,) → bool (n,)"""
+    return np.array([label.lower() in NEGATIVE for label in labels])
+
+
+def separation(labels, scores, has_reference):
+    """How well each measure tells wrong films from normal ones: AUROC in percent.
+
+    With labels, each kind of wrong films against the table's normal ones; without, all films
+    against the calibration films. → {measure: {kind: AUROC}}, {} where there is nothing to compare
+    """
+    result = {}
+    if labels is None:
+        for measure, (calibration, own, _) in scores.items() if has_reference else ():
+            is_own = np.r_[np.ones(len(own)), np.zeros(len(calibration))]
+            value = auroc(np.r_[own, calibration], is_own)
+            result[measure] = {"these films": 100 * value}
+        return result
+    normal = are_normal(labels)
+    if normal.all() or not normal.any():
+        return {}
+    kinds = {kind: labels == kind for kind in dict.fromkeys(labels[~normal])}
+    kinds["all"] = ~normal
+    for measure, (_, own, _) in scores.items():
+        result[measure] = {}
+        for kind, mask in kinds.items():
+            judged = normal | mask
+            result[measure][kind] = 100 * auroc(own[judged], mask[judged])
+    return result
+
+
+# ---------------------------------------------------------------- table, words and picture
+def write_table(path, names, scores, unreadable):
+    """Write surprise.csv, the least believable film first: all measures, p-values of the surprise
+    and of the other measures; unreadable films at the top.
+    """
     keys = list(scores)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["film", "p", *keys, *(f"p of {key}" for key in keys[1:]), "note"])
-    writer.writerows(
-        [name, 0, *[""] * (2 * len(keys) - 1), f"unreadable: {reason}"]
-        for name, reason in sorted(bad.items())
-    )
+    for name, reason in sorted(unreadable.items()):
+        blanks = [""] * (2 * len(keys) - 1)
+        writer.writerow([name, 0, *blanks, f"unreadable: {reason}"])
     for i in np.argsort(-scores["surprise"][1], kind="stable"):
-        numbers = [
-            scores["surprise"][2][i],
-            *(scores[key][1][i] for key in keys),
-            *(scores[key][2][i] for key in keys[1:]),
-        ]
+        numbers = [scores["surprise"][2][i]]
+        numbers += [scores[key][1][i] for key in keys]
+        numbers += [scores[key][2][i] for key in keys[1:]]
         writer.writerow([names[i], *(f"{v:.4f}" for v in numbers), ""])
     write_text(path, buffer.getvalue())
 
 
-def labels_of(config, films, numbers):
-    """The table's word for each film; None without a table."""
-    if not config.table:
-        return None
-    label = {i: row.get("label", "") for i, row in rows_of(config.table, films)}
-    return np.array([label[i] for i in numbers])
+def result_words(result, out):
+    """The result in words. → text"""
+    alpha = result["alpha"]
+    count = result["films"]
+    lines = [
+        f"{count} films: {result['flagged']} with p ≤ {alpha:g}, "
+        f"where {alpha * count:.0f} would be by chance; {len(result['unreadable'])} unreadable; "
+        f"every film in {out}/surprise.csv"
+    ]
+    if result["auroc"]:
+        kinds = list(result["auroc"]["surprise"])
+        lines.append("AUROC, percent" + " " * 12 + "  ".join(kinds))
+        for measure, row in result["auroc"].items():
+            values = "  ".join(f"{row[kind]:{len(kind)}.1f}" for kind in kinds)
+            lines.append(f"  {measure:24s}{values}")
+    return "\n".join(lines)
 
 
-def separation(config, labels, scores):
-    """AUROC in percent of each measure: each kind of wrong films against the table's normal ones; without a table, all against the calibration films."""
+def choose_shown(names, labels, surprise):
+    """Choose the films of the picture: the twelve most surprising ones and six about the middle;
+    with labels, of each kind the most surprising film and, below it, the one in the middle.
+
+    → their places in `names`, their titles, the number of columns
+    """
+    order = np.argsort(-surprise, kind="stable")
+    titles = [Path(name).stem[-20:] for name in names]
     if labels is None:
-        if not config.reference:
-            return {}
-        against = lambda usual, own: (
-            100 * auroc(np.r_[own, usual], np.r_[np.ones(len(own)), np.zeros(len(usual))])
-        )
-        return {
-            key: {"these films": against(usual, own)} for key, (usual, own, _) in scores.items()
-        }
-    normal = np.array([k.lower() in NEGATIVE for k in labels])
-    kinds = {kind: labels == kind for kind in dict.fromkeys(labels[~normal])}
-    if not normal.any() or not kinds:
-        return {}
-    kinds["all"] = ~normal
-    return {
-        key: {
-            kind: 100 * auroc(own[normal | mask], mask[normal | mask])
-            for kind, mask in kinds.items()
-        }
-        for key, (_, own, _) in scores.items()
-    }
+        shown = np.concatenate([order[:12], order[len(order) // 2 :][:6]])
+        return shown, [titles[i] for i in shown], 6
+    last = np.argsort(are_normal(labels), kind="stable")  # normal ones come last, at the right
+    kinds = [order[labels[order] == kind] for kind in dict.fromkeys(labels[last])][-6:]
+    shown = [films[0] for films in kinds] + [films[len(films) // 2] for films in kinds]
+    words = []
+    for i in shown:
+        is_short = len(labels[i] + titles[i]) < 24
+        words.append(f"{labels[i]}, {titles[i]}" if is_short else labels[i])
+    return np.array(shown), words, len(kinds)
 
 
-def page(films, numbers, z, p, titles, columns, cell=150):
-    """Films, each above its map of surprise: dark = as usual there, bright = five spreads above."""
-    rows, captions = [], []
-    for start in range(0, len(numbers), columns):
-        part = range(start, min(start + columns, len(numbers)))
+def films_page(films, numbers, z, p, titles, columns, cell=150):
+    """Draw films above their maps of surprise: dark = as usual there, bright = five spreads above.
+
+    numbers, p (n,), z (n, N)
+    """
+    rows = []
+    captions = []
+    for first in range(0, len(numbers), columns):
+        part = range(first, min(first + columns, len(numbers)))
         shown = [pictures.to_picture(films[int(numbers[k])], cell) for k in part]
-        maps = [pictures.heat(z[k].reshape(round(z.shape[1] ** 0.5), -1), 0, 5) for k in part]
-        rows += [shown, [pictures.overlay(film, each, 0.6) for film, each in zip(shown, maps)]]
+        maps = []
+        for film, k in zip(shown, part, strict=True):
+            heat = pictures.heat(z[k].reshape(round(z.shape[1] ** 0.5), -1), 0, 5)
+            maps.append(pictures.overlay(film, heat, 0.6))
+        rows += [shown, maps]
         captions += [[titles[k] for k in part], [f"p = {p[k]:.3f}" for k in part]]
     return pictures.grid(rows, captions, cell=cell)
 
 
 if __name__ == "__main__":
-    run_script(lambda: run_command(Config, command, "surprise"))
+    run_script(main)

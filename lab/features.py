@@ -1,0 +1,113 @@
+"""The features of films, for a program of your own.
+
+    python -m lab.features --weights runs/pretrain --data FILMS --out features
+
+Each film is seen whole, squeezed to a square. Writes one row per film, as
+
+    features.npz   names (n,), mean (n, D): over all patches, cells (n, 16, D): over each of 4 × 4
+                   cells in raster order, a cell being the patches that touch it
+    features.csv   filename, then the D numbers of the mean
+    result.json    how many films, and the unreadable ones, which have no row, with their reasons
+
+    features = numpy.load("features/features.npz")
+"""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lab.common import (
+    Common,
+    evenly,
+    find_weights,
+    finish,
+    named,
+    open_set,
+    read_whole,
+    require_readable,
+    start,
+)
+from plumbing.checkpoint import replace_with
+from plumbing.launch import flag, run_script
+from plumbing.weights import load_encoder
+
+CELLS = 4  # per side
+
+
+@dataclasses.dataclass
+class Config(Common):
+    films: int = flag(1000000, "at most so many films, evenly from all")
+
+
+def main(argv=None):
+    args, device = start(Config, __doc__, "features", argv)
+    encoder = load_encoder(find_weights(args.weights)).to(device).eval()
+    films, _ = open_set(args, 20)
+    numbers = evenly(named(args.table, films), args.films)
+    names, mean, cells, unreadable = describe_all(encoder, films, numbers)
+    out = Path(args.out)
+    replace_with(out / "features.npz", lambda path: write_npz(path, names, mean, cells))
+    replace_with(out / "features.csv", lambda path: write_csv(path, names, mean))
+    lines = [f"unreadable: {name}: {reason}" for name, reason in unreadable.items()]
+    count = f"{len(names)} films, {len(unreadable)} unreadable; {mean.shape[1]} features each"
+    lines.append(f"{count} in {out}/features.npz and {out}/features.csv")
+    result = {"films": len(names), "unreadable": unreadable, "features": mean.shape[1]}
+    finish(args, result, "\n".join(lines))
+
+
+def describe_all(encoder, films, numbers, batch=64):
+    """Compute the features of all films that can be read, batch by batch.
+
+    → names (n,), mean (n, D), cells (n, 16, D), {name of an unreadable film: reason}
+    """
+    names = []
+    means = []
+    cells = []
+    unreadable = {}
+    for first in tqdm(range(0, len(numbers), batch), desc="films", leave=False):
+        images, read, failed = read_whole(films, numbers[first : first + batch], encoder.image)
+        unreadable |= failed
+        if not len(read):
+            continue
+        mean, cell = describe(encoder, images)
+        names += [films.names[i] for i in read]
+        means.append(mean)
+        cells.append(cell)
+    require_readable(names)
+    return np.array(names), np.concatenate(means), np.concatenate(cells), unreadable
+
+
+@torch.no_grad()
+def describe(encoder, images):
+    """Mean of the patch features over the film, and over each of 4 × 4 cells of it.
+
+    images (B, 1, H, W) → (B, D), (B, 16, D) float32 NumPy
+    """
+    tokens = encoder(images.to(next(encoder.parameters()).device)).float()  # (B, N, D)
+    maps = tokens.mT.unflatten(2, (encoder.grid, encoder.grid))  # (B, D, n, n)
+    cells = F.adaptive_avg_pool2d(maps, CELLS).flatten(2).mT  # (B, 16, D)
+    return tokens.mean(1).cpu().numpy(), cells.cpu().numpy()
+
+
+def write_npz(path, names, mean, cells):
+    """Write the arrays to a file of exactly this name."""
+    with open(path, "wb") as file:
+        np.savez(file, names=names, mean=mean, cells=cells)
+
+
+def write_csv(path, names, mean):
+    """Write one line per film: its name, then its mean feature."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["filename", *(f"f{k}" for k in range(mean.shape[1]))])
+        for name, row in zip(names, mean, strict=True):
+            writer.writerow([name, *(f"{value:.7g}" for value in row)])
+
+
+if __name__ == "__main__":
+    run_script(main)
