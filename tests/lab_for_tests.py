@@ -1,13 +1,16 @@
 """A folder with a run of random weights and phantoms, and the programs of the lab run in it."""
 
+import importlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from model import CheXWorld
 from plumbing import checkpoint, phantom
+from plumbing.film import UnreadableFilm
 
 TINY = dict(
     image=64,
@@ -19,6 +22,27 @@ TINY = dict(
     predictor_depth=1,
     predictor_heads=2,
 )
+
+
+class Films:
+    """A list of arrays under names; None cannot be read."""
+
+    def __init__(self, films):
+        self.names = list(films)
+        self.films = list(films.values())
+
+    def __len__(self):
+        return len(self.films)
+
+    def __getitem__(self, i):
+        if self.films[i] is None:
+            raise UnreadableFilm("broken")
+        return self.films[i]
+
+
+def noise(seed, shape=(40, 50)):
+    """A film of random grey values."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture(name="place", scope="module")
@@ -37,6 +61,17 @@ def make_place(tmp_path_factory):
     )
     phantom.write_phantoms(folder / "set", 48, size=64)
     return folder
+
+
+@pytest.fixture(name="here")
+def make_here(place, monkeypatch):
+    """main() of a program, called in that folder without a new process: here("domain", ...)."""
+
+    def call(name, *words):
+        monkeypatch.chdir(place)
+        importlib.import_module(f"lab.{name}").main(list(map(str, words)))
+
+    return call
 
 
 def run(place, name, *words):

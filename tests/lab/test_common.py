@@ -1,0 +1,98 @@
+"""What the analyses share: whole films and pooled features against Pillow and a loop, errors."""
+
+import numpy as np
+import pytest
+import torch
+from lab_for_tests import Films, make_here, make_place, noise  # noqa: F401 (fixtures)
+from PIL import Image
+
+from lab import common
+from model import ViT
+from plumbing.launch import UserError
+
+
+def test_read_whole_squeezes_films_to_squares():
+    films = Films({"a": noise(0), "b": noise(1, (64, 48))})
+    out, read, unreadable = common.read_whole(films, np.array([1, 0]), 32)
+    assert out.shape == (2, 1, 32, 32) and out.dtype == torch.float32
+    assert 0 <= out.min() and out.max() <= 1
+    assert read.tolist() == [1, 0] and unreadable == {}
+    for image, film in zip(out, (films[1], films[0]), strict=True):
+        squeezed = np.asarray(Image.fromarray(film).resize((32, 32), Image.BICUBIC))
+        assert np.array_equal((255 * image[0]).round().numpy(), squeezed)
+
+
+def test_read_whole_names_the_unreadable_films():
+    films = Films({"a": noise(0), "b": None, "c": noise(1)})
+    images, read, unreadable = common.read_whole(films, np.array([2, 1, 0]), 8)
+    assert read.tolist() == [2, 0] and unreadable == {"b": "broken"} and len(images) == 2
+    images, read, unreadable = common.read_whole(films, np.array([1]), 8)
+    assert read.tolist() == [] and images.shape == (0, 1, 8, 8)
+    with pytest.raises(UserError, match="none of the films"):
+        common.some_films(Films({"b": None}), None, 1, 8)
+
+
+def test_pooled_is_the_mean_token_whatever_the_batch():
+    torch.manual_seed(0)
+    vit = ViT(32, 8, 32, 1, 4)
+    images = torch.rand(5, 1, 32, 32)
+    by_hand = torch.stack([sum(vit(image[None])[0, k] for k in range(16)) / 16 for image in images])
+    for batch in (1, 2, 128):
+        out = common.pooled(vit, images, batch)
+        assert torch.allclose(out, by_hand, atol=1e-5) and not out.requires_grad
+
+
+def test_rows_of_a_table_are_those_of_its_test_split(tmp_path):
+    table = tmp_path / "films.csv"
+    table.write_text("filename,split\nb.png, Test\nx/a.png,train\ngone.png,test\n")
+    films = Films({"x/a.png": noise(0), "x/b.png": noise(1)})
+    assert [(i, row["filename"]) for i, row in common.rows_of(table, films)] == [(1, "b.png")]
+    assert common.named(table, films).tolist() == [1]
+    assert common.named(None, films).tolist() == [0, 1]
+    table.write_text("filename\nb.png\nx/a.png\n")
+    assert common.named(table, films).tolist() == [0, 1]
+    table.write_text("filename\ngone.png\n")
+    with pytest.raises(UserError, match="none of its 1 films"):
+        common.named(table, films)
+    table.write_text("name\nb.png\n")
+    with pytest.raises(UserError, match="column filename is wanted, found name"):
+        common.named(table, films)
+
+
+def test_evenly():
+    assert common.evenly(np.arange(10, 20), 4).tolist() == [10, 13, 16, 19]
+    assert common.evenly(np.arange(3), 4).tolist() == [0, 1, 2]
+
+
+def test_weights_are_the_newest_runs_and_last_goes_before_encoder(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    assert str(common.find_weights(None)) == "runs/tiny/last.pt"
+    assert str(common.find_weights("runs/tiny")) == "runs/tiny/last.pt"
+    assert str(common.find_weights("runs/tiny/encoder.pt")) == "runs/tiny/encoder.pt"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no pre-training run"):
+        common.find_weights(None)
+
+
+DATA = ["--data", "set/films"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["domain", "--weights", "runs/tiny/encoder.pt", *DATA], "no predictor"),
+        (["surprise", "--weights", "runs/tiny/encoder.pt", *DATA], "no predictor"),
+        (["domain", "--weights", "nowhere.pt"], "no such checkpoint"),
+        (["correspondence", *DATA], "--table"),
+        (["correspondence", *DATA, "--table", "nowhere.csv"], "no such file"),
+        (["health", "--data", "nowhere"], "no such folder"),
+        (["views", *DATA, "--films", "0"], "at least one"),
+        (["views", *DATA, "--image", "65"], "multiple"),
+        (["views", *DATA, "--out", "set/phantoms.csv"], "--out set/phantoms.csv"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(here, words, message):
+    out = [] if "--out" in words else ["--out", "x"]
+    with pytest.raises(Exception, match=message) as error:
+        here(*words, *out)
+    assert error.value.one_line and "\n" not in str(error.value)

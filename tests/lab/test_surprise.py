@@ -1,0 +1,119 @@
+"""Surprise: p-values on exchangeable films, errors one patch at a time, and the program."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from lab_for_tests import TINY, good, make_here, make_place  # noqa: F401 (fixtures)
+from PIL import Image
+from scipy import stats
+
+from lab import surprise
+from model import CheXWorld
+from plumbing import launch, phantom
+
+
+# ---------------------------------------------------------------- p-values
+def test_conformal_p_is_uniform_on_exchangeable_films():
+    rng = np.random.default_rng(0)
+    p = []
+    for _ in range(3000):
+        p.append(surprise.conformal_p(rng.standard_normal(199), rng.standard_normal(1)))
+    p = np.concatenate(p)
+    assert stats.kstest(p, "uniform").pvalue > 0.01 and p.min() >= 1 / 200 and p.max() <= 1
+    for a in (0.01, 0.05, 0.2):
+        assert (p <= a).mean() <= a + 3 * (a * (1 - a) / 3000) ** 0.5
+
+
+def test_conformal_p_by_counting_with_ties():
+    reference = [1.0, 2.0, 2.0, 5.0]
+    scores = [0.0, 2.0, 5.0, 6.0]
+    counted = [(1 + sum(r >= s for r in reference)) / 5 for s in scores]
+    assert surprise.conformal_p(reference, scores).tolist() == counted == [1.0, 0.8, 0.4, 0.2]
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_good_films_are_flagged_as_often_as_promised_and_odd_ones_always(with_reference):
+    rng = np.random.default_rng(1)
+
+    def draw(n, more=0.0):
+        return {
+            "whole": np.exp(rng.standard_normal((n, 9)) * 0.3 + more),
+            "swept": np.exp(rng.standard_normal((n, 9)) * 0.3 + more),
+            "features": rng.standard_normal((n, 4)),
+            "pixels": rng.standard_normal((n, 2)),
+        }
+
+    good_films = draw(400)
+    odd_films = draw(8, 2.0)
+    films = {key: np.concatenate([good_films[key], odd_films[key]]) for key in good_films}
+    if with_reference:
+        scores, z = surprise.fold(draw(400), films, rng)
+    else:
+        scores, z = surprise.against_itself(films, rng)
+    p = scores["surprise"][2]
+    assert (p[400:] < 0.06).all() and 0.01 < (p[:400] <= 0.05).mean() < 0.1
+    assert z.shape == (408, 9) and z[400:].mean() > 3
+    assert abs((scores["pixel mean and std"][2] <= 0.2).mean() - 0.2) < 0.1
+
+
+# ---------------------------------------------------------------- errors
+def test_windows_hide_every_patch_and_never_everything():
+    for grid in (1, 2, 4, 8, 14):
+        hidden = surprise.windows(grid)
+        assert hidden.any(0).all() and (grid == 1 or not hidden.all(1).any())
+    area = surprise.windows(14).float().mean(1)
+    assert (area - area[0]).abs().max() == 0 and 0.15 <= area[0] <= 0.2
+
+
+def test_errors_against_one_patch_at_a_time():
+    """The swept error of a patch is the mean over the blocks that hide it, each in its own pass."""
+    torch.manual_seed(0)
+    world = CheXWorld(**TINY).eval()
+    images = torch.rand(2, 1, 64, 64)
+    whole, swept = surprise.errors(world, images)
+    truth = world.targets(images)
+    identity = torch.tensor([[1.0, 1, 1, 0]]).expand(2, 4)
+    expected = (world.predict(images, identity) - truth).square().mean(2)
+    assert np.allclose(whole, expected.detach(), atol=1e-5)
+
+    def coords(numbers):
+        return torch.tensor([[[float(i // 8), float(i % 8)] for i in numbers]] * 2)
+
+    patch = 19
+    found = []
+    for hidden in surprise.windows(8):
+        if hidden[patch]:
+            keep = [i for i in range(64) if not hidden[i]]
+            asked = [i for i in range(64) if hidden[i]]
+            context = world.encoder(images, torch.tensor([keep] * 2))
+            guess = world.predictor(context, coords(keep), coords(asked), identity)
+            error = guess[:, asked.index(patch)] - truth[:, patch]
+            found.append(error.square().mean(1).detach().numpy())
+    assert len(found) > 1 and np.allclose(swept[:, patch], np.mean(found, 0), rtol=1e-3)
+
+
+# ---------------------------------------------------------------- as a user runs it
+@pytest.mark.slow
+def test_surprise_on_an_odd_film_and_a_broken_file(place, here):
+    archive = place / "archive"
+    archive.mkdir()
+    for i in range(6):
+        film = phantom.make_phantom(7, i, 64)["film"]
+        Image.fromarray(film if i else 255 - film).save(archive / f"{i}.png")
+    (archive / "broken.png").write_bytes(b"")
+    data = ["--data", "archive", "--reference", "set/films"]
+    words = good(place, "surprise", *data, "--out", "s", "--table", "")
+    with open(place / "s" / "surprise.csv") as file:
+        rows = list(csv.DictReader(file))
+    result = json.loads((place / "s" / "result.json").read_text())
+    assert len(rows) == 7 and rows[0]["film"] == "broken.png" and "unreadable" in rows[0]["note"]
+    assert list(result["unreadable"]) == ["broken.png"] and "1 unreadable" in words
+    values = [float(row["surprise"]) for row in rows[1:]]
+    assert values == sorted(values, reverse=True)
+    assert all(0 < float(row["p"]) <= 1 for row in rows[1:])
+    here("surprise", "--data", "set/films", "--out", "s2")  # each half judges the other
+    with pytest.raises(launch.UserError, match="fewer than 40"):
+        here("surprise", "--data", "archive", "--out", "s3")
