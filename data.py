@@ -352,6 +352,7 @@ def pack(films, out, workers):
 
 
 def main():
+    """Check or pack the films, as the first word of the command line says."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     wants_help = word in ("-h", "--help")
     args = parse(Config, __doc__, sys.argv[1 if wants_help else 2 :], prog="data.py check|pack")
