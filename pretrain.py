@@ -1,142 +1,92 @@
-"""Pre-train CheXWorld.
+"""Pre-train CheXWorld on chest films.
 
-    python pretrain.py                                          # laptop: the demo, synthetic films, five minutes on two CPU cores
-    python pretrain.py --data /cxr --size base                  # one GPU: the paper's recipe on any folder of films, or on a packed file
-    torchrun --nproc_per_node=8 pretrain.py --data /cxr         # eight GPUs, the same code
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --data /cxr.pack
+    python pretrain.py                                     # laptop: a demo on synthetic films
+    python pretrain.py --data /cxr                         # one GPU: the paper's recipe
+    torchrun --nproc_per_node=8 pretrain.py --data /cxr    # eight GPUs, the same code
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        pretrain.py --data /cxr.pack                       # four nodes, films packed by data.py
 
-The data decides the recipe: none means the demo, given means the paper; flags override both. The same command again goes on
-where the last one stopped. --out receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
+Without --data the demo's recipe counts, with it the paper's; flags override both. The same command
+again goes on where the last one stopped. The folder --out receives config.json, log.csv, last.pt,
+encoder.pt, curve.png, views.png and result.json.
 """
 
 import dataclasses
 import hashlib
 import os
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 import augment
 from data import Batches, InMemory, UnreadableFilms, Views, open_films
-from lab.meter import fitting, passes
 from lab.report import closing
 from masks import mask_sizes, sample_masks
-from model import SIZES, CheXWorld
-from plumbing import phantom, pictures
-from plumbing.checkpoint import Log, StopRequest, remove_leftovers, resume, save_atomic, write_json
-from plumbing.keys import torch_generator
-from plumbing.launch import (
-    UserError,
-    autocast,
-    choose_precision,
-    clip_and_step,
-    cosine,
-    flag,
-    leave_with_parent,
-    no_sync,
-    parse,
-    prepare_forward,
-    run_script,
-    send,
-    start_team,
-    warmup_cosine,
-)
-from plumbing.monitor import LOSSES, collect_health, warn_of_collapse
+from model import SIZES, CheXWorld, swap_views
+from plumbing import checkpoint, launch, phantom, pictures
+from plumbing.keys import STEP, torch_generator
+from plumbing.launch import UserError, flag
+from plumbing.monitor import Monitor
 from plumbing.splits import hold_out_films
 from plumbing.table import Labels
 
+# fmt: off
 RECIPES = {
-    "demo": dict(
-        size="tiny",
-        image=64,
-        patch=8,
-        batch=16,
-        epochs=20,
-        warmup=1.0,
-        lr=1.2e-3,
-        ema=0.99,
-        log_every=20,
-        save_every=200,
-        seed=0,
-    ),
-    "paper": dict(
-        size="base",
-        image=224,
-        patch=16,
-        batch=2048,
-        epochs=300,
-        warmup=40.0,
-        lr=2e-4,
-        ema=0.996,
-        log_every=20,
-        save_every=500,
-        seed=0,
-    ),
+    "demo":  dict(size="tiny", image=64,  patch=8,  batch=16,   epochs=20,  warmup=1.0,
+                  lr=1.2e-3,   ema=0.99,  save_every=200),
+    "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0,
+                  lr=2e-4,     ema=0.996, save_every=500),  # Sec. B.1
 }
-
-
-FREE = {
-    "out",
-    "device",
-    "workers",
-    "micro",
-    "max_steps",
-    "log_every",
-    "save_every",
-    "compile",
-    "data",
-    "probe",
-    "patients",
-    "checkpointing",
-}  # may change on resume
+# Settings that may change when a run goes on, for they do not change its numbers.
+FREE = {"data", "out", "max_steps", "probe", "patients", "device", "workers", "micro", "compile",
+        "checkpointing", "log_every", "save_every"}
+LEAST = dict(batch=1, micro=1, epochs=1, max_steps=1, image=1, patch=1, phantoms=1, log_every=1,
+             save_every=1, warmup=0, holdout=0, workers=0)
+# fmt: on
 
 
 @dataclasses.dataclass
 class Config:
+    """The flags; None is filled in from the recipe, or where the setting is used."""
+
     data: str = flag(
         None,
-        "folder of films (searched recursively; MIMIC-CXR-JPG, CheXpert, ChestX-ray14 are recognised) or a .pack file; none = the demo",
+        "folder of films, searched with all below it (MIMIC-CXR-JPG, CheXpert and ChestX-ray14 "
+        "are recognised), or a .pack file; without it: the demo",
     )
     out: str = flag(None, "folder of the run [runs/demo, or runs/pretrain with --data]")
     size: str = flag(
         None,
-        "network: tiny 128 × 4, small 384 × 12, base 768 × 12 (the paper's), large 1024 × 24",
+        "network, width × depth: tiny 128 × 4, small 384 × 12, base 768 × 12, large 1024 × 24 "
+        "[demo tiny, paper base]",
         list(SIZES),
     )
-    image: int = flag(None, "side of the crops, px [demo 64, paper 224]")
-    patch: int = flag(None, "side of a patch, px [demo 8, paper 16]")
-    batch: int = flag(
-        None,
-        "films a step over all GPUs; micro-batch × accumulation × GPUs is derived [demo 16, paper 2048]",
-    )
+    image: int = flag(None, "side of the two crops of a film, px [demo 64, paper 224]")
+    patch: int = flag(None, "side of a patch, px; must divide --image [demo 8, paper 16]")
+    batch: int = flag(None, "films per step, over all GPUs together [demo 16, paper 2048]")
     micro: int = flag(
         None,
-        "films a forward pass on one GPU [what fills 70 % of its memory by count; at most 64 on a CPU]",
+        "films per forward pass of one GPU, at most; gradients are accumulated until --batch is "
+        "reached, so only memory and speed depend on it [128, on a CPU 64]",
     )
     epochs: int = flag(None, "passes over the films; sets the schedules [demo 20, paper 300]")
-    warmup: float = flag(None, "epochs of linear warm-up [demo 1, paper 40]")
+    warmup: float = flag(
+        None, "epochs during which the learning rate rises from 0 [demo 1, paper 40]"
+    )
     max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
     lr: float = flag(None, "peak learning rate [demo 1.2e-3, paper 2e-4]")
-    min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
+    min_lr: float = flag(1e-6, "learning rate at the end of its cosine")
     weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
-    clip: float = flag(1.0, "largest gradient norm")
+    clip: float = flag(1.0, "longest gradient; a longer one is shortened to this norm")
     ema: float = flag(
-        None, "momentum of the target encoder at the start; 1.0 at the end [demo 0.99, paper 0.996]"
+        None,
+        "momentum with which the target encoder follows the encoder, at the start; it rises to 1 "
+        "[demo 0.99, paper 0.996]",
     )
-    tasks: str = flag("local,global,domain", "world modelling tasks, any subset (Table 3)")
-    no_delta: bool = flag(
-        False, "ablation: hide the relative position Δ (the target's own grid instead of φ)"
-    )
-    no_action: bool = flag(
-        False, "ablation: hide the action a from the policy network, augmentation kept"
-    )
-    not_unified: bool = flag(False, "ablation: a separate forward pass for each task")
     probe: str = flag(
         None,
-        "CSV tables filename,label,split joined by commas: linear probes at the end; their test films are left out of training",
+        "CSV tables filename,label,split joined by commas: a linear probe on each at the end; "
+        "their test films are left out of training",
     )
     patients: str = flag(
         None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on"
@@ -145,106 +95,174 @@ class Config:
     phantoms: int = flag(2000, "synthetic films of the demo")
     precision: str = flag(
         "auto",
-        "auto = bfloat16 on GPUs and on CPUs that multiply it natively",
+        "of the forward pass; auto = bfloat16 on GPUs and on CPUs that multiply it natively",
         ["auto", "float32", "bfloat16"],
     )
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
     checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, about a third more time"
     )
-    seed: int = flag(None, "of everything random [0]")
+    seed: int = flag(0, "of everything random")
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
     workers: int = flag(
-        None, "loader processes [8 a GPU; on a CPU 0 when the films fit into memory, else 1]"
+        None, "loader processes [8 per GPU; on a CPU 0 when the films fit into memory, else 1]"
     )
-    log_every: int = flag(None, "steps between rows of log.csv")
+    log_every: int = flag(20, "steps between rows of log.csv")
     save_every: int = flag(None, "steps between checkpoints [demo 200, paper 500]")
 
 
-def choose(config):
-    """Fill what the user left open from the recipe of the data. → (Config, name of the recipe)"""
-    recipe = "paper" if config.data else "demo"
-    for key, value in RECIPES[recipe].items():
-        if getattr(config, key) is None:
-            setattr(config, key, value)
-    config.out = config.out or ("runs/pretrain" if config.data else "runs/demo")
-    least = dict.fromkeys(
-        (
-            "batch",
-            "epochs",
-            "image",
-            "patch",
-            "log_every",
-            "save_every",
-            "micro",
-            "max_steps",
-            "phantoms",
-        ),
-        1,
-    ) | dict.fromkeys(("workers", "holdout", "warmup"), 0)
-    for key, low in least.items():
-        if getattr(config, key) is not None and getattr(config, key) < low:
-            raise UserError(f"--{key} {getattr(config, key)}: must be at least {low}")
-    if config.image % config.patch:
-        raise UserError(f"--image {config.image} is not a multiple of --patch {config.patch}")
-    if config.image // config.patch < 4:
+# ---- Settings and films
+def fill_in(args):
+    """Fill in every setting that the user left open from the recipe. → a new Config
+
+    Raises UserError when a setting cannot work.
+    """
+    recipe = dict(RECIPES["paper"], out="runs/pretrain")
+    if args.data is None:
+        recipe = dict(RECIPES["demo"], out="runs/demo")
+    left_open = {name: value for name, value in recipe.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **left_open)
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.image % args.patch:
+        raise UserError(f"--image {args.image} is not a multiple of --patch {args.patch}")
+    grid = args.image // args.patch
+    if grid < 4:
         raise UserError(
-            f"--image {config.image} holds {config.image // config.patch} patches a side: at least 4 are needed for masks"
+            f"--image {args.image} is {grid} × {grid} patches: at least 4 × 4 are needed for masks"
         )
-    if not set(config.tasks.split(",")) <= {"local", "global", "domain"}:
-        raise UserError(f"--tasks {config.tasks}: any of local,global,domain, joined by commas")
-    return config, recipe
+    return args
 
 
-def demo_data(config, team):
-    """The demo's films: phantoms written once as PNG files with a CSV, then read by the real loader. → (folder, CSV)"""
-    folder = Path(config.out) / "phantoms"
-    drawn = (
-        sum(1 for _ in open(folder / "phantoms.csv")) - 1
-        if (folder / "phantoms.csv").is_file()
-        else 0
-    )
-    if drawn not in (0, config.phantoms):
-        raise UserError(
-            f"{folder} holds {drawn} phantoms, not {config.phantoms}: choose another --out, or delete the folder"
-        )
-    if team.lead and not drawn:
-        team.say(f"demo: drawing {config.phantoms} synthetic films into {folder}")
-        phantom.write_phantoms(
-            folder,
-            config.phantoms,
-            size=max(128, config.image * 3 // 2),
-            seed=config.seed,
-            workers=os.cpu_count() or 1,
-        )
-    return folder / "films", folder / "phantoms.csv"
+def draw_phantoms(args, team):
+    """Draw the demo's synthetic films and a table of their labels, once. → a Config that names them
+
+    They are PNG files, so the demo reads its films as any other run does.
+    """
+    folder = Path(args.out) / "phantoms"
+    table = folder / "phantoms.csv"
+    if table.is_file():
+        drawn = len(table.read_text().splitlines()) - 1
+        if drawn != args.phantoms:
+            raise UserError(
+                f"{folder} holds {drawn} phantoms, not {args.phantoms}: "
+                "choose another --out, or delete the folder"
+            )
+    elif team.lead:
+        team.say(f"demo: drawing {args.phantoms} synthetic films into {folder}")
+        side = max(128, args.image * 3 // 2)
+        phantom.write_phantoms(folder, args.phantoms, side, args.seed, workers=os.cpu_count() or 1)
+    team.wait()  # until the lead has drawn them
+    return dataclasses.replace(args, data=str(folder / "films"), probe=args.probe or str(table))
 
 
-def micro_batch(config, team):
-    """Films a forward pass: the largest divisor of this rank's share within the limit. Stop when the share is not whole."""
-    if config.batch % team.world:
-        raise UserError(f"--batch {config.batch} is not a multiple of the {team.world} processes")
-    share = config.batch // team.world
-    limit = config.micro or (
-        gpu_limit(config, torch.cuda.get_device_properties(team.device).total_memory)
-        if team.device.type == "cuda"
-        else 64
-    )
-    return max(m for m in range(1, min(limit, share) + 1) if share % m == 0)
+def divide_batch(args, team):
+    """Find the largest micro-batch within --micro that divides this rank's share of the batch.
+
+    → films per forward pass
+    """
+    if args.batch % team.world:
+        raise UserError(f"--batch {args.batch} is not a multiple of the {team.world} processes")
+    share = args.batch // team.world
+    limit = args.micro or (128 if team.device.type == "cuda" else 64)
+    return max(films for films in range(1, min(limit, share) + 1) if share % films == 0)
 
 
-def gpu_limit(config, memory):
-    """Films a forward pass that by count fill 70 % of a GPU with so many bytes, given the wanted tasks."""
-    grid = config.image // config.patch
-    visible, masked = mask_sizes(grid)
-    case = SimpleNamespace(**vars(config) | dict(visible=visible, masked=masked, targets=grid**2))
-    return fitting(
-        case, memory, config.checkpointing, passes(case, config.tasks, not config.not_unified)
-    )
+def hold_in_memory(films, args, side, device):
+    """Decide who decodes the films, and whether they stay decoded. → (films, loader processes)
+
+    side: their short side, px. Loader processes would each keep films of their own, so films stay
+    in memory only without any.
+    """
+    is_small = len(films) * 1.3 * side**2 < 1e9  # bytes; films are up to 1.3 times as long as wide
+    workers = args.workers
+    if workers is None and device.type == "cuda":
+        workers = 8
+    if workers is None:
+        workers = 0 if is_small else 1
+    if is_small and workers == 0:
+        films = InMemory(films)
+    return films, workers
 
 
+# ---- One step
+def prepare(item, args, step, batch_positions, device):
+    """Turn loaded films into what CheXWorld.forward takes.
+
+    item: from data.Views, by the loader: views (b, 2, H, W) uint8, boxes (b, 2, 4), flips (b, 2).
+    batch_positions (b,): where these films stand in the global batch. Random numbers are drawn for
+    all of the global batch and cut to these positions, so that a film meets the same numbers
+    whatever the number of GPUs and the size of the micro-batch.
+    """
+    grid = args.image // args.patch
+    generator = torch_generator(STEP, args.seed, step)
+    jitter = augment.sample_jitter(args.batch, generator)[batch_positions]  # (b, 2)
+    # From here on a batch has 2b rows: view 1 of all films, then view 2.
+    rows = torch.cat([batch_positions, batch_positions + args.batch])  # (2b,)
+    action = augment.sample_actions(2 * args.batch, generator)[rows]  # (2b, 4)
+    keep, masked = sample_masks(2 * args.batch, grid, generator, rows, device)  # (2b, K), (2b, M)
+
+    # Targets y: the two crops. Their jitter is shared: view 1 could not foresee that of view 2.
+    views = augment.to_float(item["views"].to(device, non_blocking=True))  # (b, 2, H, W)
+    views = augment.apply_jitter(views, launch.send(jitter, device))
+    y = view_by_view(views)[:, None]  # (2b, 1, H, W)
+
+    # Contexts x = T_a(y), Eq. (9): here each view has its own action, which the predictor is told.
+    action = launch.send(action, device)
+    x = augment.apply_action(y, action)
+
+    # φ, Eq. (5): where the patches of the *other* view lie in the grid of this one.
+    boxes = view_by_view(item["boxes"].to(device, non_blocking=True))  # (2b, 4)
+    flips = view_by_view(item["flips"].to(device, non_blocking=True))  # (2b,): is it mirrored?
+    coords = augment.relative_coords(boxes, swap_views(boxes), grid, flips, swap_views(flips))
+    return dict(y=y, x=x, keep=keep, masked=masked, coords=coords, action=action)
+
+
+def view_by_view(pairs):
+    """Put view 1 of all films before view 2 of all films. (b, 2, ...) → (2b, ...)"""
+    return pairs.transpose(0, 1).flatten(0, 1)
+
+
+def micro_batches(items, args, step, team, unreadable):
+    """Yield this rank's share of a step, one prepared micro-batch after the other."""
+    share = args.batch // team.world
+    first = team.rank * share
+    for start in range(first, first + share, args.micro):
+        item = next(items)
+        unreadable.note_batch(item)
+        batch_positions = torch.arange(start, start + args.micro)
+        yield prepare(item, args, step, batch_positions, team.device)
+
+
+def train_step(forward, optimizer, batches, args, team):
+    """Accumulate the gradients of all micro-batches, clip them, update the weights.
+
+    → losses {name: one value per micro-batch}, the pooled targets (2b, D) of this rank, the norm of
+    the gradient; all of them stay on the device, so that the host need not wait for it
+    """
+    accumulate = args.batch // team.world // args.micro
+    losses = {}
+    pooled = []
+    advice = f"lower --micro, now {args.micro} films per forward pass, or add --checkpointing"
+    with launch.explain_full_gpu(advice):
+        for k, batch in enumerate(batches, 1):
+            is_last = k == accumulate
+            with launch.no_sync(forward, is_last), launch.autocast(team.device, args.precision):
+                terms, targets = forward(**batch)
+                (terms["loss"] / accumulate).backward()
+            for name, value in terms.items():
+                losses.setdefault(name, []).append(value.detach())
+            pooled.append(targets)
+        norm = launch.clip_and_step(forward, optimizer, args.clip)
+    losses = {name: torch.stack(values) for name, values in losses.items()}
+    return losses, torch.cat(pooled), norm
+
+
+# ---- The run
 def parameter_groups(world, weight_decay):
-    """AdamW groups: no decay on biases, norms and the mask token (all of them are vectors)."""
+    """AdamW's two groups: biases, norms and the mask token, all of them vectors, do not decay."""
     trained = [p for p in world.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
@@ -252,296 +270,160 @@ def parameter_groups(world, weight_decay):
     ]
 
 
-def prepare(item, config, step, places, device):
-    """A loaded micro-batch → what CheXWorld.forward takes, for both views. All randomness is torch_generator by (seed, step, place in the global batch)."""
-    generator, B, grid = (
-        torch_generator(4, config.seed, step),
-        config.batch,
-        config.image // config.patch,
-    )
-    jitter = augment.sample_jitter(B, generator)[places]  # (b, 2): shared by both views
-    both = torch.cat([places, places + B])  # rows of view 1, then of view 2
-    action = send(augment.sample_actions(2 * B, generator)[both], device)  # (2b, 4)
-    keep, masked = sample_masks(2 * B, grid, generator, both, device)  # (2b, K), (2b, M)
-    views = augment.to_float(item["views"].to(device, non_blocking=True))  # (b, 2, H, W)
-    y = (
-        augment.apply_jitter(views, send(jitter, device)).transpose(0, 1).flatten(0, 1)[:, None]
-    )  # (2b, 1, H, W)
-    boxes, flips = (
-        item[k].to(device, non_blocking=True).transpose(0, 1) for k in ("boxes", "flips")
-    )  # (2, b, ·)
-    coords = augment.relative_coords(
-        boxes.flatten(0, 1),
-        boxes.flip(0).flatten(0, 1),
-        grid,
-        flips.flatten(),
-        flips.flip(0).flatten(),
-    )
-    return dict(
-        y=y,
-        x=augment.apply_action(y, action),
-        keep=keep,
-        masked=masked,
-        coords=coords,
-        action=action,
-    )
+def recipe_of(args, names):
+    """Name all that must stay when a run goes on: settings that change its numbers, the films."""
+    recipe = {key: value for key, value in vars(args).items() if key not in FREE}
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return recipe | {"films": len(names), "names": digest}
 
 
-def recipe_of(config, names):
-    """What a run must keep to be continued: every setting that changes the numbers, and the films by name."""
-    recipe = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    return recipe | {
-        "films": len(names),
-        "names": hashlib.sha256("\n".join(names).encode()).hexdigest()[:16],
-    }
+def go_on(out, recipe, world, optimizer, team):
+    """Load last.pt, where an earlier run in this folder stopped. → steps done before, 0 for none"""
+    parts = {"world": world, "optimizer": optimizer}
+    saved = checkpoint.resume(out / "last.pt", recipe, parts)
+    start = saved["step"] if saved else 0
+    if not team.agrees_on(start):
+        raise UserError(
+            f"--out {out} must lie on a disk that all nodes share: "
+            "they do not find the same last.pt there"
+        )
+    return start
 
 
 def save(out, world, optimizer, recipe, step):
-    """last.pt: all that resuming needs; encoder.pt: the target encoder alone. Both atomically."""
-    save_atomic(
-        {
-            "world": world.state_dict(),
-            "config": world.config,
-            "optimizer": optimizer.state_dict(),
-            "recipe": recipe,
-            "step": step,
-        },
-        out / "last.pt",
-    )
+    """Write last.pt, all that going on needs, and encoder.pt, the target encoder alone."""
+    last = {
+        "world": world.state_dict(),
+        "config": world.config,
+        "optimizer": optimizer.state_dict(),
+        "recipe": recipe,
+        "step": step,
+    }
+    checkpoint.save_atomic(last, out / "last.pt")
     encoder = world.target_encoder
-    save_atomic(
-        {"encoder": encoder.state_dict(), "config": encoder.config, "step": step},
-        out / "encoder.pt",
+    alone = {"encoder": encoder.state_dict(), "config": encoder.config, "step": step}
+    checkpoint.save_atomic(alone, out / "encoder.pt")
+
+
+def make_loader(views, args, team, workers, start, end):
+    """Load this rank's micro-batches of the steps from `start` to `end`, in order."""
+    return torch.utils.data.DataLoader(
+        views,
+        batch_sampler=Batches(
+            len(views), args.batch, args.micro, team.rank, team.world, args.seed, start, end
+        ),
+        num_workers=workers,
+        pin_memory=team.device.type == "cuda",
+        worker_init_fn=launch.leave_with_parent,
+    )
+
+
+def draw_views(views, args, count):
+    """Draw the first films as step 0 shows them to the model. → picture"""
+    item = torch.utils.data.default_collate([views[0, i] for i in range(count)])
+    batch = prepare(item, args, 0, torch.arange(count), "cpu")
+    films = [views.read(i)[0] for i in range(count)]
+    return pictures.views_picture(films, item["boxes"], item["flips"], batch, args.patch)
+
+
+def describe(args, world, team):
+    """Say what is trained and how a step is put together, in two lines."""
+    trained = sum(p.numel() for p in world.parameters() if p.requires_grad)
+    grid = args.image // args.patch
+    visible, masked = mask_sizes(grid)
+    accumulate = args.batch // team.world // args.micro
+    return (
+        f"{args.size} ViT, {trained / 1e6:.1f} M trained parameters, {args.image}² px in "
+        f"{args.patch}² patches ({visible} visible, {masked} masked of {grid**2})\n"
+        f"batch {args.batch} = {args.micro} × {accumulate} accumulated × {team.world} process(es); "
+        f"{args.precision} on {team.device}; run in {args.out}"
     )
 
 
 def main(args=None, Model=CheXWorld):
-    # config
-    config, recipe_name = choose(args or parse(Config, __doc__))
-    out = Path(config.out)
+    """Pre-train one world model. args: a Config, by default the command line; Model: builds it."""
+    # ---- 1. Settings: what the user gave, over the recipe.
+    args = fill_in(args or launch.parse(Config, __doc__))
+    out = Path(args.out)
 
-    # devices
-    team = start_team(config.device)
-    device = team.device
-    config.precision = choose_precision(config.precision, device)
-    torch.manual_seed(config.seed)
-
+    # ---- 2. Processes: torchrun starts one per GPU; without it this is the only one.
+    team = launch.start_team(args.device)
+    precision = launch.choose_precision(args.precision, team.device)
+    args = dataclasses.replace(args, precision=precision, micro=divide_batch(args, team))
+    torch.manual_seed(args.seed)
     if team.lead:
-        remove_leftovers(out)
+        checkpoint.remove_leftovers(out)
     team.wait()
 
-    # data
-    probes = config.probe.split(",") if config.probe else []
-    if recipe_name == "demo":
-        config.data, table = demo_data(config, team)
-        probes = probes or [table]
-        team.wait()  # the others wait for the films
-    films = open_films(
-        config.data, out, side=round(config.image * 320 / 224), patients=config.patients
-    )
+    # ---- 3. Films: those to train on, and those kept for the closing test.
+    if args.data is None:
+        args = draw_phantoms(args, team)
+    side = round(args.image * 320 / 224)  # as the authors: short side 320 for crops of 224
+    films = open_films(args.data, out, side, args.patients)
     team.say("\n".join(films.summary))
-    tables = [Labels(path).complete() for path in probes]
-    train, held = hold_out_films(films, tables, config.holdout, config.seed)
-    if len(train) < config.batch:
-        raise UserError(
-            f"{len(train)} films to train on are fewer than one batch: lower --batch {config.batch} or add films"
-        )
-    memory = len(films) * (config.image * 1.5) ** 2 * 1.3 < 1e9
-    workers = (
-        config.workers
-        if config.workers is not None
-        else 8
-        if device.type == "cuda"
-        else 0
-        if memory
-        else 1
-    )
-    films = (
-        InMemory(films) if memory and not workers else films
-    )  # each worker would keep films of its own
-    micro = micro_batch(config, team)
-    accumulate = config.batch // team.world // micro
-    per_epoch = len(train) // config.batch
-    total = config.epochs * per_epoch
-    end = min(total, config.max_steps or total)
-    views = Views(films, config.image, config.seed, train)
+    tables = [Labels(path).complete() for path in args.probe.split(",")] if args.probe else []
+    train, held = hold_out_films(films, tables, args.holdout, args.seed)
+    films, workers = hold_in_memory(films, args, side, team.device)
+    views = Views(films, args.image, args.seed, train)
     unreadable = UnreadableFilms(len(films))
 
-    # model
-    world = Model(config.image, config.patch, **SIZES[config.size]).to(device)
-    world.encoder.save_memory = world.predictor.save_memory = config.checkpointing
-    K, M = mask_sizes(world.encoder.grid)
-    parameters = [p for p in world.parameters() if p.requires_grad]
-    team.say(
-        f"{recipe_name} recipe: {config.size} ViT, {sum(p.numel() for p in parameters) / 1e6:.1f} M trained parameters, {config.image}² px in {config.patch}² patches "
-        f"({K} visible, {M} masked of {world.encoder.grid**2})\n{len(train)} films to train on, {len(held)} held out; batch {config.batch} = {micro} × {accumulate} accumulated × "
-        f"{team.world} process(es); {config.epochs} epochs = {total} steps; {config.precision} on {device}; run in {out}"
-    )
+    # ---- 4. Length: a step is one batch; --max_steps ends the training, not the schedules.
+    steps_per_epoch = len(train) // args.batch
+    total = args.epochs * steps_per_epoch
+    end = min(total, args.max_steps or total)
+    warmup_steps = round(args.warmup * steps_per_epoch)
 
-    # optimizer
-    optimizer = torch.optim.AdamW(
-        parameter_groups(world, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), fused=True
-    )
+    # ---- 5. Model and optimizer.
+    world = Model(args.image, args.patch, **SIZES[args.size]).to(team.device)
+    world.encoder.save_memory = args.checkpointing
+    world.predictor.save_memory = args.checkpointing
+    groups = parameter_groups(world, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    team.say(describe(args, world, team))
+    team.say(f"{len(train)} films to train on, {len(held)} held out; {total} steps")
 
-    # resume
-    recipe = recipe_of(config, [films.names[i] for i in train])
-    saved = resume(out / "last.pt", recipe, {"world": world, "optimizer": optimizer})
-    start = saved["step"] if saved else 0
-    mean_start = team.mean(torch.tensor(float(start), device=device)).item()
-    if team.any(mean_start != start):
-        raise UserError(
-            f"--out {out} must lie on a disk that all nodes share: they do not find the same last.pt there"
-        )
+    # ---- 6. Go on where an earlier run in the same folder stopped.
+    recipe = recipe_of(args, [films.names[i] for i in train])
+    start = go_on(out, recipe, world, optimizer, team)
+    loader = make_loader(views, args, team, workers, start, end)
     if start:
         team.say(f"going on at step {start} of {total}")
+    elif team.lead:
+        pictures.save(draw_views(views, args, min(4, args.batch)), out / "views.png")
     if team.lead:
-        write_json(
-            out / "config.json",
-            {
-                k: str(v) if isinstance(v, Path) else v
-                for k, v in dataclasses.asdict(config).items()
-            },
-        )
-        columns = [
-            "step",
-            "epoch",
-            "images",
-            "loss",
-            *LOSSES,
-            "lr",
-            "momentum",
-            "feature_std",
-            "rankme",
-            "images_per_s",
-            "data_wait",
-        ]
-        log = Log(out / "log.csv", columns, start)
-        if not start:
-            pictures.save(draw_views(views, config, min(4, config.batch)), out / "views.png")
+        checkpoint.write_json(out / "config.json", dataclasses.asdict(args))
 
-    # compile, DDP
-    forward = prepare_forward(world, config.compile, team)
-
-    # loop
-    batches = Batches(
-        len(train), config.batch, micro, team.rank, team.world, config.seed, start, end
-    )
-    loader = iter(
-        torch.utils.data.DataLoader(
-            views,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=leave_with_parent,
-        )
-    )
-    bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
-    asked, finite, waited, since, logged, done = (
-        StopRequest(),
-        torch.ones((), device=device),
-        0.0,
-        time.perf_counter(),
-        start,
-        start,
-    )
-    try:
+    # ---- 7. Train.
+    forward = launch.prepare_forward(world, args.compile, team)
+    stop = checkpoint.StopRequest()
+    is_stopping = False
+    with Monitor(out, world.LOSSES, args, team, start, end, total) as monitor:
+        items = monitor.timed(loader)
         for step in range(start, end):
-            lr = warmup_cosine(
-                step, total, round(config.warmup * per_epoch), config.lr, config.min_lr
-            )
-            momentum = cosine(step, total, config.ema, 1.0)
+            lr = launch.warmup_cosine(step, total, warmup_steps, args.lr, args.min_lr)
+            momentum = launch.cosine(step, total, args.ema, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            terms = []
-            features = []
-            for part in range(accumulate):
-                waiting = time.perf_counter()
-                item = next(loader)
-                waited += time.perf_counter() - waiting
-                unreadable.note_batch(item)
-                places = team.rank * micro * accumulate + part * micro + torch.arange(micro)
-                batch = prepare(item, config, step, places, device)
-                sync = no_sync(forward, is_last=part + 1 == accumulate)
-                with sync, autocast(device, config.precision):
-                    losses, pooled = forward(**batch)
-                    (losses["loss"] / accumulate).backward()
-                terms.append(losses)
-                features.append(pooled)
-            norm = clip_and_step(world, optimizer, config.clip)
+            batches = micro_batches(items, args, step, team, unreadable)
+            losses, pooled, norm = train_step(forward, optimizer, batches, args, team)
             world.update_target(momentum)
-            finite = (
-                finite
-                * torch.isfinite(torch.stack([t["loss"].detach() for t in terms])).all()
-                * torch.isfinite(norm)
-            )  # on the device until asked
-            bar.update()
-
             done = step + 1
-            stopping = team.any(asked.requested)
-            saving = done % config.save_every == 0 or done == end or stopping
-            if done % config.log_every == 0 or done == end or saving:
-                broken = (
-                    finite.item() == 0
-                    or saving
-                    and not all(torch.isfinite(p).all() for p in parameters)
-                )
-                if team.any(broken):
-                    raise UserError(
-                        f"the loss became NaN or infinite before step {done}: {out}/last.pt still holds the last good state; start again with a lower --lr or --precision float32"
-                    )
-            if done % config.log_every == 0 or done == end:
-                names = [n for n in LOSSES + ["loss"] if n in terms[0]]
-                mean = team.mean(
-                    torch.stack([torch.stack([t[n].detach() for t in terms]).mean() for n in names])
-                )
-                std, rank = collect_health(torch.cat(features), team)
-                now = time.perf_counter()
-                rate, wait = (done - logged) * config.batch / (now - since), waited / (now - since)
-                waited, since, logged = 0.0, now, done
-                values = {n: "" for n in LOSSES} | dict(zip(names, mean.tolist()))
+            monitor.update(done, losses, pooled, norm, lr, momentum)
+            is_stopping = team.any(stop.requested)
+            if is_stopping or done == end or done % args.save_every == 0:
+                monitor.check(done, world)
                 if team.lead:
-                    log.row(
-                        step=done,
-                        epoch=done / per_epoch,
-                        images=done * config.batch,
-                        lr=lr,
-                        momentum=momentum,
-                        feature_std=std,
-                        rankme=rank,
-                        images_per_s=rate,
-                        data_wait=wait,
-                        **values,
-                    )
-                    bar.set_postfix_str(
-                        f"loss {values['loss']:.3f} rank {rank:.1f} {rate:.0f} images/s wait {wait:.0%}"
-                    )
-                    warn_of_collapse(std, rank, done, total, bar)
-            if saving and team.lead:
-                save(out, world, optimizer, recipe, done)
-            if stopping:
+                    save(out, world, optimizer, recipe, done)
+            if is_stopping:
                 break
-    finally:
-        bar.close()
 
-    if team.lead and not asked.requested:
-        closing(config, out, world, films, held, tables, device)
-    if asked.requested:
+    # ---- 8. Judge the model on the films held out.
+    if is_stopping:
         team.say(f"SIGTERM: saved at step {done} in {out}; the same command goes on from there")
+    elif team.lead:
+        closing(args, out, world, films, held, tables, team.device)
     team.leave()
 
 
-def batch_of(views, numbers):
-    """Items of epoch 0 as one batch, the way the loader stacks them."""
-    return torch.utils.data.default_collate([views[0, i] for i in numbers])
-
-
-def draw_views(views, config, count):
-    """The first films as step 0 shows them to the model. → picture"""
-    item = batch_of(views, range(count))
-    batch = prepare(item, config, 0, torch.arange(count), "cpu")
-    films = [views.read(b)[0] for b in range(count)]
-    return pictures.views_picture(films, item["boxes"], item["flips"], batch, config.patch)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    launch.run_script(main)

@@ -1,4 +1,4 @@
-"""plumbing.checkpoint"""
+"""What a run leaves on disk: atomic files, checkpoints, log.csv; and how it goes on from them."""
 
 import argparse
 import contextlib
@@ -14,46 +14,9 @@ import torch
 from plumbing.launch import UserError
 
 
-class BadCheckpoint(UserError, ValueError):
-    """Weights that cannot be used; the message is one line for the user."""
-
-
-UNFIT = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # what a wrong dict of weights can raise
-
-
-def brief(error):
-    """The first line of an error, after its name."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-
-
-def load_checkpoint(path):
-    """A checkpoint file → its dict. Nothing is unpickled but tensors, plain containers and argparse.Namespace (the authors' file holds one)."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadCheckpoint(f"{path}: no such checkpoint file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # junk bytes can raise anything in an unpickler
-        raise BadCheckpoint(
-            f"{path}: not a checkpoint that can be loaded safely ({brief(error)}); nothing in it was run"
-        ) from None
-    if not isinstance(checkpoint, dict):
-        raise BadCheckpoint(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
-    return checkpoint
-
-
-# ------------------------------------------------------------------------------------------------ files
+# ---- Files: readers see the old one or the new one, never half
 def replace_with(path, write):
-    """Call write(temporary file name) and rename it to `path`: readers see the old file or the new one, never half."""
+    """Call write(temporary file name), then rename that file to `path`. Raises UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -62,13 +25,9 @@ def replace_with(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # a file for a folder, no permission; torch.save calls a full disk a RuntimeError
-        raise UserError(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
-        ) from None
+    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -79,7 +38,7 @@ def save_atomic(obj, path):
     replace_with(path, lambda file: torch.save(obj, file))
 
 
-def write_text(path, text):
+def write_text(path, text: str):
     """Write a text file, atomically."""
     replace_with(path, lambda file: Path(file).write_text(text))
 
@@ -89,63 +48,65 @@ def write_json(path, obj):
     write_text(path, json.dumps(obj, indent=2) + "\n")
 
 
-class Log:
-    """log.csv: one row a logged step. Opening it again at `step` drops the rows after it, so no step appears twice."""
-
-    def __init__(self, path, columns, step=0):
-        self.path, self.columns = Path(path), columns
-        rows = [r for r in read_log(path) if int(float(r["step"])) <= step] if step else []
-        lines = [",".join(columns)] + [",".join(r.get(c, "") for c in columns) for r in rows]
-        write_text(path, "\n".join(lines) + "\n")
-        self.file = open(path, "a", buffering=1)
-
-    def row(self, **values):
-        """Append one row; floats with six significant digits."""
-        self.file.write(
-            ",".join(
-                f"{v:.6g}" if isinstance(v, float) else str(v)
-                for v in (values[c] for c in self.columns)
-            )
-            + "\n"
-        )
+def remove_leftovers(folder):
+    """Delete the temporary files of a run that was killed while it wrote into `folder`."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
-def read_log(path):
-    """Rows of a log.csv as dicts of strings; a last row cut by a crash is left out."""
-    if not Path(path).is_file():
-        return []
-    text = Path(path).read_text()
-    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-    return [
-        r for r in rows if None not in r and None not in r.values() and r.get("step", "").strip()
-    ]
+# ---- Checkpoints
+class BadCheckpoint(UserError, ValueError):
+    """A file of weights that cannot be used."""
 
 
-# ------------------------------------------------------------------------------------------------ runs that go on
-class StopRequest:
-    """`requested` becomes true on SIGTERM (a pre-empted job): the loop then saves and ends after its step."""
-
-    def __init__(self):
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, *_):
-        self.requested = True
+# What a dict that holds the wrong weights can raise while it is taken apart.
+UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def newest_run(file="encoder.pt", root="runs"):
-    """Find the newest pre-training run below `root`: a folder that holds encoder.pt. → path of `file` in it, or None"""
+def brief(error: Exception) -> str:
+    """Shorten an error to its name and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def load_checkpoint(path) -> dict:
+    """Load a checkpoint without running anything in it. Raises BadCheckpoint.
+
+    Only tensors, plain containers and argparse.Namespace (the authors' file holds one) are made.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadCheckpoint(f"{path}: no such checkpoint file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # junk bytes can raise anything in an unpickler
+        raise BadCheckpoint(
+            f"{path}: not a checkpoint that can be loaded safely ({brief(error)}); "
+            "nothing in it was run"
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise BadCheckpoint(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
+    return checkpoint
+
+
+def newest_run(file: str = "encoder.pt", root="runs") -> Path | None:
+    """Find `file` of the newest pre-training run (a folder with encoder.pt) below `root`."""
     found = [path for path in Path(root).rglob(file) if path.with_name("encoder.pt").is_file()]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def refuse_other_recipe(folder, saved, recipe):
-    """Raise UserError, naming old and new value, when the run in `folder` was started with other settings than `recipe`."""
-    keys = [*recipe, *(key for key in saved if key not in recipe)]
+# ---- Runs that go on where they stopped
+def refuse_other_recipe(folder, saved: dict, recipe: dict):
+    """Raise UserError when the run in `folder` was started with another recipe than `recipe`.
+
+    A recipe is {setting: value} of all that a run's numbers depend on; saved: the old run's.
+    """
+    settings = list(dict.fromkeys([*recipe, *saved]))  # each once, in order
     changed = [
-        f"{key} {saved.get(key)} → {recipe.get(key)}"
-        for key in keys
-        if saved.get(key) != recipe.get(key)
+        f"{name} {saved.get(name)} → {recipe.get(name)}"
+        for name in settings
+        if saved.get(name) != recipe.get(name)
     ]
     if changed:
         raise UserError(
@@ -154,16 +115,19 @@ def refuse_other_recipe(folder, saved, recipe):
         )
 
 
-def resume(path, recipe, parts):
-    """Load the state of an interrupted run into `parts` {name: module or optimizer}. → what was saved, or None without a file
+def resume(path, recipe: dict | None, parts: dict) -> dict | None:
+    """Load the state of an interrupted run into `parts`, {name: module or optimizer}.
 
-    recipe: settings that must not have changed (None: the caller has compared them). Raises UserError.
+    recipe: what must not have changed; None when the caller has compared it. Raises UserError.
+    → all that was saved, or None when there is no file
     """
     path = Path(path)
     if not path.is_file():
         return None
     saved = load_checkpoint(path)
-    wanted = {"step", *parts} if recipe is None else {"step", "recipe", *parts}
+    wanted = {"step", *parts}
+    if recipe is not None:
+        wanted.add("recipe")
     if not wanted <= saved.keys():
         raise UserError(
             f"{path} is not a checkpoint of this program: move it away or choose another --out"
@@ -175,7 +139,49 @@ def resume(path, recipe, parts):
     return saved
 
 
-def remove_leftovers(folder):
-    """Delete the temporary files of a run that was killed while it wrote into `folder`."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+class StopRequest:
+    """`requested` becomes true on SIGTERM (a pre-empted job): the loop then saves and ends."""
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, *_signal):
+        self.requested = True
+
+
+# ---- log.csv
+class Log:
+    """log.csv, one row per logged step. Opened again at `step`, it drops the rows after it."""
+
+    def __init__(self, path, columns, step: int = 0):
+        self.columns = list(columns)
+        kept = [row for row in read_log(path) if int(float(row["step"])) <= step] if step else []
+        lines = [",".join(self.columns)]
+        for row in kept:
+            lines.append(",".join(row.get(column, "") for column in self.columns))
+        write_text(path, "\n".join(lines) + "\n")
+        self.file = open(path, "a", buffering=1)  # every row is on disk at once
+
+    def row(self, **values):
+        """Append one row; floats with six significant digits."""
+        cells = []
+        for column in self.columns:
+            value = values[column]
+            cells.append(f"{value:.6g}" if isinstance(value, float) else str(value))
+        self.file.write(",".join(cells) + "\n")
+
+
+def read_log(path) -> list[dict]:
+    """Read a log.csv into {column: text} per row; a last row cut by a crash is left out."""
+    if not Path(path).is_file():
+        return []
+    text = Path(path).read_text()
+    whole_lines = text[: text.rfind("\n") + 1].splitlines()
+    rows = []
+    for row in csv.DictReader(whole_lines):
+        # DictReader files surplus cells under None and fills missing ones with None.
+        is_whole = None not in row and None not in row.values()
+        if is_whole and row.get("step", "").strip():
+            rows.append(row)
+    return rows

@@ -1,6 +1,6 @@
-"""What every script needs and no paper describes: command line, torchrun, precision, schedules, safe checkpoints, the log.
+"""What every script needs and no paper describes: flags, processes, precision, step, schedules.
 
-A leaf: imports none of our files. Nothing here knows what is being trained.
+Nothing here knows what is being trained, and nothing here imports another of our files.
 """
 
 import argparse
@@ -21,49 +21,51 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
+# ---- Errors
 class UserError(Exception):
     """An error that the user can mend: one line that says what, where and what to do."""
 
     one_line = True
 
 
-def run_script(function):
-    """Run a script's main; a Stop (or any error marked `one_line`) becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+def run_script(main):
+    """Run a script's `main`; a UserError becomes one line on stderr and exit code 1."""
     try:
-        function()
-    except Exception as stop:
-        if not getattr(stop, "one_line", False):
-            raise
-        print(f"error: {stop}", file=sys.stderr, flush=True)
-        os._exit(1) if dist.is_initialized() else sys.exit(
-            1
-        )  # with peers waiting in a collective, leave at once
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(1)  # at once: the other processes wait for this one in a collective
+        sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # the shell's code for Ctrl-C
 
 
-# ------------------------------------------------------------------------------------------------ command line
-def flag(default, help, choices=None):
-    """A dataclass field that is also a command-line flag; `None` as default means that the data decides."""
+# ---- Command line
+def flag(default, help: str, choices: list | None = None):
+    """Declare a dataclass field that is also a command-line flag; None: the script decides."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors that suggest the flag which was meant."""
+
     def error(self, message):
-        known = [o for action in self._actions for o in action.option_strings]
-        unknown = (
-            [word.split("=")[0] for word in message.split() if word.startswith("-")]
-            if "unrecognized" in message
-            else []
-        )
-        near = difflib.get_close_matches(unknown[0], known, 1) if unknown else []
-        raise UserError(
-            f"{message}{f' (did you mean {near[0]}?)' if near else ''}; {self.prog} --help lists all flags"
-        )
+        suggestion = ""
+        if "unrecognized" in message:
+            known = [name for action in self._actions for name in action.option_strings]
+            unknown = [word.split("=")[0] for word in message.split() if word.startswith("-")]
+            near = difflib.get_close_matches(unknown[0], known, 1) if unknown else []
+            suggestion = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"{message}{suggestion}; {self.prog} --help lists all flags")
 
 
-def parse(Config, doc, argv=None, prog=None):
-    """Dataclass → command line → dataclass. Booleans become switches; every other field takes a value of its type."""
+def parse(Config, doc: str, argv: list[str] | None = None, prog: str | None = None):
+    """Read the command line into an instance of the dataclass `Config`.
+
+    Every field made by `flag` is a flag of its name. A bool is a switch; any other field takes one
+    value of its type. Fields without `flag` are the script's own.
+    """
     parser = Parser(
         prog=prog or Path(sys.argv[0]).name,
         description=doc,
@@ -71,36 +73,44 @@ def parse(Config, doc, argv=None, prog=None):
         allow_abbrev=False,
     )
     for field in dataclasses.fields(Config):
-        if "help" not in field.metadata:  # derived by the script, not given by the user
-            continue
-        kinds = [t for t in typing.get_args(field.type) if t is not types.NoneType] or [field.type]
-        shown = "" if field.default is None or field.type is bool else f" [{field.default}]"
-        options = (
-            {"action": "store_true"}
-            if field.type is bool
-            else {"type": kinds[0], "choices": field.metadata["choices"]}
-        )
-        if field.type is not bool and not field.metadata["choices"]:
-            options["metavar"] = kinds[0].__name__.upper()
-        parser.add_argument(
-            f"--{field.name}",
-            default=field.default,
-            help=(field.metadata["help"] + shown).replace("%", "%%"),
-            **options,
-        )
-    config = Config(**vars(parser.parse_args(argv)))
-    if (getattr(config, "seed", None) or 0) < 0:
-        raise UserError(
-            f"--seed {config.seed}: must be 0 or more"
-        )  # the keys of random numbers have no sign
-    return config
+        if "help" in field.metadata:
+            add_flag(parser, field)
+    args = Config(**vars(parser.parse_args(argv)))
+    if (getattr(args, "seed", None) or 0) < 0:  # random numbers are keyed by it, without a sign
+        raise UserError(f"--seed {args.seed}: must be 0 or more")
+    return args
 
 
-# ------------------------------------------------------------------------------------------------ processes and precision
+def add_flag(parser, field):
+    """Add one field of a Config to the parser."""
+    help = field.metadata["help"].replace("%", "%%")
+    if field.type is bool:
+        parser.add_argument(f"--{field.name}", action="store_true", help=help)
+        return
+    if field.default is not None:
+        help += f" [{field.default}]".replace("%", "%%")
+    choices = field.metadata["choices"]
+    kind = field.type
+    for member in typing.get_args(field.type):  # of int | None, the int
+        if member is not types.NoneType:
+            kind = member
+    metavar = None if choices else kind.__name__.upper()
+    parser.add_argument(
+        f"--{field.name}",
+        type=kind,
+        choices=choices,
+        metavar=metavar,
+        default=field.default,
+        help=help,
+    )
+
+
+# ---- Processes, devices, precision
 @dataclasses.dataclass
 class Team:
-    """The processes of one run: this one's rank, their number `world` (1 without torchrun), its device.
+    """The processes that train together, seen from one of them.
 
+    rank: this one's number. world: how many there are, 1 without torchrun. device: this one's.
     hosts: a gloo group beside nccl, for small agreements that must not wait for the GPU.
     """
 
@@ -110,7 +120,7 @@ class Team:
     hosts: dist.ProcessGroup | None = None
 
     @property
-    def lead(self):
+    def lead(self) -> bool:
         """True on the one rank that prints and writes files."""
         return self.rank == 0
 
@@ -123,7 +133,7 @@ class Team:
         """Return when every rank has come here."""
         self.any(False)
 
-    def any(self, value):
+    def any(self, value) -> bool:
         """True on every rank when `value` is true on any: all ranks then decide alike."""
         if self.world == 1:
             return bool(value)
@@ -132,11 +142,24 @@ class Team:
         return bool(vote.item())
 
     def mean(self, tensor):
-        """Mean of a tensor over the ranks, computed in place."""
+        """Average a tensor over the ranks, in place, and return it."""
         if self.world > 1:
             dist.all_reduce(tensor)
             tensor /= self.world
         return tensor
+
+    def agrees_on(self, number: int) -> bool:
+        """True on every rank when all of them pass the same number."""
+        mean = self.mean(torch.tensor(float(number), device=self.device)).item()
+        return not self.any(mean != number)
+
+    def gather(self, rows):
+        """Join the rows (n, ...) of all ranks, each of which has as many. → (world · n, ...)"""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
     def leave(self):
         """Leave the group, so that torchrun sees a clean exit."""
@@ -145,8 +168,8 @@ class Team:
             dist.destroy_process_group()
 
 
-def start_team(name="auto"):
-    """Join torchrun's group where there is one: nccl on GPUs, gloo on CPUs. → Team
+def start_team(name: str = "auto") -> Team:
+    """Join torchrun's processes where there are any: by nccl on GPUs, by gloo on CPUs.
 
     name: auto, cpu, cuda (the local rank's GPU) or cuda:1. Raises UserError when it is not there.
     """
@@ -162,8 +185,8 @@ def start_team(name="auto"):
     return Team(rank, world, device, hosts=dist.new_group(backend="gloo"))
 
 
-def find_device(name, local_rank=0):
-    """--device as the user wrote it → torch.device. Raises UserError when there is none such."""
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """Turn --device into a torch.device. Raises UserError when this machine has none such."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -183,40 +206,51 @@ def find_device(name, local_rank=0):
     return device
 
 
-def choose_precision(name, device):
-    """'auto' → bfloat16 on GPUs and CPUs that multiply it natively, else float32."""
+def choose_precision(name: str, device: torch.device) -> str:
+    """Settle --precision: auto is bfloat16 where the hardware multiplies it, else float32."""
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    native = getattr(
-        torch.cpu, "_is_avx512_bf16_supported", bool
-    )()  # else emulated, and slower than float32
-    return "bfloat16" if native else "float32"
+        has_bfloat16 = torch.cuda.is_bf16_supported()
+    else:  # a CPU without these instructions emulates it, slower than float32
+        ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        has_bfloat16 = ask is not None and ask()
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
-def autocast(device, precision):
-    """The context in which the forward pass runs."""
-    return (
-        torch.autocast(device.type, torch.bfloat16)
-        if precision == "bfloat16"
-        else contextlib.nullcontext()
-    )
+def autocast(device: torch.device, precision: str):
+    """Return the context in which a forward pass runs in `precision`."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def send(tensor, device):
-    """A tensor made on the CPU → on the device, by way of pinned memory on a GPU, so that the host does not wait for it."""
+    """Copy a CPU tensor to the device; a GPU fetches it itself while the host goes on."""
     device = torch.device(device)
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
-# ------------------------------------------------------------------------------------------------ the training step
-def prepare_forward(model, compile, team):
-    """Wrap a network for training: torch.compile as asked, DistributedDataParallel when there are several processes.
+def leave_with_parent(_worker_id):
+    """End a loader process when its parent is killed (DataLoader's worker_init_fn).
+
+    PyTorch's own watch does not see it while a film waits in a pipe that nobody reads any more.
+    """
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ---- The training step
+def prepare_forward(model, compile: str, team: Team):
+    """Wrap a network for training: torch.compile; DistributedDataParallel for several processes.
 
     compile: on, off or auto (on GPUs only). The wrapped network shares its parameters with `model`.
     """
@@ -229,42 +263,43 @@ def prepare_forward(model, compile, team):
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-def no_sync(forward, is_last):
-    """The context of one micro-batch: processes average their gradients only after the last one of a step."""
+def no_sync(forward, is_last: bool):
+    """Return the context of one micro-batch: only after the last do ranks average gradients."""
     if is_last or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()
 
 
-def clip_and_step(model, optimizer, clip):
-    """Shorten the gradient to a norm of at most `clip`, update the weights, clear the gradient. → norm before, on the device"""
+def clip_and_step(model, optimizer, clip: float):
+    """Shorten the gradient to a norm of at most `clip`, update the weights, clear the gradient.
+
+    → the norm before, a tensor on the device
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-# ------------------------------------------------------------------------------------------------ schedules
-def warmup_cosine(step, total, warmup, peak, floor):
-    """Linear warm-up over `warmup` steps to `peak`, then cosine to `floor` at step `total`. Pure function of the step."""
+@contextlib.contextmanager
+def explain_full_gpu(advice: str):
+    """Turn PyTorch's page about a full GPU into one line that ends with `advice`."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"the GPU's memory is full: {advice}") from None
+
+
+# ---- Schedules
+def warmup_cosine(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
+    """Rise linearly over `warmup` steps to `peak`, then fall on a cosine to `floor` at `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def cosine(step, total, start, end):
-    """From `start` at step 0 to `end` at step `total` along half a cosine (Sec. B.1: the EMA momentum)."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
-
-
-def leave_with_parent(_):
-    """In a worker: end when the parent is killed. PyTorch's own watch does not see it while a film waits in a pipe that nobody reads."""
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def cosine(step: int, total: int, start: float, end: float) -> float:
+    """Go from `start` at step 0 to `end` at `total` along half a cosine. (Sec. B.1: momentum)"""
+    progress = min(1.0, step / max(1, total))
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))

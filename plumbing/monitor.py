@@ -1,32 +1,115 @@
-"""plumbing.monitor"""
+"""What is watched while a model pre-trains: speed, finiteness, collapse; the bar and log.csv."""
+
+import time
 
 import torch
+from tqdm import tqdm
 
+from plumbing.checkpoint import Log
+from plumbing.launch import UserError
 from plumbing.metrics import feature_std, rankme
 
-LOSSES = [
-    "l11",
-    "l22",
-    "l12",
-    "l21",
-    "d11",
-    "d22",
-]  # d: the separate domain losses of --not_unified
 
+class Monitor:
+    """Watches a pre-training step by step; every args.log_every steps it writes a row of log.csv.
 
-def collect_health(features, team):
-    """feature_std and RankMe of the pooled target features of the whole step. (n, D) on each rank → two floats"""
-    if team.world > 1:
-        parts = [torch.empty_like(features) for _ in range(team.world)]
-        torch.distributed.all_gather(parts, features.contiguous())
-        features = torch.cat(parts)
-    features = features.float().cpu()
-    return feature_std(features), rankme(features)
+    out: the run's folder. names: the loss terms, without their mean `loss`. start, end: steps done
+    before, and when this training ends. total: steps of the whole schedule.
+    """
 
+    def __init__(self, out, names, args, team, start, end, total):
+        self.out = out
+        self.names = names
+        self.args = args
+        self.team = team
+        self.end = end
+        self.total = total
+        if team.lead:
+            columns = ["step", "epoch", "images", "loss", *names, "lr", "momentum"]
+            columns += ["feature_std", "rankme", "images_per_s", "data_wait"]
+            self.log = Log(out / "log.csv", columns, start)
+        self.bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
+        self.is_finite = torch.ones((), device=team.device)  # stays there: reading it waits
+        self.last_step = start  # the last logged one, when it was, and the wait since then
+        self.last_time = time.perf_counter()
+        self.waited = 0.0
 
-def warn_of_collapse(std, rank, step, total, bar):
-    """Say what to do when the target features lose their variety; early steps are always poor, so only after a tenth of the training."""
-    if step > total / 10 and (std < 0.02 or rank < 1.5):
-        bar.write(
-            f"warning: step {step}: the features collapse (std {std:.3f}, RankMe {rank:.1f}): lower --lr, raise --ema or lengthen --warmup; python analyze.py health tells more"
-        )
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        self.bar.close()  # so that an error stands on a line of its own
+
+    def timed(self, loader):
+        """Pass on what the loader gives, and measure how long the training waits for it."""
+        items = iter(loader)
+        while True:
+            began = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+
+    def update(self, done, losses, pooled, norm, lr, momentum):
+        """Take note of a finished step; every rank calls it. Raises UserError when it diverged.
+
+        done: steps so far. losses: {name: one value per micro-batch}. pooled: this rank's targets,
+        averaged over their patches (2b, D). norm: of the gradient.
+        """
+        self.bar.update()
+        self.is_finite *= torch.isfinite(losses["loss"]).all() * torch.isfinite(norm)
+        if done % self.args.log_every and done != self.end:
+            return
+        self.check(done)
+        means = self.team.mean(torch.stack([values.mean() for values in losses.values()]))
+        pooled = self.team.gather(pooled).float().cpu()
+        row = dict.fromkeys(self.names, "")  # some ablated worlds lack some terms
+        row |= dict(zip(losses, means.tolist(), strict=True))
+        row |= dict(lr=lr, momentum=momentum)
+        row |= dict(feature_std=feature_std(pooled), rankme=rankme(pooled))
+        row |= self.speed(done)
+        if self.team.lead:
+            steps_per_epoch = self.total // self.args.epochs
+            images = done * self.args.batch
+            self.log.row(step=done, epoch=done / steps_per_epoch, images=images, **row)
+            self.show(done, row)
+
+    def speed(self, done):
+        """Films per second, and the share of time spent waiting for them, since the last row."""
+        now = time.perf_counter()
+        seconds = now - self.last_time
+        films = (done - self.last_step) * self.args.batch
+        measured = dict(images_per_s=films / seconds, data_wait=self.waited / seconds)
+        self.last_step = done
+        self.last_time = now
+        self.waited = 0.0
+        return measured
+
+    def show(self, done, row):
+        """Put a row's main numbers behind the progress bar, and warn of a collapse above it."""
+        std = row["feature_std"]
+        rank = row["rankme"]
+        speed = f"{row['images_per_s']:.0f} images/s wait {row['data_wait']:.0%}"
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f} rank {rank:.1f} {speed}")
+        is_early = done <= self.total / 10  # features are always poor then
+        if not is_early and (std < 0.02 or rank < 1.5):
+            self.bar.write(
+                f"warning: step {done}: the features collapse (std {std:.3f}, RankMe {rank:.1f}): "
+                "lower --lr, raise --ema or lengthen --warmup; python -m lab.health tells more"
+            )
+
+    def check(self, done, model=None):
+        """Raise UserError on every rank when a loss so far, or a weight of `model`, is not finite.
+
+        With `model` before a checkpoint is written, so that last.pt stays good.
+        """
+        is_broken = self.is_finite.item() == 0
+        if model is not None:
+            trained = [weight for weight in model.parameters() if weight.requires_grad]
+            is_broken = is_broken or not all(torch.isfinite(w).all() for w in trained)
+        if self.team.any(is_broken):
+            raise UserError(
+                f"the loss became NaN or infinite before step {done}: {self.out}/last.pt still "
+                "holds the last good state; start again with a lower --lr or --precision float32"
+            )
