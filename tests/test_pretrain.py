@@ -1,6 +1,11 @@
-"""The real script, run as a user runs it: ranks, micro-batches, workers, crashes and bad input change nothing but what they must."""
+"""The real script, run as a user runs it, and its parts.
+
+Ranks, micro-batches, workers, crashes and bad input change nothing but what they must.
+"""
 
 import csv
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -15,47 +20,46 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import augment
 import pretrain
 from lab import bench
+from lab.ablation import AblatedCheXWorld
+from model import SIZES, CheXWorld
 from plumbing import launch, phantom
+from plumbing.keys import STEP, torch_generator
+from plumbing.launch import UserError
 
-SMALL = "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 --log_every 1 --save_every 1000 --device cpu --precision float32 --holdout 4".split()
+SMALL = (
+    "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 "
+    "--log_every 1 --save_every 1000 --device cpu --precision float32 --holdout 4"
+).split()
+LOSSES = ("l11", "l22", "l12", "l21")
+COLUMNS = (
+    "step,epoch,images,loss,l11,l22,l12,l21,lr,momentum,feature_std,rankme,images_per_s,data_wait"
+).split(",")
+CPU = torch.device("cpu")
+ALONE = launch.Team(0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
     folder = tmp_path_factory.mktemp("films")
     phantom.write_phantoms(folder, 36, size=64, seed=5)
-    return folder
+    return folder / "films"
 
 
 def command(data, out, *more, ranks=1):
-    launch = (
-        [sys.executable]
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={ranks}",
-            "--master_port",
-            str(29500 + os.getpid() % 500),
-        ]
-    )
-    return [
-        *launch,
-        str(ROOT / "pretrain.py"),
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        *SMALL,
-        *more,
-    ]
+    words = [sys.executable]
+    if ranks > 1:
+        port = str(29500 + os.getpid() % 500)
+        words += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        words += ["--master_port", port]
+    script = str(ROOT / "pretrain.py")
+    return [*words, script, "--data", str(data), "--out", str(out), *SMALL, *more]
 
 
 def run(*args, ok=True, **kwargs):
-    done = subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command(*args, **kwargs), capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 
@@ -75,160 +79,155 @@ def largest_difference(a, b):
 @pytest.fixture(scope="module")
 def reference(films, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "one"
-    run(films / "films", out)
+    run(films, out)
     return out
 
 
+# ---- What a run writes
+@pytest.mark.slow
 def test_writes_everything_the_contract_names(reference):
-    assert {
-        "config.json",
-        "log.csv",
-        "last.pt",
-        "encoder.pt",
-        "curve.png",
-        "views.png",
-        "result.json",
-    } <= {p.name for p in reference.iterdir()}
+    written = {path.name for path in reference.iterdir()}
+    tables = {"config.json", "log.csv", "result.json"}
+    assert tables | {"last.pt", "encoder.pt", "curve.png", "views.png"} <= written
     rows = log(reference)
-    assert [int(r["step"]) for r in rows] == list(
-        range(1, 9)
-    )  # 36 - 3 held-out films: 4 steps an epoch, 2 epochs
-    assert set(
-        "step,epoch,images,loss,l11,l22,l12,l21,lr,momentum,feature_std,rankme,images_per_s,data_wait".split(
-            ","
-        )
-    ) <= set(rows[0])
-    for r in rows:
-        assert float(r["loss"]) == pytest.approx(
-            np.mean([float(r[k]) for k in ("l11", "l22", "l12", "l21")]), rel=1e-4
-        )
+    # 36 - 3 held-out films: 4 steps per epoch, 2 epochs
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    assert list(rows[0]) == COLUMNS
+    for row in rows:
+        mean = np.mean([float(row[name]) for name in LOSSES])
+        assert float(row["loss"]) == pytest.approx(mean, rel=1e-4)
     result = json.loads((reference / "result.json").read_text())
     assert result["domain"]["random"]["recall@1"] == pytest.approx(100 / 64)
     assert Image.open(reference / "views.png").size[0] > 300
 
 
+# ---- Ranks, micro-batches and workers change nothing
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(films, reference, tmp_path):
-    run(films / "films", tmp_path / "two", ranks=2)
+    run(films, tmp_path / "two", ranks=2)
     assert largest_difference(weights(reference), weights(tmp_path / "two")) < 1e-5
     for a, b in zip(log(reference), log(tmp_path / "two"), strict=True):
-        for key in ("loss", "l11", "l22", "l12", "l21", "feature_std", "rankme"):
+        for key in ("loss", *LOSSES, "feature_std", "rankme"):
             assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4), key
 
 
+@pytest.mark.slow
 def test_two_ranks_with_accumulation_and_micro_batches(films, reference, tmp_path):
-    run(films / "films", tmp_path / "accumulated", "--micro", "2", ranks=2)
+    run(films, tmp_path / "accumulated", "--micro", "2", ranks=2)
     assert largest_difference(weights(reference), weights(tmp_path / "accumulated")) < 1e-5
 
 
+@pytest.mark.slow
 def test_worker_count_changes_nothing(films, reference, tmp_path):
-    run(films / "films", tmp_path / "workers", "--workers", "2")
+    run(films, tmp_path / "workers", "--workers", "2")
     assert largest_difference(weights(reference), weights(tmp_path / "workers")) == 0
 
 
+# ---- Runs that go on
+@pytest.mark.slow
 def test_three_steps_and_the_rest_equal_all_at_once(films, reference, tmp_path):
-    run(films / "films", tmp_path / "parts", "--max_steps", "3")
-    assert "going on at step 3" in run(films / "films", tmp_path / "parts").stdout
+    run(films, tmp_path / "parts", "--max_steps", "3")
+    assert "going on at step 3" in run(films, tmp_path / "parts").stdout
     assert largest_difference(weights(reference), weights(tmp_path / "parts")) == 0
-    assert [r["step"] for r in log(tmp_path / "parts")] == [r["step"] for r in log(reference)]
+    steps = [row["step"] for row in log(reference)]
+    assert [row["step"] for row in log(tmp_path / "parts")] == steps
 
 
 def started(films, out, steps, *more):
     """The script in the background, once its log holds `steps` rows."""
     process = subprocess.Popen(
-        command(films / "films", out, *more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command(films, out, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.time() + 120
-    while (
-        not (out / "log.csv").is_file() or len((out / "log.csv").read_text().splitlines()) <= steps
-    ):
-        assert time.time() < deadline and process.poll() is None, (
-            "the run ended or hung before it could be interrupted"
-        )
+    path = out / "log.csv"
+    while not path.is_file() or len(path.read_text().splitlines()) <= steps:
+        assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.01)
     return process
 
 
+def rows_without_speed(out):
+    speed = ("images_per_s", "data_wait")
+    return [{k: v for k, v in row.items() if k not in speed} for row in log(out)]
+
+
+@pytest.mark.slow
 def test_kill_nine_and_the_same_command_again(films, tmp_path):
     more = ("--save_every", "2", "--epochs", "10")  # 40 steps; killed somewhere after the fifth
-    run(films / "films", tmp_path / "whole", *more)
+    run(films, tmp_path / "whole", *more)
     process = started(films, tmp_path / "killed", 5, *more)
     process.kill()
     process.wait()
-    run(films / "films", tmp_path / "killed", *more)
+    run(films, tmp_path / "killed", *more)
     assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == 0
-    same = [
-        {k: v for k, v in r.items() if k not in ("images_per_s", "data_wait")}
-        for r in log(tmp_path / "whole")
-    ]
-    assert same == [
-        {k: v for k, v in r.items() if k not in ("images_per_s", "data_wait")}
-        for r in log(tmp_path / "killed")
-    ]
+    same = rows_without_speed(tmp_path / "whole")
+    assert same == rows_without_speed(tmp_path / "killed")
     assert len(same) == 40
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(films, tmp_path):
     more = ("--epochs", "30")
     process = started(films, tmp_path / "run", 3, *more)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate()
     assert process.returncode == 0 and "SIGTERM: saved at step" in said
     step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
     assert 3 <= step < 120
-    assert (
-        f"going on at step {step}"
-        in run(films / "films", tmp_path / "run", *more, "--max_steps", str(step + 2)).stdout
+    again = run(films, tmp_path / "run", *more, "--max_steps", str(step + 2))
+    assert f"going on at step {step}" in again.stdout
+
+
+# ---- Another model in the same loop
+def small_config(data, out, **more):
+    return dataclasses.replace(
+        launch.parse(pretrain.Config, "", SMALL), data=str(data), out=str(out), **more
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switch, terms",
     [
-        (("--tasks", "local"), {"l11", "l22"}),
-        (("--tasks", "global,domain", "--no_delta"), {"l12", "l21"}),
-        (("--not_unified",), {"l11", "l22", "l12", "l21", "d11", "d22"}),
-        (("--no_action", "--precision", "bfloat16"), {"l11", "l22", "l12", "l21"}),
+        (dict(tasks="local"), {"l11", "l22"}),
+        (dict(tasks="global,domain", delta=False), {"l12", "l21"}),
+        (dict(unified=False), {"l11", "l22", "l12", "l21", "d11", "d22"}),
+        (dict(action=False, precision="bfloat16"), {"l11", "l22", "l12", "l21"}),
     ],
 )
-def test_ablation_switches_train(films, tmp_path, switch, terms):
-    run(films / "films", tmp_path / "run", *switch, "--max_steps", "2")
+def test_ablated_models_train(films, tmp_path, switch, terms):
+    switch = dict(switch)
+    more = {"precision": switch.pop("precision")} if "precision" in switch else {}
+    before = signal.getsignal(signal.SIGTERM)
+    Model = functools.partial(AblatedCheXWorld, **switch)
+    pretrain.main(small_config(films, tmp_path / "run", max_steps=2, **more), Model)
+    signal.signal(signal.SIGTERM, before)
     row = log(tmp_path / "run")[-1]
     assert {k for k in row if re.fullmatch(r"[ld]\d\d", k) and row[k]} == terms
     assert 0 < float(row["loss"]) < 3
 
 
+# ---- Errors
 def refused(done, *words):
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert (
-        len(errors) == 1
-        and done.stderr.strip().splitlines()[-1] == errors[0]
-        and all(w in errors[0] for w in words)
-    ), done.stderr
+    assert len(errors) == 1, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == errors[0], done.stderr
+    assert all(word in errors[0] for word in words), done.stderr
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_clear_line(films, reference, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(run(tmp_path / "nowhere", tmp_path / "o", ok=False), "nowhere")
-    refused(run(tmp_path / "empty", tmp_path / "o", ok=False), "empty")
-    refused(
-        run(films / "films", tmp_path / "o", "--lrr", "1", ok=False), "--lrr", "did you mean --lr?"
-    )
-    refused(run(films / "films", tmp_path / "o", "--patch", "7", ok=False), "--patch 7")
-    refused(run(films / "films", tmp_path / "o", "--tasks", "locall", ok=False), "locall")
-    refused(run(films / "films", tmp_path / "o", "--batch", "4096", ok=False), "4096")
-    refused(
-        run(films / "films", tmp_path / "o", "--probe", str(tmp_path / "none.csv"), ok=False),
-        "none.csv",
-    )
-    refused(
-        run(films / "films", reference, "--lr", "5e-4", ok=False),
-        "another recipe",
-        "lr 0.0002 → 0.0005",
-    )
+    out = tmp_path / "o"
+    none = str(tmp_path / "none.csv")
+    refused(run(tmp_path / "nowhere", out, ok=False), "nowhere")
+    refused(run(tmp_path / "empty", out, ok=False), "empty")
+    refused(run(films, out, "--lrr", "1", ok=False), "--lrr", "did you mean --lr?")
+    refused(run(films, out, "--patch", "7", ok=False), "--patch 7")
+    refused(run(films, out, "--batch", "4096", ok=False), "4096")
+    refused(run(films, out, "--probe", none, ok=False), "none.csv")
+    other = run(films, reference, "--lr", "5e-4", ok=False)
+    refused(other, "another recipe", "lr 0.0002 → 0.0005")
 
 
 class Evil:
@@ -239,16 +238,18 @@ class Evil:
         return os.system, (f"touch {self.target}",)
 
 
+@pytest.mark.slow
 def test_junk_and_malicious_checkpoints_run_nothing(films, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "last.pt").write_bytes(b"junk" * 100)
-    refused(run(films / "films", out, ok=False), "last.pt")
+    refused(run(films, out, ok=False), "last.pt")
     torch.save({"world": Evil(tmp_path / "hacked")}, out / "last.pt")
-    refused(run(films / "films", out, ok=False), "last.pt")
+    refused(run(films, out, ok=False), "last.pt")
     assert not (tmp_path / "hacked").exists()
 
 
+@pytest.mark.slow
 def test_one_bad_film_is_named_and_skipped_many_stop(tmp_path):
     films = tmp_path / "films"
     films.mkdir()
@@ -260,34 +261,104 @@ def test_one_bad_film_is_named_and_skipped_many_stop(tmp_path):
     said = run(films, tmp_path / "run", *more).stdout
     assert said.count("bad film, skipped (1 so far): film007.png") == 1
     (films / "film008.png").write_bytes(b"broken too")
-    refused(
-        run(films, tmp_path / "stopped", *more, ok=False),
-        "more than 1 %",
-        "film007.png",
-        "film008.png",
-    )
+    stopped = run(films, tmp_path / "stopped", *more, ok=False)
+    refused(stopped, "more than 1 %", "film007.png", "film008.png")
 
 
+@pytest.mark.slow
 def test_an_infinite_loss_stops_and_leaves_the_last_good_checkpoint(films, tmp_path):
-    done = run(
-        films / "films",
-        tmp_path / "run",
-        "--lr",
-        "1e30",
-        "--warmup",
-        "0",
-        "--save_every",
-        "1",
-        ok=False,
-    )
-    refused_line = done.stderr.strip().splitlines()[-1]
-    assert (
-        "NaN or infinite" in refused_line
-        and "--lr" in refused_line
-        and "Traceback" not in done.stderr
-    )
-    if (tmp_path / "run" / "last.pt").is_file():
-        assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
+    out = tmp_path / "run"
+    more = ("--lr", "1e30", "--warmup", "0", "--save_every", "1")
+    done = run(films, out, *more, ok=False)
+    line = done.stderr.strip().splitlines()[-1]
+    assert "NaN or infinite" in line and "--lr" in line and "Traceback" not in done.stderr
+    if (out / "last.pt").is_file():
+        assert all(torch.isfinite(v).all() for v in weights(out).values())
+
+
+def test_settings_are_filled_in_from_the_recipe_of_the_data():
+    demo = pretrain.fill_in(pretrain.Config())
+    paper = pretrain.fill_in(pretrain.Config(data="films", lr=1.0))
+    assert (demo.size, demo.batch, demo.epochs, demo.lr) == ("tiny", 16, 20, 1.2e-3)
+    assert (paper.size, paper.batch, paper.epochs, paper.lr) == ("base", 2048, 300, 1.0)
+    assert (demo.out, paper.out) == ("runs/demo", "runs/pretrain")
+    given = pretrain.Config()
+    pretrain.fill_in(given)
+    assert given == pretrain.Config()  # the user's own settings stay as they were
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        (dict(batch=0), "--batch 0: must be at least 1"),
+        (dict(holdout=-1), "--holdout -1: must be at least 0"),
+        (dict(patch=7), "--image 64 is not a multiple of --patch 7"),
+        (dict(image=24), "at least 4 × 4"),
+    ],
+)
+def test_settings_that_cannot_work(setting, words):
+    with pytest.raises(UserError, match=words):
+        pretrain.fill_in(pretrain.Config(**setting))
+
+
+# ---- One step
+@pytest.mark.parametrize(
+    "batch, micro, world, kind, films",
+    [
+        (96, None, 1, "cpu", 48),  # the largest divisor up to 64
+        (2048, None, 8, "cuda", 128),
+        (2048, None, 1, "cuda", 128),
+        (16, None, 1, "cpu", 16),
+        (8, 3, 2, "cpu", 2),
+        (7, 4, 1, "cpu", 1),
+    ],
+)
+def test_micro_batches_divide_the_share(batch, micro, world, kind, films):
+    team = launch.Team(0, world, torch.device(kind))
+    assert pretrain.divide_batch(pretrain.Config(batch=batch, micro=micro), team) == films
+
+
+def test_a_batch_that_the_processes_cannot_share():
+    with pytest.raises(UserError, match="--batch 9 is not a multiple of the 2 processes"):
+        pretrain.divide_batch(pretrain.Config(batch=9), launch.Team(0, 2, CPU))
+
+
+def loaded(count, device=CPU):
+    """What the loader gives for `count` films."""
+    boxes = torch.tensor([[0.0, 0, 30, 30], [5, 5, 30, 30]]).expand(count, 2, 4).contiguous()
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randint(0, 255, (count, 2, 32, 32), dtype=torch.uint8, generator=generator)
+    item = {"views": views, "boxes": boxes, "flips": torch.tensor([[True, False]] * count)}
+    return {k: v.pin_memory() if device.type == "cuda" else v for k, v in item.items()}
+
+
+def test_a_prepared_batch_film_by_film():
+    """Targets, contexts and φ of each film from its own two crops, written out in a plain loop."""
+    args = pretrain.Config(image=32, patch=8, batch=6, seed=3)
+    positions = torch.tensor([1, 4])
+    item = loaded(2)
+    batch = pretrain.prepare(item, args, 5, positions, CPU)
+    generator = torch_generator(STEP, 3, 5)
+    jitter = augment.sample_jitter(6, generator)
+    actions = augment.sample_actions(12, generator)
+    for b, position in enumerate(positions.tolist()):
+        crops = augment.to_float(item["views"][b : b + 1])
+        jittered = augment.apply_jitter(crops, jitter[position : position + 1])[0]
+        for view, other in ((0, 1), (1, 0)):
+            row = b + 2 * view
+            action = actions[position + 6 * view]
+            assert torch.equal(batch["y"][row, 0], jittered[view])
+            assert torch.equal(batch["action"][row], action)
+            x = augment.apply_action(batch["y"][row : row + 1], action[None])
+            assert torch.allclose(batch["x"][row], x[0], atol=1e-6)
+            coords = augment.relative_coords(
+                item["boxes"][b : b + 1, view],
+                item["boxes"][b : b + 1, other],
+                4,
+                item["flips"][b : b + 1, view],
+                item["flips"][b : b + 1, other],
+            )
+            assert torch.equal(batch["coords"][row], coords[0])
 
 
 @pytest.mark.parametrize(
@@ -301,36 +372,42 @@ def test_an_infinite_loss_stops_and_leaves_the_last_good_checkpoint(films, tmp_p
 )
 def test_the_host_never_waits_while_a_batch_is_prepared(device):
     """Else a GPU would stand idle between steps."""
-    config, device = pretrain.Config(image=32, patch=8, batch=4, seed=0), torch.device(device)
-    boxes = torch.tensor([[0.0, 0, 30, 30], [5, 5, 30, 30]]).expand(2, 2, 4).contiguous()
-    item = {
-        "views": torch.randint(0, 255, (2, 2, 32, 32), dtype=torch.uint8),
-        "boxes": boxes,
-        "flips": torch.tensor([[True, False]] * 2),
-    }
-    item = {k: v.pin_memory() if device.type == "cuda" else v for k, v in item.items()}
-    assert (
-        bench.count_waits(
-            lambda: pretrain.prepare(item, config, 0, torch.arange(2), device), device
-        )
-        == 0
-    )
+    args = pretrain.Config(image=32, patch=8, batch=4, seed=0)
+    device = torch.device(device)
+    item = loaded(2, device)
+    positions = torch.arange(2)
+    waits = bench.count_waits(lambda: pretrain.prepare(item, args, 0, positions, device), device)
+    assert waits == 0
 
 
-def test_what_fits_into_a_gpu():
-    """By count: 64 films of ViT-B in 24 GB, a rank's whole share of the paper's batch in 80 GB; more with checkpointing, fewer of larger networks."""
-    films = lambda memory, **changes: pretrain.gpu_limit(
-        pretrain.Config(
-            **{**dict(image=224, patch=16, size="base", precision="bfloat16"), **changes}
-        ),
-        memory,
-    )
-    assert 64 <= films(24e9) < 128 and films(80e9) >= 256 and films(24e9, checkpointing=True) >= 256
-    assert films(80e9, not_unified=True) < films(80e9) / 3 and films(80e9, tasks="global") < films(
-        80e9
-    )
-    assert films(24e9, size="large") < 64 < films(24e9, size="small") and films(1e9) == 1
-    assert (
-        pretrain.micro_batch(pretrain.Config(batch=96), launch.Team(0, 1, torch.device("cpu")))
-        == 48
-    )
+def test_a_step_of_micro_batches_equals_one_of_the_whole_batch():
+    args = pretrain.Config(image=32, patch=8, batch=4, seed=0, precision="float32")
+    item = loaded(4)
+    after = []
+    for micro in (4, 1):
+        torch.manual_seed(0)
+        world = CheXWorld(32, 8, **SIZES["tiny"])
+        optimizer = torch.optim.SGD(pretrain.parameter_groups(world, 0.0), lr=0.1)
+        args = dataclasses.replace(args, micro=micro)
+        batches = []
+        for start in range(0, 4, micro):
+            rows = torch.arange(start, start + micro)
+            part = {key: value[rows] for key, value in item.items()}
+            batches.append(pretrain.prepare(part, args, 0, rows, CPU))
+        losses, pooled, norm = pretrain.train_step(world, optimizer, batches, args, ALONE)
+        assert set(losses) == {*LOSSES, "loss"} and len(losses["loss"]) == 4 // micro
+        assert pooled.shape == (8, SIZES["tiny"]["dim"]) and norm > 0
+        after.append((losses["loss"].mean().item(), world.state_dict()))
+    (loss, whole), (loss_of_parts, parts) = after
+    assert loss == pytest.approx(loss_of_parts, rel=1e-5)
+    assert largest_difference(whole, parts) < 1e-5
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_do():
+    def full(**_batch):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. " + "Tried to allocate. " * 30)
+
+    args = pretrain.Config(batch=4, micro=2, precision="float32")
+    with pytest.raises(UserError, match="lower --micro, now 2 .*--checkpointing") as error:
+        pretrain.train_step(full, None, [{}, {}], args, ALONE)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,188 @@
+"""Atomic files, the log after a crash, the newest run, another recipe, going on, SIGTERM."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from plumbing import checkpoint
+from plumbing.checkpoint import Log, StopRequest, read_log, save_atomic, write_json, write_text
+from plumbing.launch import UserError
+
+
+# ---- Files
+def test_save_atomic_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "deep" / "last.pt"
+    save_atomic({"step": 1, "x": torch.arange(3)}, path)
+    assert torch.equal(torch.load(path, weights_only=True)["x"], torch.arange(3))
+    with pytest.raises(Exception, match="pickle"):
+        save_atomic({"step": 2, "x": lambda: 0}, path)  # cannot be pickled
+    assert torch.load(path, weights_only=True)["step"] == 1
+    assert os.listdir(path.parent) == ["last.pt"]
+
+
+def test_readers_never_see_half_a_file(tmp_path):
+    path = tmp_path / "a.txt"
+    seen = []
+    write_text(path, "old")
+
+    def slowly(file):
+        Path(file).write_text("ne")
+        seen.append(path.read_text())
+        Path(file).write_text("new")
+
+    checkpoint.replace_with(path, slowly)
+    assert seen == ["old"] and path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_json(tmp_path):
+    write_json(tmp_path / "r.json", {"b": 1.5, "a": [1]})
+    assert (tmp_path / "r.json").read_text() == '{\n  "b": 1.5,\n  "a": [\n    1\n  ]\n}\n'
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for write in (lambda p: write_text(p, "x"), lambda p: save_atomic({}, p)):
+        with pytest.raises(UserError, match="cannot be written") as error:
+            write(tmp_path / "file" / "out" / "last.pt")
+        assert "\n" not in str(error.value)
+    if Path("/dev/full").exists():
+        with pytest.raises(UserError, match="cannot be written: No space left"):
+            checkpoint.replace_with(
+                tmp_path / "x", lambda _: open("/dev/full", "w").write("x" * 100000)
+            )
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
+    for name in (".last.pt.123.tmp", ".log.csv.4.tmp", "last.pt", ".hidden"):
+        (tmp_path / name).write_text("")
+    checkpoint.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "last.pt"]
+    checkpoint.remove_leftovers(tmp_path / "nowhere")
+
+
+# ---- Checkpoints
+def test_the_newest_run_is_the_last_written_folder_with_an_encoder(tmp_path):
+    assert checkpoint.newest_run(root=tmp_path / "none") is None
+    assert checkpoint.newest_run(root=tmp_path) is None
+    names = ["old/encoder.pt", "old/last.pt", "deep/new/encoder.pt", "deep/new/last.pt"]
+    names += ["tuned/seed0/last.pt"]  # fine-tuned: no encoder.pt, so no pre-training run
+    for second, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        os.utime(path, (second, second))
+    assert checkpoint.newest_run(root=tmp_path) == tmp_path / "deep/new/encoder.pt"
+    assert checkpoint.newest_run("last.pt", tmp_path) == tmp_path / "deep/new/last.pt"
+    os.utime(tmp_path / "old/encoder.pt", (99, 99))
+    assert checkpoint.newest_run(root=tmp_path) == tmp_path / "old/encoder.pt"
+
+
+def test_another_recipe_is_refused_with_old_and_new():
+    checkpoint.refuse_other_recipe("runs/a", {"lr": 1.0, "seed": 0}, {"seed": 0, "lr": 1.0})
+    with pytest.raises(UserError) as error:
+        checkpoint.refuse_other_recipe(
+            "runs/a", {"lr": 1.0, "seed": 0, "tasks": "local"}, {"lr": 2.0, "seed": 0, "clip": 1.0}
+        )
+    assert str(error.value) == (
+        "runs/a holds a run with another recipe (lr 1.0 → 2.0; clip None → 1.0; "
+        "tasks local → None): choose another --out, or delete it to start anew"
+    )
+
+
+def trained(steps):
+    """A small layer and its optimizer after some steps."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for _ in range(steps):
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"layer": layer, "optimizer": optimizer}
+
+
+def test_a_run_goes_on_with_all_its_parts(tmp_path):
+    path = tmp_path / "last.pt"
+    fresh = trained(0)
+    assert checkpoint.resume(path, {"lr": 0.1}, fresh) is None
+    states = {name: part.state_dict() for name, part in trained(3).items()}
+    save_atomic(states | {"step": 3, "recipe": {"lr": 0.1}, "best": 7}, path)
+    for recipe in ({"lr": 0.1}, None):
+        fresh = trained(0)
+        saved = checkpoint.resume(path, recipe, fresh)
+        assert (saved["step"], saved["best"]) == (3, 7)
+        assert torch.equal(fresh["layer"].weight, states["layer"]["weight"])
+        assert fresh["optimizer"].state_dict()["state"][0]["step"] == 3
+    with pytest.raises(UserError, match="another recipe .lr 0.1 → 0.2"):
+        checkpoint.resume(path, {"lr": 0.2}, fresh)
+
+
+@pytest.mark.parametrize("missing", ["layer", "step", "recipe"])
+def test_a_checkpoint_of_another_program_is_refused(tmp_path, missing):
+    saved = {"layer": {}, "step": 3, "recipe": {}}
+    del saved[missing]
+    save_atomic(saved, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="last.pt is not a checkpoint of this program"):
+        checkpoint.resume(tmp_path / "last.pt", {}, {"layer": torch.nn.Linear(2, 2)})
+
+
+def test_junk_is_a_users_error_and_a_value_error(tmp_path):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    for kind in (UserError, ValueError):
+        with pytest.raises(kind, match="junk.pt: not a checkpoint that can be loaded safely"):
+            checkpoint.load_checkpoint(tmp_path / "junk.pt")
+
+
+def test_sigterm_only_sets_a_flag():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stop = StopRequest()
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- log.csv
+def test_log_rows_and_reading(tmp_path):
+    path = tmp_path / "run" / "log.csv"
+    log = Log(path, ["step", "loss", "note"])
+    log.row(step=1, loss=1 / 3, note="", unused=5)
+    log.row(step=2, loss=1e-9, note="x")
+    # Each row is on disk at once.
+    assert path.read_text() == "step,loss,note\n1,0.333333,\n2,1e-09,x\n"
+    rows = [
+        {"step": "1", "loss": "0.333333", "note": ""},
+        {"step": "2", "loss": "1e-09", "note": "x"},
+    ]
+    assert read_log(path) == rows
+    with pytest.raises(KeyError):
+        log.row(step=3, loss=1.0)
+    assert read_log(tmp_path / "none.csv") == []
+
+
+def test_log_drops_what_came_after_the_resumed_step(tmp_path):
+    path = tmp_path / "log.csv"
+    log = Log(path, ["step", "loss"])
+    for step in range(1, 9):
+        log.row(step=step, loss=step / 8)
+    log = Log(path, ["step", "loss", "new"], step=5)
+    log.row(step=6, loss=0.5, new=1)
+    kept = "1,0.125,\n2,0.25,\n3,0.375,\n4,0.5,\n5,0.625,\n"
+    assert path.read_text() == f"step,loss,new\n{kept}6,0.5,1\n"
+    Log(path, ["step", "loss"])
+    assert path.read_text() == "step,loss\n"  # from the start: nothing stays
+
+
+@pytest.mark.parametrize("torn", ["9", "9,", "9,0.123,4", "9,0.123,", ",,", "\x00\x00\x00"])
+def test_a_torn_last_row_is_left_out(tmp_path, torn):
+    """Every way in which a crash can cut the row "9,0.123,45\\n", its last number included."""
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss,wait\n7,0.5,1\n8,0.25,2\n" + torn)
+    assert [row["step"] for row in read_log(path)] == ["7", "8"]
+    Log(path, ["step", "loss", "wait"], step=9).row(step=9, loss=1.0, wait=3)
+    assert path.read_text() == "step,loss,wait\n7,0.5,1\n8,0.25,2\n9,1,3\n"
