@@ -1,131 +1,167 @@
-"""Ablation: its table by hand, its rank correlation against SciPy, the grid with the real scripts."""
+"""lab.ablation: Table 3 by hand, one ablated run, both grids with the real scripts."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 from lab_for_tests import good, make_place, run  # noqa: F401 (place is a fixture)
-from scipy import stats
 
 from lab import ablation
-from plumbing import checkpoint
+from model import SIZES, ViT
+from plumbing import checkpoint, launch
+
+SHORT = "--size tiny --image 64 --patch 8 --batch 8 --epochs 1 --warmup 0 --device cpu"
+
+
+def written_cells(config):
+    """Results of three cells of Table 3, as pretrain.py and finetune.py write them."""
+    domain = {name: {"recall@5": value} for name, value in DOMAIN.items()}
+    shape = {"size": "tiny", "image": 64, "patch": 8, "no_action": False}
+    for row, seed, value in (("local", 0, 60.0), ("local", 1, 70.0), ("full, no Δ", 0, 80.0)):
+        here = ablation.folder(config, row, seed)
+        scratch = {ablation.SCRATCH: 55.0 + seed, ablation.PIXELS: 58.0}
+        probe = {"t": {"pre-trained": value, **scratch}}
+        checkpoint.write_json(here / "result.json", {"probe": probe, "domain": domain})
+        tasks = "local" if row == "local" else "local,global,domain"
+        checkpoint.write_json(here / "config.json", {"tasks": tasks, **shape})
+        checkpoint.write_json(here / "finetune_t" / "result.json", {"mean": value + 5})
+
+
+DOMAIN = {"action": 30.0, "no_action": 20.0, "random": 8.0}
 
 
 def test_ablation_table_by_hand(tmp_path):
-    config = ablation.Config(
-        out=str(tmp_path),
-        seeds=2,
-        rows="local;full, no Δ",
-        data="films",
-        probe="t.csv",
-        table_only=True,
-    )
-    for row, seed, value in (("local", 0, 60.0), ("local", 1, 70.0), ("full, no Δ", 0, 80.0)):
-        here = ablation.folder(config, row, seed)
-        checkpoint.write_json(
-            here / "result.json",
-            {
-                "probe": {
-                    "t": {
-                        "pre-trained": value,
-                        ablation.SCRATCH: 55.0 + seed,
-                        ablation.PIXELS: 58.0,
-                    }
-                },
-                "domain": {
-                    "action": {"recall@5": 30.0},
-                    "no_action": {"recall@5": 20.0},
-                    "random": {"recall@5": 8.0},
-                },
-            },
-        )
-        checkpoint.write_json(
-            here / "config.json",
-            {
-                "tasks": "local" if row == "local" else "local,global,domain",
-                "no_action": False,
-                "size": "tiny",
-                "image": 64,
-                "patch": 8,
-            },
-        )
-        checkpoint.write_json(here / "finetune_t" / "result.json", {"mean": value + 5})
-    ablation.command(config, None)
+    words = ["--out", str(tmp_path), "--seeds", "2", "--rows", "local;full, no Δ"]
+    words += ["--data", "films", "--probe", "t.csv", "--table_only"]
+    written_cells(ablation.Config(out=str(tmp_path)))
+    ablation.main(words)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert np.isclose(result["local"]["probe t"]["mean"], 65) and np.isclose(
-        result["local"]["probe t"]["std"], np.std([60, 70], ddof=1)
-    )
-    assert (
-        result["local"]["Recall@5"]["mean"] == 20 and result["full, no Δ"]["Recall@5"]["mean"] == 30
-    )  # the first never saw an action
-    assert (
-        result["local"]["10% t"]["seeds"] == [65, 75]
-        and result[ablation.SCRATCH]["Recall@5"]["mean"] == 8
-    )
-    assert result[ablation.SCRATCH]["probe t"]["seeds"] == [55, 56] and set(
-        result[ablation.PIXELS]
-    ) == {"probe t"}
+    local, no_delta = result["local"], result["full, no Δ"]
+    assert np.isclose(local["probe t"]["mean"], 65)
+    assert np.isclose(local["probe t"]["std"], np.std([60, 70], ddof=1))
+    assert local["Recall@5"]["mean"] == 20  # it never saw an action
+    assert no_delta["Recall@5"]["mean"] == 30
+    assert local["10% t"]["seeds"] == [65, 75]
+    scratch = result[ablation.SCRATCH]
+    assert scratch["Recall@5"]["mean"] == 8 and scratch["probe t"]["seeds"] == [55, 56]
+    assert set(result[ablation.PIXELS]) == {"probe t"}
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert (
-        lines[0].startswith("| | probe t | 10% t | Recall@5 |")
-        and lines[2].startswith("| local |")
-        and "65.0 ± 7.1" in lines[2]
-    )
+    assert lines[0].startswith("| | probe t | 10% t | Recall@5 |")
+    assert lines[2].startswith("| local |") and "65.0 ± 7.1" in lines[2]
     assert lines[2].endswith("| 2 | 84.7 |") and lines[3].endswith("| 1 | 87.6 |")
+    config = ablation.Config()
     assert len({ablation.folder(config, row, 0) for row in ablation.ROWS}) == len(ablation.ROWS)
 
 
-def test_rank_correlation_is_scipys():
-    a, b = np.random.default_rng(0).permutation(7), np.random.default_rng(1).random(7)
-    assert np.isclose(ablation.agreement(a, b), stats.spearmanr(a, b).statistic)
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--rows", "locale"], "any of"),
+        (["--seeds", "0"], "at least 1 seed"),
+        (["--probe", "a/t.csv,b/t.csv", "--data", "films"], "two tables of one name"),
+        (["trian"], "say train or compare"),
+        (["train", "--tasks", "locall"], "any of local,global,domain"),
+        (["compare", "--data", "films"], "are needed"),
+        (["compare", *"--data d --tables t --weights w --rows frozen".split()], "any of scratch"),
+        (["compare", *"--data d --tables t --weights nowhere.pt".split()], "no such checkpoint"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(launch.UserError, match=says) as error:
+        ablation.main(words)
+    assert "\n" not in str(error.value)
 
 
-def test_a_wrong_row_is_said_in_one_line(place):
+@pytest.mark.slow
+def test_a_wrong_row_ends_the_command_with_one_line(place):
     refused = run(place, "ablation", "--rows", "locale", "--out", "x")
     assert refused.returncode == 1 and "any of" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "switches, terms",
+    [
+        ("--tasks local", {"l11", "l22"}),
+        ("--tasks global,domain --no_delta", {"l12", "l21"}),
+        ("--not_unified", {"l11", "l22", "l12", "l21", "d11", "d22"}),
+        ("--no_action --precision bfloat16", {"l11", "l22", "l12", "l21"}),
+    ],
+)
+def test_ablation_switches_train(place, tmp_path, switches, terms):
+    out = tmp_path / "run"
+    words = f"train --data set/films {SHORT} {switches} --max_steps 2 --log_every 2".split()
+    good(place, "ablation", *words, "--out", out)
+    row = checkpoint.read_log(out / "log.csv")[-1]
+    assert {name for name in row if re.fullmatch(r"[ld]\d\d", name) and row[name]} == terms
+    assert 0 < float(row["loss"]) < 3
+    world = ablation.load_ablated(out / "last.pt")
+    recipe = json.loads((out / "config.json").read_text())
+    assert (world.config["tasks"], world.delta) == (recipe["tasks"], not recipe["no_delta"])
+    refused = run(place, "ablation", *words, "--out", out, "--no_delta", "--tasks", "global")
+    assert refused.returncode == 1 and "another recipe (tasks" in refused.stderr
+
+
+@pytest.mark.slow
 def test_ablation_runs_the_real_scripts_and_goes_on(place):
-    flags = "--size tiny --image 64 --patch 8 --batch 8 --epochs 1 --warmup 0 --max_steps 1"
-    words = [
-        "ablation",
-        "--out",
-        "a",
-        "--seeds",
-        1,
-        "--rows",
-        "full, not unified",
-        "--data",
-        "set/films",
-        "--probe",
-        "set/phantoms.csv",
-        "--flags",
-        flags,
-        "--fraction",
-        0.5,
-        "--finetune",
-        "--max_steps 1 --epochs 1",
-    ]
+    words = ["ablation", "--out", "a", "--seeds", 1, "--rows", "full, not unified"]
+    words += ["--data", "set/films", "--probe", "set/phantoms.csv", "--fraction", 0.5]
+    words += ["--flags", f"{SHORT} --max_steps 1", "--finetune", "--max_steps 1 --epochs 1"]
     first = good(place, *words)
-    assert (
-        "--not_unified" in first
-        and "--weights none" in first
-        and first.count("--fraction 0.5") == 2
-    )
+    assert "--not_unified" in first and "--weights none" in first
+    assert first.count("--fraction 0.5") == 2
     result = json.loads((place / "a" / "result.json").read_text())
     columns = {"probe phantoms", "50% phantoms", "Recall@5", "RankMe"}
-    assert set(result["full, not unified"]) == columns and set(
-        result[ablation.SCRATCH]
-    ) == columns - {"RankMe"}
+    assert set(result["full, not unified"]) == columns
+    assert set(result[ablation.SCRATCH]) == columns - {"RankMe"}
     again = good(place, *words)
-    assert "nothing left to run" in again and "pretrain.py" not in again
+    assert "nothing left to run" in again and "lab.ablation train" not in again
     refused = run(place, *words, "--fraction", 0.2)
-    assert (
-        refused.returncode == 1
-        and "fraction 0.5 → 0.2" in refused.stderr
-        and len(refused.stderr.splitlines()) == 1
-    )
+    assert refused.returncode == 1 and "fraction 0.5 → 0.2" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
     (place / "a" / "random_initialisation" / "seed0" / "finetune_phantoms" / "result.json").unlink()
     assert "nothing left" not in good(place, *words)
+
+
+@pytest.mark.slow
+def test_compare_makes_the_table_and_goes_on(place):
+    vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
+    saved = {"encoder": vit.state_dict(), "config": vit.config, "step": 1}
+    checkpoint.save_atomic(saved, place / "encoder.pt")
+    words = ["ablation", "compare", "--weights", "encoder.pt", "--data", "set/films"]
+    words += ["--tables", "set/phantoms.csv", "--fractions", "0.5", "--seeds", 2]
+    words += ["--rows", "pre-trained frozen", "--out", "c"]
+    first = good(place, *words)
+    cell = place / "c" / "phantoms" / "0.5" / "pre-trained-frozen" / "result.json"
+    result = json.loads(cell.read_text())
+    table = (place / "c" / "table.md").read_text()
+    assert f"| pre-trained frozen | {result['mean']:.1f} ± {result['std']:.1f} |" in table
+    assert f"phantoms AUROC, {result['trained_on'][0]} films" in table and table in first
+    again = good(place, *words)
+    assert "nothing left to run" in again and "finetune.py" not in again
+    assert (place / "c" / "table.md").read_text() == table
+    assert len(json.loads(cell.read_text())["seeds"]) == 2
+    torch.manual_seed(1)
+    other = ViT(**vit.config)
+    checkpoint.save_atomic(saved | {"encoder": other.state_dict()}, place / "encoder.pt")
+    refused = run(place, *words)
+    assert refused.returncode == 1 and "another recipe (weights" in refused.stderr
+
+
+def test_rows_of_the_comparison_differ_in_weights_and_freezing(tmp_path):
+    vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
+    path = str(tmp_path / "encoder.pt")
+    checkpoint.save_atomic({"encoder": vit.state_dict(), "config": vit.config}, path)
+    scratch = ["--weights", "none", "--size", "tiny", "--image", 16, "--patch", 8]
+    assert ablation.weight_flags("scratch", path) == scratch
+    assert ablation.weight_flags("random frozen", path) == [*scratch, "--freeze"]
+    assert ablation.weight_flags("pre-trained frozen", path) == ["--weights", path, "--freeze"]
+    assert ablation.weight_flags("pre-trained full", path) == ["--weights", path]
+    odd = ViT(16, 8, dim=64, depth=1, heads=4)
+    checkpoint.save_atomic({"encoder": odd.state_dict(), "config": odd.config}, path)
+    with pytest.raises(launch.UserError, match="no --size has the shape"):
+        ablation.weight_flags("scratch", path)
