@@ -384,21 +384,37 @@ def table(config, team):
 
 # ---------------------------------------------------------------- rows: networks
 def encoder_rows(bench):
-    """Hidden patches dropped early, both views in one call, positions from a table."""
-    torch.manual_seed(0)
-    config, shape = bench.config, SIZES[bench.config.size]
-    vit = ViT(config.image, config.patch, shape["dim"], shape["depth"], shape["heads"])
-    vit = vit.to(bench.device)
-    batch = made_up_batch(config, bench.device)
-    x, keep, p = batch["x"], batch["keep"], config.patch
-    patches = x.unfold(2, p, p).unfold(3, p, p).reshape(len(x), -1, p * p)  # (2B, N, p²)
-    proj = vit.patch_embed.proj
+    """Hidden patches dropped before the encoder, both views in one call."""
+    vit, x, keep = context_encoder(bench)
 
     def encode(drop=True, calls=1):
-        with autocast(bench.device, config.precision):
+        with autocast(bench.device, bench.config.precision):
             for images, seen in zip(x.chunk(calls), keep.chunk(calls), strict=True):
                 tokens = vit(images, seen) if drop else take(vit(images), seen)
                 tokens.float().square().mean().backward()
+
+    name = "hidden patches dropped: context encoder, both passes"
+    limit = f"{vit.grid**2 / bench.config.visible:.2f} × = all patches / visible ones"
+    bench.time_row(name, lambda: encode(drop=False), encode, limit)
+    name = "both views in one encoder call, both passes"
+    bench.time_row(name, lambda: encode(calls=2), encode, "1 × where one view fills the machine")
+
+
+def context_encoder(bench):
+    """A context encoder and its input. → (ViT, x (2B, 1, H, W), keep (2B, K))"""
+    torch.manual_seed(0)
+    config, shape = bench.config, SIZES[bench.config.size]
+    vit = ViT(config.image, config.patch, shape["dim"], shape["depth"], shape["heads"])
+    batch = made_up_batch(config, bench.device)
+    return vit.to(bench.device), batch["x"], batch["keep"]
+
+
+def embedding_rows(bench):
+    """Hidden patches dropped before their projection, positions from a table."""
+    vit, x, keep = context_encoder(bench)
+    p = vit.patch
+    patches = x.unfold(2, p, p).unfold(3, p, p).reshape(len(x), -1, p * p)  # (2B, N, p²)
+    proj = vit.patch_embed.proj
 
     def project(tokens):
         return F.linear(tokens, proj.weight.flatten(1), proj.bias)
@@ -406,26 +422,16 @@ def encoder_rows(bench):
     def look_up(positions):
         return take(positions.expand(len(x), -1, -1), keep)
 
-    def compute_positions():
+    def compute():
         return look_up(sincos(grid_coords(vit.grid, bench.device), vit.dim))
 
-    ratio = f"{vit.grid**2 / config.visible:.2f} ×"
     bench.time_row(
-        "hidden patches dropped: context encoder, both passes",
-        lambda: encode(drop=False),
-        encode,
-        f"{ratio} = all patches / visible ones",
-    )
-    bench.time_row(
-        "  before the patch projection instead of after it",
+        "dropped before the patch projection instead of after it",
         lambda: take(project(patches), keep),
         lambda: project(take(patches, keep)),
-        ratio,
+        f"{vit.grid**2 / bench.config.visible:.2f} ×",
     )
-    name = "both views in one encoder call, both passes"
-    bench.time_row(name, lambda: encode(calls=2), encode, "1 × where one view fills the machine")
-    name = "positions of the encoder from a table"
-    bench.time_row(name, compute_positions, lambda: look_up(vit.pos_embed))
+    bench.time_row("positions of the encoder from a table", compute, lambda: look_up(vit.pos_embed))
 
 
 def attention_rows(bench):
@@ -559,8 +565,8 @@ def batch_rows(bench, count=64):
     torch.set_num_threads(threads)
 
 
-NETWORK_ROWS = [encoder_rows, attention_rows, precision_rows, checkpointing_rows, step_rows]
-NETWORK_ROWS += [compile_row, batch_rows]
+NETWORK_ROWS = [encoder_rows, embedding_rows, attention_rows, precision_rows]
+NETWORK_ROWS += [checkpointing_rows, step_rows, compile_row, batch_rows]
 
 
 # ---------------------------------------------------------------- rows: films

@@ -22,16 +22,10 @@ def hold_out_films(films, tables, holdout: int, seed: int) -> tuple[np.ndarray, 
 
     → (train, held), numbers of films in rising order
     """
-    patients = list(films.patients)
+    patients = patients_of(films, tables)
     held = set()
     for table in tables:
         where = table.locate(films)
-        names = set(table.names)
-        for i, patient in zip(where, table.patients, strict=True):
-            # A film under its own name has no known patient in the folder: the table may know one.
-            is_unknown = i >= 0 and patients[i] == films.names[i]
-            if is_unknown and patient not in names:
-                patients[i] = patient
         held |= set(where[(table.split == "test") & (where >= 0)].tolist())
     if not tables:
         order = numpy_rng(HOLD_OUT, seed).permutation(len(films))
@@ -43,6 +37,19 @@ def hold_out_films(films, tables, holdout: int, seed: int) -> tuple[np.ndarray, 
             "every film is held out: nothing is left to train on; lower --holdout or check --probe"
         )
     return np.array(train), np.array(sorted(held), dtype=int)
+
+
+def patients_of(films, tables) -> list[str]:
+    """Name the patient of every film: as its folder tells, else as a label table does."""
+    patients = list(films.patients)
+    for table in tables:
+        names = set(table.names)
+        for i, patient in zip(table.locate(films), table.patients, strict=True):
+            # A film under its own name has no known patient in the folder: the table may know one.
+            is_unknown = i >= 0 and patients[i] == films.names[i]
+            if is_unknown and patient not in names:
+                patients[i] = patient
+    return patients
 
 
 # ---------------------------------------------------------------- downstream tasks

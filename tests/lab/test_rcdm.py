@@ -1,4 +1,4 @@
-"""RCDM: the diffusion against closed forms, the questions to the world model against loops, the real script on phantoms with a random world."""
+"""lab.rcdm: diffusion against closed forms, questions against loops, no learnt film is shown."""
 
 import json
 import subprocess
@@ -12,17 +12,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import default_collate
 
-from data import open_films
+import pretrain
+from data import Views, open_films
 from lab import rcdm
+from masks import mask_sizes
 from model import SIZES, CheXWorld
 from plumbing import launch, phantom, weights
-from plumbing.checkpoint import save_atomic
+from plumbing.checkpoint import save_atomic, write_json
 from plumbing.keys import torch_generator
 
-SMALL = "--size 16 --channels 4 --batch 4 --steps 6 --films 2 --samples 2 --ddim 2 --log_every 1 --device cpu".split()
+SMALL = (
+    "--size 16 --channels 4 --batch 4 --steps 6 --films 2 --samples 2 --ddim 2 --log_every 1 "
+    "--device cpu"
+).split()
 
 
-# ------------------------------------------------------------------------------------------------ diffusion
+# ------------------------------------------------------------------ diffusion
 def test_forward_process_has_the_stated_mean_and_variance_and_v_gives_both_back():
     n, generator = 40_000, torch.Generator().manual_seed(0)
     for t in (0.0, 0.2, 0.5, 0.9, 1.0):
@@ -67,7 +72,7 @@ def test_ddim_turns_gaussian_noise_into_gaussian_data():
     )  # the probability flow, solved by hand
 
 
-# ------------------------------------------------------------------------------------------------ network
+# ------------------------------------------------------------------ network
 def test_conditional_norm_is_batch_norm_with_an_affine_of_each_sample():
     torch.manual_seed(0)
     norm, x, code = (
@@ -109,6 +114,7 @@ def test_every_residual_block_hears_the_prediction():
     [h.remove() for h in hooks]
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_to_paint_what_the_condition_says():
     torch.manual_seed(0)
     decoder = rcdm.Decoder(2, 8)
@@ -138,7 +144,7 @@ def test_the_decoder_learns_to_paint_what_the_condition_says():
     assert right < 0.3 and right < 0.6 * wrong, (right, wrong)  # 0.20 and 0.54 after 250 steps
 
 
-# ------------------------------------------------------------------------------------------------ questions to the world model
+# ------------------------------------------------------------------ questions to the world model
 def test_pool_is_the_mean_over_each_rectangle():
     features, rectangles = (
         torch.randn(2, 36, 5),
@@ -157,8 +163,6 @@ def test_pool_is_the_mean_over_each_rectangle():
 
 @pytest.mark.parametrize("grid", [8, 14])
 def test_hidden_rectangles_and_visible_patches(grid):
-    from masks import mask_sizes
-
     for k in range(50):
         rectangles, keep = rcdm.hide(grid, torch_generator(k))
         covered = np.zeros((grid, grid), bool)
@@ -187,16 +191,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def pairs_of(folder, mode, size=32):
-    config = rcdm.Config(mode=mode, size=24, seed=0)
-    return rcdm.Pairs(open_films(folder / "films", side=64), size, 4, config, np.arange(9))
+def questions_of(folder, mode, size=32):
+    args = rcdm.Config(mode=mode, size=24, seed=0)
+    return rcdm.Questions(open_films(folder / "films", side=64), size, 4, args, np.arange(9))
 
 
 def test_crops_are_the_rectangles_of_the_target(folder):
-    pairs = pairs_of(folder, "local", size=240)
-    item = pairs[0, 3]
+    questions = questions_of(folder, "local", size=240)
+    item = questions[0, 3]
     assert (item["context"] == item["target"]).all()
-    for crop, (top, left, height, width) in zip(item["crops"], item["rectangles"].tolist()):
+    rectangles = item["rectangles"].tolist()
+    for crop, (top, left, height, width) in zip(item["crops"], rectangles, strict=True):
         cut = Image.fromarray(item["target"]).crop(
             (60 * left, 60 * top, 60 * (left + width), 60 * (top + height))
         )
@@ -206,7 +211,7 @@ def test_crops_are_the_rectangles_of_the_target(folder):
             ).mean()
             < 3
         )
-    item = pairs_of(folder, "global", size=24)[0, 3]
+    item = questions_of(folder, "global", size=24)[0, 3]
     assert (
         item["crops"].shape == (1, 24, 24)
         and (item["crops"][0] == item["target"]).all()
@@ -216,8 +221,8 @@ def test_crops_are_the_rectangles_of_the_target(folder):
 
 
 def test_items_depend_on_epoch_and_film_alone(folder):
-    pairs = pairs_of(folder, "local")
-    first, again, later = pairs[0, 2], pairs_of(folder, "local")[0, 2], pairs[1, 2]
+    questions = questions_of(folder, "local")
+    first, again, later = questions[0, 2], questions_of(folder, "local")[0, 2], questions[1, 2]
     assert all(np.array_equal(first[k], again[k]) for k in first) and not np.array_equal(
         first["context"], later["context"]
     )
@@ -225,11 +230,11 @@ def test_items_depend_on_epoch_and_film_alone(folder):
 
 @pytest.mark.parametrize("mode", ["local", "global"])
 def test_the_wrong_conditions_differ_from_the_right_one(folder, mode):
-    pairs = pairs_of(folder, mode)
+    questions = questions_of(folder, mode)
     world = weights.load_world(folder / "last.pt").eval()
     item, other = (
         default_collate([ask(i) for i in range(4)])
-        for ask in (lambda i: pairs[0, i], lambda i: pairs.elsewhere(i, i + 1))
+        for ask in (lambda i: questions[0, i], lambda i: questions.elsewhere(i, i + 1))
     )
     assert torch.equal(item["rectangles"], other["rectangles"]) and torch.equal(
         item["coords"], other["coords"]
@@ -242,13 +247,13 @@ def test_the_wrong_conditions_differ_from_the_right_one(folder, mode):
 
 
 def test_predictions_see_nothing_of_the_hidden_blocks(folder):
-    """The letter lies within the first rectangle, so the prediction is the same with it and without; the target's features are not."""
-    pairs, world = pairs_of(folder, "local"), weights.load_world(folder / "last.pt").eval()
+    """The letter lies within the first rectangle: it changes the target, not the prediction."""
+    questions, world = questions_of(folder, "local"), weights.load_world(folder / "last.pt").eval()
     for i in range(4):
-        film, _ = pairs.read(i)
-        place = pairs.place(0, i, film.shape, i % 2)
+        film, _ = questions.read(i)
+        place = questions.layout(0, i, film.shape, i % 2)
         clean, burnt = (
-            default_collate([pairs.ask(f, *place)]) for f in (film, rcdm.burn(film, i % 2))
+            default_collate([questions.ask(f, *place)]) for f in (film, rcdm.burn(film, i % 2))
         )
         assert torch.equal(rcdm.predicted(world, clean, "cpu"), rcdm.predicted(world, burnt, "cpu"))
         seen = [
@@ -271,8 +276,11 @@ def test_strength_of_a_letter():
 
 
 def test_distances_of_the_truth_and_of_something_else(folder):
-    pairs, world = pairs_of(folder, "local", size=96), CheXWorld(96, 24, **SIZES["tiny"]).eval()
-    item = default_collate([pairs[0, i] for i in range(3)])
+    questions, world = (
+        questions_of(folder, "local", size=96),
+        CheXWorld(96, 24, **SIZES["tiny"]).eval(),
+    )
+    item = default_collate([questions[0, i] for i in range(3)])
     pixel, feature = rcdm.distances(world, item, item["crops"].numpy(), 4, "cpu")
     worse, further = rcdm.distances(world, item, 255 - item["crops"].numpy(), 4, "cpu")
     assert (pixel == 0).all() and (feature < 0.2 * further).all() and (worse > 0.01).all()
@@ -280,105 +288,180 @@ def test_distances_of_the_truth_and_of_something_else(folder):
     assert np.allclose(worse, expected)
 
 
-# ------------------------------------------------------------------------------------------------ the script
-def run(monkeypatch, folder, out, *more):
-    """main() in this process, as the command line would call it."""
-    words = [
-        "--weights",
-        folder / "last.pt",
-        "--data",
-        folder / "films",
-        "--split",
-        folder / "phantoms.csv",
-        "--out",
-        out,
-        *SMALL,
-        *more,
-    ]
-    monkeypatch.setattr(sys, "argv", ["rcdm.py", *map(str, words)])
-    rcdm.main()
+# ------------------------------------------------------------------ the script
+def run(folder, out, *more):
+    """main() in this process, as the command line would call it. → result.json"""
+    words = ["--weights", folder / "last.pt", "--data", folder / "films"]
+    words += ["--split", folder / "phantoms.csv", "--out", out, *SMALL, *more]
+    rcdm.main([str(word) for word in words])
+    return json.loads((out / "result.json").read_text())
 
 
-def test_three_steps_and_three_more_are_six(folder, tmp_path, monkeypatch):
-    run(monkeypatch, folder, tmp_path / "one", "--mode", "global")
-    run(monkeypatch, folder, tmp_path / "two", "--mode", "global", "--max_steps", 3)
-    halfway = torch.load(tmp_path / "two/last.pt", weights_only=True)
+@pytest.mark.slow
+def test_three_steps_and_three_more_are_six(folder, tmp_path):
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    result = run(folder, one, "--mode", "global")
+    run(folder, two, "--mode", "global", "--max_steps", 3)
+    halfway = torch.load(two / "last.pt", weights_only=True)
     assert halfway["step"] == 3
-    run(monkeypatch, folder, tmp_path / "two", "--mode", "global")
-    one, two = (
-        torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two")
-    )
+    assert result == run(folder, two, "--mode", "global")
+    first, second = (torch.load(out / "last.pt", weights_only=True) for out in (one, two))
     for part in ("decoder", "averaged"):
-        assert all(torch.equal(v, two[part][k]) for k, v in one[part].items())
-        assert any(not torch.equal(v, halfway[part][k]) for k, v in one[part].items())
-    assert [(tmp_path / name / "log.csv").read_text() for name in ("one",)] == [
-        (tmp_path / "two/log.csv").read_text()
-    ]
-    assert (tmp_path / "one/result.json").read_text() == (tmp_path / "two/result.json").read_text()
+        assert all(torch.equal(v, second[part][k]) for k, v in first[part].items())
+        assert any(not torch.equal(v, halfway[part][k]) for k, v in first[part].items())
+    assert (one / "log.csv").read_text() == (two / "log.csv").read_text()
+    assert (one / "result.json").read_text() == (two / "result.json").read_text()
     with pytest.raises(launch.UserError, match="another recipe.*channels 4 → 8"):
-        run(monkeypatch, folder, tmp_path / "one", "--mode", "global", "--channels", 8)
+        run(folder, one, "--mode", "global", "--channels", 8)
 
 
+@pytest.mark.slow
 def test_the_command_writes_pictures_and_numbers(folder, tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        "lab.rcdm",
-        "--weights",
-        folder / "last.pt",
-        "--data",
-        folder / "films",
-        "--split",
-        folder / "phantoms.csv",
-        "--out",
-        tmp_path / "run",
-        "--artefacts",
-        *SMALL,
-    ]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "lab.rcdm", "--weights", folder / "last.pt"]
+    words += ["--data", folder / "films", "--split", folder / "phantoms.csv", "--out", out, *SMALL]
+    words = [str(word) for word in words]
+    done = subprocess.run([*words, "--artefacts"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    assert list(result["paintings"]) == [
-        "prediction",
-        "other, same place",
-        "shuffled",
-        "target features",
-    ]
-    assert all(
-        row["pixel_error"]["mean"] > 0 and row["feature_distance"]["mean"] > 0
-        for row in result["paintings"].values()
-    )
-    assert set(result["artefacts"]["letter_painted"]) == {
-        "prediction",
-        "features with letter",
-        "features without",
-    }
-    assert Image.open(tmp_path / "run/samples.png").width == 8 + 7 * (
-        rcdm.SHOWN + 8
-    )  # context, target, 2 samples, 3 others
-    assert Image.open(tmp_path / "run/artefacts.png").width == 8 + 5 * (rcdm.SHOWN + 8)
-    assert len((tmp_path / "run/log.csv").read_text().splitlines()) == 7
-    again = subprocess.run(
-        [str(w) for w in words if w != "--artefacts"] + ["--mode", "global", "--artefacts"],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        again.returncode == 1
-        and again.stderr.startswith("error: --artefacts")
-        and "Traceback" not in again.stderr
-    )
+    result = json.loads((out / "result.json").read_text())
+    wanted = ["prediction", "other, same place", "shuffled", "target features"]
+    assert list(result["paintings"]) == wanted
+    for row in result["paintings"].values():
+        assert row["pixel_error"]["mean"] > 0 and row["feature_distance"]["mean"] > 0
+    letters = {"prediction", "features with letter", "features without"}
+    assert set(result["artefacts"]["letter_painted"]) == letters
+    # context, target, 2 samples, 3 others
+    assert Image.open(out / "samples.png").width == 8 + 7 * (rcdm.SHOWN + 8)
+    assert Image.open(out / "artefacts.png").width == 8 + 5 * (rcdm.SHOWN + 8)
+    assert len((out / "log.csv").read_text().splitlines()) == 7
+    words += ["--mode", "global", "--artefacts"]
+    again = subprocess.run(words, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr.startswith("error: --artefacts")
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--size", "20"], "--size 20: a multiple of 8"),
+        (["--films", "1"], "--films 1: at least 2"),
+        (["--batch", "99"], "to learn from"),
+        (["--weights", "nowhere.pt"], "no such checkpoint"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(folder, tmp_path, words, says):
+    with pytest.raises(launch.UserError, match=says) as error:
+        run(folder, tmp_path / "x", *words)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_run_the_user_must_say_where_the_films_are(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(launch.UserError, match="no pre-training run"):
+        rcdm.main([])
+    with pytest.raises(launch.UserError, match="a folder of films is wanted"):
+        rcdm.main(["--weights", str(folder / "last.pt"), "--device", "cpu"])
+
+
+# ------------------------------------------------------------------ which films are shown
+def table_of(folder):
+    """{film: (patient, split)} of the phantoms in a folder."""
+    lines = (folder / "phantoms.csv").read_text().splitlines()[1:]
+    rows = [line.split(",") for line in lines]
+    return {row[0]: (row[2], row[3]) for row in rows}
 
 
 def test_no_patient_is_both_learnt_from_and_shown(folder):
     films = open_films(folder / "films", side=64)
-    config = rcdm.Config(split=str(folder / "phantoms.csv"), batch=1)
-    train, shown = rcdm.split_films(films, config)
-    rows = [line.split(",") for line in (folder / "phantoms.csv").read_text().splitlines()[1:]]
-    patient, split = {r[0]: r[2] for r in rows}, {r[0]: r[3] for r in rows}
+    args = rcdm.Config(split=str(folder / "phantoms.csv"), batch=1)
+    train, shown = rcdm.choose_films(films, args, {})
+    table = table_of(folder)
     names = [Path(name).name for name in films.names]
-    assert not {patient[names[i]] for i in train} & {patient[names[i]] for i in shown} and {
-        split[names[i]] for i in shown
-    } == {"test"}
-    assert len({patient[names[i]] for i in shown}) == len(shown)
-    assert len(train) + sum(split[n] == "test" for n in names) == 9
+    learnt = {table[names[i]][0] for i in train}
+    patients = {table[names[i]][0] for i in shown}
+    assert not learnt & patients
+    assert {table[names[i]][1] for i in shown} == {"test"}
+    assert len(patients) == len(shown)
+    assert len(train) + sum(table[name][1] == "test" for name in names) == 9
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Sixty phantoms, a table of their patients alone, and one in which most are test films."""
+    folder = tmp_path_factory.mktemp("many")
+    phantom.write_phantoms(folder, 60, size=64, seed=8)
+    lines = [f"{name},{patient}" for name, (patient, _) in table_of(folder).items()]
+    (folder / "patients.csv").write_text("\n".join(["filename,patient_id", *lines]) + "\n")
+    patients = sorted({patient for patient, _ in table_of(folder).values()})
+    training = set(patients[::4])
+    rows = ["filename,label,patient_id,split"]
+    for name, (patient, _) in table_of(folder).items():
+        rows.append(f"{name},normal,{patient},{'train' if patient in training else 'test'}")
+    (folder / "other.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+SHOWN_ONLY = ["--films", "60", "--max_steps", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["patients", "probe", "patients, other split", "moved"])
+def test_no_shown_film_was_learnt_by_the_world_model(many, tmp_path, monkeypatch, way):
+    """The films that pre-training really reads are written down, then those that rcdm shows."""
+    learnt = set()
+    read = Views.read
+
+    def reading(self, i):
+        learnt.add(self.films.names[int(self.subset[i])])
+        return read(self, i)
+
+    monkeypatch.setattr(Views, "read", reading)
+    table = str(many / "phantoms.csv")
+    known = {"probe": table} if way == "probe" else {"patients": str(many / "patients.csv")}
+    shape = dict(size="tiny", image=32, patch=8, batch=4, epochs=2, warmup=0.0, device="cpu")
+    run_folder = tmp_path / "run"
+    args = pretrain.Config(
+        data=str(many / "films"),
+        out=str(run_folder),
+        seed=3,
+        holdout=5,
+        workers=0,
+        **shape,
+        **known,
+    )
+    pretrain.main(args)
+    assert 20 < len(learnt) < 60
+    monkeypatch.undo()
+
+    more = []
+    if way == "patients, other split":
+        more = ["--split", str(many / "other.csv")]
+    if way == "moved":
+        (tmp_path / "elsewhere").symlink_to(many / "films")
+        more = ["--data", str(tmp_path / "elsewhere")]
+    out = tmp_path / "rcdm"
+    weights_file = str(run_folder / "last.pt")
+    rcdm.main(["--weights", weights_file, "--out", str(out), *SMALL, *SHOWN_ONLY, *more])
+    shown = json.loads((out / "result.json").read_text())["shown"]
+    rows = table_of(many)
+    patients = [rows[Path(name).name][0] for name in shown]
+    assert len(shown) >= 2 and not set(shown) & learnt
+    assert not set(patients) & {rows[Path(name).name][0] for name in learnt}
+    assert len(set(patients)) == len(patients)
+    if way in ("patients", "moved"):  # what the draw of seed 3 holds out, and only that
+        assert len(shown) <= 5
+    if way == "probe":
+        assert {rows[Path(name).name][1] for name in shown} == {"test"}
+
+
+def test_a_demo_of_an_earlier_version_held_out_the_test_films_of_its_own_table(tmp_path):
+    """Its config.json names the drawn films, but not their table."""
+    films = tmp_path / "phantoms" / "films"
+    write_json(tmp_path / "config.json", {"out": str(tmp_path), "data": str(films), "probe": None})
+    table = str(tmp_path / "phantoms" / "phantoms.csv")
+    assert rcdm.run_of(tmp_path / "last.pt")["probe"] == table
+    elsewhere = {"out": str(tmp_path), "data": "/cxr", "probe": None}
+    write_json(tmp_path / "config.json", elsewhere)
+    assert rcdm.run_of(tmp_path / "last.pt") == elsewhere
+    assert rcdm.run_of(tmp_path / "none" / "last.pt") == {}
