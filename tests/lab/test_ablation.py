@@ -11,6 +11,7 @@ from lab_for_tests import good, make_place, run  # noqa: F401 (place is a fixtur
 from lab import ablation
 from model import SIZES, ViT
 from plumbing import checkpoint, launch
+from plumbing.table import read_table
 
 SHORT = "--size tiny --image 64 --patch 8 --batch 8 --epochs 1 --warmup 0 --device cpu"
 
@@ -94,7 +95,9 @@ def test_a_wrong_row_ends_the_command_with_one_line(place):
 )
 def test_ablation_switches_train(place, tmp_path, switches, terms):
     out = tmp_path / "run"
-    words = f"train --data set/films {SHORT} {switches} --max_steps 2 --log_every 2".split()
+    words = (
+        f"train --data set/films {SHORT} {switches} --max_steps 2 --log_every 2 --holdout 1".split()
+    )
     good(place, "ablation", *words, "--out", out)
     row = checkpoint.read_log(out / "log.csv")[-1]
     assert {name for name in row if re.fullmatch(r"[ld]\d\d", name) and row[name]} == terms
@@ -131,16 +134,19 @@ def test_ablation_runs_the_real_scripts_and_goes_on(place):
 def test_compare_makes_the_table_and_goes_on(place):
     vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
     saved = {"encoder": vit.state_dict(), "config": vit.config, "step": 1}
+    rows = read_table(place / "set" / "phantoms.csv", "filename", "label", "patient_id", "split")
+    lines = [",".join(row.values()) for row in rows]
+    (place / "set" / "labels.csv").write_text("\n".join([",".join(rows[0]), *lines]))
     checkpoint.save_atomic(saved, place / "encoder.pt")
     words = ["ablation", "compare", "--weights", "encoder.pt", "--data", "set/films"]
-    words += ["--tables", "set/phantoms.csv", "--fractions", "0.5", "--seeds", 2]
+    words += ["--tables", "set/labels.csv", "--fractions", "0.5", "--seeds", 2]
     words += ["--rows", "pre-trained frozen", "--out", "c"]
     first = good(place, *words)
-    cell = place / "c" / "phantoms" / "0.5" / "pre-trained-frozen" / "result.json"
+    cell = place / "c" / "labels" / "0.5" / "pre-trained-frozen" / "result.json"
     result = json.loads(cell.read_text())
     table = (place / "c" / "table.md").read_text()
     assert f"| pre-trained frozen | {result['mean']:.1f} ± {result['std']:.1f} |" in table
-    assert f"phantoms AUROC, {result['trained_on'][0]} films" in table and table in first
+    assert "labels AUROC, 16 films" in table and table in first
     again = good(place, *words)
     assert "nothing left to run" in again and "finetune.py" not in again
     assert (place / "c" / "table.md").read_text() == table
