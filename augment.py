@@ -46,6 +46,7 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
         first = fits.argmax()
         size = (box_height[first], box_width[first])
     else:
+        # The largest (height, width) that the film holds and the ratio allows.
         size = (min(height, width / ratio[0]), min(width, height * ratio[1]))
     room = np.array([height - size[0], width - size[1]])
     corners = rng.random((2, 2)) * room  # top and left of both boxes
@@ -87,11 +88,11 @@ def sample_jitter(batch, generator, p=0.8, span=(0.6, 1.4)):
 def sample_actions(batch, generator, p_tone=0.8, p_blur=0.2):
     """Draw actions a = (brightness, contrast, gamma, blur sigma in px). (Sec. B.1) → (B, 4)
 
-    The three tone factors are applied together, with probability p_tone, the blur with p_blur; what
-    is not applied stands as in IDENTITY.
+    The three tone factors are applied together, with probability p_tone, the blur with p_blur.
+    What is not applied takes its value from IDENTITY.
     """
     u = torch.rand(batch, 6, generator=generator)
-    brightness = 0.6 + 0.8 * u[:, 0]
+    brightness = 0.6 + 0.8 * u[:, 0]  # uniform in (0.6, 1.4)
     contrast = 0.6 + 0.8 * u[:, 1]
     gamma = 0.5 * 4.0 ** u[:, 2]  # log-uniform in (0.5, 2)
     tones = torch.stack([brightness, contrast, gamma], 1)
@@ -110,6 +111,7 @@ def apply_action(images, action):
     """Apply T_a (Eq. 9): brightness, contrast, gamma, then blur. (B, 1, H, W), action (B, 4)"""
     brightness, contrast, gamma, sigma = action.unbind(1)
     toned = tone(images, brightness, contrast) ** gamma.view(-1, 1, 1, 1)
+    # All images are blurred, most for nothing: to pick some, the host would wait for the GPU.
     is_blurred = sigma.view(-1, 1, 1, 1) > 0
     return torch.where(is_blurred, blur(toned, sigma), toned)
 
@@ -138,7 +140,8 @@ def blur(images, sigma):
 def gaussian_matrix(size, sigma):
     """Make matrices whose row i holds the weights that blur pixel i; each row sums to 1.
 
-    Weights end at three times the largest sigma. sigma (B,) px → (B, size, size)
+    As in a filter, weights end at three times the largest sigma. A sigma of 0 (not applied) is
+    raised only to avoid dividing by zero. sigma (B,) px → (B, size, size)
     """
     pixel = torch.arange(size, device=sigma.device, dtype=torch.float32)
     squared = (pixel[:, None] - pixel[None]).square()
@@ -154,8 +157,9 @@ def relative_coords(context_box, target_box, grid, context_flip=None, target_fli
     """Tell where the target view's patches lie in the context view's grid: φ of Eq. (4, 5).
 
     Boxes (B, 4) px of the film, flips (B,) bool → (B, N, 2) (row, col) in patches of the context.
-    For unflipped boxes of one size this is n·Δ + (u, v). With flips we follow each patch centre
-    from the target view to the film, and from there into the context view.
+    For unflipped boxes of one size this is n·Δ + (u, v), where Δ is the distance of their corners
+    in fractions of the size. With flips we follow each patch centre from the target view to the
+    film, and from there into the context view.
     """
     context_box = context_box[:, None].float()  # (B, 1, 4)
     target_box = target_box[:, None].float()
@@ -189,7 +193,7 @@ def whole_crop(film, size):
 
 
 def mask_to(mask, size):
-    """Squeeze a mask as whole_crop squeezes its film, by nearest pixels. bool (H, W) → (size, size)"""
+    """Squeeze a mask as whole_crop squeezes its film, nearest pixel. bool (H, W) → (size, size)"""
     image = Image.fromarray(np.asarray(mask, np.uint8))
     return np.asarray(image.resize((size, size), Image.Resampling.NEAREST), bool)
 
@@ -200,11 +204,11 @@ def centre_crops(film, size, ten=False):
     ten: also the squares in the four corners, and all five flipped.
     uint8 (H, W) → uint8 (1 or 10, size, size)
     """
-    down = film.shape[0] - size
-    right = film.shape[1] - size
-    corners = [(down // 2, right // 2)]
+    lowest = film.shape[0] - size  # the largest top
+    rightmost = film.shape[1] - size  # the largest left
+    corners = [(lowest // 2, rightmost // 2)]
     if ten:
-        corners += [(0, 0), (0, right), (down, 0), (down, right)]
+        corners += [(0, 0), (0, rightmost), (lowest, 0), (lowest, rightmost)]
     crops = np.stack([film[top : top + size, left : left + size] for top, left in corners])
     return np.concatenate([crops, crops[..., ::-1]]) if ten else crops
 
@@ -220,15 +224,9 @@ def shift_scale_flip(film, mask, rng):
     if u[0] < 0.5:
         zoom = 1 + 0.2 * (u[1] - 0.5)
         shift = (u[2:4] - 0.5) * size / 8  # (down, right), px
+        # Output pixel p shows input pixel p / zoom + (top, left): zoom about the centre, shift.
         top, left = size / 2 - size / (2 * zoom) - shift
-        matrix = (
-            1 / zoom,
-            0,
-            left,
-            0,
-            1 / zoom,
-            top,
-        )  # output pixel p shows p / zoom + (top, left)
+        matrix = (1 / zoom, 0, left, 0, 1 / zoom, top)
         film = warp(film, matrix, Image.Resampling.BICUBIC)
         mask = warp(mask.astype(np.uint8), matrix, Image.Resampling.NEAREST).astype(bool)
     if u[4] < 0.5:

@@ -30,10 +30,11 @@ SIZES = {
                   predictor_dim=384, predictor_depth=6, predictor_heads=12),
 }
 # fmt: on
-MEAN = 0.5  # of the grey pixels: every image is normalised by this one pair, and
-STD = (
-    0.25  # weights that were trained with another pair are converted exactly (plumbing/weights.py)
-)
+
+# Grey values are normalised with this mean and standard deviation, for all sets alike. Weights that
+# were trained with other numbers are converted exactly (plumbing/weights.py).
+MEAN = 0.5
+STD = 0.25
 
 
 # ---- Parts that encoder and predictor share
@@ -66,7 +67,8 @@ def attend(q, k, v):
     """Compute softmax(q kᵀ / √d) v, fused where the fused kernel is fast. All (B, heads, L, d)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # On CPUs the fused kernel's backward pass in bfloat16 is slower than plain products.
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1).to(v.dtype) @ v
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        return scores.softmax(-1).to(v.dtype) @ v  # autocast makes the softmax float32
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -140,7 +142,7 @@ def run_blocks(blocks, x, save_memory=False):
 def initialise(module):
     """Start a layer with Xavier-uniform weights and zero biases, as MAE's ViT does."""
     if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the kernel itself is filled
+        nn.init.xavier_uniform_(module.weight.flatten(1))  # fills the weight in place
         nn.init.zeros_(module.bias)
 
 
@@ -163,7 +165,7 @@ class ViT(nn.Module):
         self.dim = dim
         self.grid = image // patch  # n: patches per side
         self.save_memory = False
-        self.patch_embed = nn.Module()
+        self.patch_embed = nn.Module()  # a container, for timm's name patch_embed.proj
         self.patch_embed.proj = nn.Conv2d(1, dim, patch, patch)
         self.register_buffer("pos_embed", sincos(grid_coords(self.grid), dim)[None])  # (1, N, D)
         drops = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # linear over depth
@@ -178,9 +180,8 @@ class ViT(nn.Module):
         the first layer, so the context encoder does not pay for what it does not see.
         """
         p = self.patch
-        patches = (
-            images.unfold(2, p, p).unfold(3, p, p).reshape(len(images), -1, p * p)
-        )  # (B, N, p²)
+        patches = images.unfold(2, p, p).unfold(3, p, p)  # (B, 1, n, n, p, p)
+        patches = patches.reshape(len(images), -1, p * p)  # (B, N, p²)
         positions = self.pos_embed.expand(len(images), -1, -1)  # (B, N, D)
         if keep is not None:
             patches = take(patches, keep)  # (B, K, p²)
@@ -222,23 +223,23 @@ class Predictor(nn.Module):
         """Predict the target features at `target_coords`.
 
         context (B, K, D) was seen at context_coords (B, K, 2); target_coords (B, M, 2);
-        action (B, 4) as sample_actions draws it, or None to tell the policy network nothing
+        action (B, 4) as sample_actions draws it, or None, which says that nothing was done
         → (B, M, D)
         """
         seen = self.embed(context) + sincos(context_coords, self.width)  # (B, K, d)
-        wanted = self.mask_token + sincos(target_coords, self.width)  # (B, M, d): m + p
-        # Eq. (8): every mask token hears what was done to the film, m_{a,p} = π(m + p, a).
-        told = self.action_code(action) if action is not None else wanted.new_zeros(len(wanted), 4)
-        told = told[:, None].expand(-1, wanted.shape[1], -1)  # (B, M, 4)
-        wanted = self.policy(torch.cat([wanted, told], -1))
-        # Under autocast π answers in bfloat16: the whole sequence goes on in its precision.
-        tokens = torch.cat([seen.to(wanted.dtype), wanted], 1)  # (B, K + M, d)
+        queries = self.mask_token + sincos(target_coords, self.width)  # (B, M, d): m + p
+        # Eq. (8): the policy network mixes the action into every mask token, m_{a,p} = π(m + p, a).
+        code = queries.new_zeros(len(queries), 4) if action is None else self.action_code(action)
+        code = code[:, None].expand(-1, queries.shape[1], -1)  # (B, M, 4)
+        queries = self.policy(torch.cat([queries, code], -1))
+        # Under autocast π's output is bfloat16 and the sum with sincos float32: join them in π's.
+        tokens = torch.cat([seen.to(queries.dtype), queries], 1)  # (B, K + M, d)
         tokens = run_blocks(self.blocks, tokens, self.save_memory)
         answers = tokens[:, seen.shape[1] :]  # only the mask tokens leave
         return self.proj(self.norm(answers))
 
     def action_code(self, action):
-        """Code an action such that the one that changes nothing is zero. (B, 4) → (B, 4)"""
+        """Encode an action so that the identity becomes zeros. (B, 4) → (B, 4)"""
         brightness, contrast, gamma, sigma = action.unbind(-1)
         return torch.stack([brightness - 1, contrast - 1, gamma.log(), sigma], -1)
 
@@ -266,7 +267,8 @@ class CheXWorld(nn.Module):
         self.encoder = ViT(image, patch, dim, depth, heads)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.predictor = Predictor(dim, predictor_dim, predictor_depth, predictor_heads)
-        self.register_buffer("coords", grid_coords(self.encoder.grid), persistent=False)  # (N, 2)
+        own_coords = grid_coords(self.encoder.grid)
+        self.register_buffer("own_coords", own_coords, persistent=False)  # (N, 2)
         self.config = self.encoder.config | dict(
             predictor_dim=predictor_dim,
             predictor_depth=predictor_depth,
@@ -281,16 +283,17 @@ class CheXWorld(nn.Module):
         masked (2B, M): the patches of y that each view must describe of itself.
         coords (2B, N, 2): φ of Eq. (5), where the *other* view's patches lie in this view's grid.
         action (2B, 4): what T_a did.
-        → {l11, l22, l12, l21, loss}, and the targets averaged over their patches (2B, D)
+        → {l11, l22, l12, l21, loss}: l12 is the loss of the context of view 1 on the targets of
+        view 2; and the targets averaged over their patches (2B, D), whose spread shows collapse
         """
-        grid = self.coords.expand(len(y), -1, -1)  # (2B, N, 2)
-        seen_at = take(grid, keep)
-        hidden_at = take(grid, masked)
+        own_coords = self.own_coords.expand(len(y), -1, -1)  # (2B, N, 2)
+        seen_at = take(own_coords, keep)
+        hidden_at = take(own_coords, masked)
 
         target = self.targets(y)  # (2B, N, D): f_θ̄, layer-normed
         context = self.encoder(x, keep)  # (2B, K, D): f_θ on what is visible of T_a(y)
 
-        # Local + domain, Eq. (10): each view describes its own hidden patches, as before T_a.
+        # Local + domain, Eq. (10): each view describes its hidden patches as they were before T_a.
         own = self.predictor(context, seen_at, hidden_at, action)  # (2B, M, D)
         l11, l22 = error(own, take(target, masked))
 
@@ -298,7 +301,7 @@ class CheXWorld(nn.Module):
         other = self.predictor(context, seen_at, coords, action)  # (2B, N, D)
         l12, l21 = error(other, swap_views(target))
 
-        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (12), as a mean
+        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (12) is the sum; we take the mean
         return dict(l11=l11, l22=l22, l12=l12, l21=l21, loss=loss), target.mean(1)
 
     @torch.no_grad()
@@ -312,15 +315,15 @@ class CheXWorld(nn.Module):
         """Let the target encoder follow slowly: θ̄ ← momentum · θ̄ + (1 - momentum) · θ."""
         averaged = list(self.target_encoder.parameters())
         trained = list(self.encoder.parameters())
-        torch._foreach_lerp_(averaged, trained, 1 - momentum)
+        torch._foreach_lerp_(averaged, trained, 1 - momentum)  # one call for all tensors
 
     def predict(self, images, action=None):
-        """Predict the targets of whole views that T_a changed: g(f_θ(x); a) at all patches.
+        """Predict the targets of whole views, every patch seen and every patch asked for.
 
-        images (B, 1, H, W), action (B, 4) or None → (B, N, D)
+        images (B, 1, H, W), action (B, 4): what was done to them, None for nothing → (B, N, D)
         """
-        grid = self.coords.expand(len(images), -1, -1)
-        return self.predictor(self.encoder(images), grid, grid, action)
+        own_coords = self.own_coords.expand(len(images), -1, -1)
+        return self.predictor(self.encoder(images), own_coords, own_coords, action)
 
 
 def error(guess, target):
@@ -361,9 +364,10 @@ def norm(channels):
 
 
 class SimpleFPN(nn.Module):
-    """Make maps of strides 4, 8, 16, 32 px from the ViT's last one (Li et al. 2022).
+    """Make maps of strides 4, 8, 16, 32 px from the ViT's one map (Li et al. 2022).
 
-    Each map is doubled or halved in size until its stride is right. (B, D, n, n) → four maps
+    The ViT's map is doubled or halved in size until its stride is right, and its channels are
+    halved each time while they stay above the wanted number. (B, D, n, n) → four maps
     """
 
     def __init__(self, dim, patch, channels):
@@ -376,9 +380,9 @@ class SimpleFPN(nn.Module):
             for _ in range(abs(doublings)):
                 narrower = max(out, width // 2)
                 if doublings > 0:
-                    layers.append(nn.ConvTranspose2d(width, narrower, 2, 2))
+                    layers.append(nn.ConvTranspose2d(width, narrower, 2, stride=2))
                 else:
-                    layers.append(nn.Conv2d(width, narrower, 3, 2, 1))
+                    layers.append(nn.Conv2d(width, narrower, 3, stride=2, padding=1))
                 layers += [norm(narrower), nn.GELU()]
                 width = narrower
             layers += [nn.Conv2d(width, out, 1), norm(out)]

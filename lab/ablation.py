@@ -116,13 +116,13 @@ class AblatedCheXWorld(CheXWorld):
 
     def within(self, target, context, keep, masked, action):
         """Eq. (10): each view predicts its own masked patches. → (2,), one loss per view"""
-        grid = self.coords.expand(len(context), -1, -1)
+        grid = self.own_coords.expand(len(context), -1, -1)
         guess = self.predictor(context, take(grid, keep), take(grid, masked), action)
         return error(guess, take(target, masked))
 
     def between(self, target, context, keep, coords, action):
         """Eq. (11): each view predicts every patch of the other view. → (2,), one loss per view"""
-        grid = self.coords.expand(len(context), -1, -1)
+        grid = self.own_coords.expand(len(context), -1, -1)
         wanted_at = coords if self.delta else grid
         guess = self.predictor(context, take(grid, keep), wanted_at, action)
         return error(guess, swap_views(target))

@@ -76,7 +76,7 @@ def domain_errors(world, image, actions, candidates):
     y = augment.tone(same, candidates[:, 0], candidates[:, 1])  # (n, 1, H, W)
     context = world.encoder(augment.apply_action(y, actions))  # (n, N, D)
     truth = world.targets(y).flatten(1)  # (n, N · D)
-    at = world.coords.expand(len(actions), -1, -1)  # (n, N, 2)
+    at = world.own_coords.expand(len(actions), -1, -1)  # (n, N, 2)
     identity = torch.tensor(augment.IDENTITY, device=device).expand(len(actions), 4)
     errors = []
     for told in (actions, identity):

@@ -289,7 +289,7 @@ def predicted(world, item, device):
     The action is the identity.
     """
     keep = item["keep"].to(device)
-    grid = world.coords.expand(len(keep), -1, -1)
+    grid = world.own_coords.expand(len(keep), -1, -1)
     context = world.encoder(augment.to_float(item["context"].to(device))[:, None], keep)
     action = torch.tensor(augment.IDENTITY, device=device).expand(len(keep), 4)
     guess = world.predictor(context, take(grid, keep), item["coords"].to(device), action)

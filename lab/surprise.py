@@ -138,7 +138,7 @@ def errors(world, images):
     whole = (world.predict(images, identity).float() - truth).square().mean(-1)
     swept = torch.zeros_like(whole)
     times = torch.zeros_like(whole[0])
-    at = world.coords.expand(len(images), -1, -1)
+    at = world.own_coords.expand(len(images), -1, -1)
     for hidden in windows(world.encoder.grid).to(device):
         keep = (~hidden).nonzero()[:, 0].expand(len(images), -1)  # (B, K)
         masked = hidden.nonzero()[:, 0].expand(len(images), -1)  # (B, M)

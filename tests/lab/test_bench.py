@@ -54,7 +54,7 @@ def test_fewer_targets_are_the_first_ones_of_the_whole_loss():
     step = bench.Step(config(targets=7), TEAM)
     world, b = step.world.eval(), step.batch
     t, h = world.targets(b["y"]), world.encoder(b["x"], b["keep"])
-    at = world.coords.expand(len(h), -1, -1)
+    at = world.own_coords.expand(len(h), -1, -1)
     for i, j, name in ((0, 1, "l12"), (1, 0, "l21")):
         rows = slice(2 * i, 2 * i + 2)
         guess = world.predictor(

@@ -81,7 +81,7 @@ class Oracle(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))
-        self.coords = torch.zeros(256, 2)
+        self.own_coords = torch.zeros(256, 2)
 
     def encoder(self, images):
         return images
@@ -131,7 +131,7 @@ class Perfect(torch.nn.Module):
     def __init__(self, grid=4):
         super().__init__()
         self.grid = grid
-        self.coords = torch.zeros(grid**2, 2)
+        self.own_coords = torch.zeros(grid**2, 2)
         self.anchor = torch.nn.Parameter(torch.zeros(1))
         self.told = None
 

@@ -151,7 +151,7 @@ def test_authors_weights_compute_the_same_function(width):
         )
         with torch.no_grad():
             guess = world.predictor(
-                ours, world.coords[torch.from_numpy(keep)], coords, torch.tensor(ACTIONS)
+                ours, world.own_coords[torch.from_numpy(keep)], coords, torch.tensor(ACTIONS)
             )
         assert np.abs(guess.numpy() - truth).max() < 1e-4 * max(1, np.abs(truth).max()), flips
     assert np.abs(truth).std() > 0.1  # the comparison is not of zeros
