@@ -1,278 +1,54 @@
-"""Fine-tune an encoder on one of the paper's eight benchmarks, or on your own films.
+"""Fine-tune an encoder on one of the paper's eight benchmarks, or on your own films. (Sec. B.3)
 
-    python finetune.py --task csv --data FOLDER --labels FILE.csv            # laptop: your films, the newest pre-training run under runs/
-    python finetune.py --task shenzhen --seeds 5                             # one GPU: the paper's recipe, films in $CXR/shenzhen or data/shenzhen
-    torchrun --nproc_per_node=8 finetune.py --task vindr --weights FILE      # eight GPUs, the same code
-    python finetune.py --task shenzhen --weights runs/shenzhen/seed0/best.pt --eval      # test a fine-tuned checkpoint again
+    python finetune.py --task csv --data FOLDER --labels FILE.csv        # laptop: your own films
+    python finetune.py --task shenzhen --seeds 5       # one GPU: the paper's recipe, $CXR/shenzhen
+    torchrun --nproc_per_node=8 finetune.py --task vindr --weights FILE  # eight GPUs, same code
+    python finetune.py --task shenzhen --weights runs/shenzhen/seed0/best.pt --eval  # test again
 
---weights none trains from scratch, --freeze fits a head on frozen features. The model is chosen on validation, the test films are used once, at the
-end. The same command again goes on where the last one stopped. --out receives seed*/{config.json,log.csv,best.pt,predictions.csv} and result.json.
+Training starts from the newest pre-training run under runs/ or from --weights; --weights none is
+from scratch; --freeze trains only a head on frozen features. The model is chosen on validation
+films, the test films are used once, at the end. The same command again goes on where the last one
+stopped. --out receives seed*/{config.json,log.csv,best.pt,predictions.csv,cases.png} and
+result.json.
 """
 
-import contextlib
-import csv
 import dataclasses
-import hashlib
-import io
 import json
-import os
-import time
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import augment
-from data import (
-    Batches,
-    InMemory,
-    TestExamples,
-    TrainExamples,
-    UnreadableFilms,
-    open_examples,
-)
+from data import Batches, InMemory, TestExamples, TrainExamples, UnreadableFilms, open_examples
 from model import SIZES, Classifier, Segmenter, ViT
-from plumbing import pictures
+from plumbing import launch, metrics, results
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
-from plumbing.checkpoint import (
-    Log,
-    StopRequest,
-    load_checkpoint,
-    save_atomic,
-    write_json,
-    write_text,
-)
-from plumbing.keys import TRAIN_JITTER, torch_generator
-from plumbing.launch import (
-    UserError,
-    autocast,
-    choose_precision,
-    flag,
-    parse,
-    run_script,
-    start_team,
-    warmup_cosine,
-)
-from plumbing.metrics import accuracy, dice, fit_probe, mean_auroc
+from plumbing.checkpoint import StopRequest, load_checkpoint, newest_run, write_json
+from plumbing.keys import DROP_PATH, TRAIN_JITTER, seed_torch, torch_generator
+from plumbing.launch import UserError, flag
+from plumbing.results import METRIC
+from plumbing.seedrun import SeedLog, SeedRun, finished_result, keep_recipe, recipe_of
 from plumbing.splits import class_warnings, draw_few
 from plumbing.weights import load_encoder, resized
 
+# ---------------------------------------------------------------- recipe
+# plumbing/benchmarks.py (TASKS) holds the paper's settings of every task. They are changed where
+# the paper is silent or the network is small; flags come before both.
+PUBLISHED = ("vindr", "chexpert")  # tasks whose epochs and batch are known
+MIN_STEPS = 300  # of the other tasks: few films get more epochs, until there are so many steps
+# The paper's network is ViT-Base. Ours, for networks narrower than ViT-Small:
+SMALL_PRETRAINED = dict(lr=4e-4, drop_path=0.1)
+SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # a new segmentation decoder needs it, too
 
-# ---------------------------------------------------------------- loss, prediction, judgement
-def loss_of(kind, logits, goal):
-    """Per film: labels → binary cross entropy, mean over classes; classes → cross entropy; mask → cross entropy + 1 - Dice, 1 : 1. → (B,)"""
-    if kind == "classes":
-        return F.cross_entropy(logits.float(), goal, reduction="none")
-    bce = (
-        F.binary_cross_entropy_with_logits(logits.float(), goal, reduction="none")
-        .flatten(1)
-        .mean(1)
-    )
-    if kind == "labels":
-        return bce
-    p, t = logits.float().sigmoid().flatten(1), goal.flatten(1)
-    return bce + 1 - (2 * (p * t).sum(1) + 1e-5) / (p.sum(1) + t.sum(1) + 1e-5)
-
-
-def prepare(item, kind, seed, step, places, batch, device):
-    """A loaded micro-batch → images (b, 1, H, W) with brightness and contrast in 0.8 … 1.2, goal. Keyed by (seed, step, place in the batch)."""
-    jitter = augment.sample_jitter(
-        batch, torch_generator(TRAIN_JITTER, seed, step), 0.8 if kind == "mask" else 1.0, (0.8, 1.2)
-    )[places].to(device)
-    images = augment.to_float(item["view"].to(device, non_blocking=True))
-    return augment.tone(images, jitter[:, 0], jitter[:, 1])[:, None], item["goal"].to(
-        device, non_blocking=True
-    )
-
-
-@torch.no_grad()
-def predict(forward, kind, films, config, team, bad, ten=False):
-    """{i: row} for every readable case: what forward gives, mean over its crops (c,); kind mask: (Dice, 1 if truth has any pixel, loss)."""
-    mine, rows, broken = (
-        torch.utils.data.Subset(TestExamples(films, ten), range(team.rank, len(films), team.world)),
-        {},
-        {},
-    )
-    size, workers = (
-        max(1, config.micro // (10 if ten else 1)),
-        0 if isinstance(films, InMemory) else config.workers,
-    )
-    loader = torch.utils.data.DataLoader(mine, batch_size=size, num_workers=workers)
-    for item in loader:
-        views = augment.to_float(item["views"].to(team.device))  # (b, v, H, W)
-        with autocast(team.device, config.precision):
-            out = forward(views.flatten(0, 1)[:, None]).float()
-        if kind == "mask":
-            goal = item["goal"].to(team.device)
-            losses, guess, truth = (
-                loss_of(kind, out, goal).cpu(),
-                (out > 0).cpu().numpy(),
-                item["goal"].numpy() > 0.5,
-            )
-            out = [
-                np.array([dice(g, t), t.any(), loss])
-                for g, t, loss in zip(guess, truth, losses.tolist())
-            ]
-        else:
-            out = out.view(*views.shape[:2], -1).mean(1).cpu().numpy()
-        names, reasons = item["unreadable"], item["reason"]
-        for i, name, reason, row in zip(item["index"].tolist(), names, reasons, out, strict=True):
-            if name:
-                broken[name] = reason
-            else:
-                rows[i] = row
-    if team.world > 1:
-        parts = [None] * team.world
-        dist.all_gather_object(parts, (rows, broken))
-        rows, broken = (
-            {i: r for p, _ in parts for i, r in p.items()},
-            {name: reason for _, b in parts for name, reason in b.items()},
-        )
-    for name, reason in sorted(broken.items()):
-        bad.note(name, reason)
-    return dict(sorted(rows.items()))
-
-
-def goals(films, rows):
-    """Targets (n, c) of the predicted cases, in their order."""
-    return np.array([films.examples[i].target for i in rows], float)
-
-
-def judge(kind, labels, films, rows):
-    """→ (metric in percent, loss, {class: AUROC in percent or None}); a class without positives or negatives counts in no mean."""
-    table = np.stack(list(rows.values()))
-    percent = lambda x: None if np.isnan(x) else 100 * float(x)
-    if kind == "mask":
-        some = table[table[:, 1] > 0, 0]
-        each = {
-            "all films": percent(table[:, 0].mean()),
-            "films with a mask": percent(some.mean() if len(some) else np.nan),
-        }
-        return 100 * table[:, 0].mean(), table[:, 2].mean(), each
-    truth = goals(films, rows)
-    mean, each = mean_auroc(table, truth)
-    loss = (
-        loss_of(kind, torch.tensor(table), torch.tensor(truth, dtype=torch.float32)).mean().item()
-    )
-    return (
-        100 * (accuracy(table, truth.argmax(1)) if kind == "classes" else mean),
-        loss,
-        dict(zip(labels, map(percent, each))),
-    )
-
-
-def solve_head(model, films, config, team, bad):
-    """The linear probe: logistic regression on frozen features of un-augmented films, its penalty chosen on validation, written into the head."""
-    x, y = {}, {}
-    model.eval()  # no drop path
-    for split in ("train", "val"):
-        rows = predict(model.features, "labels", films[split], config, team, bad)
-        x[split], y[split] = np.stack(list(rows.values())), goals(films[split], rows)
-    weight, bias = fit_probe(x["train"], y["train"], x["val"], y["val"])
-    with torch.no_grad():
-        model.head.weight.copy_(torch.from_numpy(weight.T))
-        model.head.bias.copy_(torch.from_numpy(bias))
-
-
-def write_predictions(path, kind, labels, films, rows):
-    """predictions.csv: film, class, label (0/1; mask: does it have one), score (logit; mask: Dice), one row a film and class."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(("film", "class", "label", "score"))
-    for i, row in rows.items():
-        case = films.examples[i]
-        pairs = (
-            [(labels[0], int(row[1]), row[0])] if kind == "mask" else zip(labels, case.target, row)
-        )
-        table.writerows(
-            (case.path.name, name, label, f"{score:.6g}") for name, label, score in pairs
-        )
-    write_text(path, text.getvalue())
-
-
-@torch.no_grad()
-def write_picture(path, model, films, rows, device):
-    """cases.png: best, median and worst film by Dice, with truth in green, the prediction in red and what both hold in yellow beside it."""
-    order, pictures_of, captions = sorted(rows, key=lambda i: -rows[i][0]), [], []
-    for i in (order[0], order[len(order) // 2], order[-1]):
-        item = TestExamples(films)[i]
-        guess = (
-            (model(augment.to_float(torch.from_numpy(item["views"]))[:, None].to(device)) > 0)[0]
-            .cpu()
-            .numpy()
-        )
-        tint = np.repeat(item["views"][0][..., None] * 0.6, 3, 2)
-        tint[..., 0] += 100 * guess
-        tint[..., 1] += 100 * item["goal"]
-        pictures_of.append([item["views"][0], tint.clip(0, 255).astype(np.uint8)])
-        captions.append([films.examples[i].path.name[:40], f"Dice {100 * rows[i][0]:.1f}"])
-    titles = ["film", "green truth, red prediction"]
-    pictures.save(
-        pictures.grid(pictures_of, captions, titles, ["best", "median", "worst"], cell=256), path
-    )
-
-
-def layer_groups(model, weight_decay, layer_decay):
-    """AdamW parameter groups {params, weight_decay, scale}: layer k of a ViT of L blocks learns at scale = layer_decay^(L + 1 - k); patch
-    embedding k = 0, block i k = i + 1, final norm and head k = L + 1. Vectors (biases, norms) do not decay; frozen parameters are left out."""
-    depth, groups = len(model.vit.blocks), {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        parts = name.split(".")
-        layer = (
-            0
-            if parts[:2] == ["vit", "patch_embed"]
-            else int(parts[2]) + 1
-            if parts[:2] == ["vit", "blocks"]
-            else depth + 1
-        )
-        decay = weight_decay if parameter.dim() > 1 else 0.0
-        group = groups.setdefault(
-            (layer, decay),
-            {"params": [], "weight_decay": decay, "scale": layer_decay ** (depth + 1 - layer)},
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}
-
-
-PUBLISHED = ("vindr", "chexpert")  # tasks whose epochs and batch the authors tell
-
-
-MIN_STEPS = 300  # of the other tasks: few films mean more epochs
-
-
-SMALL, SMALL_TUNED = (
-    dict(lr=1e-3, drop_path=0.1),
-    dict(lr=4e-4, drop_path=0.1),
-)  # ours, for networks narrower than ViT-Small, from scratch
-# and pre-trained (a new segmentation decoder needs the larger steps, too): METHOD.md's recipe is made for ViT-B
-
-
-FREE = {
-    "out",
-    "data",
-    "labels",
-    "eval",
-    "seed",
-    "seeds",
-    "device",
-    "workers",
-    "micro",
-    "max_steps",
-    "log_every",
-    "save_every",
-    "compile",
-    "memory_gb",
-}  # may change on resume
+# Flags that may change when a run goes on, for they do not change its numbers.
+FREE = set("out data labels eval seed seeds device workers micro max_steps".split())
+FREE |= set("log_every save_every compile memory_gb".split())
 
 
 @dataclasses.dataclass
@@ -281,55 +57,46 @@ class Config:
     data: str = flag(None, "folder of the films [$CXR/<task>, else data/<task>]")
     labels: str = flag(
         None,
-        "task csv: table filename,label[,patient_id][,split]; label: a class, 'a|b' or normal; or a 0/1 column a class; or mask",
+        "task csv: table filename,label[,patient_id][,split], where label is a class, 'a|b' or "
+        "normal; instead of label also one 0/1 column per class, or mask: a file",
     )
-    column: str = flag(
-        None, "task csv: the column to learn [mask, else label, else all 0/1 columns]"
-    )
+    column: str = flag(None, "task csv: what to learn [mask, else label, else all 0/1 columns]")
     weights: str = flag(
         None,
-        "encoder.pt or last.pt of a run, the authors' or timm's file, or none [the newest encoder.pt under runs/]",
+        "encoder.pt or last.pt of a run, the authors' or timm's file, or none: random weights "
+        "[the newest encoder.pt under runs/]",
     )
     out: str = flag(None, "folder of the run [runs/<task>, or runs/<name of the table>]")
-    eval: bool = flag(False, "no training: test the fine-tuned checkpoint --weights")
-    freeze: bool = flag(
-        False, "keep the encoder as it is: linear probe (segmentation: train the decoder alone)"
-    )
+    eval: bool = flag(False, "do not train: test the fine-tuned checkpoint --weights")
+    freeze: bool = flag(False, "train only the head: linear probe, or the decoder of segmentation")
     head: str = flag(
         None,
-        "classifier's start: random (the paper's), or probe: the linear probe, a safer start [probe for csv]",
+        "how the classifier starts: random (the paper's), or as the linear probe, which is safer "
+        "with few films [probe for task csv]",
         ["random", "probe"],
     )
-    seed: int = flag(0, "first seed: of new layers, order, augmentation and draws from train")
-    seeds: int = flag(
-        1, "number of seeds, one after the other; the result is their mean and standard deviation"
-    )
+    seed: int = flag(0, "first seed: of new layers, order, augmentation and draws of films")
+    seeds: int = flag(1, "number of seeds; the result is their mean and standard deviation")
     fraction: float = flag(1.0, "share of the training films to use, drawn by seed")
-    shots: int = flag(
-        None, "training films of every class to use, drawn by seed, or MedFM's own lists"
-    )
+    shots: int = flag(None, "training films per class, drawn by seed, or MedFM's own lists")
     size: str = flag(None, "network from scratch, with --weights none [base]", list(SIZES))
-    image: int = flag(None, "side of the film the network sees, px [as pre-trained; scratch 224]")
+    image: int = flag(None, "side of a film for the network, px [as pre-trained; scratch 224]")
     patch: int = flag(None, "side of a patch, px [as pre-trained; scratch 16]")
-    batch: int = flag(None, "films a step over all GPUs [from the task]")
-    micro: int = flag(None, "films a forward pass on one GPU [at most 128]")
+    batch: int = flag(None, "films per step over all GPUs [from the task]")
+    micro: int = flag(None, "films per forward pass on one GPU [at most 128]")
     epochs: int = flag(None, "passes over the training films; sets the schedule [from the task]")
-    max_steps: int = flag(None, "stop early after this many steps, without changing the schedule")
+    max_steps: int = flag(None, "end after this many steps, without changing the schedule")
     lr: float = flag(None, "peak learning rate of the last layer [from the task]")
     min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
-    weight_decay: float = flag(None, "AdamW weight decay; none on biases and norms [from the task]")
-    layer_decay: float = flag(
-        None, "each layer's learning rate as a share of the next one's [from the task]"
-    )
+    weight_decay: float = flag(None, "AdamW's; none on biases and norms [from the task]")
+    layer_decay: float = flag(None, "a layer's learning rate per that of the next [from the task]")
     drop_path: float = flag(
         None, "chance that a film skips the last block, linear over depth [from the task]"
     )
-    warmup: float = flag(None, "epochs of linear warm-up [from the task, at most a tenth]")
-    patience: int = flag(None, "validations without a new best before stopping [from the task]")
-    clip: float = flag(1.0, "largest gradient norm")
-    ten_crop: bool = flag(
-        False, "classification: average the test over five crops and their mirror images"
-    )
+    warmup: float = flag(None, "epochs of linear warm-up [from the task, at most a tenth of all]")
+    patience: int = flag(None, "validations without a new best before the end [from the task]")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    ten_crop: bool = flag(False, "test on five crops of a film and their mirror images, averaged")
     precision: str = flag(
         "auto",
         "auto = bfloat16 on GPUs and on CPUs that multiply it natively",
@@ -337,234 +104,141 @@ class Config:
     )
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
-    workers: int = flag(None, "loader processes a GPU [8 on a GPU, 0 on a CPU]")
-    memory_gb: float = flag(
-        16.0,
-        "keep the films decoded in memory when they take less than this in all processes together",
-    )
+    workers: int = flag(None, "loader processes per GPU [8 on a GPU, 0 on a CPU]")
+    memory_gb: float = flag(16.0, "keep the films decoded if all processes need less than this")
     log_every: int = flag(10, "steps between rows of log.csv")
     save_every: int = flag(500, "steps between checkpoints, beside those at every validation")
 
 
-# ------------------------------------------------------------------------------------------------ what was chosen, and why
-def choose_weights(config, out):
-    """→ (path or None for scratch, why)."""
-    if config.weights == "none":
-        return None, "from scratch, as asked"
-    if config.weights:
-        path = Path(config.weights)
-        return (path / "encoder.pt" if path.is_dir() else path), "as asked"
-    begun = out / f"seed{config.seed}" / "config.json"
-    if begun.is_file():
-        path = json.loads(begun.read_text())["weights"]
-        return (None if path == "none" else Path(path)), f"as in the run in {out}"
-    found = (
-        sorted(Path("runs").rglob("encoder.pt"), key=os.path.getmtime)
-        if Path("runs").is_dir()
-        else []
-    )
-    if not found:
+def check(args: Config):
+    """Raise UserError on flags that make no sense together."""
+    if not 0 < args.fraction <= 1 or args.seeds < 1:
         raise UserError(
-            "no pre-training run (encoder.pt) under runs/: run pretrain.py, or give --weights FILE, or --weights none for scratch"
+            f"--fraction {args.fraction} must be above 0 and at most 1, "
+            f"--seeds {args.seeds} at least 1"
         )
-    return found[-1], "newest pre-training run under runs/"
-
-
-def make_vit(config, path):
-    """The encoder at the wanted image and patch size, with drop path. path None: random weights of --size."""
-    if path is None:
-        size = {
-            k: v for k, v in SIZES[config.size or "base"].items() if not k.startswith("predictor")
-        }
-        return ViT(config.image, config.patch, **size, drop_path=config.drop_path)
-    return resized(load_encoder(path), config.image, config.patch, config.drop_path)
-
-
-def shape_of(config, path):
-    """image, patch, dim, depth of the encoder before any change."""
-    return (
-        load_encoder(path).config
-        if path
-        else dict(image=224, patch=16, **SIZES[config.size or "base"])
-    )
-
-
-def settle(config, kind, shape, films, team):
-    """A copy of config with nothing left open: the task's recipe, the encoder's shape, what few films allow. → (Config, why). films: to train on."""
-    recipe = dict(SEGMENT if kind == "mask" else TASKS[config.task].recipe)
-    why = "the paper's" if config.task in PUBLISHED else "the paper's; epochs and batch are ours"
-    if shape["dim"] < SIZES["small"]["dim"]:
-        ours = SMALL if kind == "mask" or config.weights == "none" else SMALL_TUNED
-        recipe |= ours
-        why = (
-            f"for a small network ours: {', '.join(f'{k} {v}' for k, v in ours.items())}; else "
-            + why
-        )
-    given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
-    settled = {**recipe, "image": shape["image"], "patch": shape["patch"], **given}
-    settled["batch"] = max(1, min(settled["batch"], films) // team.world) * team.world
-    share = settled["batch"] // team.world
-    settled["micro"] = max(
-        m for m in range(1, min(config.micro or 128, share) + 1) if share % m == 0
-    )
-    settled["workers"] = (
-        config.workers if config.workers is not None else 8 if team.device.type == "cuda" else 0
-    )
-    settled["precision"] = choose_precision(config.precision, team.device)
-    per_epoch = max(1, films // settled["batch"])
-    if (
-        config.epochs is None
-        and config.task not in PUBLISHED
-        and settled["epochs"] * per_epoch < MIN_STEPS
-    ):
-        settled["epochs"] = -(-MIN_STEPS // per_epoch)
-        why += f"; epochs raised to reach {MIN_STEPS} steps"
-    settled["warmup"] = min(settled["warmup"], settled["epochs"] / 10)
-    return dataclasses.replace(config, **settled), why
-
-
-def check(config):
-    """Stop on flags that make no sense together."""
-    if not 0 < config.fraction <= 1 or config.seeds < 1:
-        raise UserError(
-            f"--fraction {config.fraction} must be above 0 and at most 1, --seeds {config.seeds} at least 1"
-        )
-    if config.shots is not None and (config.shots < 1 or config.fraction < 1):
+    if args.shots is not None and (args.shots < 1 or args.fraction < 1):
         raise UserError("--shots must be at least 1, and does not go with --fraction")
-    if config.eval and (config.weights in (None, "none")):
+    if args.eval and args.weights in (None, "none"):
         raise UserError("--eval needs --weights FILE, a best.pt of finetune.py")
-    if config.size and config.weights != "none":
+    if args.size and args.weights != "none":
         raise UserError(
             "--size is for --weights none; otherwise the weights say how large the network is"
         )
 
 
-def describe(splits):
-    """Lines for the reader: the split with its counts, then what was decided on the way."""
-    lines = []
-    for split, c in splits.counts().items():
-        positive = ", ".join(f"{name} {n}" for name, n in c.get("positive", {}).items())
-        lines.append(
-            f"{split}: {c['films']} films of {c['patients']} patients"
-            + (f" ({positive})" if positive else "")
-        )
-    return [*lines, *splits.notes, *class_warnings(splits)]
+def choose_out(args: Config) -> Path:
+    """The folder that receives the results."""
+    if args.out:
+        return Path(args.out)
+    if args.eval:
+        return Path(args.weights).parent / "eval"
+    return Path("runs") / (Path(args.labels).stem if args.labels else args.task)
 
 
-def judgeable(splits):
-    """Stop before training when the test split cannot give a number."""
-    films = len(splits.test)
-    if splits.kind != "mask" and not any(
-        0 < sum(c.target[k] for c in splits.test) < films for k in range(len(splits.labels))
-    ):
+def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
+    """Fill in every setting that the user left open. → (a filled copy of args, reasons)
+
+    What the user gave comes first, then our settings for small networks, then the task's recipe.
+    shape: the encoder's (encoder_shape). films: number of training films.
+    """
+    defaults = dict(SEGMENT if kind == "mask" else TASKS[args.task].recipe)
+    defaults |= {"image": shape["image"], "patch": shape["patch"]}
+    reasons = ["The recipe is the paper's."]
+    if args.task not in PUBLISHED:
+        reasons.append("Epochs and batch are ours: the paper does not tell them.")
+    if shape["dim"] < SIZES["small"]["dim"]:
+        has_new_layers = kind == "mask" or args.weights == "none"
+        ours = SMALL_FROM_SCRATCH if has_new_layers else SMALL_PRETRAINED
+        defaults |= ours
+        shown = " and ".join(f"{name} {value:g}" for name, value in ours.items())
+        reasons.append(f"For a small network we take {shown}.")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    filled = Config(**{**vars(args), **defaults, **given})
+
+    # Every process takes the same share of a batch, in micro-batches that divide it evenly.
+    share = max(1, min(filled.batch, films) // team.world)
+    filled.batch = share * team.world
+    limit = min(args.micro or 128, share)
+    filled.micro = max(size for size in range(1, limit + 1) if share % size == 0)
+    if filled.workers is None:
+        filled.workers = 8 if team.device.type == "cuda" else 0
+    filled.precision = launch.choose_precision(args.precision, team.device)
+
+    per_epoch = max(1, films // filled.batch)
+    may_raise = args.epochs is None and args.task not in PUBLISHED
+    if may_raise and filled.epochs * per_epoch < MIN_STEPS:
+        filled.epochs = math.ceil(MIN_STEPS / per_epoch)
+        reasons.append(f"The films are few: epochs are raised to reach {MIN_STEPS} steps.")
+    filled.warmup = min(filled.warmup, filled.epochs / 10)
+    return filled, reasons
+
+
+class Steps(NamedTuple):
+    """How many steps of the optimizer a seed takes."""
+
+    per_epoch: int
+    total: int  # of the whole schedule
+    end: int  # where this run ends: --max_steps may cut it short
+    between_validations: int  # an epoch, or a fiftieth of all
+
+
+def count_steps(args: Config, kind, films: int) -> Steps:
+    """Count the steps for so many training films. An epoch has whole batches only."""
+    if args.freeze and kind != "mask":
+        return Steps(0, 0, 0, 0)  # a linear probe is computed, not trained
+    per_epoch = films // args.batch
+    total = args.epochs * per_epoch
+    end = min(total, args.max_steps or total)
+    return Steps(per_epoch, total, end, between_validations=max(per_epoch, total // 50))
+
+
+# ---------------------------------------------------------------- weights and model
+def choose_weights(args: Config, out: Path) -> tuple[Path | None, str]:
+    """Find the weights to start from. → (path, None for random weights; why these)"""
+    if args.weights == "none":
+        return None, "from scratch, as asked"
+    if args.weights:
+        path = Path(args.weights)
+        return (path / "encoder.pt" if path.is_dir() else path), "as asked"
+    begun = out / f"seed{args.seed}" / "config.json"
+    if begun.is_file():  # a newer pre-training run must not change what this run started from
+        path = json.loads(begun.read_text())["weights"]
+        return (None if path == "none" else Path(path)), f"as in the run in {out}"
+    newest = newest_run()
+    if newest is None:
         raise UserError(
-            f"no class has positive and negative films among the {films} test films: AUROC is undefined; choose another split"
+            "no pre-training run (encoder.pt) under runs/: run pretrain.py, "
+            "or give --weights FILE, or --weights none for scratch"
         )
+    return newest, "newest pre-training run under runs/"
 
 
-def recipe_line(config, kind, n, total, every, reason):
-    """What will be trained and why so, in one line."""
-    if config.freeze and kind != "mask":
-        return f"linear probe on {n} films, encoder frozen, {config.image} px in {config.patch} px patches, penalty chosen on validation"
-    return (
-        f"{n} films, {config.image} px in {config.patch} px patches{', encoder frozen' if config.freeze else ''}, "
-        f"{config.epochs} epochs = {total} steps of {config.batch}, {config.head} head, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
-        f"layer decay {config.layer_decay:g}, drop path {config.drop_path:g}, {config.precision}; validation every {every} steps, "
-        f"stop after {config.patience} without a new best ({reason})"
-    )
+def encoder_shape(args: Config, weights) -> dict:
+    """image, patch, dim and depth of the encoder as pre-trained, or as --size says."""
+    if weights is None:
+        return dict(image=224, patch=16, **SIZES[args.size or "base"])
+    return load_encoder(weights).config
 
 
-# ------------------------------------------------------------------------------------------------ result
-def summarise(out, config, splits, weights, results, team):
-    """result.json over the seeds trained so far, and the last lines on the screen."""
-    values, kind = [r["value"] for r in results], METRIC[splits.kind]
-    per_class = {name: [r["per_class"][name] for r in results] for name in results[0]["per_class"]}
-    per_class = {name: None if None in v else float(np.mean(v)) for name, v in per_class.items()}
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    result = {
-        "task": config.task,
-        "metric": kind,
-        "mean": float(np.mean(values)),
-        "std": std,
-        "seeds": values,
-        "per_class": per_class,
-        "split": splits.counts(),
-        "notes": splits.notes,
-        "weights": str(weights or "none"),
-        "freeze": config.freeze,
-        "fraction": config.fraction,
-        "shots": config.shots,
-        "trained_on": [r["films"] for r in results],
-        "bad": sorted({name for r in results for name in r["bad"]}),
-    }
-    if team.lead:
-        write_json(out / "result.json", result)
-    for name, value in per_class.items():
-        team.say(
-            f"  {name:32s} {'undefined: test lacks its positives or negatives' if value is None else f'{value:6.2f}'}"
-        )
-    paper = TASKS[config.task].paper
-    team.say(
-        f"test {kind} {result['mean']:.2f} ± {std:.2f} % over {len(values)} seed(s){f' (paper {paper})' if paper else ''}: {out}/result.json"
-    )
+def make_model(args: Config, weights, kind, labels):
+    """Put a new head on the encoder, which is resized to --image and --patch where these differ."""
+    if weights is None:
+        size = SIZES[args.size or "base"]
+        size = {name: value for name, value in size.items() if not name.startswith("predictor")}
+        vit = ViT(args.image, args.patch, **size, drop_path=args.drop_path)
+    else:
+        vit = resized(load_encoder(weights), args.image, args.patch, args.drop_path)
+    return add_head(vit, kind, labels)
 
 
-# ------------------------------------------------------------------------------------------------ runs that go on where they stopped
-def recipe_of(config, path, vit, drawn):
-    """What a run must keep to be continued: every setting that changes the numbers, the weights and the training films by fingerprint."""
-    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
-    films = repr([(str(c.path.name), c.target, c.mask and c.mask[0]) for c in drawn]).encode()
-    weights = (
-        b"".join(p.detach().cpu().numpy().tobytes() for p in vit.parameters()) if path else b""
-    )
-    recipe = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    return recipe | {
-        "weights": str(path or "none"),
-        "weights_are": digest(weights),
-        "films_are": digest(films),
-        "films": len(drawn),
-    }
+def add_head(vit, kind, labels):
+    """A linear layer on the mean token to classify, a U-Net decoder to segment."""
+    return Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))
 
 
-def same_recipe(folder, recipe):
-    """Keep the recipe in config.json; Stop when the folder holds a run with another one."""
-    path = folder / "config.json"
-    if path.is_file():
-        old = json.loads(path.read_text())
-        changed = [f"{k} {old.get(k)} → {v}" for k, v in recipe.items() if old.get(k) != v]
-        if changed:
-            raise UserError(
-                f"{folder} holds a run with another recipe ({'; '.join(changed)}): choose another --out, or delete it to start anew"
-            )
-    write_json(path, recipe)
-
-
-def finished(path, end):
-    """result.json of a seed that has nothing left to train, else None."""
-    result = json.loads(path.read_text()) if path.is_file() else None
-    return result if result and (result["over"] or result["steps"] >= end) else None
-
-
-def resume(path, model, optimizer, best):
-    """Continue from last.pt when there is one. → step to go on with, best so far on validation"""
-    if not path.is_file():
-        return 0, best
-    saved = load_checkpoint(path)
-    model.load_state_dict(saved["finetuned"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["best"]
-
-
-def judged(best, value, loss, step):
-    """The record of the best validation so far: a higher metric, or the same and a lower loss; stale counts the validations since."""
-    value = float(np.nan_to_num(value))
-    if (value, -loss) > (best["value"], -best["loss"]):
-        return {"value": value, "loss": float(loss), "step": step, "stale": 0}
-    return {**best, "stale": best["stale"] + 1}
-
-
-def load_finetuned(path, device, kind, labels):
-    """best.pt → the model in evaluation mode; Stop when it was trained for something else."""
+def load_finetuned(path, kind, labels, device):
+    """Load best.pt. UserError when it was trained for something else than `kind` and `labels`."""
     saved = load_checkpoint(path)
     if "finetuned" not in saved or "labels" not in saved:
         raise UserError(
@@ -572,302 +246,479 @@ def load_finetuned(path, device, kind, labels):
         )
     if (saved["kind"], tuple(saved["labels"])) != (kind, tuple(labels)):
         raise UserError(
-            f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), the data asks for {', '.join(labels)} ({kind})"
+            f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), "
+            f"the data asks for {', '.join(labels)} ({kind})"
         )
-    vit = ViT(**saved["config"])
-    model = Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))
+    model = add_head(ViT(**saved["config"]), kind, labels)
     model.load_state_dict(saved["finetuned"])
-    return model.to(device).eval()
+    return model.to(device)
+
+
+def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
+    """Group the parameters for AdamW so that a layer learns the more slowly the earlier it is.
+
+    Layer k of a ViT with L blocks learns at layer_decay^(L + 1 - k) of the learning rate: the
+    pre-trained edges and textures of the early layers are kept, the late layers adapt to the task.
+    k is 0 for the patch embedding, i + 1 for block i, L + 1 for the final norm and the head.
+    Biases and norms (vectors) have no weight decay. Frozen parameters are left out.
+    → [{params, weight_decay, scale}]
+    """
+    last = len(model.vit.blocks) + 1
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = last
+        if name.startswith("vit.patch_embed."):
+            layer = 0
+        elif name.startswith("vit.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        new_group = dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer))
+        groups.setdefault((layer, decay), new_group)["params"].append(parameter)
+    return list(groups.values())
+
+
+# ---------------------------------------------------------------- loss, prediction, judgement
+@dataclasses.dataclass
+class TaskData:
+    """The task at hand and its films. All seeds share it, but for the films to train on."""
+
+    kind: str  # labels: any number is true of a film; classes: exactly one; mask: segmentation
+    labels: tuple
+    size: int  # side of the film as the network sees it, px
+    in_memory: bool  # decode every film once and keep it
+    unreadable: UnreadableFilms
+    films: dict = dataclasses.field(default_factory=dict)  # {"train", "val", "test"}: their films
+
+    def open(self, split: str, examples: list):
+        """Open the films of a split, unless the seed before used the same."""
+        if split not in self.films or self.films[split].examples != examples:
+            self.films[split] = open_examples(examples, self.size, self.in_memory)
+
+
+def loss_of(kind, logits, goal):
+    """Compute the loss of every film. logits, goal (B, c), of masks (B, H, W) → (B,)
+
+    labels: binary cross entropy, mean over the classes. classes: cross entropy. mask: binary cross
+    entropy, mean over the pixels, plus 1 - Dice.
+    """
+    logits = logits.float()
+    if kind == "classes":
+        return F.cross_entropy(logits, goal, reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
+    entropy = entropy.flatten(1).mean(1)
+    if kind == "labels":
+        return entropy
+    guess = logits.sigmoid().flatten(1)  # (B, H W)
+    truth = goal.flatten(1)
+    overlap = 2 * (guess * truth).sum(1)
+    dice = (overlap + 1e-5) / (guess.sum(1) + truth.sum(1) + 1e-5)  # nothing against nothing is 1
+    return entropy + 1 - dice
+
+
+@torch.no_grad()
+def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
+    """Run the network over the films of a split. → {number of the film: row}, on every rank
+
+    A row is the output, mean over the film's crops (c,); of a mask see score_masks. Films that
+    cannot be read are named and have no row.
+    """
+    films = task.films[split]
+    mine = Subset(TestExamples(films, ten_crop), range(team.rank, len(films), team.world))
+    batch = max(1, args.micro // 10) if ten_crop else args.micro
+    workers = 0 if isinstance(films, InMemory) else args.workers
+    rows = {}
+    unreadable = {}
+    for item in DataLoader(mine, batch_size=batch, num_workers=workers):
+        views = augment.to_float(item["views"].to(team.device))  # (b, v, H, W): v crops per film
+        with launch.autocast(team.device, args.precision):
+            output = forward(views.flatten(0, 1)[:, None]).float()  # (b v, c) or (b, H, W)
+        if task.kind == "mask":
+            batch_rows = score_masks(output, item["goal"])
+        else:
+            batch_rows = output.view(*views.shape[:2], -1).mean(1).cpu().numpy()  # (b, c)
+        for k, i in enumerate(item["index"].tolist()):
+            if item["unreadable"][k]:
+                unreadable[item["unreadable"][k]] = item["reason"][k]
+            else:
+                rows[i] = batch_rows[k]
+    for other_rows, other_unreadable in team.gather_objects((rows, unreadable)):
+        rows |= other_rows
+        unreadable |= other_unreadable
+    for name, reason in sorted(unreadable.items()):
+        task.unreadable.note(name, reason)
+    return dict(sorted(rows.items()))
+
+
+def score_masks(logits, goal) -> np.ndarray:
+    """Score predicted masks (b, H, W). → (b, 3): Dice, 1 if there is a true mask, loss"""
+    losses = loss_of("mask", logits, goal.to(logits.device)).tolist()
+    guess = (logits > 0).cpu().numpy()
+    truth = goal.numpy() > 0.5
+    dices = [metrics.dice(g, t) for g, t in zip(guess, truth, strict=True)]
+    return np.array([dices, truth.any((1, 2)), losses]).T
+
+
+class Score(NamedTuple):
+    """What judge says of a model."""
+
+    value: float  # the task's metric, percent
+    loss: float
+    per_class: dict  # {class: AUROC in percent}, None where it is undefined
+
+
+def judge(kind, labels, rows: dict, targets) -> Score:
+    """Judge the rows of predict. targets (n, c): 0 and 1, of the same films in the same order
+
+    A class without positives or without negatives has no AUROC and counts in no mean. The Dice is
+    also given over the films that have a mask, for where most have none an empty guess is right.
+    """
+    table = np.stack(list(rows.values()))
+    if kind == "mask":
+        dice, has_mask, loss = table.T
+        per_class = {"all films": 100 * float(dice.mean()), "films with a mask": None}
+        if has_mask.any():
+            per_class["films with a mask"] = 100 * float(dice[has_mask > 0].mean())
+        return Score(100 * dice.mean(), loss.mean(), per_class)
+    truth = torch.tensor(targets, dtype=torch.float32)
+    loss = loss_of(kind, torch.tensor(table), truth).mean().item()
+    value, areas = metrics.mean_auroc(table, targets)
+    if kind == "classes":
+        value = metrics.accuracy(table, targets.argmax(1))
+    percent = [None if np.isnan(area) else 100 * area for area in areas]
+    return Score(100 * value, loss, dict(zip(labels, percent, strict=True)))
+
+
+def targets_of(films, rows) -> np.ndarray:
+    """The targets (n, c) of the films that have a row, in their order."""
+    return np.array([films.examples[i].target for i in rows], float)
+
+
+def evaluate(model, task: TaskData, split, args, team, ten_crop=False) -> tuple[Score, dict]:
+    """Judge a model on the films of a split. → (Score, the rows of predict)"""
+    rows = predict(model.eval(), task, split, args, team, ten_crop)
+    return judge(task.kind, task.labels, rows, targets_of(task.films[split], rows)), rows
+
+
+def solve_head(model, task: TaskData, args, team):
+    """Write the linear probe into the head: logistic regression on features of un-augmented films.
+
+    It has one optimum, which is computed rather than trained; validation chooses its penalty.
+    """
+    model.eval()  # no drop path
+    features = {}
+    targets = {}
+    for split in ("train", "val"):
+        rows = predict(model.features, task, split, args, team)
+        features[split] = np.stack(list(rows.values()))  # (n, D)
+        targets[split] = targets_of(task.films[split], rows)
+    weight, bias = metrics.fit_probe(
+        features["train"], targets["train"], features["val"], targets["val"]
+    )
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(weight.T))
+        model.head.bias.copy_(torch.from_numpy(bias))
+
+
+# ---------------------------------------------------------------- training one seed
+def jitter_batch(item, kind, seed, step, batch_positions, batch, device):
+    """Send a loaded micro-batch to the device, brightness and contrast changed at random.
+
+    Factors are drawn for the `batch` films of the whole step, keyed by (seed, step), and taken at
+    batch_positions (b,): so it does not matter how the batch is divided among processes.
+    → images (b, 1, H, W), goal
+    """
+    probability = 0.8 if kind == "mask" else 1.0
+    generator = torch_generator(TRAIN_JITTER, seed, step)
+    jitter = augment.sample_jitter(batch, generator, probability, (0.8, 1.2))  # (B, 2)
+    jitter = jitter[batch_positions].to(device)
+    images = augment.to_float(item["view"].to(device, non_blocking=True))
+    images = augment.tone(images, jitter[:, 0], jitter[:, 1])[:, None]
+    return images, item["goal"].to(device, non_blocking=True)
+
+
+def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
+    """Add up the gradients of this rank's micro-batches, clip, and step. → its films' mean loss"""
+    run.model.train()
+    run.model.vit.train(not args.freeze)  # a frozen encoder drops no path
+    seed_torch(DROP_PATH, run.seed, run.step, team.rank)
+    share = args.batch // team.world  # films per step of this rank
+    micro_batches = share // args.micro
+    losses = []
+    for k in range(micro_batches):
+        item = next(loader)
+        task.unreadable.note_batch(item)
+        first = team.rank * share + k * args.micro
+        batch_positions = torch.arange(first, first + args.micro)
+        images, goal = jitter_batch(
+            item, task.kind, run.seed, run.step, batch_positions, args.batch, team.device
+        )
+        is_last = k + 1 == micro_batches
+        with launch.no_sync(forward, is_last), launch.autocast(team.device, args.precision):
+            loss = loss_of(task.kind, forward(images), goal).mean() / micro_batches
+            loss.backward()
+        losses.append(loss.detach())
+    launch.clip_and_step(run.model, run.optimizer, args.clip)
+    return torch.stack(losses).sum()
+
+
+def set_learning_rates(run: SeedRun, args) -> float:
+    """Warm-up, then cosine; each layer learns at its share. → the last layer's learning rate"""
+    warmup = round(args.warmup * run.steps.per_epoch)
+    lr = launch.warmup_cosine(run.step, run.steps.total, warmup, args.lr, args.min_lr)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return lr
+
+
+def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
+    """Train until the schedule ends, validation has not improved for long, or SIGTERM comes.
+
+    → True after SIGTERM: the seed is saved, but not over
+    """
+    steps = run.steps
+    loader = iter(open_loader(run, args, task, team))
+    forward = launch.prepare_forward(run.model, args.compile, team)
+    log = SeedLog(run, args.batch) if team.lead else None
+    name = f"seed {run.seed}"
+    bar = tqdm(None, name, steps.end, initial=run.step, unit="step", disable=not team.lead)
+    is_stopping = False
+    while run.step < steps.end and run.best.stale < args.patience and not is_stopping:
+        # ---- One step.
+        lr = set_learning_rates(run, args)
+        loss = train_step(run, forward, loader, args, task, team)
+        run.step += 1
+        bar.update()
+        is_stopping = team.any(stop.requested)
+
+        # ---- Validation keeps the best model.
+        should_validate = run.step % steps.between_validations == 0 or run.step == steps.end
+        should_log = should_validate or run.step % args.log_every == 0
+        row = {"epoch": run.step / steps.per_epoch, "lr": lr, "val": "", "val_loss": ""}
+        if should_log:
+            row["loss"] = mean_loss(loss, run, team)
+        if should_validate:
+            score = validate(run, args, task, team)
+            row |= {"val": score.value, "val_loss": score.loss}
+            bar.set_postfix_str(f"val {score.value:.2f}, best {run.best}")
+
+        # ---- Log and checkpoint.
+        if team.lead and should_log:
+            log.row(**row)
+        if team.lead and (should_validate or is_stopping or run.step % args.save_every == 0):
+            run.save()
+    bar.close()
+    return is_stopping
+
+
+def open_loader(run: SeedRun, args, task: TaskData, team):
+    """Load this rank's micro-batches of the steps from run.step to the end."""
+    examples = TrainExamples(task.films["train"], run.seed)
+    n = len(examples.films)
+    share = (args.batch, args.micro, team.rank, team.world)
+    batches = Batches(n, *share, run.seed, start_step=run.step, steps=run.steps.end)
+    on_gpu = team.device.type == "cuda"
+    workers = args.workers
+    return DataLoader(examples, batch_sampler=batches, num_workers=workers, pin_memory=on_gpu)
+
+
+def mean_loss(loss, run: SeedRun, team) -> float:
+    """Average the loss of a step over the processes. UserError when it is not a number."""
+    loss = team.mean(loss).item()
+    if not math.isfinite(loss):
+        raise UserError(
+            f"seed {run.seed}: the loss became NaN or infinite at step {run.step}: "
+            f"delete {run.folder}, start again with a lower --lr"
+        )
+    return loss
+
+
+def validate(run: SeedRun, args, task: TaskData, team) -> Score:
+    """Judge the model on the validation films, and keep it in best.pt when none was better."""
+    score, _ = evaluate(run.model, task, "val", args, team)
+    is_best = run.best.update(score.value, score.loss, run.step)
+    if is_best and team.lead:
+        run.save_best()
+    return score
+
+
+def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, team, stop):
+    """Train one seed, or go on where it stopped, and test it. → result, or None after SIGTERM"""
+    # ---- 1. A model with a new head; unless this seed was finished before.
+    torch.manual_seed(seed)
+    model = make_model(args, weights, task.kind, task.labels).to(team.device)
+    model.vit.requires_grad_(not args.freeze)
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    recipe = recipe_of(settings, weights, model.vit, task.films["train"].examples)
+    if team.lead:
+        keep_recipe(folder, recipe)
+    steps = count_steps(args, task.kind, recipe["films"])
+    result = finished_result(folder, steps.end)
+    if result:
+        team.say(f"seed {seed}: finished before, test {METRIC[task.kind]} {result['value']:.2f} %")
+        return result
+
+    # ---- 2. AdamW with a learning rate per layer; the last checkpoint, if there is one.
+    groups = layer_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    about = {"config": model.vit.config, "task": args.task, "recipe": recipe}
+    about |= {"kind": task.kind, "labels": list(task.labels)}
+    run = SeedRun(seed, folder, steps, model, optimizer, about)
+    run.resume()
+    if run.step:
+        team.say(f"seed {seed}: going on at step {run.step} of {steps.total}")
+
+    # ---- 3. The linear probe: it starts the head (--head probe) or is all there is (--freeze).
+    starts_as_probe = task.kind != "mask" and (args.freeze or args.head == "probe")
+    if starts_as_probe and run.step == 0:
+        solve_head(model, task, args, team)
+        validate(run, args, task, team)
+
+    # ---- 4. Training, and the test of the model that was best on validation.
+    if steps.total > 0 and train(run, args, task, team, stop):
+        place = f"step {run.step} in {folder}"
+        team.say(f"SIGTERM: saved at {place}; the same command goes on from there")
+        return None
+    return finish(run, args, task, team)
+
+
+def finish(run: SeedRun, args, task: TaskData, team) -> dict:
+    """Test the best model of a seed and write result.json. → the result"""
+    team.wait()  # until best.pt is written
+    model = load_finetuned(run.folder / "best.pt", task.kind, task.labels, team.device)
+    score = test(model, task, args, run.folder, team)
+    is_over = run.step >= run.steps.total or run.best.stale >= args.patience
+    result = {
+        "value": score.value,
+        "per_class": score.per_class,
+        "films": len(task.films["train"]),
+        "val": run.best.value,
+        "best_step": run.best.step,
+        "steps": run.step,
+        "over": is_over,  # False: --max_steps ended it, and more can be trained
+        "bad": sorted(task.unreadable.reasons),
+    }
+    if team.lead:
+        write_json(run.folder / "result.json", result)
+        if is_over:
+            (run.folder / "last.pt").unlink(missing_ok=True)
+    team.say(
+        f"seed {run.seed}: test {METRIC[task.kind]} {score.value:.2f} %, of the model at step "
+        f"{run.best.step}, the best on validation ({run.best.value:.2f} %)"
+    )
+    return result
+
+
+def test(model, task: TaskData, args, folder: Path, team) -> Score:
+    """Use the test films: judge the model, write predictions.csv and, of masks, cases.png."""
+    score, rows = evaluate(model, task, "test", args, team, args.ten_crop)
+    films = task.films["test"]
+    if team.lead:
+        path = folder / "predictions.csv"
+        results.write_predictions(path, task.kind, task.labels, films.examples, rows)
+        if task.kind == "mask":
+            draw_cases(folder / "cases.png", model, films, rows, team.device)
+    return score
+
+
+@torch.no_grad()
+def draw_cases(path: Path, model, films, rows: dict, device):
+    """Draw the best, the median and the worst test film by Dice, with true and predicted mask."""
+    by_dice = sorted(rows, key=lambda i: -rows[i][0])
+    cases = []
+    for i in (by_dice[0], by_dice[len(by_dice) // 2], by_dice[-1]):
+        item = TestExamples(films)[i]
+        image = augment.to_float(torch.from_numpy(item["views"]))[:, None]  # (1, 1, H, W)
+        guess = (model(image.to(device)) > 0)[0].cpu().numpy()
+        captions = [films.examples[i].path.name[:40], f"Dice {100 * rows[i][0]:.1f}"]
+        cases.append((item["views"][0], item["goal"], guess, captions))
+    results.save_cases(path, cases)
+
+
+# ---------------------------------------------------------------- main
+def open_task(args: Config, splits, size, team) -> TaskData:
+    """Open the test films of a task, and the validation films where something is trained."""
+    total = sum(counts["films"] for counts in splits.counts().values())
+    film_bytes = 1.2 * (2 * size) ** 2  # films are kept at a short side of at most 2 × size
+    in_memory = total * film_bytes * team.world < args.memory_gb * 1e9
+    task = TaskData(splits.kind, splits.labels, size, in_memory, UnreadableFilms(total))
+    task.open("test", splits.test)
+    if not args.eval:
+        task.open("val", splits.val)
+    return task
+
+
+def draw_train(args: Config, splits, seed, team) -> list:
+    """Draw the few training films of --fraction or --shots. → the examples of one seed"""
+    if splits.drawn:  # by the set's own lists
+        return splits.train
+    drawn = draw_few(splits.train, args.fraction, args.shots, seed)
+    if len(drawn) < len(splits.train):
+        line = f"seed {seed}: {len(drawn)} of the {len(splits.train)} training films drawn"
+        warnings = class_warnings(dataclasses.replace(splits, train=drawn), ["train"])
+        team.say("\n  ".join([line, *warnings]))
+    return drawn
+
+
+def test_again(args: Config, splits, model, out: Path, team) -> dict:
+    """Test a finished checkpoint (--eval). → a result for results.summarise"""
+    shape = model.vit.config
+    args, _ = fill_in(args, splits.kind, shape, len(splits.train), team)
+    task = open_task(args, splits, shape["image"], team)
+    score = test(model, task, args, out, team)
+    unreadable = sorted(task.unreadable.reasons)
+    films = len(splits.train)
+    return dict(value=score.value, per_class=score.per_class, films=films, bad=unreadable)
 
 
 def main():
-    # config
-    asked = parse(Config, __doc__)
-    check(asked)
-    name = Path(asked.labels).stem if asked.labels else asked.task
-    out = Path(
-        asked.out or (Path(asked.weights).parent / "eval" if asked.eval else Path("runs") / name)
-    )
+    # ---- 1. What was asked for, and the processes that work on it.
+    args = launch.parse(Config, __doc__)
+    check(args)
+    out = choose_out(args)
+    team = launch.start_team(args.device)
+    stop = StopRequest()
 
-    # devices
-    team = start_team(asked.device)
-    device, preempted = team.device, StopRequest()
+    # ---- 2. The weights, and the films of the task: no patient is in two of the three splits.
+    weights, why = choose_weights(args, out)
+    root = find_root(args.task, args.data)
+    cache = out / "films.json" if team.lead else None
+    splits = load_task(args.task, root, args.labels, args.shots, args.column, cache)
+    finetuned = None
+    if args.eval:
+        finetuned = load_finetuned(weights, splits.kind, splits.labels, team.device)
+    shape = finetuned.vit.config if finetuned else encoder_shape(args, weights)
+    team.say(results.describe_weights(weights, why, shape))
+    team.say(results.describe_task(root, splits))
+    results.refuse_untestable(splits)
 
-    # data
-    path, why = choose_weights(asked, out)
-    root = find_root(asked.task, asked.data)
-    splits = load_task(
-        asked.task,
-        root,
-        asked.labels,
-        asked.shots,
-        asked.column,
-        out / "films.json" if team.lead else None,
-    )
-    kind, labels, metric = splits.kind, splits.labels, METRIC[splits.kind]
-    ready = load_finetuned(path, device, kind, labels) if asked.eval else None
-    shape = ready.vit.config if ready else shape_of(asked, path)
-    came = f", pre-trained at {shape['image']} px in {shape['patch']} px patches" if path else ""
-    team.say(f"weights: {path or 'none'} ({why}): ViT {shape['dim']} × {shape['depth']}{came}")
-    team.say(
-        "\n  ".join(
-            [f"data: {root}, task {asked.task}: {metric} of {', '.join(labels)}", *describe(splits)]
-        )
-    )
-    judgeable(splits)
-    size, bad = (
-        shape["image"] if ready else asked.image or shape["image"],
-        UnreadableFilms(sum(c["films"] for c in splits.counts().values())),
-    )
-    fits = bad.total * (2 * size) ** 2 * 1.2 * team.world < asked.memory_gb * 1e9
-    films = {split: open_examples(getattr(splits, split), size, fits) for split in ("val", "test")}
+    # ---- 3. --eval only tests again.
+    if args.eval:
+        result = test_again(args, splits, finetuned, out, team)
+        results.summarise(out, args, splits, weights, [result], team)
+        return team.leave()
 
-    results, stopping = [], False
-    for seed in range(asked.seed, asked.seed + asked.seeds):
-        drawn = (
-            splits.train
-            if splits.drawn
-            else draw_few(splits.train, asked.fraction, asked.shots, seed)
-        )
-        if len(drawn) < len(splits.train):
-            lines = class_warnings(dataclasses.replace(splits, train=drawn), ["train"])
-            team.say(
-                "\n  ".join(
-                    [
-                        f"seed {seed}: {len(drawn)} of the {len(splits.train)} training films drawn",
-                        *lines,
-                    ]
-                )
-            )
-        training = [] if ready else drawn
-        if "train" not in films or films["train"].examples != training:
-            films["train"] = open_examples(training, size, fits)
-        config, reason = settle(asked, kind, shape, len(drawn), team)
-        n, per_epoch = len(drawn), len(drawn) // config.batch
-        total = config.epochs * per_epoch
-        end, every = (
-            min(total, config.max_steps or total),
-            max(per_epoch, total // 50),
-        )  # every: steps between validations
-        if not results:
-            team.say(
-                "recipe: none, test only"
-                if ready
-                else f"recipe: {recipe_line(config, kind, n, total, every, reason)}"
-            )
-        folder = out if ready else out / f"seed{seed}"
+    # ---- 4. Else each seed is trained and tested, with its own draw of few training films.
+    task = open_task(args, splits, args.image or shape["image"], team)
+    seed_results = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        examples = draw_train(args, splits, seed, team)
+        task.open("train", examples)
+        filled, reasons = fill_in(args, splits.kind, shape, len(examples), team)
+        if seed == args.seed:
+            steps = count_steps(filled, splits.kind, len(examples))
+            team.say(results.describe_recipe(filled, len(examples), steps, reasons))
+        folder = out / f"seed{seed}"
+        result = train_one_seed(seed, filled, task, weights, folder, team, stop)
+        if result is None:
+            return team.leave()
+        seed_results.append(result)
 
-        # model
-        torch.manual_seed(seed)
-        vit = ready.vit if ready else make_vit(config, path)
-        model = ready or (Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))).to(
-            device
-        )
-        model.vit.requires_grad_(not config.freeze)
-        recipe = recipe_of(config, path, vit, drawn)
-        if team.lead and not ready:
-            same_recipe(folder, recipe)
-        if not ready and (past := finished(folder / "result.json", end)):
-            team.say(f"seed {seed}: finished before, test {metric} {past['value']:.2f} %")
-            results.append(past)
-            continue
-        about = {
-            "config": vit.config,
-            "task": config.task,
-            "kind": kind,
-            "labels": list(labels),
-            "recipe": recipe,
-        }
-        best = {"value": -1.0, "loss": float("inf"), "step": 0, "stale": 0}
-        solved = config.freeze and kind != "mask"  # a linear probe has one optimum: no loop
-        probing = solved or config.head == "probe" and kind != "mask"
-        if probing and not ready and not (folder / "last.pt").is_file():
-            solve_head(model, films, config, team, bad)
-            best = judged(
-                best,
-                *judge(
-                    kind,
-                    labels,
-                    films["val"],
-                    predict(model.eval(), kind, films["val"], config, team, bad),
-                )[:2],
-                0,
-            )
-            if team.lead:
-                save_atomic(
-                    {"finetuned": model.state_dict(), **about, "step": 0}, folder / "best.pt"
-                )
-
-        # optimizer
-        groups = layer_groups(model, config.weight_decay, config.layer_decay)
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
-
-        # resume
-        start, best = resume(folder / "last.pt", model, optimizer, best)
-        tired, done = best["stale"] >= config.patience, start
-        end = start if ready or solved or tired else end
-        if start:
-            team.say(f"seed {seed}: going on at step {start} of {total}")
-        if team.lead and start < end:
-            log = Log(
-                folder / "log.csv",
-                ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"],
-                start,
-            )
-
-        # compile, DDP
-        compiling = config.compile == "on" or config.compile == "auto" and device.type == "cuda"
-        forward = torch.compile(model) if compiling else model
-        if team.world > 1 and start < end:
-            forward = DistributedDataParallel(
-                forward, device_ids=[device] if device.type == "cuda" else None
-            )
-
-        # loop
-        share, accumulate = config.batch // team.world, config.batch // team.world // config.micro
-        batches = Batches(n, config.batch, config.micro, team.rank, team.world, seed, start, end)
-        views = TrainExamples(films["train"], seed)
-        loader = iter(
-            DataLoader(
-                views,
-                batch_sampler=batches,
-                num_workers=config.workers,
-                pin_memory=device.type == "cuda",
-            )
-        )
-        bar = tqdm(
-            total=end,
-            initial=start,
-            desc=f"seed {seed}",
-            unit="step",
-            disable=not team.lead or start == end,
-        )
-        since, logged = time.perf_counter(), start
-        for step in range(start, end):
-            model.train()
-            model.vit.train(not config.freeze)
-            torch.manual_seed(
-                int(np.random.SeedSequence((8, seed, step, team.rank)).generate_state(1)[0])
-            )  # drop path, the same after a resume
-            lr = warmup_cosine(
-                step, total, round(config.warmup * per_epoch), config.lr, config.min_lr
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            losses = []
-            for part in range(accumulate):
-                item = next(loader)
-                bad.note_batch(item)
-                places = team.rank * share + part * config.micro + torch.arange(config.micro)
-                images, goal = prepare(item, kind, seed, step, places, config.batch, device)
-                sync = (
-                    forward.no_sync()
-                    if team.world > 1 and part + 1 < accumulate
-                    else contextlib.nullcontext()
-                )
-                with sync, autocast(device, config.precision):
-                    loss = loss_of(kind, forward(images), goal).mean() / accumulate
-                    loss.backward()
-                losses.append(loss.detach())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            bar.update()
-
-            done, value, val_loss = step + 1, "", ""
-            stopping = team.any(preempted.requested)
-            validating = done % every == 0 or done == end
-            logging = validating or done % config.log_every == 0
-            if logging:
-                mean = team.mean(torch.stack(losses).sum()).item()
-                if not np.isfinite(mean):
-                    raise UserError(
-                        f"seed {seed}: the loss became NaN or infinite at step {done}: delete {folder}, start again with a lower --lr"
-                    )
-            if validating:
-                value, val_loss, _ = judge(
-                    kind,
-                    labels,
-                    films["val"],
-                    predict(model.eval(), kind, films["val"], config, team, bad),
-                )
-                best = judged(best, value, val_loss, done)
-                tired = best["stale"] >= config.patience
-                bar.set_postfix_str(
-                    f"val {metric} {value:.2f}, best {best['value']:.2f} at step {best['step']}"
-                )
-                if team.lead and best["step"] == done:
-                    save_atomic(
-                        {"finetuned": model.state_dict(), **about, "step": done}, folder / "best.pt"
-                    )
-            if team.lead and logging:
-                rate, since, logged = (
-                    (done - logged) * config.batch / (time.perf_counter() - since),
-                    time.perf_counter(),
-                    done,
-                )
-                log.row(
-                    step=done,
-                    epoch=done / per_epoch,
-                    images=done * config.batch,
-                    loss=mean,
-                    lr=lr,
-                    val=value,
-                    val_loss=val_loss,
-                    images_per_s=rate,
-                )
-            if team.lead and (validating or stopping or done % config.save_every == 0):
-                state = {
-                    "finetuned": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": done,
-                    "best": best,
-                }
-                save_atomic(state, folder / "last.pt")
-            if stopping or tired:
-                break
-        bar.close()
-        if stopping:
-            team.say(
-                f"SIGTERM: saved at step {done} in {folder}; the same command goes on from there"
-            )
-            break
-
-        # test, once
-        team.wait()  # the others wait for best.pt
-        model = ready or load_finetuned(folder / "best.pt", device, kind, labels)
-        rows = predict(model, kind, films["test"], config, team, bad, config.ten_crop)
-        value, _, per_class = judge(kind, labels, films["test"], rows)
-        over = bool(ready or solved or tired or done >= total)
-        results.append(
-            {
-                "value": value,
-                "per_class": per_class,
-                "films": n,
-                "val": best["value"],
-                "best_step": best["step"],
-                "steps": done,
-                "over": over,
-                "bad": sorted(bad.reasons),
-            }
-        )
-        if team.lead:
-            write_predictions(folder / "predictions.csv", kind, labels, films["test"], rows)
-            if kind == "mask":
-                write_picture(folder / "cases.png", model, films["test"], rows, device)
-            if not ready:
-                write_json(folder / "result.json", results[-1])
-            if over:
-                (folder / "last.pt").unlink(missing_ok=True)
-        if not ready:
-            team.say(
-                f"seed {seed}: test {metric} {value:.2f} %, of the model at step {best['step']}, the best on validation ({best['value']:.2f} %)"
-            )
-
-    if results and not stopping:
-        summarise(out, asked, splits, path, results, team)
+    # ---- 5. The mean over the seeds.
+    results.summarise(out, args, splits, weights, seed_results, team)
     team.leave()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    launch.run_script(main)

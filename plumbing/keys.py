@@ -47,3 +47,8 @@ def torch_generator(*key):
     """A torch generator, on the CPU, that depends on the integers of `key` and on nothing else."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator().manual_seed(int(seed))
+
+
+def seed_torch(*key):
+    """Seed torch's own generators, of all devices, by the integers of `key`."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))

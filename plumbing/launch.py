@@ -161,6 +161,14 @@ class Team:
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
+    def gather_objects(self, value) -> list:
+        """The values of all ranks, in their order, on every rank; of any kind that pickles."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return values
+
     def leave(self):
         """Leave the group, so that torchrun sees a clean exit."""
         if self.world > 1:

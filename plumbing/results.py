@@ -1,0 +1,147 @@
+"""What a fine-tuning run says and writes: split, recipe, predictions.csv, cases.png, result.json.
+
+The films of a task are Examples (plumbing/splits.py). A row is what finetune.predict says of one
+film: the logits (c,) or, for segmentation, (Dice, 1 if there is a true mask, loss).
+"""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+
+from plumbing import pictures
+from plumbing.benchmarks import TASKS
+from plumbing.checkpoint import write_json, write_text
+from plumbing.launch import UserError
+from plumbing.splits import Splits, class_warnings
+
+METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
+
+
+def describe_weights(weights: Path | None, why: str, shape: dict) -> str:
+    """Tell what the encoder starts from. shape: its image, patch, dim and depth."""
+    line = f"weights: {weights or 'none'} ({why}): ViT {shape['dim']} × {shape['depth']}"
+    if weights:
+        line += f", pre-trained at {shape['image']} px in {shape['patch']} px patches"
+    return line
+
+
+def describe_task(root: Path, splits: Splits) -> str:
+    """Tell what is to be predicted of how many films, what was decided, and what to beware of."""
+    metric = METRIC[splits.kind]
+    lines = [f"data: {root}, task {splits.task}: {metric} of {', '.join(splits.labels)}"]
+    for split, counts in splits.counts().items():
+        line = f"{split}: {counts['films']} films of {counts['patients']} patients"
+        positive = [f"{name} {films}" for name, films in counts.get("positive", {}).items()]
+        if positive:
+            line += f" ({', '.join(positive)})"
+        lines.append(line)
+    return "\n  ".join([*lines, *splits.notes, *class_warnings(splits)])
+
+
+def refuse_untestable(splits: Splits):
+    """UserError, before anything is trained, when the test films cannot give a number."""
+    films = len(splits.test)
+    if splits.kind == "mask":
+        return
+    for k in range(len(splits.labels)):
+        if 0 < sum(example.target[k] for example in splits.test) < films:
+            return
+    raise UserError(
+        f"no class has positive and negative films among the {films} test films: "
+        "AUROC is undefined; choose another split"
+    )
+
+
+def describe_recipe(args, films: int, steps, reasons: list[str]) -> str:
+    """Tell what will be trained on how many films, and why so. steps: finetune.Steps."""
+    input_size = f"{films} films, {args.image} px in {args.patch} px patches"
+    if steps.total == 0:
+        return f"recipe: linear probe on {input_size}, encoder frozen, penalty chosen on validation"
+    frozen = ", encoder frozen" if args.freeze else ""
+    recipe = (
+        f"recipe: {input_size}{frozen}, {args.epochs} epochs = {steps.total} steps "
+        f"of {args.batch}, {args.head} head, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
+        f"layer decay {args.layer_decay:g}, drop path {args.drop_path:g}, {args.precision}; "
+        f"validation every {steps.between_validations} steps, "
+        f"stop after {args.patience} without a new best"
+    )
+    return "\n  ".join([recipe, *reasons])
+
+
+def write_predictions(path: Path, kind: str, labels, examples, rows: dict):
+    """Write predictions.csv: film, class, label (0 or 1), score (logit), per film and class.
+
+    Segmentation: label says whether the film has a true mask, score is its Dice.
+    """
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(("film", "class", "label", "score"))
+    for i, row in rows.items():
+        targets = examples[i].target
+        scores = row
+        if kind == "mask":
+            targets = [int(row[1])]
+            scores = [row[0]]
+        for name, target, score in zip(labels, targets, scores, strict=True):
+            table.writerow((examples[i].path.name, name, target, f"{score:.6g}"))
+    write_text(path, text.getvalue())
+
+
+def save_cases(path: Path, cases: list):
+    """Draw cases.png: the best, the median and the worst film, in this order.
+
+    cases: (film, true mask, predicted mask, captions) each. Beside every film the true mask is
+    tinted green and the predicted one red, so that what both hold is yellow.
+    """
+    rows = []
+    for film, truth, guess, _ in cases:
+        tinted = np.repeat(film[..., None] * 0.6, 3, axis=2)
+        tinted[..., 0] += 100 * guess
+        tinted[..., 1] += 100 * truth
+        rows.append([film, tinted.clip(0, 255).astype(np.uint8)])
+    captions = [case[3] for case in cases]
+    columns = ["film", "green truth, red prediction"]
+    page = pictures.grid(rows, captions, columns, ["best", "median", "worst"], cell=256)
+    pictures.save(page, path)
+
+
+def summarise(out: Path, args, splits: Splits, weights, results: list[dict], team):
+    """Write result.json of all seeds and print its numbers, the metric last."""
+    values = [result["value"] for result in results]
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    per_class = {}
+    for name in results[0]["per_class"]:
+        each = [result["per_class"][name] for result in results]
+        per_class[name] = None if None in each else float(np.mean(each))
+    unreadable = set()
+    for result in results:
+        unreadable.update(result["bad"])
+    summary = {
+        "task": args.task,
+        "metric": METRIC[splits.kind],
+        "mean": float(np.mean(values)),
+        "std": std,
+        "seeds": values,
+        "per_class": per_class,
+        "split": splits.counts(),
+        "notes": splits.notes,
+        "weights": str(weights or "none"),
+        "freeze": args.freeze,
+        "fraction": args.fraction,
+        "shots": args.shots,
+        "trained_on": [result["films"] for result in results],
+        "bad": sorted(unreadable),
+    }
+    if team.lead:
+        write_json(out / "result.json", summary)
+    for name, value in per_class.items():
+        undefined = "undefined: test lacks its positives or negatives"
+        team.say(f"  {name:32s} {undefined if value is None else f'{value:6.2f}'}")
+    paper = TASKS[args.task].paper
+    beside = f" (paper {paper})" if paper else ""
+    team.say(
+        f"test {METRIC[splits.kind]} {summary['mean']:.2f} ± {std:.2f} % "
+        f"over {len(values)} seed(s){beside}: {out}/result.json"
+    )
