@@ -25,13 +25,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import augment
-from data import Batches, InMemory, TestExamples, TrainExamples, UnreadableFilms, open_examples
+from data import Batches, TestExamples, TrainExamples, UnreadableFilms, open_examples
 from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import launch, metrics, results
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
 from plumbing.checkpoint import StopRequest, load_checkpoint, newest_run, write_json
 from plumbing.keys import DROP_PATH, TRAIN_JITTER, seed_torch, torch_generator
 from plumbing.launch import UserError, flag
+from plumbing.pack import InMemory
 from plumbing.results import METRIC
 from plumbing.seedrun import SeedLog, SeedRun, finished_result, keep_recipe, recipe_of
 from plumbing.splits import class_warnings, draw_few

