@@ -74,7 +74,7 @@ class AblatedCheXWorld(CheXWorld):
     def forward(self, y, x, keep, masked, coords, action):
         """Compute the losses of the chosen tasks; arguments and result as in CheXWorld.forward."""
         target = self.targets(y)  # (2B, N, D)
-        every = torch.arange(len(self.coords), device=y.device).expand(len(y), -1)  # (2B, N)
+        every = torch.arange(len(self.own_coords), device=y.device).expand(len(y), -1)  # (2B, N)
         if not self.action:
             action = None
         if self.unified:
