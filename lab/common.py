@@ -5,7 +5,9 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 --out (`finish`). Synthetic films are of patients that no demo was trained on.
 """
 
+import csv
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 import augment
 from data import open_films
 from plumbing import phantom, pictures
-from plumbing.checkpoint import newest_run, write_json
+from plumbing.checkpoint import newest_run, write_json, write_text
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, flag, parse, start_team
 from plumbing.table import match, read_table
@@ -53,6 +55,15 @@ def finish(args, result, words, **pages):
     files = [f"{out}/{name}.png" for name in pages] + [f"numbers {out}/result.json"]
     print(words)
     print(", ".join(files))
+
+
+def write_csv(path, header, rows):
+    """Write a CSV file, atomically."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
 
 
 # ---------------------------------------------------------------- weights

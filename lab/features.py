@@ -12,7 +12,6 @@ Each film is seen whole, squeezed to a square. Writes one row per film, as
     features = numpy.load("features/features.npz")
 """
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -21,17 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lab.common import (
-    Common,
-    evenly,
-    find_weights,
-    finish,
-    named,
-    open_set,
-    read_whole,
-    require_readable,
-    start,
-)
+from lab import common
 from plumbing.checkpoint import replace_with
 from plumbing.launch import flag, run_script
 from plumbing.weights import load_encoder
@@ -40,24 +29,26 @@ CELLS = 4  # per side
 
 
 @dataclasses.dataclass
-class Config(Common):
+class Config(common.Common):
     films: int = flag(1000000, "at most so many films, evenly from all")
 
 
 def main(argv=None):
-    args, device = start(Config, __doc__, "features", argv)
-    encoder = load_encoder(find_weights(args.weights)).to(device).eval()
-    films, _ = open_set(args, 20)
-    numbers = evenly(named(args.table, films), args.films)
+    args, device = common.start(Config, __doc__, "features", argv)
+    encoder = load_encoder(common.find_weights(args.weights)).to(device).eval()
+    films, _ = common.open_set(args, 20)
+    numbers = common.evenly(common.named(args.table, films), args.films)
     names, mean, cells, unreadable = describe_all(encoder, films, numbers)
     out = Path(args.out)
     replace_with(out / "features.npz", lambda path: write_npz(path, names, mean, cells))
-    replace_with(out / "features.csv", lambda path: write_csv(path, names, mean))
+    header = ["filename", *(f"f{k}" for k in range(mean.shape[1]))]
+    rows = ([name, *(f"{v:.7g}" for v in row)] for name, row in zip(names, mean, strict=True))
+    common.write_csv(out / "features.csv", header, rows)
     lines = [f"unreadable: {name}: {reason}" for name, reason in unreadable.items()]
     count = f"{len(names)} films, {len(unreadable)} unreadable; {mean.shape[1]} features each"
     lines.append(f"{count} in {out}/features.npz and {out}/features.csv")
     result = {"films": len(names), "unreadable": unreadable, "features": mean.shape[1]}
-    finish(args, result, "\n".join(lines))
+    common.finish(args, result, "\n".join(lines))
 
 
 def describe_all(encoder, films, numbers, batch=64):
@@ -70,7 +61,8 @@ def describe_all(encoder, films, numbers, batch=64):
     cells = []
     unreadable = {}
     for first in tqdm(range(0, len(numbers), batch), desc="films", leave=False):
-        images, read, failed = read_whole(films, numbers[first : first + batch], encoder.image)
+        some = numbers[first : first + batch]
+        images, read, failed = common.read_whole(films, some, encoder.image)
         unreadable |= failed
         if not len(read):
             continue
@@ -78,7 +70,7 @@ def describe_all(encoder, films, numbers, batch=64):
         names += [films.names[i] for i in read]
         means.append(mean)
         cells.append(cell)
-    require_readable(names)
+    common.require_readable(names)
     return np.array(names), np.concatenate(means), np.concatenate(cells), unreadable
 
 
@@ -98,15 +90,6 @@ def write_npz(path, names, mean, cells):
     """Write the arrays to a file of exactly this name."""
     with open(path, "wb") as file:
         np.savez(file, names=names, mean=mean, cells=cells)
-
-
-def write_csv(path, names, mean):
-    """Write one line per film: its name, then its mean feature."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["filename", *(f"f{k}" for k in range(mean.shape[1]))])
-        for name, row in zip(names, mean, strict=True):
-            writer.writerow([name, *(f"{value:.7g}" for value in row)])
 
 
 if __name__ == "__main__":

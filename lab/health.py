@@ -27,6 +27,14 @@ from plumbing.metrics import feature_std, rankme, spectrum
 from plumbing.table import Labels
 from plumbing.weights import load_encoder
 
+COLLAPSED = """collapsed: the encoder says nearly the same of every film. \
+Train again with a lower --lr, a higher --ema or a longer --warmup"""
+IGNORANT = """not collapsed, yet it knows less than random weights do: \
+too short a training, or films unlike those of the table"""
+SUSPICIOUS = """suspicious: less variety than random weights have. \
+Normal in the first tenth of a training; later, lower --lr or raise --ema"""
+HEALTHY = "healthy: films differ in many directions"
+
 
 @dataclasses.dataclass
 class Config(Common):
@@ -68,10 +76,8 @@ def load_encoders(path, seed):
         encoders["context encoder"] = load_encoder(path, "context")
     for name, vit in encoders.items():
         if not all(torch.isfinite(p).all() for p in vit.parameters()):
-            raise UserError(
-                f"{path}: the {name} holds NaN or infinite weights: "
-                "go back to an older checkpoint, lower --lr or train in float32"
-            )
+            advice = "go back to an older checkpoint, lower --lr or train in float32"
+            raise UserError(f"{path}: the {name} holds NaN or infinite weights: {advice}")
     return encoders
 
 
@@ -112,24 +118,13 @@ def verdict(own, fresh, probe):
     own, fresh: variety of the encoder and of random weights; probe: {encoder: AUROC} or None
     """
     if own["feature_std"] < 0.02 or own["rankme"] < 1.5:
-        return (
-            "collapsed: the encoder says nearly the same of every film. "
-            "Train again with a lower --lr, a higher --ema or a longer --warmup"
-        )
+        return COLLAPSED
     if probe and probe["target encoder"] < probe["random weights"] - 1:
-        return (
-            "not collapsed, yet it knows less than random weights do: "
-            "too short a training, or films unlike those of the table"
-        )
+        return IGNORANT
     if own["rankme"] < fresh["rankme"] and own["feature_std"] < fresh["feature_std"]:
-        return (
-            "suspicious: less variety than random weights have. "
-            "Normal in the first tenth of a training; later, lower --lr or raise --ema"
-        )
-    words = "healthy: films differ in many directions"
-    if probe and probe["target encoder"] > probe["random weights"]:
-        words += ", and a probe finds more than in random weights"
-    return words
+        return SUSPICIOUS
+    knows_more = probe and probe["target encoder"] > probe["random weights"]
+    return HEALTHY + ", and a probe finds more than in random weights" if knows_more else HEALTHY
 
 
 # ---------------------------------------------------------------- picture

@@ -14,9 +14,7 @@ Writes surprise.csv (every film, the least believable first), surprise.png (film
 of surprise) and result.json.
 """
 
-import csv
 import dataclasses
-import io
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +24,9 @@ from tqdm import tqdm
 
 import augment
 from data import open_films
-from lab.common import (
-    OTHER_PATIENTS,
-    Common,
-    evenly,
-    find_weights,
-    finish,
-    named,
-    pooled,
-    read_whole,
-    require_readable,
-    rows_of,
-    start,
-)
+from lab import common
 from model import take
 from plumbing import phantom, pictures
-from plumbing.checkpoint import write_text
 from plumbing.keys import SURPRISE, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import auroc
@@ -53,7 +38,7 @@ FEWEST = 40  # reference films: half of them calibrate, and p is never below 1 /
 
 
 @dataclasses.dataclass
-class Config(Common):
+class Config(common.Common):
     films: int = flag(1000000, "at most so many films of --data, evenly from all")
     reference: str = flag(None, "folder of good films [each half of --data judges the other]")
     references: int = flag(
@@ -64,15 +49,17 @@ class Config(Common):
 
 
 def main(argv=None):
-    args, device = start(Config, __doc__, "surprise", argv)
-    world = load_world(find_weights(args.weights)).to(device).eval()
-    args = args if args.data else on_synthetic_films(args)
+    args, device = common.start(Config, __doc__, "surprise", argv)
+    world = load_world(common.find_weights(args.weights)).to(device).eval()
+    args = args if args.data else planted(args)
 
     # ---- 1. The films to judge, and those that say what is usual.
     films = open_films(args.data)
-    numbers = evenly(named(args.table, films), args.films)
-    good = open_films(args.reference) if args.reference else films
-    references = evenly(np.arange(len(good)), args.references) if args.reference else numbers
+    numbers = common.evenly(common.named(args.table, films), args.films)
+    references = numbers
+    if args.reference:
+        good = open_films(args.reference)
+        references = common.evenly(np.arange(len(good)), args.references)
     require_enough(references, "reference films")
 
     # ---- 2. Errors of all films, scores and p-values.
@@ -101,7 +88,7 @@ def main(argv=None):
     by_kind = labels if result["auroc"] else None
     shown, titles, columns = choose_shown(names, by_kind, scores["surprise"][1])
     page = films_page(films, numbers[shown], z[shown], p[shown], titles, columns)
-    finish(args, result, result_words(result, args.out), surprise=page)
+    common.finish(args, result, result_words(result, args.out), surprise=page)
 
 
 def require_enough(films, what):
@@ -113,8 +100,8 @@ def require_enough(films, what):
 
 # ---------------------------------------------------------------- errors of the world model
 def windows(grid, share=0.16):
-    """Square blocks sweeping an n × n grid at half their side, each of the area share that a block
-    has in training (0.15 to 0.2). → bool (W, N), True = hidden
+    """Square blocks as large as in training (area 0.15 to 0.2), which sweep an n × n grid in steps
+    of half their side. → bool (W, N), True = hidden
     """
     side = max(1, round(grid * share**0.5))
     starts = sorted({*range(0, grid - side, max(1, side // 2)), grid - side})
@@ -155,23 +142,22 @@ def watch(world, films, numbers, words, batch=32):
     → {whole, swept (n, N), features (n, D), pixels (n, 2)}, numbers of the readable films (n,),
     {name of an unreadable film: reason}
     """
-    parts = {"whole": [], "swept": [], "features": [], "pixels": []}
+    parts = []
     readable = []
     unreadable = {}
     for first in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
         some = numbers[first : first + batch]
-        images, read, failed = read_whole(films, some, world.encoder.image)
+        images, read, failed = common.read_whole(films, some, world.encoder.image)
         unreadable |= failed
         if not len(read):
             continue
         whole, swept = errors(world, images)
-        parts["whole"].append(whole)
-        parts["swept"].append(swept)
-        parts["features"].append(pooled(world.target_encoder, images).numpy())
-        parts["pixels"].append(pixel_statistics(images))
+        features = common.pooled(world.target_encoder, images).numpy()
+        pixels = pixel_statistics(images)
+        parts.append({"whole": whole, "swept": swept, "features": features, "pixels": pixels})
         readable.extend(read)
-    require_readable(readable, words)
-    found = {key: np.concatenate(each).astype(float) for key, each in parts.items()}
+    common.require_readable(readable, words)
+    found = {key: np.concatenate([part[key] for part in parts]).astype(float) for key in parts[0]}
     return found, np.array(readable), unreadable
 
 
@@ -274,43 +260,40 @@ def against_itself(found, rng):
 
 
 # ---------------------------------------------------------------- films and their labels
-def on_synthetic_films(args):
-    """The flags, with an archive of phantoms, its reference films and its table filled in."""
+def planted(args, count=100):
+    """Draw synthetic films: reference/ as they come, archive/ the same with wrong ones among them
+    (PLANTED). → args that name these folders and their table
+    """
     if args.table or args.reference:
         raise UserError("--table and --reference want --data, the films that they speak of")
-    table = planted(Path(args.out), args.seed, 100)
-    archive = str(table.with_name("archive"))
-    reference = str(table.with_name("reference"))
-    return dataclasses.replace(args, table=table, data=archive, reference=reference)
-
-
-def planted(folder, seed, count):
-    """Draw synthetic films: reference/ as they come, archive/ the same with wrong ones among them
-    (PLANTED). → path of their table
-    """
-    folder = folder / f"phantoms_{count}_{seed}"
+    folder = Path(args.out) / f"phantoms_{count}_{args.seed}"
     table = folder / "archive.csv"
-    if table.is_file():
-        return table
+    if not table.is_file():
+        draw_planted(folder, table, args.seed, count)
+    archive = str(folder / "archive")
+    return dataclasses.replace(args, table=table, data=archive, reference=folder / "reference")
+
+
+def draw_planted(folder, table, seed, count):
+    """Draw the films of `planted` and, last, their table."""
     kinds = ["reference"] * (2 * count) + ["normal"] * count
     for kind in PLANTED:
         kinds += [kind] * (count // 4)
-    lines = ["filename,label"]
+    rows = []
     for i, kind in enumerate(tqdm(kinds, desc="phantoms", leave=False)):
         part = "reference" if kind == "reference" else "archive"
         path = folder / part / f"{i:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.save(Image.fromarray(planted_film(seed, i, kind)), path)
         if part == "archive":
-            lines.append(f"{path.name},{kind}")
-    write_text(table, "\n".join(lines) + "\n")
-    return table
+            rows.append([path.name, kind])
+    common.write_csv(table, ["filename", "label"], rows)
 
 
 def planted_film(seed, i, kind):
     """Phantom i, with what this kind of wrong film does to it. → uint8 (H, W)"""
     anomaly = kind if kind in phantom.ANOMALIES else None
-    film = phantom.make_phantom(OTHER_PATIENTS + seed, i, 128, anomaly=anomaly)["film"]
+    film = phantom.make_phantom(common.OTHER_PATIENTS + seed, i, 128, anomaly=anomaly)["film"]
     if kind == "sideways":
         film = np.rot90(film)
     if kind == "inverted":
@@ -324,7 +307,7 @@ def labels_of(table, films, numbers):
     """The table's word for each film; None without a table. → (n,)"""
     if not table:
         return None
-    label = {i: row.get("label", "") for i, row in rows_of(table, films)}
+    label = {i: row.get("label", "") for i, row in common.rows_of(table, films)}
     return np.array([label[i] for i in numbers])
 
 
@@ -340,11 +323,11 @@ def separation(labels, scores, has_reference):
     against the calibration films. → {measure: {kind: AUROC}}, {} where there is nothing to compare
     """
     result = {}
-    if labels is None:
-        for measure, (calibration, own, _) in scores.items() if has_reference else ():
+    if labels is None and has_reference:
+        for measure, (calibration, own, _) in scores.items():
             is_own = np.r_[np.ones(len(own)), np.zeros(len(calibration))]
-            value = auroc(np.r_[own, calibration], is_own)
-            result[measure] = {"these films": 100 * value}
+            result[measure] = {"these films": 100 * auroc(np.r_[own, calibration], is_own)}
+    if labels is None:
         return result
     normal = are_normal(labels)
     if normal.all() or not normal.any():
@@ -365,18 +348,15 @@ def write_table(path, names, scores, unreadable):
     and of the other measures; unreadable films at the top.
     """
     keys = list(scores)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["film", "p", *keys, *(f"p of {key}" for key in keys[1:]), "note"])
-    for name, reason in sorted(unreadable.items()):
-        blanks = [""] * (2 * len(keys) - 1)
-        writer.writerow([name, 0, *blanks, f"unreadable: {reason}"])
+    blanks = [""] * (2 * len(keys) - 1)
+    rows = [[name, 0, *blanks, f"unreadable: {why}"] for name, why in sorted(unreadable.items())]
     for i in np.argsort(-scores["surprise"][1], kind="stable"):
         numbers = [scores["surprise"][2][i]]
         numbers += [scores[key][1][i] for key in keys]
         numbers += [scores[key][2][i] for key in keys[1:]]
-        writer.writerow([names[i], *(f"{v:.4f}" for v in numbers), ""])
-    write_text(path, buffer.getvalue())
+        rows.append([names[i], *(f"{v:.4f}" for v in numbers), ""])
+    header = ["film", "p", *keys, *(f"p of {key}" for key in keys[1:]), "note"]
+    common.write_csv(path, header, rows)
 
 
 def result_words(result, out):
