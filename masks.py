@@ -11,8 +11,9 @@ leave the bottom of the film, with its costophrenic angles, almost never predict
 
 What this costs, of 196 patches (tests/test_masks.py measures it): on average 7 patches of the
 union are hidden but not predicted, and 10 of the context are not seen. One view in ten lacks some;
-they are taken at random from outside, 0.3 % of all. Large squares are favoured: their mean area is
-0.95 instead of 0.88, so that a view's corners are seen in 61 % of the views instead of 43 %.
+they are taken at random from outside the union or the context: 0.3 % of the predicted patches and
+0.3 % of the seen ones. Large squares are favoured: on average they cover 0.95 of the view instead
+of 0.88, so that its corners are seen in 61 % of the views instead of 43 %.
 """
 
 import torch
@@ -36,18 +37,21 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None):
     for its own rows R what a single process would have got.
     → keep (R, K), masked (R, M): patch indices, disjoint, in ascending order
     """
-    drawn = torch.rand(batch, TRIES * 19 + grid * grid, generator=generator)
-    drawn = send(drawn if rows is None else drawn[rows], device)
-    sizes = drawn[:, : TRIES * 19].view(-1, TRIES, 19)
-    rectangles = sizes[..., :16].unflatten(-1, (4, 4))  # (R, TRIES, 4 rectangles, 4 numbers)
-    square = sizes[..., None, 16:]  # (R, TRIES, 1 square, 3 numbers)
-    order = drawn[:, TRIES * 19 :]  # (R, N)
+    # Uniform numbers for each view of the batch: four rectangles, one square, an order of patches.
+    rectangles = torch.rand(batch, TRIES, 4, 4, generator=generator)  # area, top, left, aspect
+    square = torch.rand(batch, TRIES, 1, 3, generator=generator)  # area, top, left
+    order = torch.rand(batch, grid * grid, generator=generator)
+    drawn = (rectangles, square, order)
+    if rows is not None:
+        drawn = [numbers[rows] for numbers in drawn]
+    rectangles, square, order = (send(numbers, device) for numbers in drawn)
 
-    hidden = blocks(rectangles, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (R, TRIES, N)
+    union = blocks(rectangles, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (R, TRIES, N)
     inside = blocks(square, grid, area=(0.75, 1.0))
-    hidden, seen = closest_fit(hidden, inside & ~hidden, grid)  # (R, N) each
+    hidden, seen = closest_fit(union, inside & ~union, grid)  # (R, N) each
 
-    # One sort picks both: seen patches score 0 to 1, those outside both 1 to 2, hidden ones 2 to 3.
+    # One sort picks both. No patch is hidden and seen, so seen ones score 0 to 1, those that are
+    # neither 1 to 2, hidden ones 2 to 3. K + M < N: the two ends of the order cannot meet.
     score = order + 1 + hidden.float() - seen.float()
     ranked = score.argsort(dim=1, stable=True)  # stable: ties fall alike on every rank
     keep_count, mask_count = mask_sizes(grid)
@@ -69,8 +73,8 @@ def closest_fit(hidden, seen, grid):
     lacks_hidden = (mask_count - hidden.sum(-1)).clamp(min=0)
     lacks_seen = (keep_count - seen.sum(-1)).clamp(min=0)
     best = (lacks_hidden + lacks_seen).argmin(1)  # (R,): the first drawn, where several fit alike
-    view = torch.arange(len(best), device=best.device)
-    return hidden[view, best], seen[view, best]
+    row = torch.arange(len(best), device=best.device)
+    return hidden[row, best], seen[row, best]
 
 
 def blocks(u, grid, area, aspect=None):
