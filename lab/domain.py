@@ -19,7 +19,7 @@ from tqdm import tqdm
 import augment
 from lab.common import Common, find_weights, finish, open_set, some_films, start
 from plumbing import pictures
-from plumbing.keys import torch_generator
+from plumbing.keys import DOMAIN_TEST, torch_generator
 from plumbing.launch import run_script
 from plumbing.metrics import recall_at_k
 from plumbing.weights import load_world
@@ -57,7 +57,7 @@ def domain_candidates(side=8, span=(0.6, 1.4)):
 
 def film_actions(count, seed, film):
     """The random actions of a film, by its place in the test, one per candidate. → (count, 4)"""
-    return augment.sample_actions(count, torch_generator(seed, film))
+    return augment.sample_actions(count, torch_generator(DOMAIN_TEST, seed, film))
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from masks import blocks, mask_sizes
 from model import grid_coords, take
 from plumbing import pictures
 from plumbing.checkpoint import Log, newest_run, resume, save_atomic, write_json
-from plumbing.keys import RCDM_NOISE, RCDM_PAINT, RCDM_PLACE, numpy_rng, torch_generator
+from plumbing.keys import RCDM_NOISE, RCDM_PAINT, RCDM_PLACE, RCDM_SHOWN, numpy_rng, torch_generator
 from plumbing.launch import (
     UserError,
     autocast,
@@ -550,7 +550,7 @@ def choose_films(films, args, run):
         held = np.setdiff1d(held, learnt)
     patients = patients_of(films, tables)
     one_each = list({patients[i]: i for i in held}.values())
-    order = numpy_rng(RCDM_PLACE, args.seed).permutation(one_each)
+    order = numpy_rng(RCDM_SHOWN, args.seed).permutation(one_each)
     shown = readable(films, order[: args.films])
     if len(train) < args.batch or len(shown) < 2:
         raise UserError(

@@ -1,8 +1,9 @@
 """Every random number of this program, by the name of what it decides.
 
-A key is a name from this list and the integers that the draw depends on, such as (seed, epoch, film). It never holds a
-rank or a worker, so the same films meet the same numbers however many processes there are. The name comes first:
-NumPy pads keys with zeros, so without it (seed, epoch) would draw the same numbers as (seed, epoch, 0).
+A key is a name from this list and the integers that the draw depends on, such as (seed, epoch, film).
+It holds no rank and no worker, so the same films meet the same numbers however many processes there
+are; drop path alone depends on the rank. The name comes first: NumPy pads keys with zeros, so that
+without it (seed, epoch) would draw the same numbers as (seed, epoch, 0).
 """
 
 import numpy as np
@@ -16,17 +17,17 @@ STEP = 4  # (seed, step): jitter, actions and masks of a global batch
 # fine-tuning
 TRAIN_VIEW = 5  # (seed, epoch, film): crop and flip of a training film
 TRAIN_JITTER = 6  # (seed, step): brightness and contrast of a batch
-# These two stand behind the seed, (seed, name), as earlier versions drew them: with some seeds
-# they meet the numbers of another key.
-DRAW_FRACTION = 7  # the training films of --fraction
-DRAW_SHOTS = 8  # the order in which --shots looks for films of every class
 DROP_PATH = 8  # (seed, step, rank): which residual branches are skipped
+DRAW_FRACTION = 11  # (seed): the training films of --fraction
+DRAW_SHOTS = 12  # (seed): the order in which --shots looks for films of every class
 # analyses
 SURPRISE = 9  # (seed): the halves that judge each other
 RANDOM_CUT = 10  # (seed): boxes of the correspondence test
-RCDM_PLACE = 20  # (seed, epoch, film) or (seed): boxes and hidden rectangles; films to show
+DOMAIN_TEST = 13  # (seed, film): the actions of the domain sensitivity test
+RCDM_PLACE = 20  # (seed, epoch, film): boxes and hidden rectangles
 RCDM_NOISE = 21  # (seed, step): time and noise of a training step
 RCDM_PAINT = 22  # (seed, sample): the noise that a painting starts from
+RCDM_SHOWN = 23  # (seed): which held-out films are shown
 # synthetic films: here the name comes last, as always, so that films stay what they were
 PHANTOM_LABELS = 0  # (seed, patient): what the patient has
 PHANTOM_SHAPE = 1  # (seed, patient): the anatomy, side and place of each finding
@@ -39,12 +40,12 @@ PHANTOM_TEXTURE = 2  # (trees): texture of the findings
 
 
 def numpy_rng(*key):
-    """A NumPy generator that depends on the integers of `key` (each 0 or more) and on nothing else."""
+    """Make a NumPy generator that depends on the integers of `key`, each 0 or more, alone."""
     return np.random.default_rng(key)
 
 
 def torch_generator(*key):
-    """A torch generator, on the CPU, that depends on the integers of `key` and on nothing else."""
+    """Make a torch generator, on the CPU, that depends on the integers of `key` alone."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator().manual_seed(int(seed))
 

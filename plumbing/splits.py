@@ -216,9 +216,9 @@ def draw_few(examples, fraction=1.0, shots: int | None = None, seed=0) -> list[E
         if fraction >= 1:
             return examples
         count = max(1, int(fraction * len(examples)))
-        chosen = numpy_rng(seed, DRAW_FRACTION).choice(len(examples), count, replace=False)
+        chosen = numpy_rng(DRAW_FRACTION, seed).choice(len(examples), count, replace=False)
     else:
-        order = numpy_rng(seed, DRAW_SHOTS).permutation(len(examples))
+        order = numpy_rng(DRAW_SHOTS, seed).permutation(len(examples))
         chosen = set()
         for k in range(len(examples[0].target)):
             positive = [i for i in order if examples[i].target[k]]
