@@ -15,15 +15,19 @@ from plumbing.launch import UserError
 
 
 # ---- Files: readers see the old one or the new one, never half
-def replace_with(path, write):
-    """Call write(temporary file name), then rename that file to `path`. Raises UserError."""
+def replace_with(path, write, sync=True):
+    """Call write(temporary file name), then rename that file to `path`. Raises UserError.
+
+    sync: wait until the bytes are on the disk, so that even a power cut leaves a whole file.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb+") as file:  # Windows flushes only what is open for writing
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -1,6 +1,6 @@
 """Every random number of this program, by the name of what it decides.
 
-A key is a name from this list and the integers that the draw depends on, such as (seed, epoch, film).
+A key is a name from this list and the integers that the draw depends on, as (seed, epoch, film).
 It holds no rank and no worker, so the same films meet the same numbers however many processes there
 are; drop path alone depends on the rank. The name comes first: NumPy pads keys with zeros, so that
 without it (seed, epoch) would draw the same numbers as (seed, epoch, 0).

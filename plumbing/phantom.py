@@ -703,7 +703,8 @@ def write_one(folder: Path, size: int, seed: int, index: int) -> dict:
     white = np.uint8(255)
     images = [item["film"], item["lungs"] * white, item["heart"] * white]
     for kind, image in zip(("films", "masks", "hearts"), images, strict=True):
-        replace_with(folder / kind / name, partial(Image.fromarray(image).save, format="PNG"))
+        write = partial(Image.fromarray(image).save, format="PNG")
+        replace_with(folder / kind / name, write, sync=False)  # the table, written last, is synced
     found = [finding for finding, has in zip(FINDINGS, item["labels"], strict=True) if has]
     row = dict(
         filename=name,
