@@ -1,0 +1,288 @@
+"""README and docs tell the truth: commands, flags, functions, quoted lines, pictures, tables."""
+
+import ast
+import contextlib
+import io
+import re
+import runpy
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from model import ViT
+from plumbing.benchmarks import load_task
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy's
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / ".github" / "CONTRIBUTING.md",
+]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+OTHER_PROGRAMS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
+OTHER_PROGRAMS |= {"--index-url", "--check"}  # pip's and ruff's
+
+
+def text_of(page):
+    """A page as text; of the changelog's table of commands only what is valid now."""
+    text = page.read_text()
+    if page.name == "changelog.md":
+        text = re.sub(r"^\| [^|]* \|", "|", text, flags=re.M)
+    return text
+
+
+TEXTS = {page.relative_to(ROOT).as_posix(): text_of(page) for page in PAGES}
+README = TEXTS["README.md"]
+
+
+def lines_of_commands(text):
+    """Lines of the code blocks that are no Python or CSV, and inline `python …`, `torchrun …`."""
+    for kind, block in BLOCK.findall(text):
+        if kind in ("", "bash", "sh"):
+            yield from block.replace("\\\n", " ").splitlines()
+    yield from re.findall(r"`((?:python|torchrun) [^`]*)`", text)
+
+
+def calls():
+    """Every call of a program of ours in the pages → {(program, sub-command words): {flags}}."""
+    found = {}
+    for text in TEXTS.values():
+        for line in lines_of_commands(text):
+            for part in line.split("#")[0].split("&&"):
+                called = re.search(
+                    r"(?:python|torchrun)\s.*?(?:-m ([\w.]+)|\b(\w+\.py))((?: [a-z]\w*)*)(.*)", part
+                )
+                if called and called[1] not in ("pip", "venv", "lab.NAME"):
+                    program = (called[1] or called[2], tuple(called[3].split()))
+                    flags = re.findall(r"(?<![\w-])(--\w+)", re.sub(r'"[^"]*"', "", called[4]))
+                    found.setdefault(program, set()).update(flags)
+    return found
+
+
+def help_of(program, words):
+    """What a program of ours prints with --help, run in this process."""
+    spoken = io.StringIO()
+    argv, sys.argv = sys.argv, [program, *words, "--help"]
+    try:
+        with contextlib.redirect_stdout(spoken), contextlib.suppress(SystemExit):
+            if program.endswith(".py"):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            else:
+                runpy.run_module(program, run_name="__main__")
+    finally:
+        sys.argv = argv
+    return spoken.getvalue()
+
+
+@pytest.fixture(scope="module")
+def helps():
+    return {call: help_of(*call) for call in calls()}
+
+
+def has_flag(text, flag):
+    return re.search(rf"(?<![\w-]){flag}\b", text) is not None
+
+
+def test_nothing_is_left_to_fill_in():
+    for name, text in TEXTS.items():
+        assert "@@" not in text, name
+
+
+def test_the_two_set_up_commands_stand_word_for_word():
+    assert "pip install -r requirements.txt && python pretrain.py\n" in README
+    assert "pip install -r requirements.txt -r tests/requirements.txt && pytest\n" in README
+
+
+def test_the_small_build_is_the_tested_one():
+    pin = re.search(r"^torch==\S+", (ROOT / "requirements.txt").read_text(), re.M)[0]
+    assert f"pip install {pin} --index-url https://download.pytorch.org/whl/cpu" in README
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 1500
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.slow
+def test_every_flag_in_a_command_exists(helps):
+    assert len(helps) > 8
+    for call, flags in calls().items():
+        assert has_flag(helps[call], "--help"), f"{call} does not explain itself"
+        for flag in flags:
+            assert has_flag(helps[call], flag), f"{call} has no {flag}"
+
+
+@pytest.mark.slow
+def test_every_flag_that_is_mentioned_exists_somewhere(helps):
+    everything = "\n".join(helps.values())
+    for name, text in TEXTS.items():
+        if name != "docs/changelog.md":
+            for span in re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)):
+                for flag in set(re.findall(r"(?<![\w-])--\w[\w-]*", span)) - OTHER_PROGRAMS:
+                    assert has_flag(everything, flag), f"{name}: no program has {flag}"
+
+
+def defines(body, dotted):
+    """Is the dotted name defined in this list of statements, by def, class or assignment?"""
+    first, _, rest = dotted.partition(".")
+    for node in body:
+        if isinstance(node, DEFINITIONS) and node.name == first:
+            return not rest or defines(node.body, rest)
+        if not rest and isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+            if first in names:
+                return True
+    return False
+
+
+def is_defined(file, name):
+    path = ROOT / file
+    return path.is_file() and defines(ast.parse(path.read_text()).body, name)
+
+
+def broken_references(page, text):
+    """References of a page to code or files of ours that do not exist."""
+    for file, name in re.findall(r"`([\w/]+\.py):([\w.]+)`", text):
+        if not is_defined(file, name):
+            yield f"{page}: {file}:{name}"
+    for file in set(re.findall(r"`([\w./]*\w\.(?:py|md|yml|cff))`", text)):
+        places = [ROOT / file, (ROOT / page).parent / file, ROOT / "docs" / file]
+        if not any(place.is_file() for place in places):
+            yield f"{page}: {file}"
+    for module, name in re.findall(r"\b((?:lab|plumbing)\.(?!NAME)\w+)(?:\.(\w+))?", text):
+        file = f"{module.replace('.', '/')}.py"
+        if not (ROOT / file).is_file() or (name and not is_defined(file, name)):
+            yield f"{page}: {module}.{name}"
+
+
+def test_every_reference_to_code_exists():
+    broken = [line for page, text in TEXTS.items() for line in broken_references(page, text)]
+    assert broken == []
+    assert len(re.findall(r"`[\w/]+\.py:[\w.]+`", "".join(TEXTS.values()))) > 20
+
+
+def python_blocks():
+    """Python blocks of all pages: (page, text before the block, block)."""
+    for page, text in TEXTS.items():
+        for match in BLOCK.finditer(text):
+            if match[1] == "python":
+                yield page, text[: match.start()], match[2]
+
+
+def is_program(block):
+    return block.startswith(("import ", "from "))
+
+
+def bare_lines(text):
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def test_quoted_lines_stand_in_the_named_file():
+    quotations = [block for block in python_blocks() if not is_program(block[2])]
+    assert quotations
+    for page, before, block in quotations:
+        file = re.findall(r"`(?:[\w/]*/)?(\w+\.py)(?::[\w.]+)?`", before)[-1]
+        source, wanted = bare_lines((ROOT / file).read_text()), bare_lines(block)
+        starts = range(len(source) - len(wanted) + 1)
+        assert any(source[k : k + len(wanted)] == wanted for k in starts), f"{page}: {block[:80]}"
+
+
+def test_readme_quotes_the_whole_forward():
+    source = (ROOT / "model.py").read_text()
+    world = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "CheXWorld"
+    )
+    forward = next(node for node in world.body if getattr(node, "name", "") == "forward")
+    code = bare_lines(ast.get_source_segment(source, forward))
+    quoted = [block for _, _, block in python_blocks() if "def forward" in block]
+    assert [bare_lines(block) for block in quoted] == [code]
+
+
+def test_the_programs_in_the_pages_run(tmp_path, monkeypatch):
+    programs = [block for _, _, block in python_blocks() if is_program(block)]
+    assert programs
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    vit = ViT(64, 8, 32, 2, 2)
+    saved = {"encoder": vit.state_dict(), "config": vit.config, "step": 1}
+    torch.save(saved, tmp_path / "runs" / "demo" / "encoder.pt")
+    grey = np.random.default_rng(0).integers(0, 255, (90, 120), np.uint8)
+    Image.fromarray(grey).save(tmp_path / "film.png")
+    for program in programs:
+        names = {}
+        exec(textwrap.dedent(program), names)
+        assert names["features"].shape == (1, 64, 32)
+        assert torch.isfinite(names["features"]).all()
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    kept = re.sub(r"[^\w\s-]", "", heading.strip().lower())
+    return kept.replace(" ", "-")
+
+
+def test_links_and_pictures_lead_somewhere():
+    shown = set()
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text)):
+            if target.startswith("http"):
+                continue
+            file, _, anchor = target.partition("#")
+            path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+            assert path.exists(), f"{page}: {target}"
+            if path.suffix == ".png":
+                shown.add(path)
+                assert path.stat().st_size < 400_000, target
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+                assert anchor in map(slug, headings), f"{page}: {target}"
+    assert shown == {path.resolve() for path in (ROOT / "docs").glob("*.png")}
+
+
+def test_line_counts_in_the_table_of_six_files():
+    rows = re.findall(r"^\| \[?`(\w+\.py)`(?:\]\([^)]*\))? \| (\d+) \|", README, re.M)
+    assert [file for file, _ in rows] == [
+        "model.py",
+        "masks.py",
+        "augment.py",
+        "data.py",
+        "pretrain.py",
+        "finetune.py",
+    ]
+    for file, told in rows:
+        lines = len((ROOT / file).read_text().splitlines())
+        assert abs(int(told) - lines) <= 0.1 * lines, f"{file} has {lines} lines, not {told}"
+
+
+def test_every_file_stands_in_the_tree():
+    tree = next(block for _, block in BLOCK.findall(README) if "plumbing/" in block)
+    for folder in ("plumbing", "lab"):
+        for file in (ROOT / folder).glob("*.py"):
+            if file.name != "__init__.py":
+                assert re.search(rf"^ +{file.stem}\b", tree, re.M), f"{folder}/{file.name}"
+
+
+def csv_examples():
+    return [block for kind, block in BLOCK.findall(TEXTS["docs/data.md"]) if kind == "csv"]
+
+
+@pytest.mark.parametrize("table", csv_examples())
+def test_the_example_tables_are_read(table, tmp_path):
+    (tmp_path / "own.csv").write_text(table)
+    for name in set(re.findall(r"[\w/]+\.png", table)):
+        path = tmp_path / ("masks" if "lungs" in name else "films") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32)).save(path)
+    splits = load_task("csv", tmp_path, tmp_path / "own.csv")
+    rows = len(table.strip().splitlines()) - 1
+    assert len(splits.train) + len(splits.val) + len(splits.test) == rows
+    assert splits.kind == ("mask" if "mask" in table else "labels")
+    assert splits.labels
