@@ -358,7 +358,7 @@ def main(args=None, Model=CheXWorld):
     # ---- 3. Films: those to train on, and those kept for the closing test.
     if args.data is None:
         args = draw_phantoms(args, team)
-    side = round(args.image * 320 / 224)  # as the authors: short side 320 for crops of 224
+    side = round(args.image * 320 / 224)  # films keep a short side of 320 px for crops of 224
     films = open_films(args.data, out, side, args.patients)
     team.say("\n".join(films.summary))
     tables = [Labels(path).complete() for path in args.probe.split(",")] if args.probe else []

@@ -10,7 +10,7 @@ from conftest import REAL, ROOT
 from PIL import Image
 
 needs_real = pytest.mark.skipif(
-    not (REAL / "formats").is_dir(), reason="no ../shared/cxr/formats here"
+    not (REAL / "formats").is_dir(), reason="no real films beside the repository"
 )
 
 
