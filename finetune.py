@@ -38,7 +38,7 @@ from plumbing.seedrun import SeedLog, SeedRun, finished_result, keep_recipe, rec
 from plumbing.splits import class_warnings, draw_few
 from plumbing.weights import load_encoder, resized
 
-# ---------------------------------------------------------------- recipe
+# ---- Recipe
 # plumbing/benchmarks.py (TASKS) holds the paper's settings of every task. They are changed where
 # the paper is silent or the network is small; flags come before both.
 PUBLISHED = ("vindr", "chexpert")  # tasks whose epochs and batch are known
@@ -141,7 +141,7 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     """Fill in every setting that the user left open. → (a filled copy of args, reasons)
 
     What the user gave comes first, then our settings for small networks, then the task's recipe.
-    shape: the encoder's (encoder_shape). films: number of training films.
+    shape: encoder_shape. films: number of training films.
     """
     defaults = dict(SEGMENT if kind == "mask" else TASKS[args.task].recipe)
     defaults |= {"image": shape["image"], "patch": shape["patch"]}
@@ -154,8 +154,8 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
         defaults |= ours
         shown = " and ".join(f"{name} {value:g}" for name, value in ours.items())
         reasons.append(f"For a small network we take {shown}.")
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    filled = Config(**{**vars(args), **defaults, **given})
+    left_open = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    filled = dataclasses.replace(args, **left_open)
 
     # Every process takes the same share of a batch, in micro-batches that divide it evenly.
     share = max(1, min(filled.batch, films) // team.world)
@@ -194,7 +194,7 @@ def count_steps(args: Config, kind, films: int) -> Steps:
     return Steps(per_epoch, total, end, between_validations=max(per_epoch, total // 50))
 
 
-# ---------------------------------------------------------------- weights and model
+# ---- Weights and model
 def choose_weights(args: Config, out: Path) -> tuple[Path | None, str]:
     """Find the weights to start from. → (path, None for random weights; why these)"""
     if args.weights == "none":
@@ -280,7 +280,7 @@ def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
     return list(groups.values())
 
 
-# ---------------------------------------------------------------- loss, prediction, judgement
+# ---- Loss, prediction, judgement
 @dataclasses.dataclass
 class TaskData:
     """The task at hand and its films. All seeds share it, but for the films to train on."""
@@ -422,16 +422,16 @@ def solve_head(model, task: TaskData, args, team):
         model.head.bias.copy_(torch.from_numpy(bias))
 
 
-# ---------------------------------------------------------------- training one seed
-def jitter_batch(item, kind, seed, step, batch_positions, batch, device):
+# ---- Training one seed
+def jitter_batch(item, kind, key, batch_positions, batch, device):
     """Send a loaded micro-batch to the device, brightness and contrast changed at random.
 
-    Factors are drawn for the `batch` films of the whole step, keyed by (seed, step), and taken at
-    batch_positions (b,): so it does not matter how the batch is divided among processes.
+    key: (seed, step). The factors are drawn for all `batch` films of the step and taken at
+    batch_positions (b,), so that it does not matter how processes and micro-batches divide it.
     → images (b, 1, H, W), goal
     """
     probability = 0.8 if kind == "mask" else 1.0
-    generator = torch_generator(TRAIN_JITTER, seed, step)
+    generator = torch_generator(TRAIN_JITTER, *key)
     jitter = augment.sample_jitter(batch, generator, probability, (0.8, 1.2))  # (B, 2)
     jitter = jitter[batch_positions].to(device)
     images = augment.to_float(item["view"].to(device, non_blocking=True))
@@ -452,9 +452,8 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
         task.unreadable.note_batch(item)
         first = team.rank * share + k * args.micro
         batch_positions = torch.arange(first, first + args.micro)
-        images, goal = jitter_batch(
-            item, task.kind, run.seed, run.step, batch_positions, args.batch, team.device
-        )
+        key = (run.seed, run.step)
+        images, goal = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
         is_last = k + 1 == micro_batches
         with launch.no_sync(forward, is_last), launch.autocast(team.device, args.precision):
             loss = loss_of(task.kind, forward(images), goal).mean() / micro_batches
@@ -482,8 +481,8 @@ def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
     loader = iter(open_loader(run, args, task, team))
     forward = launch.prepare_forward(run.model, args.compile, team)
     log = SeedLog(run, args.batch) if team.lead else None
-    name = f"seed {run.seed}"
-    bar = tqdm(None, name, steps.end, initial=run.step, unit="step", disable=not team.lead)
+    progress = dict(total=steps.end, initial=run.step, unit="step", disable=not team.lead)
+    bar = tqdm(desc=f"seed {run.seed}", **progress)
     is_stopping = False
     while run.step < steps.end and run.best.stale < args.patience and not is_stopping:
         # ---- One step.
@@ -515,13 +514,17 @@ def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
 
 def open_loader(run: SeedRun, args, task: TaskData, team):
     """Load this rank's micro-batches of the steps from run.step to the end."""
-    examples = TrainExamples(task.films["train"], run.seed)
-    n = len(examples.films)
-    share = (args.batch, args.micro, team.rank, team.world)
-    batches = Batches(n, *share, run.seed, start_step=run.step, steps=run.steps.end)
-    on_gpu = team.device.type == "cuda"
-    workers = args.workers
-    return DataLoader(examples, batch_sampler=batches, num_workers=workers, pin_memory=on_gpu)
+    films = task.films["train"]
+    n = len(films)
+    end = run.steps.end
+    batches = Batches(n, args.batch, args.micro, team.rank, team.world, run.seed, run.step, end)
+    return DataLoader(
+        TrainExamples(films, run.seed),
+        batch_sampler=batches,
+        num_workers=args.workers,
+        pin_memory=team.device.type == "cuda",
+        worker_init_fn=launch.leave_with_parent,
+    )
 
 
 def mean_loss(loss, run: SeedRun, team) -> float:
@@ -637,7 +640,7 @@ def draw_cases(path: Path, model, films, rows: dict, device):
     results.save_cases(path, cases)
 
 
-# ---------------------------------------------------------------- main
+# ---- Main
 def open_task(args: Config, splits, size, team) -> TaskData:
     """Open the test films of a task, and the validation films where something is trained."""
     total = sum(counts["films"] for counts in splits.counts().values())

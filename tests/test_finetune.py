@@ -536,8 +536,8 @@ def test_jitter_does_not_depend_on_how_the_batch_is_divided():
     views = torch.randint(0, 256, (8, 32, 32), dtype=torch.uint8)
     whole = {"view": views, "goal": torch.zeros(8, 1)}
     half = {"view": views[4:], "goal": torch.zeros(4, 1)}
-    a, _ = finetune.jitter_batch(whole, "labels", 0, 3, torch.arange(8), 8, "cpu")
-    b, _ = finetune.jitter_batch(half, "labels", 0, 3, torch.arange(4, 8), 8, "cpu")
+    a, _ = finetune.jitter_batch(whole, "labels", (0, 3), torch.arange(8), 8, "cpu")
+    b, _ = finetune.jitter_batch(half, "labels", (0, 3), torch.arange(4, 8), 8, "cpu")
     assert a.shape == (8, 1, 32, 32)
     assert torch.equal(a[4:], b)
 
