@@ -9,22 +9,19 @@ DIR; of them only frontal training films are taken. Everything else below DIR th
 is taken too, and so is what packed files (*.pack) hold.
 """
 
-import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import augment
 from plumbing.film import UnreadableFilm, fit, read_mask, read_shrunk
 from plumbing.folder import Index, choose_films
 from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS, numpy_rng
-from plumbing.launch import UserError, flag, parse, run_script
-from plumbing.pack import Films, InMemory, Pack, pack_films, read_all
+from plumbing.launch import UserError, count_cpus, flag, leave_with_parent, parse, run_script
+from plumbing.pack import Films, InMemory, Pack, check_and_report, pack_and_report
 from plumbing.table import match, read_table
 
 
@@ -134,7 +131,18 @@ class Batches:
                 yield [(epoch, int(i)) for i in order[start : start + self.micro]]
 
 
-# ---------------------------------------------------------------- films that cannot be read
+def make_loader(items, args, team, workers, seed, start, end):
+    """Load this rank's micro-batches of Views or TrainExamples, from step `start` to `end`."""
+    shares = (args.batch, args.micro, team.rank, team.world)
+    return torch.utils.data.DataLoader(
+        items,
+        batch_sampler=Batches(len(items), *shares, seed, start, end),
+        num_workers=workers,
+        pin_memory=team.device.type == "cuda",
+        worker_init_fn=leave_with_parent,
+    )
+
+
 def read_or_next(films, numbers, at: int, tries: int = 100):
     """Read film numbers[at], or, when it cannot be read, the next of `numbers` that can.
 
@@ -156,42 +164,6 @@ def read_or_next(films, numbers, at: int, tries: int = 100):
         f"{tries} films in a row cannot be read, from {first_name} on ({first_reason}): "
         "python data.py check --data … names them all"
     )
-
-
-def is_too_many(unreadable: int, total: int) -> bool:
-    """Whether so many unreadable films stop a run: more than one, and more than 1 % of all."""
-    return unreadable > max(1, 0.01 * total)
-
-
-class UnreadableFilms:
-    """Names each film that cannot be read, once and with the reason; too many stop the run.
-
-    total: films of the run; reasons: {name: why it cannot be read}.
-    """
-
-    def __init__(self, total):
-        self.total = total
-        self.reasons = {}
-
-    def note(self, name, reason):
-        """Note one film. UserError when it is one too many."""
-        if name in self.reasons:
-            return
-        self.reasons[name] = reason
-        count = len(self.reasons)
-        tqdm.write(f"bad film, skipped ({count} so far): {name}: {reason}")
-        if is_too_many(count, self.total):
-            first = ", ".join(list(self.reasons)[:3])
-            raise UserError(
-                f"{count} of {self.total} films cannot be read, more than 1 %: {first} …: "
-                "python data.py check --data … names them all; mend them or take them away"
-            )
-
-    def note_batch(self, batch):
-        """Note the films of a loaded batch that another one stands in for."""
-        for name, reason in zip(batch["unreadable"], batch["reason"], strict=True):
-            if name:
-                self.note(name, reason)
 
 
 # ---------------------------------------------------------------- examples of a downstream task
@@ -241,6 +213,9 @@ class TrainExamples(torch.utils.data.Dataset):
     def __init__(self, films, seed):
         self.films = films
         self.seed = seed
+
+    def __len__(self):
+        return len(self.films)
 
     def __getitem__(self, key):
         epoch, i = key
@@ -297,13 +272,6 @@ class TestExamples(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------- python data.py check|pack
-def count_cpus():
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: what a job or container was given
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @dataclass
 class Config:
     data: str = flag(None, "folder of films, any mix of sets and sub-folders, or a packed file")
@@ -312,43 +280,6 @@ class Config:
     workers: int = flag(count_cpus(), "reading processes")
     patients: str = flag(None, "CSV with columns filename,patient_id for films of your own")
     mimic_all: bool = flag(False, "take MIMIC's validation and test films, too")
-
-
-def check(films, workers):
-    """Read every film; name those that cannot be read, with their reasons."""
-    began = time.time()
-    unreadable = 0
-    for name, (film, reason) in zip(films.names, read_all(films, 0, workers, "check"), strict=True):
-        if film is None:
-            tqdm.write(f"bad: {name}: {reason}")
-            unreadable += 1
-    share = unreadable / len(films)
-    rate = len(films) / (time.time() - began)
-    print(
-        f"{len(films) - unreadable:,} of {len(films):,} films can be read, {unreadable:,} bad "
-        f"({share:.2%}); {rate:.0f} films/s with {workers} workers"
-    )
-    if is_too_many(unreadable, len(films)):
-        print(
-            "more than 1 % bad: training would stop; mend the films named above, or take them away"
-        )
-
-
-def pack(films, out, workers):
-    """Pack the films, unless that is done; say how fast, how big, and which were left out."""
-    began = time.time()
-    if Path(out).exists():
-        packed = Pack(out)
-        rate = "already there"
-    else:
-        packed = pack_films(films, out, workers)
-        rate = f"{len(films) / (time.time() - began):.0f} films/s with {workers} workers"
-    for name, reason in packed.unreadable:
-        print(f"bad, left out: {name}: {reason}")
-    print(
-        f"{out}: {len(packed):,} films, short side {packed.side}, {Path(out).stat().st_size:,} "
-        f"bytes, checksums verified; {rate}"
-    )
 
 
 def main():
@@ -364,9 +295,9 @@ def main():
     films = open_films(args.data, None, args.side, args.patients, args.mimic_all)
     print("\n".join(films.summary))
     if word == "check":
-        check(films, args.workers)
+        check_and_report(films, args.workers)
     else:
-        pack(films, args.out, args.workers)
+        pack_and_report(films, args.out, args.workers)
 
 
 if __name__ == "__main__":

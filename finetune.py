@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import augment
-from data import Batches, TestExamples, TrainExamples, UnreadableFilms, open_examples
+from data import TestExamples, TrainExamples, make_loader, open_examples
 from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import launch, metrics, results
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
 from plumbing.checkpoint import StopRequest, load_checkpoint, newest_run, write_json
 from plumbing.keys import DROP_PATH, TRAIN_JITTER, seed_torch, torch_generator
 from plumbing.launch import UserError, flag
-from plumbing.pack import InMemory
+from plumbing.pack import InMemory, UnreadableFilms
 from plumbing.results import METRIC
 from plumbing.seedrun import SeedLog, SeedRun, finished_result, keep_recipe, recipe_of
 from plumbing.splits import class_warnings, draw_few
@@ -478,7 +478,9 @@ def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
     → True after SIGTERM: the seed is saved, but not over
     """
     steps = run.steps
-    loader = iter(open_loader(run, args, task, team))
+    examples = TrainExamples(task.films["train"], run.seed)
+    span = (run.step, steps.end)
+    loader = iter(make_loader(examples, args, team, args.workers, run.seed, *span))
     forward = launch.prepare_forward(run.model, args.compile, team)
     log = SeedLog(run, args.batch) if team.lead else None
     progress = dict(total=steps.end, initial=run.step, unit="step", disable=not team.lead)
@@ -510,21 +512,6 @@ def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
             run.save()
     bar.close()
     return is_stopping
-
-
-def open_loader(run: SeedRun, args, task: TaskData, team):
-    """Load this rank's micro-batches of the steps from run.step to the end."""
-    films = task.films["train"]
-    n = len(films)
-    end = run.steps.end
-    batches = Batches(n, args.batch, args.micro, team.rank, team.world, run.seed, run.step, end)
-    return DataLoader(
-        TrainExamples(films, run.seed),
-        batch_sampler=batches,
-        num_workers=args.workers,
-        pin_memory=team.device.type == "cuda",
-        worker_init_fn=launch.leave_with_parent,
-    )
 
 
 def mean_loss(loss, run: SeedRun, team) -> float:

@@ -13,13 +13,12 @@ encoder.pt, curve.png, views.png and result.json.
 
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 
 import augment
-from data import Batches, InMemory, UnreadableFilms, Views, open_films
+from data import Views, make_loader, open_films
 from lab.report import closing
 from masks import mask_sizes, sample_masks
 from model import SIZES, CheXWorld, swap_views
@@ -27,6 +26,7 @@ from plumbing import checkpoint, launch, phantom, pictures
 from plumbing.keys import STEP, torch_generator
 from plumbing.launch import UserError, flag
 from plumbing.monitor import Monitor
+from plumbing.pack import InMemory, UnreadableFilms
 from plumbing.splits import hold_out_films
 from plumbing.table import Labels
 
@@ -46,8 +46,11 @@ LEAST = dict(batch=1, micro=1, epochs=1, max_steps=1, image=1, patch=1, phantoms
 
 
 @dataclasses.dataclass
-class Config:
-    """The flags; None is filled in from the recipe, or where the setting is used."""
+class Config(launch.TrainFlags):
+    """The flags; None is filled in from the recipe, or where the setting is used.
+
+    The flags of every training (--micro, --precision ...) are in plumbing/launch.py.
+    """
 
     data: str = flag(
         None,
@@ -64,20 +67,12 @@ class Config:
     image: int = flag(None, "side of the two crops of a film, px [demo 64, paper 224]")
     patch: int = flag(None, "side of a patch, px; must divide --image [demo 8, paper 16]")
     batch: int = flag(None, "films per step, over all GPUs together [demo 16, paper 2048]")
-    micro: int = flag(
-        None,
-        "films per forward pass of one GPU, at most; gradients are accumulated until --batch is "
-        "reached, so only memory and speed depend on it [128, on a CPU 64]",
-    )
     epochs: int = flag(None, "passes over the films; sets the schedules [demo 20, paper 300]")
     warmup: float = flag(
         None, "epochs during which the learning rate rises from 0 [demo 1, paper 40]"
     )
-    max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
     lr: float = flag(None, "peak learning rate [demo 1.2e-3, paper 2e-4]")
-    min_lr: float = flag(1e-6, "learning rate at the end of its cosine")
     weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
-    clip: float = flag(1.0, "longest gradient; a longer one is shortened to this norm")
     ema: float = flag(
         None,
         "momentum with which the target encoder follows the encoder, at the start; it rises to 1 "
@@ -93,20 +88,10 @@ class Config:
     )
     holdout: int = flag(50, "films held out for the closing domain test when --probe names none")
     phantoms: int = flag(2000, "synthetic films of the demo")
-    precision: str = flag(
-        "auto",
-        "of the forward pass; auto = bfloat16 on GPUs and on CPUs that multiply it natively",
-        ["auto", "float32", "bfloat16"],
-    )
-    compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
     checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, about a third more time"
     )
     seed: int = flag(0, "of everything random")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
-    workers: int = flag(
-        None, "loader processes [8 per GPU; on a CPU 0 when the films fit into memory, else 1]"
-    )
     log_every: int = flag(20, "steps between rows of log.csv")
     save_every: int = flag(None, "steps between checkpoints [demo 200, paper 500]")
 
@@ -153,7 +138,7 @@ def draw_phantoms(args, team):
     elif team.lead:
         team.say(f"demo: drawing {args.phantoms} synthetic films into {folder}")
         side = max(128, args.image * 3 // 2)
-        phantom.write_phantoms(folder, args.phantoms, side, args.seed, workers=os.cpu_count() or 1)
+        phantom.write_phantoms(folder, args.phantoms, side, args.seed, launch.count_cpus())
     team.wait()  # until the lead has drawn them
     return dataclasses.replace(args, data=str(folder / "films"), probe=args.probe or str(table))
 
@@ -305,19 +290,6 @@ def save(out, world, optimizer, recipe, step):
     checkpoint.save_atomic(alone, out / "encoder.pt")
 
 
-def make_loader(views, args, team, workers, start, end):
-    """Load this rank's micro-batches of the steps from `start` to `end`, in order."""
-    return torch.utils.data.DataLoader(
-        views,
-        batch_sampler=Batches(
-            len(views), args.batch, args.micro, team.rank, team.world, args.seed, start, end
-        ),
-        num_workers=workers,
-        pin_memory=team.device.type == "cuda",
-        worker_init_fn=launch.leave_with_parent,
-    )
-
-
 def draw_views(views, args, count):
     """Draw the first films as step 0 shows them to the model. → picture"""
     item = torch.utils.data.default_collate([views[0, i] for i in range(count)])
@@ -385,7 +357,7 @@ def main(args=None, Model=CheXWorld):
     # ---- 6. Go on where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train])
     start = go_on(out, recipe, world, optimizer, team)
-    loader = make_loader(views, args, team, workers, start, end)
+    loader = make_loader(views, args, team, workers, args.seed, start, end)
     if start:
         team.say(f"going on at step {start} of {total}")
     elif team.lead:

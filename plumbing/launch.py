@@ -47,6 +47,31 @@ def flag(default, help: str, choices: list | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+@dataclasses.dataclass
+class TrainFlags:
+    """The flags that pretrain.py and finetune.py share. --help shows them after a script's own."""
+
+    max_steps: int = flag(None, "stop early after this many steps, without changing any schedule")
+    micro: int = flag(
+        None,
+        "films per forward pass of one GPU, at most; gradients are accumulated until --batch is "
+        "reached, so only memory and speed depend on it [128; to pre-train on a CPU 64]",
+    )
+    min_lr: float = flag(1e-6, "learning rate at the end of its cosine")
+    clip: float = flag(1.0, "longest gradient; a longer one is shortened to this norm")
+    precision: str = flag(
+        "auto",
+        "of the forward pass; auto = bfloat16 on GPUs and on CPUs that multiply it natively",
+        ["auto", "float32", "bfloat16"],
+    )
+    compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
+    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+    workers: int = flag(
+        None,
+        "loader processes [8 per GPU; on a CPU 0, in pretrain.py 1 unless films fit in memory]",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors that suggest the flag which was meant."""
 
@@ -72,7 +97,9 @@ def parse(Config, doc: str, argv: list[str] | None = None, prog: str | None = No
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for field in dataclasses.fields(Config):
+    shared = {field.name for field in dataclasses.fields(TrainFlags)}
+    own_first = sorted(dataclasses.fields(Config), key=lambda field: field.name in shared)
+    for field in own_first:
         if "help" in field.metadata:
             add_flag(parser, field)
     args = Config(**vars(parser.parse_args(argv)))
@@ -212,6 +239,13 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count()
         raise UserError(f"--device {device}, but this PyTorch sees {count} GPU(s)")
     return device
+
+
+def count_cpus() -> int:
+    """Count the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: what a job or container was given
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose_precision(name: str, device: torch.device) -> str:

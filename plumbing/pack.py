@@ -1,14 +1,15 @@
-"""Sets of films: files and packed files as one sequence, kept in memory, or packed.
+"""Sets of films: files and packed files as one sequence, kept in memory, checked, or packed.
 
 A packed file holds films decoded once, which training then maps into memory. It consists of MAGIC,
-the films' bytes one after the other, the index (three .npy arrays: the films' heights and widths,
-their checksums, and JSON text), and a footer: where the index starts, its size, its checksum, MAGIC.
+the films' bytes one after the other, the index (three .npy arrays: heights and widths,
+checksums, JSON text), and a footer: where the index starts, its size, its checksum, MAGIC.
 """
 
 import io
 import json
 import os
 import struct
+import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -108,6 +109,43 @@ class InMemory:
             self.decoded = dict(zip(numbers, bar, strict=True))
 
 
+# ---------------------------------------------------------------- films that cannot be read
+def is_too_many(unreadable: int, total: int) -> bool:
+    """Whether so many unreadable films stop a run: more than one, and more than 1 % of all."""
+    return unreadable > max(1, 0.01 * total)
+
+
+class UnreadableFilms:
+    """Names each film that cannot be read, once and with the reason; too many stop the run.
+
+    total: films of the run; reasons: {name: why it cannot be read}.
+    """
+
+    def __init__(self, total):
+        self.total = total
+        self.reasons = {}
+
+    def note(self, name, reason):
+        """Note one film. UserError when it is one too many."""
+        if name in self.reasons:
+            return
+        self.reasons[name] = reason
+        count = len(self.reasons)
+        tqdm.write(f"bad film, skipped ({count} so far): {name}: {reason}")
+        if is_too_many(count, self.total):
+            first = ", ".join(list(self.reasons)[:3])
+            raise UserError(
+                f"{count} of {self.total} films cannot be read, more than 1 %: {first} …: "
+                "python data.py check --data … names them all; mend them or take them away"
+            )
+
+    def note_batch(self, batch):
+        """Note the films of a loaded batch that another one stands in for."""
+        for name, reason in zip(batch["unreadable"], batch["reason"], strict=True):
+            if name:
+                self.note(name, reason)
+
+
 # ---------------------------------------------------------------- reading a packed file
 class Pack:
     """pack[i] → uint8 (H, W), a read-only view of the mapped file.
@@ -205,7 +243,44 @@ def read_all(films, start: int, workers: int, task: str) -> Iterator[tuple]:
     return tqdm(loader, desc=task, initial=start, total=len(films), unit=" films", disable=None)
 
 
+def check_and_report(films, workers: int):
+    """Read every film; name those that cannot be read, with their reasons (data.py check)."""
+    began = time.time()
+    unreadable = 0
+    for name, (film, reason) in zip(films.names, read_all(films, 0, workers, "check"), strict=True):
+        if film is None:
+            tqdm.write(f"bad: {name}: {reason}")
+            unreadable += 1
+    share = unreadable / len(films)
+    rate = len(films) / (time.time() - began)
+    print(
+        f"{len(films) - unreadable:,} of {len(films):,} films can be read, {unreadable:,} bad "
+        f"({share:.2%}); {rate:.0f} films/s with {workers} workers"
+    )
+    if is_too_many(unreadable, len(films)):
+        print(
+            "more than 1 % bad: training would stop; mend the films named above, or take them away"
+        )
+
+
 # ---------------------------------------------------------------- writing it
+def pack_and_report(films, out, workers: int):
+    """Pack the films, unless that is done; say how fast, how big, which were left out (data.py)."""
+    began = time.time()
+    if Path(out).exists():
+        packed = Pack(out)
+        rate = "already there"
+    else:
+        packed = pack_films(films, out, workers)
+        rate = f"{len(films) / (time.time() - began):.0f} films/s with {workers} workers"
+    for name, reason in packed.unreadable:
+        print(f"bad, left out: {name}: {reason}")
+    print(
+        f"{out}: {len(packed):,} films, short side {packed.side}, {Path(out).stat().st_size:,} "
+        f"bytes, checksums verified; {rate}"
+    )
+
+
 def pack_films(films, out, workers: int = 0) -> Pack:
     """Write every readable film into the packed file `out`.
 

@@ -7,10 +7,11 @@ from conftest import REAL
 from films_for_tests import TINY, film, needs_real, run, tree
 
 from augment import crop, sample_boxes
-from data import Batches, InMemory, UnreadableFilms, Views, open_films
+from data import Batches, Views, open_films
 from plumbing import keys
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError
+from plumbing.pack import InMemory, UnreadableFilms
 
 
 # ---------------------------------------------------------------- finding

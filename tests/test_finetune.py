@@ -25,6 +25,7 @@ from model import Classifier, Segmenter, ViT
 from plumbing import benchmarks, checkpoint, launch
 from plumbing.film import fit
 from plumbing.metrics import linear_probe
+from plumbing.pack import UnreadableFilms
 
 TINY = ["--weights", "none", "--size", "tiny", "--image", "32", "--patch", "8", "--device", "cpu"]
 SHORT = ["--batch", "8", "--epochs", "6", "--lr", "2e-3", "--log_every", "2", "--drop_path", "0.1"]
@@ -544,7 +545,7 @@ def test_jitter_does_not_depend_on_how_the_batch_is_divided():
 
 def test_solved_head_is_the_probe_of_pooled_features(films):
     splits = benchmarks.load_task("csv", films, films / "labels.csv")
-    unreadable = data.UnreadableFilms(40)
+    unreadable = UnreadableFilms(40)
     task = finetune.TaskData("labels", splits.labels, 32, True, unreadable)
     for split in ("train", "val", "test"):
         task.open(split, getattr(splits, split))

@@ -66,7 +66,7 @@ def test_an_old_ablated_run_is_told_apart(old):
 @pytest.mark.parametrize("kind, labels", [("labels", ("a", "b")), ("mask", ("lung",))])
 def test_old_fine_tuned_checkpoints_load(old, expected, kind, labels):
     path = old(f"best_{kind}.pt")
-    model = finetune.load_finetuned(path, torch.device("cpu"), kind, labels)
+    model = finetune.load_finetuned(path, kind, labels, torch.device("cpu"))
     assert_same(model(IMAGES), expected[f"best_{kind}"])
 
 

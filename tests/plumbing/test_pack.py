@@ -11,10 +11,9 @@ from conftest import ROOT
 from films_for_tests import film, run, tree
 from PIL import Image
 
-import data
 from data import Views, open_films
 from plumbing.launch import UserError
-from plumbing.pack import Pack, pack_films
+from plumbing.pack import Pack, check_and_report, pack_films
 
 
 def big_tree(root, count=60, side=700):
@@ -112,7 +111,7 @@ def test_damaged_packs(tmp_path, capsys):
             Pack(tmp_path / f"{name}.pack")
     content[int(pack.offsets[2]) + 50] ^= 1
     (tmp_path / "b.pack").write_bytes(content)
-    data.check(open_films(tmp_path / "b.pack"), workers=0)
+    check_and_report(open_films(tmp_path / "b.pack"), workers=0)
     said = capsys.readouterr().out
     assert "bad: 002.png: its bytes" in said and "4 of 5 films can be read" in said
 
