@@ -1,7 +1,10 @@
-"""The networks and losses a second time, as slow plain equations in float64 NumPy: what test_model.py and test_weights.py compare with.
+"""The networks and losses a second time, as slow plain equations in float64 NumPy.
 
-Nothing is imported from the program; weights come as a dict of float64 arrays under timm's names.
+Tests of the model, of its weights and of the ablations compare with them. Nothing is imported from
+the program; weights come as a dict of float64 arrays under timm's names.
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 from scipy.special import erf
@@ -9,50 +12,58 @@ from scipy.special import erf
 
 def arrays(module_or_state):
     """State dict (or module) → dict of float64 arrays."""
-    state = module_or_state if isinstance(module_or_state, dict) else module_or_state.state_dict()
+    state = module_or_state
+    if not isinstance(state, dict):
+        state = state.state_dict()
     return {k: v.detach().double().numpy() for k, v in state.items()}
 
 
 def sub(state, prefix):
+    """The entries under a prefix, without it."""
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
-def mae_table(n, dim):
-    """MAE's get_2d_sincos_pos_embed in words: column half first, each half sines then cosines. → (n², dim)"""
-    table = np.zeros((n * n, dim))
-    for row in range(n):
-        for col in range(n):
-            table[row * n + col] = np.concatenate(
-                [sincos_1d(col, dim // 2), sincos_1d(row, dim // 2)]
-            )
-    return table
+# ---------------------------------------------------------------- positions
 
 
 def sincos_1d(position, width):
-    """Sines then cosines of one coordinate at width / 2 frequencies from 1 down towards 1 / 10000. → (width,)"""
-    values = [position / 10000 ** (k / (width / 2)) for k in range(width // 2)]
-    return np.array([np.sin(v) for v in values] + [np.cos(v) for v in values])
+    """Sines, then cosines, of one coordinate at width / 2 frequencies from 1 towards 1 / 10000."""
+    values = np.array([position / 10000 ** (k / (width / 2)) for k in range(width // 2)])
+    return np.concatenate([np.sin(values), np.cos(values)])  # (width,)
+
+
+def position(row, col, dim):
+    """Sine-cosine code of one place, column half first. → (dim,)"""
+    return np.concatenate([sincos_1d(col, dim // 2), sincos_1d(row, dim // 2)])
 
 
 def positions(coords, dim):
-    """(L, 2) row, col → (L, dim), column half first."""
-    return np.stack(
-        [np.concatenate([sincos_1d(c, dim // 2), sincos_1d(r, dim // 2)]) for r, c in coords]
-    )
+    """(L, 2) row, col → (L, dim)"""
+    return np.stack([position(row, col, dim) for row, col in coords])
 
 
 def grid(n):
-    return np.array([(r, c) for r in range(n) for c in range(n)], float)
+    """Row and column of every patch in raster order. → (n², 2)"""
+    return np.array([divmod(k, n) for k in range(n * n)], float)
 
 
+def mae_table(n, dim):
+    """MAE's get_2d_sincos_pos_embed in words: sines and cosines of the whole grid. → (n², dim)"""
+    return positions(grid(n), dim)
+
+
+# ---------------------------------------------------------------- layers
 def linear(x, state, name):
     return x @ state[name + ".weight"].T + state[name + ".bias"]
 
 
 def layer_norm(x, state=None, name=None, eps=1e-6):
-    mean = x.mean(-1, keepdims=True)
-    x = (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + eps)
-    return x if state is None else x * state[name + ".weight"] + state[name + ".bias"]
+    """Normalise the last axis; without a state, no weight and no bias."""
+    centred = x - x.mean(-1, keepdims=True)
+    x = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    if state is None:
+        return x
+    return x * state[name + ".weight"] + state[name + ".bias"]
 
 
 def attention(x, state, name, heads):
@@ -72,30 +83,41 @@ def block(x, state, name, heads):
     """Pre-norm transformer block with exact GELU."""
     x = x + attention(layer_norm(x, state, name + ".norm1"), state, name + ".attn", heads)
     hidden = linear(layer_norm(x, state, name + ".norm2"), state, name + ".mlp.fc1")
-    return x + linear(hidden * 0.5 * (1 + erf(hidden / np.sqrt(2))), state, name + ".mlp.fc2")
+    activated = hidden * 0.5 * (1 + erf(hidden / np.sqrt(2)))
+    return x + linear(activated, state, name + ".mlp.fc2")
 
 
 def depth_of(state, name):
+    """How many blocks stand under a name."""
     return 1 + max(int(k.split(".")[1]) for k in state if k.startswith(name + "."))
 
 
+# ---------------------------------------------------------------- networks
 def embed_patches(channels, state):
-    """Image (C, H, W), normalised → one token per patch in raster order (N, D), by dot products with the kernel."""
-    kernel, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
-    p, n = kernel.shape[-1], channels.shape[-1] // kernel.shape[-1]
-    return np.stack(
-        [
-            np.tensordot(kernel, channels[:, r * p : (r + 1) * p, c * p : (c + 1) * p], 3) + bias
-            for r in range(n)
-            for c in range(n)
-        ]
-    )
+    """One token per patch, in raster order, by dot products with the kernel.
+
+    channels (C, H, W): the normalised image → (N, D)
+    """
+    kernel = state["patch_embed.proj.weight"]
+    bias = state["patch_embed.proj.bias"]
+    p = kernel.shape[-1]
+    n = channels.shape[-1] // p
+    tokens = []
+    for k in range(n * n):
+        r, c = divmod(k, n)
+        patch = channels[:, r * p : (r + 1) * p, c * p : (c + 1) * p]
+        tokens.append(np.tensordot(kernel, patch, 3) + bias)
+    return np.stack(tokens)
 
 
 def vit(channels, state, heads, keep=None):
-    """ViT of one normalised image (C, H, W): embed every patch, add its position, forget the hidden ones, blocks, norm. → (K|N, D)"""
+    """ViT of one normalised image: embed, add positions, forget the hidden patches, blocks, norm.
+
+    channels (C, H, W), keep: indices of the K visible patches, or None for all → (K|N, D)
+    """
     x = embed_patches(channels, state) + state["pos_embed"][0]
-    x = x if keep is None else x[keep]
+    if keep is not None:
+        x = x[keep]
     for i in range(depth_of(state, "blocks")):
         x = block(x, state, f"blocks.{i}", heads)
     return layer_norm(x, state, "norm")
@@ -109,8 +131,19 @@ def policy(tokens, code, state, name):
     return linear(x, state, name + ".4")
 
 
+def policy_input(action):
+    """What π sees of an action: zeros for the identity, and where it is told nothing. → (4,)"""
+    if action is None:
+        return np.zeros(4)
+    brightness, contrast, gamma, blur = action
+    return np.array([brightness - 1, contrast - 1, np.log(gamma), blur])
+
+
 def predictor(h, context_coords, target_coords, code, state, heads):
-    """Our g_φ for one image: h (K, D) at (K, 2), targets (M, 2), code (4,) what π sees of the action. → (M, D)"""
+    """Our g_φ for one image: what it says of the target patches.
+
+    h (K, D) at context_coords (K, 2); target_coords (M, 2); code (4,): policy_input → (M, D)
+    """
     width = state["mask_token"].size
     context = linear(h, state, "embed") + positions(context_coords, width)
     tokens = policy(state["mask_token"] + positions(target_coords, width), code, state, "policy")
@@ -120,67 +153,97 @@ def predictor(h, context_coords, target_coords, code, state, heads):
     return linear(layer_norm(x[len(h) :], state, "norm"), state, "proj")
 
 
+# ---------------------------------------------------------------- losses
+def normalised(images):
+    """The program's one mean and deviation."""
+    return (images.astype(float) - 0.5) / 0.25
+
+
 def losses(state, batch, config):
-    """Eq. (10)–(12) and Table 3's switches, view by view. state of a CheXWorld, batch of arrays, its config → dict of means."""
-    encoder, target, g = (
-        sub(state, name + ".") for name in ("encoder", "target_encoder", "predictor")
-    )
-    y, x = (
-        (batch[k].astype(float) - 0.5) / 0.25 for k in ("y", "x")
-    )  # the program's one mean and deviation
-    n, films, tasks = (
-        config["image"] // config["patch"],
-        len(y) // 2,
-        config.get("tasks", "local,global,domain").split(","),
-    )
-    own, terms = grid(n), {}
+    """Eq. (10)–(12) with Table 3's switches, one view after the other.
 
-    def term(name, h, seen, at, action, goal):
-        code = np.zeros(4)
-        if action is not None:
-            code = np.array([action[0] - 1, action[1] - 1, np.log(action[2]), action[3]])
-        guess = predictor(h, own[seen], at, code, g, config["predictor_heads"])
-        terms.setdefault(name, []).append(((guess - goal) ** 2).mean())
+    state: of a CheXWorld; batch: of arrays; config: the world's → {term: mean error}, and "loss"
+    """
+    encoder = sub(state, "encoder.")
+    guesser = sub(state, "predictor.")
+    own_coords = grid(config["image"] // config["patch"])
 
-    for k in range(2 * films):
-        view, other = (
-            k // films,
-            (k + films) % (2 * films),
-        )  # k = film k % films, seen in view 1 or 2
-        t_own, t_other = (
-            layer_norm(vit(y[j], target, config["heads"]), eps=1e-5) for j in (k, other)
-        )
-        keep, masked, every = batch["keep"][k], batch["masked"][k], np.arange(n * n)
-        phi = batch["coords"][k] if config.get("delta", True) else own
-        action = batch["action"][k] if config.get("action", True) else None
-        within, between, alone = (
-            f"l{view + 1}{view + 1}",
-            f"l{view + 1}{2 - view}",
-            f"d{view + 1}{view + 1}",
-        )
-        if config.get("unified", True):
-            seen = keep if "local" in tasks else every
-            h = vit(x[k] if "domain" in tasks else y[k], encoder, config["heads"], seen)
-            action = action if "domain" in tasks else None
-            if "local" in tasks:
-                term(within, h, seen, own[masked], action, t_own[masked])
-            if "global" in tasks:
-                term(between, h, seen, phi, action, t_other)
-            if tasks == ["domain"]:
-                term(within, h, seen, own, action, t_own)
-        else:
-            if "local" in tasks:
-                term(
-                    within,
-                    vit(y[k], encoder, config["heads"], keep),
-                    keep,
-                    own[masked],
-                    None,
-                    t_own[masked],
-                )
-            if "global" in tasks:
-                term(between, vit(y[k], encoder, config["heads"]), every, phi, None, t_other)
-            if "domain" in tasks:
-                term(alone, vit(x[k], encoder, config["heads"]), every, own, action, t_own)
+    def encode(image, keep=None):
+        return vit(image, encoder, config["heads"], keep)
+
+    def error(h, seen, at, action, goal):
+        code = policy_input(action)
+        guess = predictor(h, own_coords[seen], at, code, guesser, config["predictor_heads"])
+        return ((guess - goal) ** 2).mean()
+
+    tasks = config.get("tasks", "local,global,domain").split(",")
+    errors_of = unified_errors if config.get("unified", True) else separate_errors
+    terms = {}
+    for k in range(len(batch["y"])):
+        view = one_view(k, state, batch, config)
+        for name, value in errors_of(view, tasks, encode, error).items():
+            terms.setdefault(name, []).append(value)
     means = {name: np.mean(values) for name, values in terms.items()}
     return means | {"loss": np.mean(list(means.values()))}
+
+
+def one_view(k, state, batch, config):
+    """What the losses need of view k, which is film k % films, seen for the first or second time.
+
+    The names of its terms: `within` the view, `between` both, and domain `alone`.
+    """
+    films = len(batch["y"]) // 2
+    first_or_second = 1 + k // films
+    own_coords = grid(config["image"] // config["patch"])
+
+    def target(j):
+        tokens = vit(normalised(batch["y"][j]), sub(state, "target_encoder."), config["heads"])
+        return layer_norm(tokens, eps=1e-5)
+
+    return SimpleNamespace(
+        y=normalised(batch["y"][k]),
+        x=normalised(batch["x"][k]),
+        keep=batch["keep"][k],
+        masked=batch["masked"][k],
+        every=np.arange(len(own_coords)),
+        own=own_coords,
+        phi=batch["coords"][k] if config.get("delta", True) else own_coords,
+        action=batch["action"][k] if config.get("action", True) else None,
+        target=target(k),
+        other_target=target((k + films) % (2 * films)),
+        within=f"l{first_or_second}{first_or_second}",
+        between=f"l{first_or_second}{3 - first_or_second}",
+        alone=f"d{first_or_second}{first_or_second}",
+    )
+
+
+def unified_errors(view, tasks, encode, error):
+    """One encoding of the view answers every question asked. → {term: error}"""
+    has_domain = "domain" in tasks
+    seen = view.keep if "local" in tasks else view.every
+    h = encode(view.x if has_domain else view.y, seen)
+    action = view.action if has_domain else None
+    errors = {}
+    if "local" in tasks:
+        at = view.own[view.masked]
+        errors[view.within] = error(h, seen, at, action, view.target[view.masked])
+    if "global" in tasks:
+        errors[view.between] = error(h, seen, view.phi, action, view.other_target)
+    if tasks == ["domain"]:
+        errors[view.within] = error(h, seen, view.own, action, view.target)
+    return errors
+
+
+def separate_errors(view, tasks, encode, error):
+    """Each question has an encoding of its own. → {term: error}"""
+    every = view.every
+    errors = {}
+    if "local" in tasks:
+        h = encode(view.y, view.keep)
+        at = view.own[view.masked]
+        errors[view.within] = error(h, view.keep, at, None, view.target[view.masked])
+    if "global" in tasks:
+        errors[view.between] = error(encode(view.y), every, view.phi, None, view.other_target)
+    if "domain" in tasks:
+        errors[view.alone] = error(encode(view.x), every, view.own, view.action, view.target)
+    return errors

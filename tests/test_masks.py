@@ -1,8 +1,12 @@
-"""Block masks: sizes, disjointness, shares of a batch, even coverage against a slow untruncated sampler, and what the fixed sizes cost."""
+"""Block masks: sizes, shares of a batch, coverage, and what the fixed sizes cost.
+
+Coverage is compared with a slow sampler that draws by loops and drops no patch.
+"""
 
 import functools
 import math
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -20,123 +24,164 @@ def draw(batch, grid, seed=0, **kwargs):
 
 def frequency(indices, grid):
     """How often each patch is chosen. (B, K) → (n, n)"""
-    return np.bincount(indices.flatten().numpy(), minlength=grid * grid).reshape(grid, grid) / len(
-        indices
-    )
+    counts = np.bincount(indices.flatten().numpy(), minlength=grid * grid)
+    return counts.reshape(grid, grid) / len(indices)
 
 
+# ---------------------------------------------------------------- sizes and shares
 @pytest.mark.parametrize("grid", GRIDS)
 def test_sizes_disjoint_ascending(grid):
     K, M = mask_sizes(grid)
     keep, masked = draw(500, grid)
-    assert (
-        keep.shape == (500, K)
-        and masked.shape == (500, M)
-        and keep.dtype == masked.dtype == torch.long
-    )
+    assert keep.shape == (500, K)
+    assert masked.shape == (500, M)
+    assert keep.dtype == masked.dtype == torch.long
     both = torch.cat([keep, masked], 1).sort(1).values
-    assert (
-        (both[:, 1:] > both[:, :-1]).all() and both.min() >= 0 and both.max() < grid * grid
-    )  # no patch twice
-    assert (keep[:, 1:] > keep[:, :-1]).all() and (masked[:, 1:] > masked[:, :-1]).all()
+    assert (both[:, 1:] > both[:, :-1]).all()  # no patch twice
+    assert both.min() >= 0
+    assert both.max() < grid * grid
+    assert (keep[:, 1:] > keep[:, :-1]).all()
+    assert (masked[:, 1:] > masked[:, :-1]).all()
 
 
 def test_sizes_near_the_papers():
     assert mask_sizes(14) == (80, 92)
     for grid in GRIDS:
         K, M = mask_sizes(grid)
-        assert K / grid**2 == pytest.approx(80 / 196, abs=0.01) and M / grid**2 == pytest.approx(
-            92 / 196, abs=0.01
-        )
+        assert K / grid**2 == pytest.approx(80 / 196, abs=0.01)
+        assert M / grid**2 == pytest.approx(92 / 196, abs=0.01)
 
 
 def test_same_generator_same_masks_and_images_differ():
-    a, b, c = draw(50, 14), draw(50, 14), draw(50, 14, seed=1)
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[1], c[1])
-    assert len({tuple(m) for m in a[1].tolist()}) == 50
+    keep, masked = draw(50, 14)
+    same_keep, same_masked = draw(50, 14)
+    _, other_masked = draw(50, 14, seed=1)
+    assert torch.equal(keep, same_keep)
+    assert torch.equal(masked, same_masked)
+    assert not torch.equal(masked, other_masked)
+    assert len({tuple(indices) for indices in masked.tolist()}) == 50
 
 
 @pytest.mark.parametrize("rows", [[0], [3, 17, 5], list(range(16, 32)), list(range(32))])
 def test_a_share_of_the_batch_is_the_batchs_share(rows):
     keep, masked = draw(32, 14)
-    some = draw(32, 14, rows=torch.tensor(rows))
-    assert torch.equal(some[0], keep[rows]) and torch.equal(some[1], masked[rows])
+    some_keep, some_masked = draw(32, 14, rows=torch.tensor(rows))
+    assert torch.equal(some_keep, keep[rows])
+    assert torch.equal(some_masked, masked[rows])
+
+
+# ---------------------------------------------------------------- coverage
+def slow_rectangle(grid, rng, scale, aspect):
+    """The patches of one random rectangle, as a set of indices."""
+    area = rng.uniform(*scale) * grid * grid
+    ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+    h = min(grid, max(1, round(math.sqrt(area * ratio))))
+    w = min(grid, max(1, round(math.sqrt(area / ratio))))
+    top = rng.randint(0, grid - h)
+    left = rng.randint(0, grid - w)
+    return {r * grid + c for r, c in product(range(top, top + h), range(left, left + w))}
 
 
 def slow_sample(grid, rng):
-    """METHOD.md's recipe untrimmed, by loops: hidden = union of four rectangles, seen = a square block less the hidden. → two sets"""
-
-    def rectangle(scale, aspect):
-        area, ratio = (
-            rng.uniform(*scale) * grid * grid,
-            math.exp(rng.uniform(*map(math.log, aspect))),
-        )
-        h, w = (min(grid, max(1, round(math.sqrt(v)))) for v in (area * ratio, area / ratio))
-        top, left = rng.randint(0, grid - h), rng.randint(0, grid - w)
-        return {r * grid + c for r in range(top, top + h) for c in range(left, left + w)}
-
-    hidden = set().union(*(rectangle((0.15, 0.2), (0.75, 1.5)) for _ in range(4)))
-    return hidden, rectangle((0.75, 1.0), (1.0, 1.0)) - hidden
+    """The recipe of Sec. 4.1 by loops, nothing dropped to fit a size. → hidden, seen: two sets"""
+    rectangles = [slow_rectangle(grid, rng, (0.15, 0.2), (0.75, 1.5)) for _ in range(4)]
+    hidden = set().union(*rectangles)
+    square = slow_rectangle(grid, rng, (0.75, 1.0), (1.0, 1.0))
+    return hidden, square - hidden
 
 
 @functools.lru_cache
 def slow_frequency(grid, count=2500):
-    rng, hidden, seen = random.Random(0), np.zeros(grid * grid), np.zeros(grid * grid)
+    """How often the slow sampler hides and shows each patch. → hidden, seen, each (n, n)"""
+    rng = random.Random(0)
+    often_hidden = np.zeros(grid * grid)
+    often_seen = np.zeros(grid * grid)
     for _ in range(count):
-        for table, chosen in zip((hidden, seen), slow_sample(grid, rng)):
-            table[list(chosen)] += 1
-    return [t.reshape(grid, grid) / count for t in (hidden, seen)]
+        hidden, seen = slow_sample(grid, rng)
+        often_hidden[list(hidden)] += 1
+        often_seen[list(seen)] += 1
+    return [often.reshape(grid, grid) / count for often in (often_hidden, often_seen)]
 
 
 def test_untruncated_means_are_the_papers():
     hidden, seen = slow_frequency(14)
-    assert hidden.sum() == pytest.approx(94, abs=2) and seen.sum() == pytest.approx(84, abs=2)
+    assert hidden.sum() == pytest.approx(94, abs=2)
+    assert seen.sum() == pytest.approx(84, abs=2)
 
 
 @pytest.mark.parametrize("grid, corner", [(8, 0.22), (14, 0.24), (16, 0.24)])
 def test_coverage_is_even(grid, corner):
-    """No raster order: opposite edges agree. Each patch is hidden as often as in the slow recipe, scaled to M; seen too, but for
-    corners, since the best of eight favours large squares: 0.61 against 0.43 on 14 × 14."""
-    for indices, truth, most in zip(draw(8000, grid)[::-1], slow_frequency(grid), (0.08, corner)):
+    """Opposite edges agree: no raster order. Each patch is hidden as often as by the slow sampler.
+
+    Shares are scaled to M and K. Patches are also seen as often, but for the corners, since the
+    best of eight favours large squares: 0.61 against 0.43 on 14 × 14.
+    """
+    keep, masked = draw(8000, grid)
+    slow_hidden, slow_seen = slow_frequency(grid)
+    for indices, truth, most in ((masked, slow_hidden, 0.08), (keep, slow_seen, corner)):
         share = frequency(indices, grid)
-        for edge, opposite in (
+        opposites = (
             (share[0], share[-1]),
             (share[:, 0], share[:, -1]),
             (share[:2], share[-2:]),
-        ):
-            assert abs(edge.mean() - opposite.mean()) < 0.02
-        assert (
-            np.abs(share - share[::-1]).max() < 0.04 and np.abs(share - share[:, ::-1]).max() < 0.04
         )
-        assert np.abs(share - truth * indices.shape[1] / truth.sum()).max() < most
+        for edge, opposite in opposites:
+            assert abs(edge.mean() - opposite.mean()) < 0.02
+        assert np.abs(share - share[::-1]).max() < 0.04
+        assert np.abs(share - share[:, ::-1]).max() < 0.04
+        expected = truth * indices.shape[1] / truth.sum()
+        assert np.abs(share - expected).max() < most
+
+
+# ---------------------------------------------------------------- what the fixed sizes cost
+def as_table(indices, grid):
+    """Indices (B, K) → (B, N) bool."""
+    table = torch.zeros(len(indices), grid * grid, dtype=torch.bool)
+    return table.scatter_(1, indices, True)
 
 
 def watched(monkeypatch, grid, batch=2000):
-    """sample_masks with the rectangles it drew: → keep, masked (B, N) bool, unions and squares (B, tries, N) bool."""
-    seen = []
-    monkeypatch.setattr(masks, "blocks", lambda *a, **k: seen.append(blocks(*a, **k)) or seen[-1])
-    chosen = [
-        torch.zeros(batch, grid * grid, dtype=torch.bool).scatter_(1, i, True)
-        for i in draw(batch, grid)
-    ]
-    return *chosen, *seen
+    """Draw masks and record what they were chosen from.
+
+    → keep, masked (B, N) bool; unions of rectangles and squares (B, tries, N) bool
+    """
+    drawn = []
+
+    def recorded_blocks(*args, **kwargs):
+        drawn.append(blocks(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(masks, "blocks", recorded_blocks)
+    keep, masked = draw(batch, grid)
+    unions, squares = drawn
+    return as_table(keep, grid), as_table(masked, grid), unions, squares
 
 
 def best_try(keep, masked, unions, squares):
-    """The drawn mask that an image kept: its union holds most of what is predicted, its context of what is seen. → (B, N) bool twice"""
+    """The union and the context that a view kept, of all that it drew. → (B, N) bool twice
+
+    They hold most of what is predicted and of what is seen.
+    """
     contexts = squares & ~unions
-    best = ((masked[:, None] & unions).sum(-1) + (keep[:, None] & contexts).sum(-1)).argmax(1)
-    return (table[torch.arange(len(best)), best] for table in (unions, contexts))
+    predicted_inside = (masked[:, None] & unions).sum(-1)
+    seen_inside = (keep[:, None] & contexts).sum(-1)
+    best = (predicted_inside + seen_inside).argmax(1)
+    rows = torch.arange(len(best))
+    return unions[rows, best], contexts[rows, best]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_what_the_constant_size_costs(monkeypatch, grid):
-    """Predicted patches lie in one union of four blocks, seen ones in its context, but for 0.3 %; nine images in ten break no rule."""
+    """Predicted patches lie in a union of four blocks, seen ones in its context, but for 0.3 %.
+
+    Nine images in ten break no rule.
+    """
     keep, masked, unions, squares = watched(monkeypatch, grid)
     union, context = best_try(keep, masked, unions, squares)
     for chosen, within in ((masked, union), (keep, context)):
         astray = (chosen & ~within).sum(1)
-        assert astray.sum() / chosen.sum() < 0.005 and (astray == 0).float().mean() > 0.87
+        assert astray.sum() / chosen.sum() < 0.005
+        assert (astray == 0).float().mean() > 0.87
     assert (keep & union).sum() < 0.001 * keep.sum()  # what was to be hidden is all but never seen
     # 0.0505 of 64 patches over 24,000 masks, before and after the draws got their names.
     assert (union & ~masked).sum(1).float().mean() < 0.053 * grid**2
@@ -145,55 +190,51 @@ def test_what_the_constant_size_costs(monkeypatch, grid):
 
 
 def test_patches_left_out_of_the_union_are_chosen_at_random(monkeypatch):
-    """Of a union larger than M, first and last patches in raster order are dropped equally often."""
-    keep, masked, *drawn = watched(monkeypatch, 14, 4000)
-    union, _ = best_try(keep, masked, *drawn)
-    rows = ((masked & ~union).sum(1) == 0) & (union.sum(1) > 95)
-    place = (union.cumsum(1) - 1) / (
-        union.sum(1, keepdim=True) - 1
-    )  # 0 = first of the union, 1 = last
-    dropped = place[rows][(union & ~masked)[rows]]
-    assert rows.sum() > 300 and dropped.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert np.histogram(dropped.numpy(), 4, (0, 1))[0] / len(dropped) == pytest.approx(
-        [0.25] * 4, abs=0.04
-    )
+    """Of a union larger than M, the first and last patches are dropped equally often."""
+    keep, masked, unions, squares = watched(monkeypatch, 14, 4000)
+    union, _ = best_try(keep, masked, unions, squares)
+    is_inside = (masked & ~union).sum(1) == 0
+    rows = is_inside & (union.sum(1) > 95)
+    # The rank of each patch in its union: 0 = the first, 1 = the last.
+    rank = (union.cumsum(1) - 1) / (union.sum(1, keepdim=True) - 1)
+    dropped = rank[rows][(union & ~masked)[rows]]
+    assert rows.sum() > 300
+    assert dropped.mean().item() == pytest.approx(0.5, abs=0.03)
+    counts, _ = np.histogram(dropped.numpy(), 4, (0, 1))
+    assert counts / len(dropped) == pytest.approx([0.25] * 4, abs=0.04)
 
 
+# ---------------------------------------------------------------- one block
 @pytest.mark.parametrize("grid", [8, 14])
 def test_one_block_is_a_rectangle_of_the_asked_area_and_aspect(grid):
     u = torch.rand(3000, 1, 4, generator=torch.Generator().manual_seed(0))
-    drawn, areas, ratios, starts = (
-        blocks(u, grid, (0.15, 0.2), (0.75, 1.5)).view(-1, grid, grid),
-        [],
-        [],
-        [],
-    )
+    drawn = blocks(u, grid, (0.15, 0.2), (0.75, 1.5)).view(-1, grid, grid)
+    areas = []
+    ratios = []
+    starts = []
     for one in drawn.numpy():
-        rows, cols = np.flatnonzero(one.any(1)), np.flatnonzero(one.any(0))
-        assert one[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].all() and one.sum() == len(
-            rows
-        ) * len(cols)
-        (
-            areas.append(one.mean()),
-            ratios.append(len(rows) / len(cols)),
-            starts.append(rows[0] / (grid - len(rows))),
-        )
-    assert (
-        np.mean(areas) == pytest.approx(0.175, rel=0.04)
-        and min(areas) > 0.15 - 0.6 / grid
-        and max(areas) < 0.2 + 0.6 / grid
-    )
+        rows = np.flatnonzero(one.any(1))
+        cols = np.flatnonzero(one.any(0))
+        assert one[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].all()
+        assert one.sum() == len(rows) * len(cols)
+        areas.append(one.mean())
+        ratios.append(len(rows) / len(cols))
+        starts.append(rows[0] / (grid - len(rows)))
+    assert np.mean(areas) == pytest.approx(0.175, rel=0.04)
+    assert min(areas) > 0.15 - 0.6 / grid
+    assert max(areas) < 0.2 + 0.6 / grid
     assert np.exp(np.mean(np.log(ratios))) == pytest.approx(math.sqrt(0.75 * 1.5), rel=0.03)
-    assert (
-        min(ratios) > 0.5 and max(ratios) < 2.1 and np.mean(starts) == pytest.approx(0.5, abs=0.02)
-    )
+    assert min(ratios) > 0.5
+    assert max(ratios) < 2.1
+    assert np.mean(starts) == pytest.approx(0.5, abs=0.02)
     assert {0.0, 1.0} <= set(starts)  # both edges are reached
 
 
 def test_one_drawn_block_by_hand():
-    """Area 0.175 · 64 = 11.2, ratio 1.5^0 · ... : u = (1/2, 0.99, 0, log share of ratio 1) → 3 × 3 in the bottom-left corner."""
-    level = math.log(1 / 0.75) / math.log(1.5 / 0.75)
-    block = blocks(torch.tensor([[0.5, 0.99, 0.0, level]]), 8, (0.15, 0.2), (0.75, 1.5)).view(8, 8)
+    """Area 0.175 · 64 = 11.2 and ratio 1 give 3 × 3; the last start and the first: bottom left."""
+    ratio_1 = math.log(1 / 0.75) / math.log(1.5 / 0.75)  # where it lies in the log range
+    u = torch.tensor([[0.5, 0.99, 0.0, ratio_1]])
+    block = blocks(u, 8, (0.15, 0.2), (0.75, 1.5)).view(8, 8)
     by_hand = torch.zeros(8, 8, dtype=torch.bool)
     by_hand[5:, :3] = True
     assert torch.equal(block, by_hand)
