@@ -5,11 +5,14 @@
     3. apply_action          T_a changes each view by its own action a: the contexts x₁ and x₂.
     4. relative_coords       φ tells where the patches of one view lie in the grid of the other.
 
-The jitter is shared by both views, so that x₁ shows the exposure that y₂ has; otherwise the model
-would be asked for something that nothing tells it. What T_a does to one view alone, the model is
-told (that is the action) and must undo: targets are jittered, but T_a is never applied to them.
+    5. train_crop …          The crops of fine-tuning.
 
-sample_* draw parameters; everything else is a pure function of images and parameters.
+The jitter shows the model every film in many exposures. Both views share it: x₁, once its action is
+undone, then has the exposure of y₂, while a jitter of its own would make y₂'s exposure a guess.
+What T_a does to a view, the model is told (the action) and must undo. So targets are jittered, but
+T_a is never applied to them.
+
+In 1 to 4 sample_* draw parameters, and all else is a pure function of images and parameters.
 Boxes are (top, left, height, width) in pixels of the film; a flip mirrors the view left to right.
 Images on the device are float in [0, 1], (B, 1, H, W); every tone step clips to that range.
 """
@@ -33,8 +36,9 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
     """Draw two boxes of the same size in a film of height × width px, and two flips. (Sec. B.1)
 
     rng: NumPy generator. scale: range of the area as a fraction of the film's, uniform.
-    ratio: range of width / height, log-uniform. The first of ten sizes that fits is taken; where a
-    narrow film holds none, the largest box that it holds. → boxes (2, 4) float64, flips (2,) bool
+    ratio: range of width / height, log-uniform. Both boxes have one size, as in the paper: the
+    first of ten drawn sizes that fits. Where a narrow film holds none of them, it is the largest
+    box that the film holds. → boxes (2, 4) float64, flips (2,) bool
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random(10))
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -78,7 +82,7 @@ def to_float(views):
 
 
 def sample_jitter(batch, generator, p=0.8, span=(0.6, 1.4)):
-    """Draw brightness and contrast of each film's targets: (1, 1) with chance 1 - p. → (B, 2)"""
+    """Draw brightness and contrast of each film's targets; (1, 1) with chance 1 - p. → (B, 2)"""
     u = torch.rand(batch, 3, generator=generator)
     factors = span[0] + (span[1] - span[0]) * u[:, :2]
     is_applied = u[:, 2:] < p
@@ -103,7 +107,10 @@ def sample_actions(batch, generator, p_tone=0.8, p_blur=0.2):
 
 
 def apply_jitter(views, jitter):
-    """Change brightness and contrast of a film's views alike. (B, 2, H, W), jitter (B, 2)"""
+    """Change brightness and contrast of a film's two views alike. (B, 2, H, W), jitter (B, 2)
+
+    tone sees both views as one item: it stretches them about the mean that they have in common.
+    """
     return tone(views, jitter[:, 0], jitter[:, 1])
 
 
@@ -111,7 +118,8 @@ def apply_action(images, action):
     """Apply T_a (Eq. 9): brightness, contrast, gamma, then blur. (B, 1, H, W), action (B, 4)"""
     brightness, contrast, gamma, sigma = action.unbind(1)
     toned = tone(images, brightness, contrast) ** gamma.view(-1, 1, 1, 1)
-    # All images are blurred, most for nothing: to pick some, the host would wait for the GPU.
+    # Blur all images and keep it where sigma > 0: to pick them first, the host would have to wait
+    # for the GPU.
     is_blurred = sigma.view(-1, 1, 1, 1) > 0
     return torch.where(is_blurred, blur(toned, sigma), toned)
 
@@ -140,8 +148,8 @@ def blur(images, sigma):
 def gaussian_matrix(size, sigma):
     """Make matrices whose row i holds the weights that blur pixel i; each row sums to 1.
 
-    As in a filter, weights end at three times the largest sigma. A sigma of 0 (not applied) is
-    raised only to avoid dividing by zero. sigma (B,) px → (B, size, size)
+    Weights end at three times the largest sigma, the same cut for all. A sigma of 0 (not applied)
+    is raised only to avoid dividing by zero. sigma (B,) px → (B, size, size)
     """
     pixel = torch.arange(size, device=sigma.device, dtype=torch.float32)
     squared = (pixel[:, None] - pixel[None]).square()
@@ -157,9 +165,9 @@ def relative_coords(context_box, target_box, grid, context_flip=None, target_fli
     """Tell where the target view's patches lie in the context view's grid: φ of Eq. (4, 5).
 
     Boxes (B, 4) px of the film, flips (B,) bool → (B, N, 2) (row, col) in patches of the context.
-    For unflipped boxes of one size this is n·Δ + (u, v), where Δ is the distance of their corners
-    in fractions of the size. With flips we follow each patch centre from the target view to the
-    film, and from there into the context view.
+    For unflipped boxes of one size this is n·Δ + (u, v): Δ is the distance of their corners in
+    fractions of the size, (u, v) the row and column of a patch. With flips we follow each patch
+    centre from the target view to the film, and from there into the context view.
     """
     context_box = context_box[:, None].float()  # (B, 1, 4)
     target_box = target_box[:, None].float()
@@ -183,6 +191,7 @@ def mirror(fractions, flip):
 
 def train_crop(film, rng, size):
     """Cut a random part out of a film, 40 to 100 % of its area, flipped or not. → (size, size)"""
+    # Pre-training's draw; the second box is not used.
     boxes, flips = sample_boxes(rng, *film.shape, scale=(0.4, 1.0))
     return crop(film, boxes[0], size, flips[0])
 
@@ -204,11 +213,11 @@ def centre_crops(film, size, ten=False):
     ten: also the squares in the four corners, and all five flipped.
     uint8 (H, W) → uint8 (1 or 10, size, size)
     """
-    lowest = film.shape[0] - size  # the largest top
-    rightmost = film.shape[1] - size  # the largest left
-    corners = [(lowest // 2, rightmost // 2)]
+    max_top = film.shape[0] - size
+    max_left = film.shape[1] - size
+    corners = [(max_top // 2, max_left // 2)]
     if ten:
-        corners += [(0, 0), (0, rightmost), (lowest, 0), (lowest, rightmost)]
+        corners += [(0, 0), (0, max_left), (max_top, 0), (max_top, max_left)]
     crops = np.stack([film[top : top + size, left : left + size] for top, left in corners])
     return np.concatenate([crops, crops[..., ::-1]]) if ten else crops
 
@@ -216,16 +225,17 @@ def centre_crops(film, size, ten=False):
 def shift_scale_flip(film, mask, rng):
     """Move a film and its mask together; black comes in from outside.
 
-    Shift by up to a sixteenth and scale by up to a tenth (together, half of the time), flip (half
-    of the time). film uint8, mask bool, both (size, size) → the same
+    With probability ½ both are shifted by up to a sixteenth and scaled by up to a tenth; with
+    probability ½ both are flipped. film uint8, mask bool, both (size, size) → the same
     """
     size = len(film)
     u = rng.random(5)
     if u[0] < 0.5:
         zoom = 1 + 0.2 * (u[1] - 0.5)
-        shift = (u[2:4] - 0.5) * size / 8  # (down, right), px
-        # Output pixel p shows input pixel p / zoom + (top, left): zoom about the centre, shift.
-        top, left = size / 2 - size / (2 * zoom) - shift
+        shift = (u[2:4] - 0.5) * size / 8  # (down, right), px of the input
+        # Output pixel p shows input pixel p / zoom + start; without a shift the centre stays.
+        start = size / 2 - size / (2 * zoom) - shift
+        top, left = start
         matrix = (1 / zoom, 0, left, 0, 1 / zoom, top)
         film = warp(film, matrix, Image.Resampling.BICUBIC)
         mask = warp(mask.astype(np.uint8), matrix, Image.Resampling.NEAREST).astype(bool)

@@ -1,19 +1,22 @@
 """Block masks for a whole batch at once. (Sec. 4.1, B.1)
 
-The mask M of a view is the union of four rectangles, each of 15 to 20 % of its area and of aspect
-0.75 to 1.5. The context is what the mask leaves of one square block of 75 to 100 % of the area.
+Four rectangles, each of 15 to 20 % of a view's area and of aspect 0.75 to 1.5, are drawn: the
+patches in their union are hidden. The context is what is not hidden in one square block of 75 to
+100 % of the area.
 
 These areas vary from view to view, but a batch wants the same number of tokens for every view: K
-visible patches and M masked ones, fixed for a whole training. So each view draws eight masks and
-keeps the one that comes closest to K and M. Where it still has more patches than needed, patches
-are dropped *at random*. Dropping the last ones in raster order, as the authors' code does, would
-leave the bottom of the film, with its costophrenic angles, almost never predicted.
+patches that are seen and M that are predicted, fixed for a whole training. So each view draws eight
+masks and keeps the first that lacks the fewest patches to reach K and M. A surplus is dropped *at
+random*; what is lacking is taken at random from the other patches. To drop the last ones in raster
+order, as the authors' code does, would leave the bottom of the film, with its costophrenic angles,
+almost never predicted.
 
-What this costs, of 196 patches (tests/test_masks.py measures it): on average 7 patches of the
-union are hidden but not predicted, and 10 of the context are not seen. One view in ten lacks some;
-they are taken at random from outside the union or the context: 0.3 % of the predicted patches and
-0.3 % of the seen ones. Large squares are favoured: on average they cover 0.95 of the view instead
-of 0.88, so that its corners are seen in 61 % of the views instead of 43 %.
+What this costs, of 196 patches (tests/test_masks.py measures it):
+- On average 7 hidden patches are not predicted, and 10 patches of the context are not seen.
+- One view in ten lacks patches. In all, 0.3 % of the predicted patches are not hidden, and 0.3 % of
+  the seen ones lie outside the context.
+- Large squares lack fewer patches, so they are kept more often: on average they cover 0.95 of the
+  view (0.88 as drawn), and a view's corners are seen in 61 % of the views (43 %).
 """
 
 import torch
@@ -21,21 +24,21 @@ import torch
 TRIES = 8  # masks drawn per view, of which the best fitting is kept
 
 
-def mask_sizes(grid, visible=80 / 196, masked=92 / 196):
+def mask_sizes(grid, seen_share=80 / 196, masked_share=92 / 196):
     """Tell how many patches of an n × n grid are seen and predicted. → (K, M)
 
-    The drawn areas give 84 and 94 of 196 on average; we ask for a little less,
+    A drawn mask gives 84 and 94 of 196 on average, the best of eight 90 and 99. We ask for fewer,
     so that few views lack any.
     """
-    return round(visible * grid * grid), round(masked * grid * grid)
+    return round(seen_share * grid * grid), round(masked_share * grid * grid)
 
 
 def sample_masks(batch, grid, generator=None, rows=None, device=None):
-    """Draw which patches every view sees and which it predicts.
+    """Draw which patches each of `batch` views sees and which it predicts.
 
     Numbers are drawn for the whole (global) batch and only then cut to `rows`, so every rank gets
-    for its own rows R what a single process would have got.
-    → keep (R, K), masked (R, M): patch indices, disjoint, in ascending order
+    for its own R views what a single process would have got.
+    → keep (R, K), masked (R, M): patch indices, disjoint, in raster order
     """
     # Uniform numbers for each view of the batch: four rectangles, one square, an order of patches.
     rectangles = torch.rand(batch, TRIES, 4, 4, generator=generator)  # area, top, left, aspect
@@ -48,10 +51,11 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None):
 
     union = blocks(rectangles, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (R, TRIES, N)
     inside = blocks(square, grid, area=(0.75, 1.0))
-    hidden, seen = closest_fit(union, inside & ~union, grid)  # (R, N) each
+    hidden, seen = least_lacking(union, inside & ~union, grid)  # (R, N) each
 
     # One sort picks both. No patch is hidden and seen, so seen ones score 0 to 1, those that are
-    # neither 1 to 2, hidden ones 2 to 3. K + M < N: the two ends of the order cannot meet.
+    # neither 1 to 2, hidden ones 2 to 3; within each group the order is random. The first K are
+    # kept, the last M masked: a surplus stays in the middle, and the middle fills what is lacking.
     score = order + 1 + hidden.float() - seen.float()
     ranked = score.argsort(dim=1, stable=True)  # stable: ties fall alike on every rank
     keep_count, mask_count = mask_sizes(grid)
@@ -61,13 +65,15 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None):
 
 
 def send(tensor, device):
-    """Move a tensor to the device. A GPU takes it from pinned memory, so the host does not wait."""
-    if device is not None and torch.device(device).type == "cuda":
+    """Move a tensor to the device; a GPU takes it from pinned memory, so the host does not wait."""
+    if device is None:
+        return tensor
+    if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def closest_fit(hidden, seen, grid):
+def least_lacking(hidden, seen, grid):
     """Keep each view's mask that lacks the fewest patches. Both (R, TRIES, N) → both (R, N)"""
     keep_count, mask_count = mask_sizes(grid)
     lacks_hidden = (mask_count - hidden.sum(-1)).clamp(min=0)
@@ -93,7 +99,7 @@ def blocks(u, grid, area, aspect=None):
     rows = covered(u[..., 1], height, grid)  # (..., blocks, n)
     cols = covered(u[..., 2], width, grid)
     count = rows.mT @ cols  # (..., n, n): how many blocks cover each patch
-    return (count > 0.5).flatten(-2)
+    return (count > 0.5).flatten(-2)  # whole numbers, as floats
 
 
 def covered(u, length, grid):

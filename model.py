@@ -1,13 +1,14 @@
-"""The networks of CheXWorld and its four losses. (Sec. 3, 4)
+"""The networks of CheXWorld and its four losses. (Sec. and Eq. are the paper's; here Sec. 3, 4)
 
 Dimension key
-    B   films                    2B   both views of them: the rows of view 1, then those of view 2
+    B   films, or rows of any batch    2B   both views of B films: the rows of view 1, then view 2
     N   patches of a view, n² of them in an n × n grid
-    K   visible patches          M    masked patches
-    D   width of the encoder     d    width of the predictor
+    K   patches that are seen          M    patches that are predicted
+    L   tokens of any sequence
+    D   width of the encoder           d    width of the predictor
 Coordinates are (row, col) in units of patches; (0, 0) is the centre of a view's top-left patch.
-Images are float in [0, 1], (B, 1, H, W). Modules are named as in timm's ViT, so weights travel
-both ways.
+Images are float in [0, 1], (B, 1, H, W). Modules are named as in timm's ViT, so that weights can be
+loaded from timm and into it.
 """
 
 import copy
@@ -45,10 +46,10 @@ def sincos(coords, dim):
 
     coords (..., 2) → (..., dim): as in MAE the first half holds the column, the second the row.
     """
-    frequency = torch.arange(dim // 4, device=coords.device, dtype=torch.float32) / (dim // 4)
-    omega = 10000**-frequency  # (dim / 4,)
-    row = coords[..., 0:1].float() * omega  # (..., dim / 4)
-    col = coords[..., 1:2].float() * omega
+    exponent = torch.arange(dim // 4, device=coords.device, dtype=torch.float32) / (dim // 4)
+    frequency = 10000**-exponent  # (dim / 4,)
+    row = coords[..., 0:1].float() * frequency  # (..., dim / 4)
+    col = coords[..., 1:2].float() * frequency
     return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], -1)
 
 
@@ -64,7 +65,7 @@ def take(tokens, index):
 
 
 def attend(q, k, v):
-    """Compute softmax(q kᵀ / √d) v, fused where the fused kernel is fast. All (B, heads, L, d)."""
+    """Compute softmax(q kᵀ / √w) v, fused where that is fast. All (B, heads, L, w = head width)"""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # On CPUs the fused kernel's backward pass in bfloat16 is slower than plain products.
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -90,7 +91,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers, four times as wide between them. (B, L, D) → (B, L, D)"""
+    """Two linear layers with a hidden width of 4 · D. (B, L, D) → (B, L, D)"""
 
     def __init__(self, dim):
         super().__init__()
@@ -167,7 +168,8 @@ class ViT(nn.Module):
         self.save_memory = False
         self.patch_embed = nn.Module()  # a container, for timm's name patch_embed.proj
         self.patch_embed.proj = nn.Conv2d(1, dim, patch, patch)
-        self.register_buffer("pos_embed", sincos(grid_coords(self.grid), dim)[None])  # (1, N, D)
+        positions = sincos(grid_coords(self.grid), dim)[None]  # (1, N, D), fixed
+        self.register_buffer("pos_embed", positions)  # saved, since timm's checkpoints hold it
         drops = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # linear over depth
         self.blocks = nn.ModuleList(Block(dim, heads, drop) for drop in drops)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -176,8 +178,8 @@ class ViT(nn.Module):
     def forward(self, images, keep=None):
         """Describe all patches of the images, or only those in `keep`.
 
-        images (B, 1, H, W), keep (B, K) or None → (B, K or N, D). Hidden patches are dropped before
-        the first layer, so the context encoder does not pay for what it does not see.
+        images (B, 1, H, W), keep (B, K) indices or None → (B, K or N, D). The other patches are
+        dropped before the first layer, so the encoder does not pay for what it does not see.
         """
         p = self.patch
         patches = images.unfold(2, p, p).unfold(3, p, p)  # (B, 1, n, n, p, p)
@@ -195,9 +197,10 @@ class ViT(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The predictor g_φ and its policy network π: from context features to target features.
+    """The predictor g with its policy network π: from context features to target features.
 
     It answers for any coordinates, and is told the action that changed the context. (Eq. 2, 6, 8)
+    "Policy network" is the paper's name for the MLP that mixes the action into the mask tokens.
     """
 
     def __init__(self, dim, width=384, depth=6, heads=12):
@@ -223,16 +226,20 @@ class Predictor(nn.Module):
         """Predict the target features at `target_coords`.
 
         context (B, K, D) was seen at context_coords (B, K, 2); target_coords (B, M, 2);
-        action (B, 4) as sample_actions draws it, or None, which says that nothing was done
-        → (B, M, D)
+        action (B, 4): brightness, contrast, gamma, blur sigma, as augment.sample_actions draws it;
+        None says that nothing was done → (B, M, D)
         """
         seen = self.embed(context) + sincos(context_coords, self.width)  # (B, K, d)
         queries = self.mask_token + sincos(target_coords, self.width)  # (B, M, d): m + p
-        # Eq. (8): the policy network mixes the action into every mask token, m_{a,p} = π(m + p, a).
-        code = queries.new_zeros(len(queries), 4) if action is None else self.action_code(action)
+        # Eq. (8): π mixes the action into every mask token, m_{a,p} = π(m + p, a). The context
+        # tokens are not told: they say what is on the film as it is.
+        if action is None:
+            code = queries.new_zeros(len(queries), 4)  # the code of the identity
+        else:
+            code = self.action_code(action)
         code = code[:, None].expand(-1, queries.shape[1], -1)  # (B, M, 4)
         queries = self.policy(torch.cat([queries, code], -1))
-        # Under autocast π's output is bfloat16 and the sum with sincos float32: join them in π's.
+        # Autocast makes π's output bfloat16, while the sum above stays float32: follow π.
         tokens = torch.cat([seen.to(queries.dtype), queries], 1)  # (B, K + M, d)
         tokens = run_blocks(self.blocks, tokens, self.save_memory)
         answers = tokens[:, seen.shape[1] :]  # only the mask tokens leave
@@ -278,30 +285,30 @@ class CheXWorld(nn.Module):
     def forward(self, y, x, keep, masked, coords, action):
         """Compute the four losses of both views of B films.
 
-        y (2B, 1, H, W): the targets.  x (2B, 1, H, W): the same views after T_a.
-        keep (2B, K): the patches of x that are seen.
-        masked (2B, M): the patches of y that each view must describe of itself.
+        y (2B, 1, H, W): target images.  x (2B, 1, H, W): the same views after T_a.
+        keep (2B, K): indices of the patches of x that are seen.
+        masked (2B, M): indices of the patches of y that each view must describe of itself.
         coords (2B, N, 2): φ of Eq. (5), where the *other* view's patches lie in this view's grid.
-        action (2B, 4): what T_a did.
-        → {l11, l22, l12, l21, loss}: l12 is the loss of the context of view 1 on the targets of
-        view 2; and the targets averaged over their patches (2B, D), whose spread shows collapse
+        action (2B, 4): what T_a did to x: brightness, contrast, gamma, blur sigma.
+        → losses {l11, l22, l12, l21, loss}: l12 is view 1's error in describing view 2;
+        → target features averaged over their patches (2B, D), whose spread shows collapse
         """
         own_coords = self.own_coords.expand(len(y), -1, -1)  # (2B, N, 2)
         seen_at = take(own_coords, keep)
-        hidden_at = take(own_coords, masked)
+        masked_at = take(own_coords, masked)
 
         target = self.targets(y)  # (2B, N, D): f_θ̄, layer-normed
         context = self.encoder(x, keep)  # (2B, K, D): f_θ on what is visible of T_a(y)
 
-        # Local + domain, Eq. (10): each view describes its hidden patches as they were before T_a.
-        own = self.predictor(context, seen_at, hidden_at, action)  # (2B, M, D)
-        l11, l22 = error(own, take(target, masked))
+        # Local + domain, Eq. (10): each view describes its masked patches as they were before T_a.
+        own = self.predictor(context, seen_at, masked_at, action)  # (2B, M, D)
+        l11, l22 = error_per_view(own, take(target, masked))
 
-        # Global + domain, Eq. (11): each view describes every patch of the other view, at φ(u, v).
+        # Global + domain, Eq. (11): each view describes every patch of the other view, at φ.
         other = self.predictor(context, seen_at, coords, action)  # (2B, N, D)
-        l12, l21 = error(other, swap_views(target))
+        l12, l21 = error_per_view(other, swap_views(target))
 
-        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (12) is the sum; we take the mean
+        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (12) is the sum; the authors' code takes the mean
         return dict(l11=l11, l22=l22, l12=l12, l21=l21, loss=loss), target.mean(1)
 
     @torch.no_grad()
@@ -318,7 +325,7 @@ class CheXWorld(nn.Module):
         torch._foreach_lerp_(averaged, trained, 1 - momentum)  # one call for all tensors
 
     def predict(self, images, action=None):
-        """Predict the targets of whole views, every patch seen and every patch asked for.
+        """Predict all patches of views that are seen whole: what the domain test asks (Eq. 13).
 
         images (B, 1, H, W), action (B, 4): what was done to them, None for nothing → (B, N, D)
         """
@@ -326,7 +333,7 @@ class CheXWorld(nn.Module):
         return self.predictor(self.encoder(images), own_coords, own_coords, action)
 
 
-def error(guess, target):
+def error_per_view(guess, target):
     """Squared error of each view, averaged over films, tokens and width. (2B, M, D) twice → (2,)"""
     return (guess.float() - target).square().mean((1, 2)).view(2, -1).mean(1)
 
@@ -359,22 +366,22 @@ class Classifier(nn.Module):
 
 
 def norm(channels):
-    """Make a layer norm over channels and pixels: it is the same in training and test."""
+    """Make a layer norm over channels and pixels; a batch norm would depend on the batch size."""
     return nn.GroupNorm(1, channels)
 
 
 class SimpleFPN(nn.Module):
     """Make maps of strides 4, 8, 16, 32 px from the ViT's one map (Li et al. 2022).
 
-    The ViT's map is doubled or halved in size until its stride is right, and its channels are
-    halved each time while they stay above the wanted number. (B, D, n, n) → four maps
+    The ViT's map is doubled or halved in size until its stride is right; each time its channels are
+    halved, but never below the wanted number. (B, D, n, n) → four maps
     """
 
     def __init__(self, dim, patch, channels):
         super().__init__()
         self.levels = nn.ModuleList()
         for stride, out in zip((4, 8, 16, 32), channels, strict=True):
-            doublings = round(math.log2(patch / stride))
+            doublings = round(math.log2(patch / stride))  # below 0: halvings
             layers = []
             width = dim
             for _ in range(abs(doublings)):
@@ -424,7 +431,7 @@ class Segmenter(nn.Module):
         n = self.vit.grid
         tokens = self.vit(images)  # (B, N, D)
         maps = self.fpn(tokens.transpose(1, 2).reshape(len(images), -1, n, n))
-        x = maps.pop()  # the coarsest
+        x = maps.pop()  # stride 32; the loop takes it to 16, 8 and 4
         for skip, block in zip(reversed(maps), reversed(self.decoder), strict=True):
             x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
             x = block(torch.cat([skip, x], 1))

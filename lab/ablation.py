@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import pretrain
-from model import SIZES, CheXWorld, error, swap_views, take
+from model import SIZES, CheXWorld, error_per_view, swap_views, take
 from plumbing import phantom
 from plumbing.checkpoint import (
     UNFIT,
@@ -118,14 +118,14 @@ class AblatedCheXWorld(CheXWorld):
         """Eq. (10): each view predicts its own masked patches. → (2,), one loss per view"""
         grid = self.own_coords.expand(len(context), -1, -1)
         guess = self.predictor(context, take(grid, keep), take(grid, masked), action)
-        return error(guess, take(target, masked))
+        return error_per_view(guess, take(target, masked))
 
     def between(self, target, context, keep, coords, action):
         """Eq. (11): each view predicts every patch of the other view. → (2,), one loss per view"""
         grid = self.own_coords.expand(len(context), -1, -1)
         wanted_at = coords if self.delta else grid
         guess = self.predictor(context, take(grid, keep), wanted_at, action)
-        return error(guess, swap_views(target))
+        return error_per_view(guess, swap_views(target))
 
 
 def load_ablated(path: str | Path) -> AblatedCheXWorld:
