@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 import augment
 from data import Batches, Views, open_films
-from lab.common import readable
+from lab.common import find_weights, readable
 from masks import blocks, mask_sizes
 from model import grid_coords, take
 from plumbing import pictures
-from plumbing.checkpoint import Log, newest_run, resume, save_atomic, write_json
+from plumbing.checkpoint import Log, resume, save_atomic, write_json
 from plumbing.keys import RCDM_NOISE, RCDM_PAINT, RCDM_PLACE, RCDM_SHOWN, numpy_rng, torch_generator
 from plumbing.launch import (
     UserError,
@@ -590,12 +590,7 @@ def main(argv=None):
     args = parse(Config, __doc__, argv, prog="python -m lab.rcdm")
     if args.artefacts and args.mode != "local":
         raise UserError("--artefacts looks at hidden blocks: it wants --mode local")
-    args = dataclasses.replace(args, weights=args.weights or newest_run("last.pt"))
-    if not args.weights:
-        raise UserError(
-            "no pre-training run (last.pt beside encoder.pt) below runs/: "
-            "run pretrain.py, or give --weights FILE"
-        )
+    args = dataclasses.replace(args, weights=str(find_weights(args.weights)))
     run = run_of(args.weights)
     device = start_team(args.device).device
     args = fill_in(args, run, device)
@@ -622,7 +617,7 @@ def main(argv=None):
     saved = resume(out / "last.pt", recipe, parts)
     start = saved["step"] if saved else 0
     end = min(args.steps, args.max_steps or args.steps)
-    write_json(out / "config.json", dataclasses.asdict(args) | {"weights": str(args.weights)})
+    write_json(out / "config.json", dataclasses.asdict(args))
     parameters = sum(p.numel() for p in decoder.parameters()) / 1e6
     print(
         f"world {args.weights}, films {args.data}: {len(train)} to learn from, "
