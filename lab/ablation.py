@@ -531,6 +531,7 @@ def compare(config: CompareConfig) -> None:
 
 
 def main(argv=None):
+    """Run one of the three commands; argv: the command line without the program."""
     argv = list(sys.argv[1:] if argv is None else argv)
     has_word = argv and not argv[0].startswith("-")
     word = argv.pop(0) if has_word else "table"

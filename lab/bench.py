@@ -32,7 +32,7 @@ import augment
 from data import Views, open_films
 from lab.ablation import AblatedCheXWorld
 from masks import mask_sizes, sample_masks
-from model import SIZES, CheXWorld, ViT, attend, grid_coords, sincos, take
+from model import SIZES, CheXWorld, ViT, attend, take
 from plumbing import phantom
 from plumbing.checkpoint import read_log
 from plumbing.film import fit, read_film
@@ -124,16 +124,6 @@ def matmul_peak(device, precision):
     n = 8192 if device.type == "cuda" else 3072
     a, b = torch.randn(2, n, n, device=device).to(getattr(torch, precision))
     return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(5))
-
-
-def bandwidth(device):
-    """Bytes per second, read and written: of scaling 512 MB, or of a moving average if faster."""
-    whole = torch.ones(1 << 27, device=device)
-    old, new = torch.ones(2, 64, 1 << 20, device=device).unbind()
-    old, new = list(old), list(new)
-    scaling = min(timed(lambda: whole.mul_(1.0), device) for _ in range(5))
-    averaging = min(timed(lambda: torch._foreach_lerp_(old, new, 0.5), device) for _ in range(5))
-    return max(2 * whole.nbytes / scaling, 3 * 64 * old[0].nbytes / averaging)
 
 
 def peak_memory(function, device):
@@ -337,7 +327,6 @@ class Bench:
     config: Config
     team: Team
     peaks: dict  # FLOP/s of matrix products by precision
-    speed: float  # bytes per second of memory
     folder: Path = None  # for temporary files
 
     @property
@@ -368,11 +357,11 @@ class Bench:
 def table(config, team):
     """Print every optimisation, off and on."""
     peaks = {name: matmul_peak(team.device, name) for name in ("float32", "bfloat16")}
-    bench = Bench(fill_in(config, team), team, peaks, bandwidth(team.device))
+    bench = Bench(fill_in(config, team), team, peaks)
     print(
         f"{team.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
         f"matmul peak {peaks['float32'] / 1e12:.3f} TFLOP/s in float32, "
-        f"{peaks['bfloat16'] / 1e12:.3f} in bfloat16; memory {bench.speed / 1e9:.1f} GB/s"
+        f"{peaks['bfloat16'] / 1e12:.3f} in bfloat16"
     )
     titles = f"{'optimisation':58s} | {'off':>9s} | {'on':>9s} | {'unit':9s} | {'gain':>8s}"
     print(f"\n| {titles} | {'limit':64s} |\n|{'---|' * 6}")
@@ -409,8 +398,8 @@ def context_encoder(bench):
     return vit.to(bench.device), batch["x"], batch["keep"]
 
 
-def embedding_rows(bench):
-    """Hidden patches dropped before their projection, positions from a table."""
+def embedding_row(bench):
+    """Hidden patches dropped before the patch projection instead of after it."""
     vit, x, keep = context_encoder(bench)
     p = vit.patch
     patches = x.unfold(2, p, p).unfold(3, p, p).reshape(len(x), -1, p * p)  # (2B, N, p²)
@@ -419,19 +408,12 @@ def embedding_rows(bench):
     def project(tokens):
         return F.linear(tokens, proj.weight.flatten(1), proj.bias)
 
-    def look_up(positions):
-        return take(positions.expand(len(x), -1, -1), keep)
-
-    def compute():
-        return look_up(sincos(grid_coords(vit.grid, bench.device), vit.dim))
-
     bench.time_row(
-        "dropped before the patch projection instead of after it",
+        "  dropped before the patch projection instead of after it",
         lambda: take(project(patches), keep),
         lambda: project(take(patches, keep)),
         f"{vit.grid**2 / bench.config.visible:.2f} ×",
     )
-    bench.time_row("positions of the encoder from a table", compute, lambda: look_up(vit.pos_embed))
 
 
 def attention_rows(bench):
@@ -454,18 +436,11 @@ def attention_row(bench, precision):
     def both_passes(attention):
         attention(*qkv).sum().backward()
 
-    prefix = "aten::_scaled_dot_product_"
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        both_passes(attend)
-    fused = [e.key.removeprefix(prefix) for e in seen.key_averages() if e.key.startswith(prefix)]
-    other = plain if fused else F.scaled_dot_product_attention
-    way = "plain → fused" if fused else "fused → plain"
-    bench.time_row(
-        f"attention in {precision}, both passes: {way}",
-        lambda: both_passes(other),
-        lambda: both_passes(attend),
-        f"kernel that ran: {fused[0] if fused else 'plain products'}",
-    )
+    is_fused = bench.is_gpu or precision == "float32"  # as model.attend decides
+    other = plain if is_fused else F.scaled_dot_product_attention
+    way = "plain → fused" if is_fused else "fused → plain"
+    name = f"attention in {precision}, both passes: {way}"
+    bench.time_row(name, lambda: both_passes(other), lambda: both_passes(attend))
 
 
 def precision_rows(bench):
@@ -505,13 +480,9 @@ def step_rows(bench):
     off, on = (count_waits(function, bench.device) for function in (reading_losses, step))
     bench.row(name, off, on, "waits", "0")
 
-    def least(bytes_each, parameters):
-        seconds = bytes_each * sum(p.numel() for p in parameters) / bench.speed
-        return f"{1e3 * seconds:.2f} ms = bytes / memory speed"
-
     step.forward(**step.batch)[0]["loss"].backward()
     loop = torch.optim.AdamW(step.trained, lr=0.0, foreach=False, fused=False)
-    bench.time_row("AdamW fused", loop.step, step.optimizer.step, least(28, step.trained))
+    bench.time_row("AdamW fused", loop.step, step.optimizer.step)
     old = list(step.world.target_encoder.parameters())
     new = list(step.world.encoder.parameters())
 
@@ -521,7 +492,7 @@ def step_rows(bench):
             target.mul_(0.996).add_(online, alpha=0.004)
 
     name = "moving average in one foreach call"
-    bench.time_row(name, average, lambda: step.world.update_target(0.996), least(12, new))
+    bench.time_row(name, average, lambda: step.world.update_target(0.996))
 
 
 def compile_row(bench):
@@ -565,7 +536,7 @@ def batch_rows(bench, count=64):
     torch.set_num_threads(threads)
 
 
-NETWORK_ROWS = [encoder_rows, embedding_rows, attention_rows, precision_rows]
+NETWORK_ROWS = [encoder_rows, embedding_row, attention_rows, precision_rows]
 NETWORK_ROWS += [checkpointing_rows, step_rows, compile_row, batch_rows]
 
 
@@ -691,21 +662,16 @@ def script_rows(bench):
     bench.row(f"  crops in the loop → in {workers} worker(s)", *rates, "films/s", limit)
 
 
-def process_rows(bench):
-    """Two processes share a batch; off: one process with one thread, or on CPUs with all."""
+def process_row(bench):
+    """Two processes share a batch; off: one process with one CPU thread."""
     if bench.is_gpu and torch.cuda.device_count() < 2:
         return
     flags, batch = script_flags(bench)
-    step = f"-m lab.bench step {flags} --steps 20"
+    step = f"-m lab.bench step {flags} --steps 20 --threads 1"
     two = "-m torch.distributed.run --nproc_per_node=2"
-    on = rate_of(f"{two} {step} --batch {batch // 2} --threads 1")
-    off = rate_of(f"{step} --batch {batch} --threads 1")
-    backend = "nccl" if bench.is_gpu else "gloo, one thread each"
-    bench.row(f"one process → two, {backend}", off, on, "films/s", "2 ×")
-    if not bench.is_gpu:
-        off = rate_of(f"{step} --batch {batch}")
-        name = "one process, all threads → two, one thread each"
-        bench.row(name, off, on, "films/s", "the same batch over both")
+    off = rate_of(f"{step} --batch {batch}")
+    on = rate_of(f"{two} {step} --batch {batch // 2}")
+    bench.row("one process → two, one CPU thread each", off, on, "films/s", "2 ×")
 
 
 def run(words):
@@ -723,11 +689,12 @@ def rate_of(words):
     return float(re.search(r"([\d.]+) films/s", run(words))[1])
 
 
-FILM_ROWS = [crop_row, jpeg_rows, script_rows, process_rows, index_row]
+FILM_ROWS = [crop_row, jpeg_rows, script_rows, process_row, index_row]
 COMMANDS = {"table": table, "step": time_step, "scale": scale}
 
 
 def main(argv=None):
+    """Run one of the commands; argv: the command line without the program."""
     argv = list(sys.argv[1:] if argv is None else argv)
     has_command = argv and not argv[0].startswith("-")
     word = argv.pop(0) if has_command else "table"

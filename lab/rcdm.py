@@ -586,6 +586,7 @@ def train_step(world, decoder, optimizer, item, step, args, device):
 
 
 def main(argv=None):
+    """Train a decoder for the predictions of one world model, then paint held-out films."""
     # ---- 1. Settings: what the user gave, over what the run that made the weights tells.
     args = parse(Config, __doc__, argv, prog="python -m lab.rcdm")
     if args.artefacts and args.mode != "local":

@@ -112,18 +112,18 @@ def test_every_network_row_is_printed(monkeypatch, capsys):
     pair = bench.pair
     monkeypatch.setattr(bench, "pair", lambda off, on, device, seconds=0: pair(off, on, device, 0))
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    machine = bench.Bench(config(), TEAM, {"float32": 1e11, "bfloat16": 1e11}, 1e10)
+    machine = bench.Bench(config(), TEAM, {"float32": 1e11, "bfloat16": 1e11})
     for rows in bench.NETWORK_ROWS:
         rows(machine)
     rows = rows_printed(capsys)
-    assert len(rows) == 15 and all(len(row) == 6 for row in rows)
+    assert len(rows) == 14 and all(len(row) == 6 for row in rows)
     assert all(float(row[1]) >= 0 and float(row[2]) >= 0 for row in rows)
     waits = next(row for row in rows if row[0].startswith("host waits"))
     assert float(waits[2]) == 0 < float(waits[1])
 
 
 def test_index_row(tmp_path, capsys):
-    machine = bench.Bench(config(), TEAM, {}, 1.0, folder=tmp_path)
+    machine = bench.Bench(config(), TEAM, {}, folder=tmp_path)
     bench.index_row(machine, count=400)
     name, off, on, *_ = rows_printed(capsys)[0]
     assert "400 films in 100 folders" in name and float(on) > 0
