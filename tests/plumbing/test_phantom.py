@@ -79,6 +79,7 @@ def test_two_films_of_a_patient_share_the_findings_and_not_the_pose(films):
     assert any(a["domain"] != b["domain"] for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_prevalence_and_domains():
     items = [make_phantom(0, index, 64) for index in range(600)]
     labels = np.array([item["labels"] for item in items])
@@ -228,6 +229,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_files_hold_what_make_phantom_returns(folder):
     rows = read_rows(folder / "phantoms.csv")
     files = sorted(path.name for path in (folder / "films").iterdir())
@@ -247,6 +249,7 @@ def test_files_hold_what_make_phantom_returns(folder):
         assert row["marker"] == marker
 
 
+@pytest.mark.slow
 def test_splits_are_by_patient(folder):
     splits = {}
     for row in read_rows(folder / "phantoms.csv"):
@@ -255,6 +258,7 @@ def test_splits_are_by_patient(folder):
     assert {next(iter(found)) for found in splits.values()} == {"train", "val", "test"}
 
 
+@pytest.mark.slow
 def test_split_shares(tmp_path, monkeypatch):
     blank = np.zeros((4, 4), bool)
     row = dict(film=blank.astype(np.uint8), lungs=blank, heart=blank, labels=np.zeros(5))
@@ -266,6 +270,7 @@ def test_split_shares(tmp_path, monkeypatch):
     assert abs(splits.count("test") / 1000 - 0.2) < 0.04
 
 
+@pytest.mark.slow
 def test_one_worker_writes_the_same_files(folder, tmp_path):
     def files_in(root):
         return sorted(file.relative_to(root) for file in root.rglob("*") if file.is_file())
@@ -293,6 +298,7 @@ def test_a_bad_flag_is_one_clear_line(flags, words):
         phantom.main(flags)
 
 
+@pytest.mark.slow
 def test_the_command_turns_an_error_into_one_line():
     result = command("--size", "32")
     assert result.returncode == 1
