@@ -455,7 +455,10 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
         key = (run.seed, run.step)
         images, goal = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
         is_last = k + 1 == micro_batches
-        with launch.no_sync(forward, is_last), launch.autocast(team.device, args.precision):
+        with (
+            launch.average_gradients(forward, now=is_last),
+            launch.autocast(team.device, args.precision),
+        ):
             loss = loss_of(task.kind, forward(images), goal).mean() / micro_batches
             loss.backward()
         losses.append(loss.detach())

@@ -37,9 +37,11 @@ RECIPES = {
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0,
                   lr=2e-4,     ema=0.996, save_every=500),  # Sec. B.1
 }
-# Settings that may change when a run goes on, for they do not change its numbers.
+# Settings that may change when a run goes on: they change no random number and no schedule, though
+# another device or micro-batch may round otherwise. The training films are compared by their names.
 FREE = {"data", "out", "max_steps", "probe", "patients", "device", "workers", "micro", "compile",
         "checkpointing", "log_every", "save_every"}
+# The smallest value that each setting may have.
 LEAST = dict(batch=1, micro=1, epochs=1, max_steps=1, image=1, patch=1, phantoms=1, log_every=1,
              save_every=1, warmup=0, holdout=0, workers=0)
 # fmt: on
@@ -86,7 +88,7 @@ class Config(launch.TrainFlags):
     patients: str = flag(
         None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on"
     )
-    holdout: int = flag(50, "films held out for the closing domain test when --probe names none")
+    holdout: int = flag(50, "films held out for the closing domain test, when there is no --probe")
     phantoms: int = flag(2000, "synthetic films of the demo")
     checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, about a third more time"
@@ -152,14 +154,14 @@ def divide_batch(args, team):
         raise UserError(f"--batch {args.batch} is not a multiple of the {team.world} processes")
     share = args.batch // team.world
     limit = args.micro or (128 if team.device.type == "cuda" else 64)
-    return max(films for films in range(1, min(limit, share) + 1) if share % films == 0)
+    return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
 
 
 def hold_in_memory(films, args, side, device):
-    """Decide who decodes the films, and whether they stay decoded. → (films, loader processes)
+    """Keep a small set of films decoded in memory. → (films, number of loader processes)
 
-    side: their short side, px. Loader processes would each keep films of their own, so films stay
-    in memory only without any.
+    side: their short side, px. Each loader process would keep films of its own, so films stay in
+    memory only when this process loads them itself.
     """
     is_small = len(films) * 1.3 * side**2 < 1e9  # bytes; films are up to 1.3 times as long as wide
     workers = args.workers
@@ -189,7 +191,7 @@ def prepare(item, args, step, batch_positions, device):
     action = augment.sample_actions(2 * args.batch, generator)[rows]  # (2b, 4)
     keep, masked = sample_masks(2 * args.batch, grid, generator, rows, device)  # (2b, K), (2b, M)
 
-    # Targets y: the two crops. Their jitter is shared: view 1 could not foresee that of view 2.
+    # Targets y: the two crops, jittered alike: view 1 could not foresee a jitter of view 2 alone.
     views = augment.to_float(item["views"].to(device, non_blocking=True))  # (b, 2, H, W)
     views = augment.apply_jitter(views, launch.send(jitter, device))
     y = view_by_view(views)[:, None]  # (2b, 1, H, W)
@@ -211,7 +213,10 @@ def view_by_view(pairs):
 
 
 def micro_batches(items, args, step, team, unreadable):
-    """Yield this rank's share of a step, one prepared micro-batch after the other."""
+    """Yield this rank's share of a step, one prepared micro-batch after the other.
+
+    data.Views puts the next film in the place of one that cannot be read; `unreadable` counts them.
+    """
     share = args.batch // team.world
     first = team.rank * share
     for start in range(first, first + share, args.micro):
@@ -234,8 +239,9 @@ def train_step(forward, optimizer, batches, args, team):
     with launch.explain_full_gpu(advice):
         for k, batch in enumerate(batches, 1):
             is_last = k == accumulate
-            with launch.no_sync(forward, is_last), launch.autocast(team.device, args.precision):
-                terms, targets = forward(**batch)
+            with launch.average_gradients(forward, now=is_last):
+                with launch.autocast(team.device, args.precision):
+                    terms, targets = forward(**batch)
                 (terms["loss"] / accumulate).backward()
             for name, value in terms.items():
                 losses.setdefault(name, []).append(value.detach())
@@ -276,7 +282,11 @@ def go_on(out, recipe, world, optimizer, team):
 
 
 def save(out, world, optimizer, recipe, step):
-    """Write last.pt, all that going on needs, and encoder.pt, the target encoder alone."""
+    """Write last.pt, all that going on needs, and encoder.pt, the target encoder alone.
+
+    No random state is kept: every draw depends on (seed, step) or (seed, epoch, film) alone. The
+    target encoder is what the paper fine-tunes (Sec. B.3).
+    """
     last = {
         "world": world.state_dict(),
         "config": world.config,
@@ -291,8 +301,9 @@ def save(out, world, optimizer, recipe, step):
 
 
 def draw_views(views, args, count):
-    """Draw the first films as step 0 shows them to the model. → picture"""
-    item = torch.utils.data.default_collate([views[0, i] for i in range(count)])
+    """Draw the first films of the list, changed by the random numbers of step 0. → picture"""
+    epoch = 0
+    item = torch.utils.data.default_collate([views[epoch, i] for i in range(count)])
     batch = prepare(item, args, 0, torch.arange(count), "cpu")
     films = [views.read(i)[0] for i in range(count)]
     return pictures.views_picture(films, item["boxes"], item["flips"], batch, args.patch)
@@ -313,7 +324,11 @@ def describe(args, world, team):
 
 
 def main(args=None, Model=CheXWorld):
-    """Pre-train one world model. args: a Config, by default the command line; Model: builds it."""
+    """Pre-train one world model.
+
+    args: a Config, by default the command line. Model: what builds the world; lab/ablation.py
+    passes its own.
+    """
     # ---- 1. Settings: what the user gave, over the recipe.
     args = fill_in(args or launch.parse(Config, __doc__))
     out = Path(args.out)
@@ -322,9 +337,9 @@ def main(args=None, Model=CheXWorld):
     team = launch.start_team(args.device)
     precision = launch.choose_precision(args.precision, team.device)
     args = dataclasses.replace(args, precision=precision, micro=divide_batch(args, team))
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # for the first weights; every other draw has a key of its own
     if team.lead:
-        checkpoint.remove_leftovers(out)
+        checkpoint.remove_leftovers(out)  # half-written files of a run that was killed
     team.wait()
 
     # ---- 3. Films: those to train on, and those kept for the closing test.
@@ -333,7 +348,8 @@ def main(args=None, Model=CheXWorld):
     side = round(args.image * 320 / 224)  # films keep a short side of 320 px for crops of 224
     films = open_films(args.data, out, side, args.patients)
     team.say("\n".join(films.summary))
-    tables = [Labels(path).complete() for path in args.probe.split(",")] if args.probe else []
+    paths = args.probe.split(",") if args.probe else []
+    tables = [Labels(path).complete() for path in paths]  # refuses one that cannot be probed
     train, held = hold_out_films(films, tables, args.holdout, args.seed)
     films, workers = hold_in_memory(films, args, side, team.device)
     views = Views(films, args.image, args.seed, train)
@@ -366,11 +382,11 @@ def main(args=None, Model=CheXWorld):
         checkpoint.write_json(out / "config.json", dataclasses.asdict(args))
 
     # ---- 7. Train.
-    forward = launch.prepare_forward(world, args.compile, team)
-    stop = checkpoint.StopRequest()
+    forward = launch.prepare_forward(world, args.compile, team)  # compiled, and in DDP, as asked
+    stop = checkpoint.StopRequest()  # set by SIGTERM, which a cluster sends before it takes over
     is_stopping = False
     with Monitor(out, world.LOSSES, args, team, start, end, total) as monitor:
-        items = monitor.timed(loader)
+        items = monitor.timed(loader)  # an iterator; notes how long the training waits for it
         for step in range(start, end):
             lr = launch.warmup_cosine(step, total, warmup_steps, args.lr, args.min_lr)
             momentum = launch.cosine(step, total, args.ema, 1.0)
@@ -383,7 +399,7 @@ def main(args=None, Model=CheXWorld):
             monitor.update(done, losses, pooled, norm, lr, momentum)
             is_stopping = team.any(stop.requested)
             if is_stopping or done == end or done % args.save_every == 0:
-                monitor.check(done, world)
+                monitor.check(done, world)  # stops here rather than save NaN
                 if team.lead:
                     save(out, world, optimizer, recipe, done)
             if is_stopping:

@@ -305,9 +305,9 @@ def prepare_forward(model, compile: str, team: Team):
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-def no_sync(forward, is_last: bool):
-    """Return the context of one micro-batch: only after the last do ranks average gradients."""
-    if is_last or not isinstance(forward, DistributedDataParallel):
+def average_gradients(forward, now: bool):
+    """Return the context of one micro-batch: ranks average their gradients now, or later."""
+    if now or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()
 
