@@ -222,7 +222,7 @@ class Step:
     def __call__(self):
         with autocast(self.device, self.config.precision):
             losses, _ = self.forward(**self.batch)
-            losses["loss"].backward()
+        losses["loss"].backward()
         clip_and_step(self.world, self.optimizer, 1.0)
         self.world.update_target(0.996)
         return losses
