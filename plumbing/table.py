@@ -1,6 +1,4 @@
-"""Tables and lists: the one reader of CSV files, which words mean "no finding", and which row
-belongs to which film.
-"""
+"""The one reader of CSV files, the words that mean "no finding", and which row is of which film."""
 
 import csv
 import gzip
@@ -20,13 +18,12 @@ NEGATIVE = ("normal", "no finding", "no_finding", "none", "negative", "0", "")
 
 
 # ---------------------------------------------------------------- files
-def read_table(path, *columns: str) -> list[dict[str, str]]:
+def read_table(path, *columns: str, missing="") -> list[dict[str, str]]:
     """Read a CSV file (.csv, or .csv.gz) with a header line into one {column: text} per row.
 
     Spaces around names and values are dropped, and so are empty lines and fields beyond the header
-    (the rows of NIH's table end with a comma); cells that a row lacks are "". With `columns` given,
-    only these are kept. Raises UserError when the file cannot be read as a table or has no such
-    column.
+    (the rows of NIH's table end with a comma); cells that a row lacks are `missing`. With `columns`
+    given, only these are kept. UserError when the file is no such table or lacks a column.
     """
     path = Path(path)
     open_text = gzip.open if path.suffix == ".gz" else open
@@ -35,10 +32,12 @@ def read_table(path, *columns: str) -> list[dict[str, str]]:
             lines = csv.reader(file, skipinitialspace=True)
             header = [name.strip() for name in next(lines, [])]
             require_columns(path, header, columns)
-            position = {name: k for k, name in enumerate(header)}
-            if columns:
-                position = {name: position[name] for name in columns}
-            return [pick_cells(line, position) for line in lines if line]
+            rows = []
+            for line in filter(None, lines):
+                row = dict.fromkeys(header, missing)
+                row.update(zip(header, map(str.strip, line), strict=False))
+                rows.append({name: row[name] for name in columns or header})
+            return rows
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
         raise UserError(
             f"{path}: cannot be read as a table ({error}); save it as CSV, UTF-8, with commas"
@@ -54,14 +53,8 @@ def require_columns(path, header, wanted):
         )
 
 
-def pick_cells(line: list[str], position: dict[str, int]) -> dict[str, str]:
-    """The cells of one line at {column: position}; "" where the line is too short."""
-    return {name: line[k].strip() if k < len(line) else "" for name, k in position.items()}
-
-
 def read_list(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Read a split list, one film per line with its labels: 'name 0 1 0', 'name,1', 'name 0,0,1' or
-    'name' alone.
+    """Read a split list, a film and its labels per line: 'name 0 1 0', 'name,1' or 'name' alone.
 
     Blank lines and Windows line ends are fine. → [(name, (0, 1, 0))]
     """
@@ -87,8 +80,7 @@ def number(text: str) -> float:
 
 
 def read_findings(cells: list[str]) -> tuple[list[str], list[set[str]]]:
-    """Split label cells like 'effusion|mass' into names; 'normal' and the other words of NEGATIVE
-    are left out.
+    """Split label cells like 'effusion|mass' into names, without 'normal' and the like (NEGATIVE).
 
     → all classes, sorted; the set of findings of each cell
     """
@@ -101,9 +93,7 @@ def read_findings(cells: list[str]) -> tuple[list[str], list[set[str]]]:
 
 # ---------------------------------------------------------------- paths
 def without_suffix(name: str) -> str:
-    """The name without .png, .dcm or another image suffix; other dots stay, as names of ChestDR
-    and SIIM hold dots.
-    """
+    """The name without its image suffix; other dots stay: ChestDR and SIIM have them in names."""
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and "." + suffix.lower() in SUFFIXES else name
 
@@ -117,8 +107,7 @@ def tails(path: str) -> list[str]:
 def match(names, listed) -> list[str | None]:
     """Find for each film of `names` its row among the paths `listed`; None where it has none.
 
-    A row matches a file when one path ends with the other, compared folder by folder
-    (`train/p1/a.png` matches `a.png`).
+    They match when one path ends with the other, by whole folders (`train/p1/a.png` and `a.png`).
     """
     as_written = {path.replace("\\", "/").removeprefix("./"): path for path in listed}
     by_tail = {}  # the rows whose path is the longer one
@@ -136,12 +125,10 @@ def match(names, listed) -> list[str | None]:
 
 # ---------------------------------------------------------------- labels
 class Labels:
-    """The table of a linear probe: a CSV `filename,label,split`, with `patient_id` where patients
-    are known.
+    """The table of a linear probe: a CSV `filename,label,split` and perhaps `patient_id`.
 
-    A label is one class or several joined by |; "normal" (or another word of NEGATIVE) means none
-    of the classes. Attributes, row by row: names, y (n, classes) of 0 and 1, split (n,) of train,
-    val and test, patients; and classes.
+    A label is one class or several joined by |; "normal" (or another word of NEGATIVE) means none.
+    classes: their names. Row by row: names, y (n, classes) of 0 and 1, split (n,), patients.
     """
 
     def __init__(self, path):
@@ -151,7 +138,7 @@ class Labels:
                 f"--probe {path}: no such file; "
                 "a CSV with the columns filename,label,split is wanted"
             )
-        rows = read_table(self.path)
+        rows = read_table(self.path, missing=None)
         self.check(rows)
         self.names = [row["filename"] for row in rows]
         self.classes, findings = read_findings([row["label"] for row in rows])
@@ -161,20 +148,19 @@ class Labels:
         self.patients = [row.get("patient_id") or row["filename"] for row in rows]
 
     def check(self, rows):
-        """Refuse, with the number of the line, a table whose rows lack a column, a filename or a
-        known split.
-        """
+        """UserError when a column is absent, or a row is cut off or lacks a filename or a split."""
         if not rows or not {"filename", "label", "split"} <= rows[0].keys():
             found = ", ".join(rows[0]) if rows else "nothing"
             raise UserError(
-                f"--probe {self.path}: the columns filename, label and split are wanted, "
-                f"found {found}"
+                f"--probe {self.path}: columns filename, label and split are wanted, found {found}"
             )
         for line, row in enumerate(rows, start=2):
-            if not row["filename"] or row["split"].lower() not in SPLITS:
+            is_cut_off = row["label"] is None or row["split"] is None
+            if is_cut_off or not row["filename"] or row["split"].lower() not in SPLITS:
+                found = ",".join(cell or "" for cell in row.values())[:120]
                 raise UserError(
                     f"--probe {self.path}, line {line}: a filename, a label and a split of "
-                    f"{', '.join(SPLITS)} are wanted, found {','.join(row.values())[:120]}"
+                    f"{', '.join(SPLITS)} are wanted, found {found}"
                 )
 
     def complete(self) -> "Labels":
@@ -190,19 +176,17 @@ class Labels:
     def locate(self, films) -> np.ndarray:
         """Find each row's film: its number in `films`, -1 where it is not there. (n,)
 
-        UserError when none is there, or when a row fits two films: CheXpert calls every film
-        view1_frontal.jpg.
+        UserError when none is there, or when a row fits two films, as view1_frontal.jpg would.
         """
         where = {}
         for i, name in enumerate(match(films.names, self.names)):
-            if name is None:
-                continue
             if name in where:
                 raise UserError(
                     f"--probe {self.path}: {name} fits both {films.names[where[name]]} and "
                     f"{films.names[i]}: write more of the path"
                 )
-            where[name] = i
+            if name is not None:
+                where[name] = i
         found = np.array([where.get(name, -1) for name in self.names])
         if (found < 0).all():
             raise UserError(

@@ -149,6 +149,7 @@ WRONG = {
     "filename,label\na,b\n": ["filename", "split"],
     "filename,label,split\n": ["nothing"],
     "filename,label,split\na.png,x\n": ["line 2"],
+    "filename,split,label\na.png,train,\nb.png,train\n": ["line 3", "a label", "b.png,train,"],
     "filename,label,split\n,x,train\n": ["line 2"],
     "filename,label,split\na.png,x,train\nb.png,y,valid\n": ["line 3", "valid", "train, val, test"],
 }
