@@ -59,13 +59,12 @@ FILM = ("filename", "image_filename", "file", "image", "path", "image index")
 PATIENT = ("patient_id", "patient")
 TARGET = ("mask", "mask_file", "label", "labels", "finding labels")
 SPLIT_WORDS = {"training": "train", "valid": "val", "validate": "val", "validation": "val"}
+BINARY = {"0", "1", "0.0", "1.0"}  # cells of a column that answers yes or no
 
 
 # ---------------------------------------------------------------- what a reader returns
 class Row(NamedTuple):
-    """One film of a set: its name, one 0 or 1 per label, its patient (None: the film's name), and
-    its mask as in splits.Example.
-    """
+    """One film of a set; patient None: the film's name; target and mask: as in splits.Example."""
 
     name: str
     target: tuple
@@ -74,19 +73,14 @@ class Row(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a reader finds: {split: rows}, or {"all": rows} where the set defines no test split.
+    """What a reader finds."""
 
-    notes: one line per decision. depth: how many parts of a path tell two films apart (0: as many
-    as are written). kind, labels: where those of the task do not hold. drawn: the train rows are
-    the set's own few-shot draw.
-    """
-
-    parts: dict[str, list[Row]]
-    notes: list[str] = []
-    depth: int = 1
-    kind: str | None = None
-    labels: tuple | None = None
-    drawn: bool = False
+    parts: dict[str, list[Row]]  # by split, or {"all": rows} where the set defines no test split
+    notes: list[str] = []  # one line per decision
+    depth: int = 1  # how many parts of a path tell two films apart; 0: as many as are written
+    kind: str | None = None  # where that of the task does not hold
+    labels: tuple | None = None  # where those of the task do not hold
+    drawn: bool = False  # whether the train rows are the set's own few-shot draw
 
 
 class Absent(Exception):
@@ -101,13 +95,14 @@ def find_file(index: Index, *names: str) -> Path:
     return files[0]
 
 
-def rows_of_lists(lists: dict, patient_of: Callable | None = None) -> dict[str, list[Row]]:
-    """Turn split lists that carry labels, {split: [(name, labels)]}, into {split: rows}."""
+def rows_of_lists(lists: dict, patient_of: Callable = str) -> dict[str, list[Row]]:
+    """Turn split lists that carry labels, {split: [(name, labels)]}, into {split: rows}.
+
+    patient_of(name): the patient of a film; by default each film is its own.
+    """
     parts = {}
     for split, films in lists.items():
-        parts[split] = [
-            Row(name, labels, patient_of(name) if patient_of else None) for name, labels in films
-        ]
+        parts[split] = [Row(name, labels, patient_of(name)) for name, labels in films]
     return parts
 
 
@@ -116,17 +111,13 @@ def choose_rows(rows: dict[str, Row], lists: dict, table: Path, source: str) -> 
 
     source: how the lists are called, for the UserError when they name a film without a row.
     """
-    parts = {}
-    unknown = []
-    for split, names in lists.items():
-        parts[split] = [rows[name] for name in names if name in rows]
-        unknown += [name for name in names if name not in rows]
+    unknown = [name for name in chain(*lists.values()) if name not in rows]
     if unknown:
         raise UserError(
             f"{table}: {len(unknown)} films of {source} have no row, "
             f"the first: {', '.join(unknown[:3])}"
         )
-    return parts
+    return {split: [rows[name] for name in names] for split, names in lists.items()}
 
 
 def target_of(findings, labels) -> tuple[int, ...]:
@@ -157,14 +148,12 @@ def read_nih(index, shots):
     for line in read_table(table, "Image Index", "Finding Labels"):
         name = line["Image Index"]
         rows[name] = Row(name, target_of(line["Finding Labels"].split("|"), NIH), nih_patient(name))
-    train = index.files("train_val_list.txt")
-    test = index.files("test_list.txt")
-    if not train or not test:
-        return Found({"all": list(rows.values())})
-    names = {
-        "train": [name for name, _ in read_list(train[0])],
-        "test": [name for name, _ in read_list(test[0])],
-    }
+    names = {}
+    for split, list_name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
+        paths = index.files(list_name)
+        if not paths:
+            return Found({"all": list(rows.values())})
+        names[split] = [name for name, _ in read_list(paths[0])]
     parts = choose_rows(rows, names, table, "train_val_list.txt, test_list.txt")
     return Found(parts, ["test: test_list.txt"])
 
@@ -275,10 +264,9 @@ def read_chestdr_table(index) -> list[Row]:
     header = list(lines[0]) if lines else []
     require_columns(table, header, ["img_id"])
     first = header.index("img_id") + 1
-    columns = header[first : first + len(CHESTDR)]
     rows = []
     for line in lines:
-        cells = [line[column] for column in columns]
+        cells = list(line.values())[first : first + len(CHESTDR)]
         if line["img_id"] and all(cells):
             rows.append(Row(line["img_id"], tuple(int(number(cell)) for cell in cells)))
     return rows
@@ -336,11 +324,11 @@ def read_siim(index, shots):
 
 
 def choose_canvas(index, names, fits) -> tuple[tuple | None, list[str]]:
-    """The size (height, width) that annotations were drawn on: None, the film's own, where they fit
-    into it; else the films are shrunk copies of 1024 × 1024 originals.
+    """The size (height, width) that annotations were drawn on, and notes.
 
-    names: the films, of which the first is looked at. fits(height, width): whether no annotation
-    reaches beyond such a film. → (canvas, notes)
+    None, the film's own, where they fit into it; else the films are shrunk copies of 1024 × 1024
+    originals. names: the films, of which the first is looked at; fits(height, width): whether no
+    annotation reaches beyond such a film.
     """
     if not names:
         return None, []
@@ -360,12 +348,17 @@ def choose_canvas(index, names, fits) -> tuple[tuple | None, list[str]]:
 
 # ---------------------------------------------------------------- a CSV of one's own
 def read_csv(index, table, column=None):
-    """A CSV with a column filename and either mask (a file: segmentation), label ('a', 'a|b',
-    'normal') or columns of 0 and 1, one per label; with patient_id and split where they are known.
+    """A CSV with a column filename and mask (a file: segmentation), label ('a', 'a|b', 'normal') or
+    columns of 0 and 1, one per label; with patient_id and split where they are known.
 
     column: the one to learn, where the first of these that is there is not what is wanted.
     """
-    lines = read_labels_file(table)
+    if not table or not Path(table).is_file():
+        raise UserError(
+            "--task csv needs --labels FILE.csv (columns filename, label); "
+            f"{table or 'none given'} is no file"
+        )
+    lines = read_table(table)
     header = list(lines[0]) if lines else []
     film = find_column(header, FILM)
     patient = find_column(header, PATIENT)
@@ -400,16 +393,6 @@ def read_csv(index, table, column=None):
     return Found(parts, notes, 0, kind, labels)
 
 
-def read_labels_file(table) -> list[dict[str, str]]:
-    """The rows of --labels; UserError when it is not given or no file."""
-    if not table or not Path(table).is_file():
-        raise UserError(
-            "--task csv needs --labels FILE.csv (columns filename, label); "
-            f"{table or 'none given'} is no file"
-        )
-    return read_table(table)
-
-
 def find_column(header, names) -> str | None:
     """The first of the names that heads a column, whatever its case there; None when none does."""
     column_of = {column.lower(): column for column in header}
@@ -436,7 +419,7 @@ def csv_targets(table, lines, target, others) -> tuple[tuple, list[tuple]]:
     → (labels, one target per line)
     """
     if not target:
-        labels = [name for name in others if is_binary(lines, name, blank=True)]
+        labels = [name for name in others if {line[name] for line in lines} <= BINARY | {""}]
         if not labels:
             raise UserError(
                 f"{table}: no column label, mask, or of 0 and 1; "
@@ -444,9 +427,10 @@ def csv_targets(table, lines, target, others) -> tuple[tuple, list[tuple]]:
             )
         targets = [tuple(int(number(line[name])) for name in labels) for line in lines]
         return tuple(labels), targets
-    if is_binary(lines, target):
-        return (target,), [(int(number(line[target])),) for line in lines]
-    labels, findings = read_findings([line[target] for line in lines])
+    cells = [line[target] for line in lines]
+    if set(cells) <= BINARY:
+        return (target,), [(int(number(cell)),) for cell in cells]
+    labels, findings = read_findings(cells)
     if not labels:
         raise UserError(
             f"{table}: column {target} names no class beside {', '.join(filter(None, NEGATIVE))}"
@@ -454,14 +438,6 @@ def csv_targets(table, lines, target, others) -> tuple[tuple, list[tuple]]:
     if len(labels) == 2 and all(len(found) == 1 for found in findings):
         labels = labels[1:]  # two names that exclude each other are one question: is it the second?
     return tuple(labels), [target_of(found, labels) for found in findings]
-
-
-def is_binary(lines, column, blank=False) -> bool:
-    """Whether a column holds only 0 and 1, and with `blank` perhaps nothing."""
-    allowed = {"0", "1", "0.0", "1.0"}
-    if blank:
-        allowed.add("")
-    return {line[column] for line in lines} <= allowed
 
 
 def find_masks(index, table, names) -> list[tuple]:
@@ -492,20 +468,15 @@ def find_masks(index, table, names) -> list[tuple]:
 
 # ---------------------------------------------------------------- the table of tasks
 class Task(NamedTuple):
-    """One row of TASKS.
+    """One row of TASKS."""
 
-    reader(index, shots) → Found. kind: labels (BCE, mean AUROC), classes (cross entropy, accuracy)
-    or mask (Dice + BCE, Dice). sizes: films in the official train, val and test. paper: its result
-    in Tables 1 and 2, percent. tree: what --data should hold, and where to get it.
-    """
-
-    reader: Callable
-    kind: str
+    reader: Callable  # (index, shots) → Found
+    kind: str  # labels (BCE, mean AUROC), classes (cross entropy, accuracy) or mask (Dice + BCE)
     labels: tuple
-    sizes: tuple[int, int, int]
+    sizes: tuple[int, int, int]  # films in the official train, val and test
     recipe: dict
-    paper: str
-    tree: str
+    paper: str  # its result in Tables 1 and 2, percent
+    tree: str  # what --data should hold, and where to get it
 
 
 # Sec. B.3; epochs and batch sizes are published for VinDr and CheXpert only, the others are ours.
@@ -577,15 +548,10 @@ TASKS = {
 
 # ---------------------------------------------------------------- from a name to films
 def find_root(name: str, data: str | None = None) -> Path:
-    """Find the folder of a task: --data, or $CXR/<task>, or ./data/<task>; the two RSNA tasks share
-    one.
-    """
-    if data:
-        tried = [Path(data)]
-    else:
-        parents = [os.environ["CXR"], "data"] if os.environ.get("CXR") else ["data"]
-        names = dict.fromkeys([name, name.removesuffix("_seg")])
-        tried = [Path(parent) / each for parent, each in product(parents, names)]
+    """The folder of a task: --data, or $CXR/<task>, or ./data/<task>; both RSNA tasks share one."""
+    parents = filter(None, [os.environ.get("CXR"), "data"])
+    names = dict.fromkeys([name, name.removesuffix("_seg")])
+    tried = [Path(data)] if data else [Path(*parts) for parts in product(parents, names)]
     for folder in tried:
         if folder.is_dir():
             return folder
@@ -599,8 +565,7 @@ def load_task(name, root, table=None, shots=None, column=None, cache=None) -> Sp
     """Read a task under `root`: every film's file is found, none is opened.
 
     table, column: of task csv (read_csv). shots: MedFM's own K-shot lists are taken where they lie
-    there; else splits.draw_few draws. cache: text file that keeps the list of files. UserError says
-    which files are missing, and where to get them.
+    there. cache: keeps the list of files. UserError says what is missing, and where to get it.
     """
     task = TASKS[name]
     index = Index(root, cache)

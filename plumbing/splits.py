@@ -1,5 +1,6 @@
 """Which films are learnt from, chosen on and judged on, so that no patient is on two sides."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +14,12 @@ from plumbing.table import SPLITS
 
 # ---------------------------------------------------------------- pre-training
 def hold_out_films(films, tables, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the films into those to train on and those held out to judge the trained model.
+    """Divide the films into those to train on and those held out → (train, held), rising numbers.
 
     Held out are the test films of the label tables (`tables`, a list of Labels) or, without a
     table, `holdout` films drawn by `seed`, at most a tenth of all. Every other film of a patient
-    who has a held-out film is left out of training as well, so no patient is on both sides: a model
-    that has seen a patient's ribs is not judged on the same ribs.
-
-    → (train, held), numbers of films in rising order
+    who has a held-out film is left out of training as well: a model that has seen a patient's ribs
+    is not judged on the same ribs.
     """
     patients = patients_of(films, tables)
     held = set()
@@ -56,9 +55,7 @@ def patients_of(films, tables) -> list[str]:
 class Example(NamedTuple):
     """One film of a downstream task and what is to be predicted of it.
 
-    target: one 0 or 1 per label, () for segmentation. mask: how film.read_mask makes the mask:
-    ("file", path), ("rle", rows, canvas) or ("boxes", rows, canvas), where canvas is (height,
-    width) in pixels, None for the film's own.
+    target: one 0 or 1 per label, () for segmentation. mask: as film.read_mask takes it.
     """
 
     path: Path
@@ -69,10 +66,9 @@ class Example(NamedTuple):
 
 @dataclass
 class Splits:
-    """The films of a task by split, and what was decided on the way.
+    """The films of a task by split; notes: one line per decision that was taken on the way.
 
-    kind: labels, classes or mask (benchmarks.Task). notes: one line per decision. drawn: train is
-    already the few-shot draw of the set's own lists.
+    kind: see benchmarks.Task. drawn: train is already the few-shot draw of the set's own lists.
     """
 
     task: str
@@ -85,53 +81,44 @@ class Splits:
     drawn: bool = False
 
     def counts(self) -> dict:
-        """Count what each split holds: {split: {films, patients, positive: {label: films}}}.
-
-        Segmentation has no "positive": masks are read later.
-        """
+        """Count {split: {films, patients, positive: {label: films}}}; masks have no "positive"."""
         counts = {}
         for split in SPLITS:
             examples = getattr(self, split)
             patients = {example.patient for example in examples}
             counts[split] = {"films": len(examples), "patients": len(patients)}
             if self.kind != "mask":
-                targets = [example.target for example in examples]
                 counts[split]["positive"] = {
-                    name: int(sum(target[k] for target in targets))
+                    name: int(sum(example.target[k] for example in examples))
                     for k, name in enumerate(self.labels)
                 }
         return counts
 
 
 def draw_patients(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """Take about `count` films of whole patients away, always the same ones. → (the rest, the taken
-    films)
+    """Take away about `count` films of whole patients, always the same. → (the rest, the taken)
 
     Patients are taken in the order of NumPy's permutation 42 of the patients in file order, until
     there are enough films. For VinDr, where every film is a patient, this is the validation split
     of the paper's code.
     """
-    films = {}  # patient: number of films
-    for example in examples:
-        films[example.patient] = films.get(example.patient, 0) + 1
+    films = Counter(example.patient for example in examples)
     patients = list(films)
     taken = set()
     taken_films = 0
     for k in np.random.RandomState(42).permutation(len(patients)):
-        if taken_films >= count:
-            break
-        taken.add(patients[k])
-        taken_films += films[patients[k]]
+        if taken_films < count:
+            taken.add(patients[k])
+            taken_films += films[patients[k]]
     rest = [example for example in examples if example.patient not in taken]
     return rest, [example for example in examples if example.patient in taken]
 
 
 def complete(parts: dict, sizes: tuple) -> tuple[dict, list[str]]:
-    """Draw the splits that a set does not define, in the proportion of `sizes` (films in train,
-    val, test).
+    """Draw the splits that a set does not define → (parts with all three, notes).
 
-    parts: {"all": examples} or {"train": …, "test": …, perhaps "val": …}. → (parts with all three,
-    notes)
+    parts: {"all": examples} or {"train": …, "test": …, perhaps "val": …}; sizes: the proportion of
+    train, val and test.
     """
     train_size, val_size, test_size = sizes
     parts = dict(parts)
@@ -154,10 +141,10 @@ def complete(parts: dict, sizes: tuple) -> tuple[dict, list[str]]:
 
 
 def disjoint(parts: dict) -> tuple[dict, list[str]]:
-    """Keep every film in one split only: test comes before train, and train before val.
+    """Keep every film in one split only, test before train before val → (parts, notes).
 
     Repeated rows of a split count once. UserError when two rows of a film contradict each other, or
-    when a patient has films in two splits. → (parts, notes)
+    when a patient has films in two splits.
     """
     kept = {}
     notes = []
@@ -179,9 +166,7 @@ def disjoint(parts: dict) -> tuple[dict, list[str]]:
 
 
 def unite_repeated(examples: list[Example], split: str) -> dict[Path, Example]:
-    """The examples by path, each once; UserError when a film stands there twice with different
-    labels.
-    """
+    """The examples by path, each once; UserError when a film has two different labels."""
     unique = {}
     for example in examples:
         first = unique.setdefault(example.path, example)
@@ -206,8 +191,7 @@ def refuse_shared_patients(parts: dict):
 
 
 def draw_few(examples, fraction=1.0, shots: int | None = None, seed=0) -> list[Example]:
-    """Draw the few training films of --fraction (a share of all) or --shots (that many of every
-    class), by `seed`.
+    """Draw, by `seed`, the few films of --fraction (a share of all) or --shots (so many per class).
 
     For --shots the films without any finding count as one more class, and a film that shows several
     findings counts for each of them.
@@ -236,9 +220,7 @@ LACK = {  # what a class suffers from that a split shows on all of its films, or
 
 
 def class_warnings(splits: Splits, which=SPLITS) -> list[str]:
-    """Write one line for every class that a split cannot teach or judge, because its positives
-    or negatives are missing.
-    """
+    """One line for every class of which a split has no positive or no negative film."""
     if splits.kind == "mask":
         return []
     lines = []
