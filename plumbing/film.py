@@ -1,8 +1,6 @@
-"""One film and its mask from one file each: whatever radiographs are saved as → uint8 (H, W),
-bright = dense.
+"""One film or mask from one file: whatever radiographs are saved as → uint8 (H, W), bright = dense.
 
-What a file is, its first bytes say, never its name. A file that cannot be read as a film raises
-UnreadableFilm with the reason.
+What a file is, its first bytes say, never its name.
 """
 
 import os
@@ -29,10 +27,8 @@ IMAGE_STARTS = (
 # fmt: on
 
 # A DICOM file without the usual header begins with one of these tags of groups 2 and 8.
-DICOM_STARTS = tuple(
-    bytes.fromhex(tag)
-    for tag in ("02000000", "02001000", "08000000", "08000500", "08000800", "08001600")
-)
+DICOM_TAGS = "02000000 02001000 08000000 08000500 08000800 08001600".split()
+DICOM_STARTS = tuple(bytes.fromhex(tag) for tag in DICOM_TAGS)
 
 # Transfer syntaxes of JPEG 2000, which openjpeg decodes; libjpeg decodes the other compressed ones.
 OPENJPEG = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
@@ -71,11 +67,10 @@ def looks_like_film(path: str) -> bool:
 
 # ---------------------------------------------------------------- films
 def read_film(path, side: int = 0) -> np.ndarray:
-    """Read any image or DICOM file → uint8 (H, W).
+    """Read any image or DICOM file → uint8 (H, W). UnreadableFilm, also where no anatomy is left.
 
     side: the short side that is wanted, px. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its
-    size, never below `side`; 0 = full size. Raises UnreadableFilm, also for pictures without
-    anatomy (refuse_flat).
+    size, never below `side`; 0 = full size.
     """
     try:
         with open(path, "rb") as file:
@@ -100,21 +95,17 @@ def read_film(path, side: int = 0) -> np.ndarray:
 
 
 def read_shrunk(path, side: int) -> np.ndarray:
-    """Read a film at a short side of at most `side` px, smaller ones and all for 0 as stored.
-
-    → uint8 (H, W)
-    """
+    """Read a film, shrunk to a short side of at most `side` px; 0 = as stored. → uint8 (H, W)"""
     film = read_film(path, side)  # a reduced JPEG, too, may still be nearly twice as large
     is_larger = 0 < side < min(film.shape)
     return fit(film, side) if is_larger else film
 
 
 def refuse_flat(film: np.ndarray) -> np.ndarray:
-    """The film itself, unless no anatomy is left in it.
+    """The film itself, unless it is tiny, constant, or nine tenths pure black or white.
 
-    That is, when it is tiny, constant, or nine tenths of it are pure black or white. Of 2,050 real
-    films the worst, a small body in a black border, has half of its pixels there; a posterised one
-    has 98 %.
+    Of 2,050 real films the worst, a small body in a black border, has half of its pixels there; a
+    posterised one has 98 %.
     """
     if min(film.shape) < 16:
         raise UnreadableFilm(f"only {film.shape[1]} × {film.shape[0]} px")
@@ -159,10 +150,7 @@ def read_image(path, side: int) -> np.ndarray:
 
 
 def stretch(values: np.ndarray, used: np.ndarray | None = None) -> np.ndarray:
-    """Deep grey values → uint8: what lies between percentiles 0.5 and 99.5 becomes 0 to 255.
-
-    used: bool, the pixels that the percentiles are taken of; None = all.
-    """
+    """Deep grey values → uint8: percentiles 0.5 and 99.5 (of `used`, a mask) become 0 and 255."""
     low, high = np.percentile(values if used is None else values[used], (0.5, 99.5))
     if not high > low:
         raise UnreadableFilm("constant image")
@@ -198,9 +186,14 @@ def read_dicom(path, has_header: bool) -> np.ndarray:
 
 def decode_pixels(data) -> np.ndarray:
     """The stored values of the first frame: (H, W), or (H, W, 3) in colour."""
+    from pydicom import uid
     from pydicom.pixels import pixel_array
 
-    syntax = transfer_syntax(data)
+    if "TransferSyntaxUID" not in data.file_meta:  # no header: as the parser found it
+        is_implicit, is_little = data.original_encoding
+        little = uid.ImplicitVRLittleEndian if is_implicit else uid.ExplicitVRLittleEndian
+        data.file_meta.TransferSyntaxUID = little if is_little else uid.ExplicitVRBigEndian
+    syntax = data.file_meta.TransferSyntaxUID
     try:
         return pixel_array(data, index=0)
     except RuntimeError as error:
@@ -212,30 +205,8 @@ def decode_pixels(data) -> np.ndarray:
     )
 
 
-def transfer_syntax(data):
-    """The transfer syntax UID of a DICOM data set.
-
-    A file without header gets the uncompressed one that pydicom's parser found it to be in.
-    """
-    from pydicom import uid
-
-    if "TransferSyntaxUID" not in data.file_meta:
-        is_implicit, is_little = data.original_encoding
-        if is_implicit:
-            syntax = uid.ImplicitVRLittleEndian
-        elif is_little:
-            syntax = uid.ExplicitVRLittleEndian
-        else:
-            syntax = uid.ExplicitVRBigEndian
-        data.file_meta.TransferSyntaxUID = syntax
-    return data.file_meta.TransferSyntaxUID
-
-
 def not_padding(data, values: np.ndarray) -> np.ndarray | None:
-    """bool (H, W): pixels outside PixelPaddingValue … PixelPaddingRangeLimit.
-
-    None when nothing is padded, or everything is.
-    """
+    """bool (H, W): what is outside the padding values; None when nothing is padded, or all is."""
     if "PixelPaddingValue" not in data:
         return None
     first = int(data.PixelPaddingValue)
@@ -300,13 +271,3 @@ def decode_rle(text: str, height: int, width: int) -> np.ndarray:
     if end > height * width:
         raise UserError(f"run lengths reach pixel {end}, the film has {height * width}")
     return flat.reshape(width, height).T
-
-
-def encode_rle(mask: np.ndarray) -> str:
-    """bool (H, W) → run lengths as SIIM writes them, '-1' when empty; the inverse of decode_rle."""
-    column_after_column = np.asarray(mask, np.int8).T.ravel()
-    edges = np.flatnonzero(np.diff(np.r_[0, column_after_column, 0]))
-    starts, ends = edges[::2], edges[1::2]
-    gaps = starts - np.r_[0, ends[:-1]]
-    pairs = zip(gaps, ends - starts, strict=True)
-    return " ".join(f"{gap} {length}" for gap, length in pairs) or "-1"

@@ -1,6 +1,4 @@
-"""What lies below a folder: one walk and one cache of it, films found by name, and the lists of the
-three sets that pre-training knows (MIMIC-CXR-JPG, CheXpert, ChestX-ray14).
-"""
+"""What lies below a folder: one walk and its cache, films by name, the lists of three sets."""
 
 import itertools
 import json
@@ -13,7 +11,7 @@ from pathlib import Path
 from plumbing.checkpoint import write_text
 from plumbing.film import looks_like_film
 from plumbing.launch import UserError
-from plumbing.table import SPLITS, read_list, read_table, without_suffix
+from plumbing.table import read_list, read_table, without_suffix
 
 MASK_FOLDER = re.compile(r"(^|[/_])(masks?|annotations?)(_\d+)?/", re.IGNORECASE)
 
@@ -25,13 +23,10 @@ def in_threads(function, items: list) -> list:
     On a cold disk or over a network, nearly all the time of looking at files is waiting. Items are
     handed over by the hundred, since handing over costs as much as a look at a file in memory.
     """
-
-    def call_all(part):
-        return [function(item) for item in part]
-
     parts = [items[k : k + 100] for k in range(0, len(items), 100)]
     with ThreadPoolExecutor(16) as pool:
-        return list(itertools.chain.from_iterable(pool.map(call_all, parts)))
+        results = pool.map(lambda part: [function(item) for item in part], parts)
+        return list(itertools.chain.from_iterable(results))
 
 
 def look(folder: str):
@@ -68,10 +63,7 @@ def walk(root) -> tuple[list[str], dict[str, int]]:
             modified[folder] = time
             for name, is_folder in entries:
                 path = f"{folder}/{name}" if folder else name
-                if is_folder:
-                    next_level.append(path)
-                else:
-                    files.append(path)
+                (next_level if is_folder else files).append(path)
         level = next_level
     return sorted(files), modified
 
@@ -87,19 +79,16 @@ def modified_at(folder: str) -> int:
 def list_below(root: Path, cache: Path | None = None) -> dict:
     """List the files below `root`, from the file `cache` unless a folder has changed since.
 
-    → {"root", "folders": {folder: when modified}, "films": [paths that look like films],
-    "others": [all other paths]}
+    → {"root", "folders": {folder: when modified}, "films": [paths], "others": [all other paths]}
     """
-    if cache and (listing := read_listing(root, cache)):
+    listing = read_listing(root, cache) if cache else None
+    if listing:
         return listing
     files, folders = walk(root)
     is_film = in_threads(looks_like_film, [f"{root}/{name}" for name in files])
-    listing = {
-        "root": str(root.resolve()),
-        "folders": folders,
-        "films": list(itertools.compress(files, is_film)),
-        "others": [name for name, film in zip(files, is_film, strict=True) if not film],
-    }
+    films = list(itertools.compress(files, is_film))
+    others = sorted(set(files) - set(films))
+    listing = {"root": str(root.resolve()), "folders": folders, "films": films, "others": others}
     if cache:
         write_text(cache, json.dumps(listing))
     return listing
@@ -121,7 +110,7 @@ def read_listing(root: Path, cache: Path) -> dict | None:
 
 # ---------------------------------------------------------------- files and films by name
 class Index:
-    """The files below a folder, found by name. Hidden ones are left out.
+    """The files below a folder, but for hidden ones, found by name.
 
     names: sorted paths relative to `root`; films: those of them that look like films. cache: a JSON
     file that spares the next walk as long as nothing changes below root.
@@ -197,27 +186,31 @@ class Index:
         {} stands for train, val or valid, and test. Empty unless all of `need` are there.
         """
         parts = {}
-        words_of = {"train": ["train"], "val": ["val", "valid"], "test": ["test"]}
-        for split in SPLITS:
-            names = []
-            for pattern in patterns:
-                names += [pattern.format(word) for word in words_of[split]]
-            paths = self.files(*names)
-            if paths:
+        words = (("train", "train"), ("val", "val"), ("val", "valid"), ("test", "test"))
+        for split, word in words:
+            paths = self.files(*[pattern.format(word) for pattern in patterns])
+            if paths and split not in parts:
                 parts[split] = read_list(paths[0])
         return parts if set(need) <= set(parts) else {}
 
 
 # ---------------------------------------------------------------- the three sets, by their lists
-# How a set names its films; group 1 is the key by which its lists know a film, whatever folders lie
-# above and whether it is a JPEG or a DICOM.
+# How a set names its films (TREE shows one of each); group 1 is the key by which its lists know a
+# film, whatever folders lie above and whether it is a JPEG or a DICOM.
 FILM_NAME = {
-    # files/p10/p10000032/s50414267/02aa804e-bde0afdd-112c0b34-7bc16630-4e384014.jpg: the dicom_id
-    "MIMIC-CXR-JPG": re.compile(r"(?:^|/)([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+$"),
-    # train/patient00001/study1/view1_frontal.jpg: from the patient on
-    "CheXpert": re.compile(r"(patient\d+/study\d+/view\d+_[a-z]+)\.\w+$"),
-    # images_001/images/00000001_000.png: the number
-    "ChestX-ray14": re.compile(r"(?:^|/)(\d{8}_\d{3})\.\w+$"),
+    "MIMIC-CXR-JPG": re.compile(r"(?:^|/)([0-9a-f]{8}(?:-[0-9a-f]{8}){4})\.\w+$"),  # dicom_id
+    "CheXpert": re.compile(r"(patient\d+/study\d+/view\d+_[a-z]+)\.\w+$"),  # from the patient on
+    "ChestX-ray14": re.compile(r"(?:^|/)(\d{8}_\d{3})\.\w+$"),  # the number
+}
+
+# How a set lies on disk, for messages.
+TREE = {
+    "MIMIC-CXR-JPG": "mimic-cxr-jpg/{files/p10/p10000032/s50414267/<dicom_id>.jpg, "
+    "mimic-cxr-2.0.0-{metadata,split}.csv.gz} from physionet.org",
+    "CheXpert": "CheXpert-v1.0[-small]/{train/patient00001/study1/view1_frontal.jpg, valid/…, "
+    "train.csv} from stanfordmlgroup.github.io",
+    "ChestX-ray14": "{images_001/images/00000001_000.png, …, Data_Entry_2017.csv, "
+    "train_val_list.txt} from nihcc.app.box.com",
 }
 
 # Films of MIMIC-CXR that cannot be used; the authors leave them out.
@@ -244,7 +237,6 @@ class FilmSet:
     """One of the three sets as its lists describe it, and how much of it was found."""
 
     title: str
-    tree: str  # how it lies on disk, for messages
     wanted: dict[str, str]  # frontal training films: {key: patient}
     mentioned: set[str]  # keys of all films that the lists name
     found: set[str] = field(default_factory=set)  # keys of wanted films that are there
@@ -276,11 +268,10 @@ class FilmSet:
         if missing and not self.found:
             raise UserError(
                 f"{self.title}: none of the {len(missing):,} films in its lists (first "
-                f"{missing[0]}) is there; expected {self.tree}"
+                f"{missing[0]}) is there; expected {TREE[self.title]}"
             )
-        patients = {self.wanted[key] for key in self.found}
-        line = f"{self.title}: {len(self.found):,} frontal training films"
-        line += f" of {len(patients):,} patients"
+        patients = len({self.wanted[key] for key in self.found})
+        line = f"{self.title}: {len(self.found):,} frontal training films of {patients:,} patients"
         if self.left_out:
             line += f"; {self.left_out:,} left out (lateral, validation, test, bad or unlisted)"
         if self.second_copies:
@@ -305,10 +296,6 @@ def list_mimic(lists: list[Path], mimic_all: bool) -> FilmSet | None:
     Of the training split, unless `mimic_all`.
     """
     title = "MIMIC-CXR-JPG"
-    tree = (
-        "mimic-cxr-jpg/{files/p10/p10000032/s50414267/<dicom_id>.jpg, "
-        "mimic-cxr-2.0.0-{metadata,split}.csv.gz} from physionet.org"
-    )
 
     def tables(kind):
         return [p for p in lists if re.fullmatch(rf"mimic-cxr-[\d.]+-{kind}\.csv(\.gz)?", p.name)]
@@ -319,7 +306,7 @@ def list_mimic(lists: list[Path], mimic_all: bool) -> FilmSet | None:
         if not tables(kind):
             raise UserError(
                 f"{title} without its mimic-cxr-2.0.0-{kind}.csv[.gz]: frontal training films "
-                f"cannot be told; expected {tree}"
+                f"cannot be told; expected {TREE[title]}"
             )
     splits = read_rows(tables("split"), "dicom_id", "split")
     train = {row["dicom_id"] for row in splits if row["split"] == "train"}
@@ -331,16 +318,12 @@ def list_mimic(lists: list[Path], mimic_all: bool) -> FilmSet | None:
         is_frontal = row["ViewPosition"] in ("AP", "PA")
         if is_frontal and (mimic_all or film in train) and film not in MIMIC_BAD:
             wanted[film] = f"mimic:{row['subject_id']}"
-    return FilmSet(title, tree, wanted, mentioned)
+    return FilmSet(title, wanted, mentioned)
 
 
 def list_chexpert(lists: list[Path]) -> FilmSet | None:
     """CheXpert in any of its five layouts: the frontal films of train.csv."""
     title = "CheXpert"
-    tree = (
-        "CheXpert-v1.0[-small]/{train/patient00001/study1/view1_frontal.jpg, valid/…, train.csv} "
-        "from stanfordmlgroup.github.io"
-    )
     names = ("train.csv", "valid.csv", "val_labels.csv", "test_labels.csv")
     tables = [path for path in lists if path.name in names and is_chexpert_table(path)]
     if not tables:
@@ -355,7 +338,7 @@ def list_chexpert(lists: list[Path]) -> FilmSet | None:
             mentioned.add(key)
             if row["Frontal/Lateral"] == "Frontal":
                 wanted[key] = f"chexpert:{key.split('/')[0]}"
-    return FilmSet(title, tree, wanted, mentioned)
+    return FilmSet(title, wanted, mentioned)
 
 
 def is_chexpert_table(path: Path) -> bool:
@@ -372,10 +355,6 @@ def list_nih(lists: list[Path]) -> FilmSet | None:
     Patients come from Data_Entry_2017*.csv, else from the names of the films.
     """
     title = "ChestX-ray14"
-    tree = (
-        "{images_001/images/00000001_000.png, …, Data_Entry_2017.csv, train_val_list.txt} "
-        "from nihcc.app.box.com"
-    )
     tables = [path for path in lists if re.fullmatch(r"Data_Entry_2017.*\.csv", path.name)]
     train_lists = [path for path in lists if path.name == "train_val_list.txt"]
     test_lists = [path for path in lists if path.name == "test_list.txt"]
@@ -384,7 +363,7 @@ def list_nih(lists: list[Path]) -> FilmSet | None:
     if not train_lists:
         raise UserError(
             f"{tables[0]}: {title} without train_val_list.txt: its test films cannot be told; "
-            f"expected {tree}"
+            f"expected {TREE[title]}"
         )
     patient_of = {}
     for row in read_rows(tables, "Image Index", "Patient ID"):
@@ -394,7 +373,7 @@ def list_nih(lists: list[Path]) -> FilmSet | None:
     for key in train:
         patient = patient_of.get(key, key.split("_")[0])
         wanted[key] = f"nih:{patient:0>8}"
-    return FilmSet(title, tree, wanted, train | read_stems(test_lists) | patient_of.keys())
+    return FilmSet(title, wanted, train | read_stems(test_lists) | patient_of.keys())
 
 
 def read_stems(paths: list[Path]) -> set[str]:
@@ -449,10 +428,9 @@ def packed_paths(path: str, pack) -> set[str]:
     folder that the pack lies in, or one beside the pack.
     """
     folder = os.path.dirname(path)
-    beside = os.path.join(folder, pack.folder)
     paths = set(pack.names)
-    paths.update(f"{folder}/{name}" for name in pack.names)
-    paths.update(f"{beside}/{name}" for name in pack.names)
+    for place in (folder, os.path.join(folder, pack.folder)):
+        paths.update(f"{place}/{name}" for name in pack.names)
     return paths
 
 

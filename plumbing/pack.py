@@ -73,10 +73,7 @@ class Films:
 
 
 class InMemory:
-    """A small set of films, each of which is decoded once and then kept, its error as well.
-
-    It has the names, patients and all other attributes of the set behind it.
-    """
+    """A set of films with all its attributes that decodes each once and keeps it, or its error."""
 
     def __init__(self, films):
         vars(self).update(vars(films))

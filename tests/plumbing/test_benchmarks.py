@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from plumbing import benchmarks
-from plumbing.film import decode_rle, encode_rle, read_film, read_mask
+from plumbing.film import decode_rle, read_film, read_mask
 from plumbing.launch import UserError
 from plumbing.table import SPLITS
 
@@ -381,6 +381,16 @@ def test_rsna_boxes_of_shrunk_films_are_drawn_on_the_originals_canvas(tmp_path):
 
 
 # ---------------------------------------------------------------- SIIM
+def encode_rle(mask):
+    """bool (H, W) → run lengths as SIIM writes them, '-1' when empty; the inverse of decode_rle."""
+    column_after_column = np.asarray(mask, np.int8).T.ravel()
+    edges = np.flatnonzero(np.diff(np.r_[0, column_after_column, 0]))
+    starts, ends = edges[::2], edges[1::2]
+    gaps = starts - np.r_[0, ends[:-1]]
+    pairs = zip(gaps, ends - starts, strict=True)
+    return " ".join(f"{gap} {length}" for gap, length in pairs) or "-1"
+
+
 def siim_tree(root, table="train-rle.csv"):
     rng = np.random.default_rng(0)
     space = " " if table == "train-rle.csv" else ""  # stage 1 wrote one before name and value
