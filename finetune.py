@@ -13,7 +13,6 @@ result.json.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -27,15 +26,15 @@ from tqdm import tqdm
 import augment
 from data import TestExamples, TrainExamples, make_loader, open_examples
 from model import SIZES, Classifier, Segmenter, ViT
-from plumbing import launch, metrics, results
+from plumbing import launch, metrics, results, seedrun
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
-from plumbing.checkpoint import StopRequest, load_checkpoint, newest_run, write_json
+from plumbing.checkpoint import StopRequest
 from plumbing.keys import DROP_PATH, TRAIN_JITTER, seed_torch, torch_generator
 from plumbing.launch import UserError, flag
-from plumbing.pack import InMemory, UnreadableFilms
+from plumbing.pack import UnreadableFilms
 from plumbing.results import METRIC
-from plumbing.seedrun import SeedLog, SeedRun, finished_result, keep_recipe, recipe_of
-from plumbing.splits import class_warnings, draw_few
+from plumbing.seedrun import SeedLog, SeedRun
+from plumbing.splits import draw_few
 from plumbing.weights import load_encoder, resized
 
 # ---- Recipe
@@ -53,7 +52,9 @@ FREE |= set("log_every save_every compile memory_gb".split())
 
 
 @dataclasses.dataclass
-class Config:
+class Config(launch.TrainFlags):
+    """The flags; those of every training (--micro, --precision ...) are in plumbing/launch.py."""
+
     task: str = flag("csv", "what to learn", list(TASKS))
     data: str = flag(None, "folder of the films [$CXR/<task>, else data/<task>]")
     labels: str = flag(
@@ -63,9 +64,7 @@ class Config:
     )
     column: str = flag(None, "task csv: what to learn [mask, else label, else all 0/1 columns]")
     weights: str = flag(
-        None,
-        "encoder.pt or last.pt of a run, the authors' or timm's file, or none: random weights "
-        "[the newest encoder.pt under runs/]",
+        None, "encoder.pt or last.pt, the authors' or timm's file, or none: random [newest run's]"
     )
     out: str = flag(None, "folder of the run [runs/<task>, or runs/<name of the table>]")
     eval: bool = flag(False, "do not train: test the fine-tuned checkpoint --weights")
@@ -84,57 +83,32 @@ class Config:
     image: int = flag(None, "side of a film for the network, px [as pre-trained; scratch 224]")
     patch: int = flag(None, "side of a patch, px [as pre-trained; scratch 16]")
     batch: int = flag(None, "films per step over all GPUs [from the task]")
-    micro: int = flag(None, "films per forward pass on one GPU [at most 128]")
     epochs: int = flag(None, "passes over the training films; sets the schedule [from the task]")
-    max_steps: int = flag(None, "end after this many steps, without changing the schedule")
     lr: float = flag(None, "peak learning rate of the last layer [from the task]")
-    min_lr: float = flag(1e-6, "learning rate at the end of the cosine")
     weight_decay: float = flag(None, "AdamW's; none on biases and norms [from the task]")
     layer_decay: float = flag(None, "a layer's learning rate per that of the next [from the task]")
-    drop_path: float = flag(
-        None, "chance that a film skips the last block, linear over depth [from the task]"
-    )
+    drop_path: float = flag(None, "chance to skip the last block, linear over depth [of the task]")
     warmup: float = flag(None, "epochs of linear warm-up [from the task, at most a tenth of all]")
     patience: int = flag(None, "validations without a new best before the end [from the task]")
-    clip: float = flag(1.0, "largest norm of the gradient")
     ten_crop: bool = flag(False, "test on five crops of a film and their mirror images, averaged")
-    precision: str = flag(
-        "auto",
-        "auto = bfloat16 on GPUs and on CPUs that multiply it natively",
-        ["auto", "float32", "bfloat16"],
-    )
-    compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
-    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
-    workers: int = flag(None, "loader processes per GPU [8 on a GPU, 0 on a CPU]")
     memory_gb: float = flag(16.0, "keep the films decoded if all processes need less than this")
     log_every: int = flag(10, "steps between rows of log.csv")
     save_every: int = flag(500, "steps between checkpoints, beside those at every validation")
 
 
 def check(args: Config):
-    """Raise UserError on flags that make no sense together."""
-    if not 0 < args.fraction <= 1 or args.seeds < 1:
-        raise UserError(
-            f"--fraction {args.fraction} must be above 0 and at most 1, "
-            f"--seeds {args.seeds} at least 1"
-        )
-    if args.shots is not None and (args.shots < 1 or args.fraction < 1):
-        raise UserError("--shots must be at least 1, and does not go with --fraction")
-    if args.eval and args.weights in (None, "none"):
-        raise UserError("--eval needs --weights FILE, a best.pt of finetune.py")
-    if args.size and args.weights != "none":
-        raise UserError(
-            "--size is for --weights none; otherwise the weights say how large the network is"
-        )
-
-
-def choose_out(args: Config) -> Path:
-    """The folder that receives the results."""
-    if args.out:
-        return Path(args.out)
-    if args.eval:
-        return Path(args.weights).parent / "eval"
-    return Path("runs") / (Path(args.labels).stem if args.labels else args.task)
+    """Raise UserError on flags that make no sense, alone or together."""
+    is_scratch = args.weights == "none"
+    for is_wrong, message in (
+        (not 0 < args.fraction <= 1, "--fraction must be above 0 and at most 1"),
+        (args.seeds < 1, "--seeds must be at least 1"),
+        (args.shots is not None and args.shots < 1, "--shots must be at least 1"),
+        (args.shots and args.fraction < 1, "--shots does not go with --fraction"),
+        (args.eval and args.weights in (None, "none"), "--eval needs --weights FILE, a best.pt"),
+        (args.size and not is_scratch, "--size is for --weights none: other weights fix it"),
+    ):
+        if is_wrong:
+            raise UserError(message)
 
 
 def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
@@ -145,6 +119,7 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     """
     defaults = dict(SEGMENT if kind == "mask" else TASKS[args.task].recipe)
     defaults |= {"image": shape["image"], "patch": shape["patch"]}
+    defaults["workers"] = 8 if team.device.type == "cuda" else 0
     reasons = ["The recipe is the paper's."]
     if args.task not in PUBLISHED:
         reasons.append("Epochs and batch are ours: the paper does not tell them.")
@@ -156,15 +131,13 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
         reasons.append(f"For a small network we take {shown}.")
     left_open = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     filled = dataclasses.replace(args, **left_open)
+    filled.precision = launch.choose_precision(args.precision, team.device)
 
     # Every process takes the same share of a batch, in micro-batches that divide it evenly.
     share = max(1, min(filled.batch, films) // team.world)
     filled.batch = share * team.world
     limit = min(args.micro or 128, share)
     filled.micro = max(size for size in range(1, limit + 1) if share % size == 0)
-    if filled.workers is None:
-        filled.workers = 8 if team.device.type == "cuda" else 0
-    filled.precision = launch.choose_precision(args.precision, team.device)
 
     per_epoch = max(1, films // filled.batch)
     may_raise = args.epochs is None and args.task not in PUBLISHED
@@ -195,41 +168,21 @@ def count_steps(args: Config, kind, films: int) -> Steps:
 
 
 # ---- Weights and model
-def choose_weights(args: Config, out: Path) -> tuple[Path | None, str]:
-    """Find the weights to start from. → (path, None for random weights; why these)"""
-    if args.weights == "none":
-        return None, "from scratch, as asked"
-    if args.weights:
-        path = Path(args.weights)
-        return (path / "encoder.pt" if path.is_dir() else path), "as asked"
-    begun = out / f"seed{args.seed}" / "config.json"
-    if begun.is_file():  # a newer pre-training run must not change what this run started from
-        path = json.loads(begun.read_text())["weights"]
-        return (None if path == "none" else Path(path)), f"as in the run in {out}"
-    newest = newest_run()
-    if newest is None:
-        raise UserError(
-            "no pre-training run (encoder.pt) under runs/: run pretrain.py, "
-            "or give --weights FILE, or --weights none for scratch"
-        )
-    return newest, "newest pre-training run under runs/"
-
-
 def encoder_shape(args: Config, weights) -> dict:
-    """image, patch, dim and depth of the encoder as pre-trained, or as --size says."""
-    if weights is None:
-        return dict(image=224, patch=16, **SIZES[args.size or "base"])
-    return load_encoder(weights).config
+    """image, patch, dim, depth and heads of the encoder as pre-trained, or as --size says."""
+    if weights:
+        return load_encoder(weights).config
+    size = SIZES[args.size or "base"]
+    return dict(image=224, patch=16, dim=size["dim"], depth=size["depth"], heads=size["heads"])
 
 
 def make_model(args: Config, weights, kind, labels):
     """Put a new head on the encoder, which is resized to --image and --patch where these differ."""
-    if weights is None:
-        size = SIZES[args.size or "base"]
-        size = {name: value for name, value in size.items() if not name.startswith("predictor")}
-        vit = ViT(args.image, args.patch, **size, drop_path=args.drop_path)
-    else:
+    if weights:
         vit = resized(load_encoder(weights), args.image, args.patch, args.drop_path)
+    else:
+        shape = encoder_shape(args, None) | {"image": args.image, "patch": args.patch}
+        vit = ViT(**shape, drop_path=args.drop_path)
     return add_head(vit, kind, labels)
 
 
@@ -240,16 +193,7 @@ def add_head(vit, kind, labels):
 
 def load_finetuned(path, kind, labels, device):
     """Load best.pt. UserError when it was trained for something else than `kind` and `labels`."""
-    saved = load_checkpoint(path)
-    if "finetuned" not in saved or "labels" not in saved:
-        raise UserError(
-            f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs"
-        )
-    if (saved["kind"], tuple(saved["labels"])) != (kind, tuple(labels)):
-        raise UserError(
-            f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), "
-            f"the data asks for {', '.join(labels)} ({kind})"
-        )
+    saved = seedrun.load_best(path, kind, labels)
     model = add_head(ViT(**saved["config"]), kind, labels)
     model.load_state_dict(saved["finetuned"])
     return model.to(device)
@@ -328,7 +272,7 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
     films = task.films[split]
     mine = Subset(TestExamples(films, ten_crop), range(team.rank, len(films), team.world))
     batch = max(1, args.micro // 10) if ten_crop else args.micro
-    workers = 0 if isinstance(films, InMemory) else args.workers
+    workers = 0 if task.in_memory else args.workers
     rows = {}
     unreadable = {}
     for item in DataLoader(mine, batch_size=batch, num_workers=workers):
@@ -362,33 +306,11 @@ def score_masks(logits, goal) -> np.ndarray:
 
 
 class Score(NamedTuple):
-    """What judge says of a model."""
+    """How good a model is on the films of a split."""
 
     value: float  # the task's metric, percent
     loss: float
     per_class: dict  # {class: AUROC in percent}, None where it is undefined
-
-
-def judge(kind, labels, rows: dict, targets) -> Score:
-    """Judge the rows of predict. targets (n, c): 0 and 1, of the same films in the same order
-
-    A class without positives or without negatives has no AUROC and counts in no mean. The Dice is
-    also given over the films that have a mask, for where most have none an empty guess is right.
-    """
-    table = np.stack(list(rows.values()))
-    if kind == "mask":
-        dice, has_mask, loss = table.T
-        per_class = {"all films": 100 * float(dice.mean()), "films with a mask": None}
-        if has_mask.any():
-            per_class["films with a mask"] = 100 * float(dice[has_mask > 0].mean())
-        return Score(100 * dice.mean(), loss.mean(), per_class)
-    truth = torch.tensor(targets, dtype=torch.float32)
-    loss = loss_of(kind, torch.tensor(table), truth).mean().item()
-    value, areas = metrics.mean_auroc(table, targets)
-    if kind == "classes":
-        value = metrics.accuracy(table, targets.argmax(1))
-    percent = [None if np.isnan(area) else 100 * area for area in areas]
-    return Score(100 * value, loss, dict(zip(labels, percent, strict=True)))
 
 
 def targets_of(films, rows) -> np.ndarray:
@@ -399,7 +321,14 @@ def targets_of(films, rows) -> np.ndarray:
 def evaluate(model, task: TaskData, split, args, team, ten_crop=False) -> tuple[Score, dict]:
     """Judge a model on the films of a split. → (Score, the rows of predict)"""
     rows = predict(model.eval(), task, split, args, team, ten_crop)
-    return judge(task.kind, task.labels, rows, targets_of(task.films[split], rows)), rows
+    table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
+    targets = targets_of(task.films[split], rows)
+    value, per_class = results.judge(task.kind, task.labels, table, targets)
+    if task.kind == "mask":
+        return Score(value, table[:, 2].mean(), per_class), rows
+    truth = torch.tensor(targets, dtype=torch.float32)
+    loss = loss_of(task.kind, torch.tensor(table), truth).mean().item()
+    return Score(value, loss, per_class), rows
 
 
 def solve_head(model, task: TaskData, args, team):
@@ -482,8 +411,7 @@ def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
     """
     steps = run.steps
     examples = TrainExamples(task.films["train"], run.seed)
-    span = (run.step, steps.end)
-    loader = iter(make_loader(examples, args, team, args.workers, run.seed, *span))
+    loader = iter(make_loader(examples, args, team, args.workers, run.seed, run.step, steps.end))
     forward = launch.prepare_forward(run.model, args.compile, team)
     log = SeedLog(run, args.batch) if team.lead else None
     progress = dict(total=steps.end, initial=run.step, unit="step", disable=not team.lead)
@@ -502,7 +430,7 @@ def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
         should_log = should_validate or run.step % args.log_every == 0
         row = {"epoch": run.step / steps.per_epoch, "lr": lr, "val": "", "val_loss": ""}
         if should_log:
-            row["loss"] = mean_loss(loss, run, team)
+            row["loss"] = run.mean_loss(loss, team)
         if should_validate:
             score = validate(run, args, task, team)
             row |= {"val": score.value, "val_loss": score.loss}
@@ -515,17 +443,6 @@ def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
             run.save()
     bar.close()
     return is_stopping
-
-
-def mean_loss(loss, run: SeedRun, team) -> float:
-    """Average the loss of a step over the processes. UserError when it is not a number."""
-    loss = team.mean(loss).item()
-    if not math.isfinite(loss):
-        raise UserError(
-            f"seed {run.seed}: the loss became NaN or infinite at step {run.step}: "
-            f"delete {run.folder}, start again with a lower --lr"
-        )
-    return loss
 
 
 def validate(run: SeedRun, args, task: TaskData, team) -> Score:
@@ -544,11 +461,9 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     model = make_model(args, weights, task.kind, task.labels).to(team.device)
     model.vit.requires_grad_(not args.freeze)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    recipe = recipe_of(settings, weights, model.vit, task.films["train"].examples)
-    if team.lead:
-        keep_recipe(folder, recipe)
+    recipe = seedrun.recipe_of(settings, weights, model.vit, task.films["train"].examples)
     steps = count_steps(args, task.kind, recipe["films"])
-    result = finished_result(folder, steps.end)
+    result = seedrun.begin(folder, recipe, steps.end, team)
     if result:
         team.say(f"seed {seed}: finished before, test {METRIC[task.kind]} {result['value']:.2f} %")
         return result
@@ -582,21 +497,14 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     team.wait()  # until best.pt is written
     model = load_finetuned(run.folder / "best.pt", task.kind, task.labels, team.device)
     score = test(model, task, args, run.folder, team)
-    is_over = run.step >= run.steps.total or run.best.stale >= args.patience
-    result = {
-        "value": score.value,
-        "per_class": score.per_class,
-        "films": len(task.films["train"]),
-        "val": run.best.value,
-        "best_step": run.best.step,
-        "steps": run.step,
-        "over": is_over,  # False: --max_steps ended it, and more can be trained
-        "bad": sorted(task.unreadable.reasons),
-    }
+    films = len(task.films["train"])
+    result = {"value": score.value, "per_class": score.per_class, "films": films}
+    result |= {"val": run.best.value, "best_step": run.best.step, "steps": run.step}
+    # Not over: --max_steps ended it, and more can be trained.
+    result["over"] = run.step >= run.steps.total or run.best.stale >= args.patience
+    result["bad"] = sorted(task.unreadable.reasons)
     if team.lead:
-        write_json(run.folder / "result.json", result)
-        if is_over:
-            (run.folder / "last.pt").unlink(missing_ok=True)
+        run.save_result(result)
     team.say(
         f"seed {run.seed}: test {METRIC[task.kind]} {score.value:.2f} %, of the model at step "
         f"{run.best.step}, the best on validation ({run.best.value:.2f} %)"
@@ -607,27 +515,11 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
 def test(model, task: TaskData, args, folder: Path, team) -> Score:
     """Use the test films: judge the model, write predictions.csv and, of masks, cases.png."""
     score, rows = evaluate(model, task, "test", args, team, args.ten_crop)
-    films = task.films["test"]
     if team.lead:
-        path = folder / "predictions.csv"
-        results.write_predictions(path, task.kind, task.labels, films.examples, rows)
+        results.write_predictions(folder, task, rows)
         if task.kind == "mask":
-            draw_cases(folder / "cases.png", model, films, rows, team.device)
+            results.draw_cases(folder, model, TestExamples(task.films["test"]), rows, team.device)
     return score
-
-
-@torch.no_grad()
-def draw_cases(path: Path, model, films, rows: dict, device):
-    """Draw the best, the median and the worst test film by Dice, with true and predicted mask."""
-    by_dice = sorted(rows, key=lambda i: -rows[i][0])
-    cases = []
-    for i in (by_dice[0], by_dice[len(by_dice) // 2], by_dice[-1]):
-        item = TestExamples(films)[i]
-        image = augment.to_float(torch.from_numpy(item["views"]))[:, None]  # (1, 1, H, W)
-        guess = (model(image.to(device)) > 0)[0].cpu().numpy()
-        captions = [films.examples[i].path.name[:40], f"Dice {100 * rows[i][0]:.1f}"]
-        cases.append((item["views"][0], item["goal"], guess, captions))
-    results.save_cases(path, cases)
 
 
 # ---- Main
@@ -643,39 +535,16 @@ def open_task(args: Config, splits, size, team) -> TaskData:
     return task
 
 
-def draw_train(args: Config, splits, seed, team) -> list:
-    """Draw the few training films of --fraction or --shots. → the examples of one seed"""
-    if splits.drawn:  # by the set's own lists
-        return splits.train
-    drawn = draw_few(splits.train, args.fraction, args.shots, seed)
-    if len(drawn) < len(splits.train):
-        line = f"seed {seed}: {len(drawn)} of the {len(splits.train)} training films drawn"
-        warnings = class_warnings(dataclasses.replace(splits, train=drawn), ["train"])
-        team.say("\n  ".join([line, *warnings]))
-    return drawn
-
-
-def test_again(args: Config, splits, model, out: Path, team) -> dict:
-    """Test a finished checkpoint (--eval). → a result for results.summarise"""
-    shape = model.vit.config
-    args, _ = fill_in(args, splits.kind, shape, len(splits.train), team)
-    task = open_task(args, splits, shape["image"], team)
-    score = test(model, task, args, out, team)
-    unreadable = sorted(task.unreadable.reasons)
-    films = len(splits.train)
-    return dict(value=score.value, per_class=score.per_class, films=films, bad=unreadable)
-
-
 def main():
     # ---- 1. What was asked for, and the processes that work on it.
     args = launch.parse(Config, __doc__)
     check(args)
-    out = choose_out(args)
+    out = seedrun.choose_out(args)
     team = launch.start_team(args.device)
     stop = StopRequest()
 
     # ---- 2. The weights, and the films of the task: no patient is in two of the three splits.
-    weights, why = choose_weights(args, out)
+    weights, why = seedrun.choose_weights(args, out)
     root = find_root(args.task, args.data)
     cache = out / "films.json" if team.lead else None
     splits = load_task(args.task, root, args.labels, args.shots, args.column, cache)
@@ -689,7 +558,12 @@ def main():
 
     # ---- 3. --eval only tests again.
     if args.eval:
-        result = test_again(args, splits, finetuned, out, team)
+        films = len(splits.train)
+        filled, _ = fill_in(args, splits.kind, shape, films, team)
+        task = open_task(args, splits, shape["image"], team)
+        score = test(finetuned, task, filled, out, team)
+        result = {"value": score.value, "per_class": score.per_class, "films": films}
+        result["bad"] = sorted(task.unreadable.reasons)
         results.summarise(out, args, splits, weights, [result], team)
         return team.leave()
 
@@ -697,7 +571,11 @@ def main():
     task = open_task(args, splits, args.image or shape["image"], team)
     seed_results = []
     for seed in range(args.seed, args.seed + args.seeds):
-        examples = draw_train(args, splits, seed, team)
+        examples = splits.train
+        if not splits.drawn:  # else they are drawn already, by the set's own lists
+            examples = draw_few(splits.train, args.fraction, args.shots, seed)
+        if len(examples) < len(splits.train):
+            team.say(results.describe_draw(splits, examples, seed))
         task.open("train", examples)
         filled, reasons = fill_in(args, splits.kind, shape, len(examples), team)
         if seed == args.seed:

@@ -1,16 +1,18 @@
 """What a fine-tuning run says and writes: split, recipe, predictions.csv, cases.png, result.json.
 
-The films of a task are Examples (plumbing/splits.py). A row is what finetune.predict says of one
-film: the logits (c,) or, for segmentation, (Dice, 1 if there is a true mask, loss).
+A row is what finetune.predict says of one film: the logits (c,) or, for segmentation, (Dice, 1 if
+there is a true mask, loss).
 """
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from plumbing import pictures
+from plumbing import metrics, pictures
 from plumbing.benchmarks import TASKS
 from plumbing.checkpoint import write_json, write_text
 from plumbing.launch import UserError
@@ -43,15 +45,18 @@ def describe_task(root: Path, splits: Splits) -> str:
 def refuse_untestable(splits: Splits):
     """UserError, before anything is trained, when the test films cannot give a number."""
     films = len(splits.test)
-    if splits.kind == "mask":
-        return
-    for k in range(len(splits.labels)):
-        if 0 < sum(example.target[k] for example in splits.test) < films:
-            return
-    raise UserError(
-        f"no class has positive and negative films among the {films} test films: "
-        "AUROC is undefined; choose another split"
-    )
+    positive = splits.counts()["test"].get("positive", {})
+    if positive and not any(0 < count < films for count in positive.values()):
+        raise UserError(
+            f"no class has positive and negative films among the {films} test films: "
+            "AUROC is undefined; choose another split"
+        )
+
+
+def describe_draw(splits: Splits, drawn: list, seed: int) -> str:
+    """Tell how many training films a seed draws, and what these cannot teach."""
+    line = f"seed {seed}: {len(drawn)} of the {len(splits.train)} training films drawn"
+    return "\n  ".join([line, *class_warnings(replace(splits, train=drawn), ["train"])])
 
 
 def describe_recipe(args, films: int, steps, reasons: list[str]) -> str:
@@ -70,8 +75,28 @@ def describe_recipe(args, films: int, steps, reasons: list[str]) -> str:
     return "\n  ".join([recipe, *reasons])
 
 
-def write_predictions(path: Path, kind: str, labels, examples, rows: dict):
-    """Write predictions.csv: film, class, label (0 or 1), score (logit), per film and class.
+def judge(kind: str, labels, table, targets) -> tuple[float, dict]:
+    """Judge the rows of finetune.predict. → (the task's metric, {class: AUROC}), percent
+
+    table: the rows (n, c), or (n, 3) of masks. targets (n, c): 0 and 1. A class without positives
+    or without negatives has no AUROC (None) and counts in no mean. The Dice is also given over the
+    films that have a mask, for where most have none an empty guess is right.
+    """
+    if kind == "mask":
+        dice, has_mask, _ = table.T
+        per_class = {"all films": 100 * float(dice.mean()), "films with a mask": None}
+        if has_mask.any():
+            per_class["films with a mask"] = 100 * float(dice[has_mask > 0].mean())
+        return 100 * dice.mean(), per_class
+    value, areas = metrics.mean_auroc(table, targets)
+    if kind == "classes":
+        value = metrics.accuracy(table, targets.argmax(1))
+    percent = [None if np.isnan(area) else 100 * area for area in areas]
+    return 100 * value, dict(zip(labels, percent, strict=True))
+
+
+def write_predictions(folder: Path, task, rows: dict):
+    """Write predictions.csv: film, class, label (0 or 1), score (logit), per test film and class.
 
     Segmentation: label says whether the film has a true mask, score is its Dice.
     """
@@ -79,32 +104,40 @@ def write_predictions(path: Path, kind: str, labels, examples, rows: dict):
     table = csv.writer(text)
     table.writerow(("film", "class", "label", "score"))
     for i, row in rows.items():
-        targets = examples[i].target
+        example = task.films["test"].examples[i]
+        targets = example.target
         scores = row
-        if kind == "mask":
+        if task.kind == "mask":
             targets = [int(row[1])]
             scores = [row[0]]
-        for name, target, score in zip(labels, targets, scores, strict=True):
-            table.writerow((examples[i].path.name, name, target, f"{score:.6g}"))
-    write_text(path, text.getvalue())
+        for name, target, score in zip(task.labels, targets, scores, strict=True):
+            table.writerow((example.path.name, name, target, f"{score:.6g}"))
+    write_text(folder / "predictions.csv", text.getvalue())
 
 
-def save_cases(path: Path, cases: list):
-    """Draw cases.png: the best, the median and the worst film, in this order.
+@torch.no_grad()
+def draw_cases(folder: Path, model, test_examples, rows: dict, device):
+    """Draw cases.png: the test films of the best, the median and the worst Dice, in this order.
 
-    cases: (film, true mask, predicted mask, captions) each. Beside every film the true mask is
-    tinted green and the predicted one red, so that what both hold is yellow.
+    Beside every film its true mask is tinted green and the predicted one red, so that what both
+    hold is yellow.
     """
-    rows = []
-    for film, truth, guess, _ in cases:
-        tinted = np.repeat(film[..., None] * 0.6, 3, axis=2)
-        tinted[..., 0] += 100 * guess
-        tinted[..., 1] += 100 * truth
-        rows.append([film, tinted.clip(0, 255).astype(np.uint8)])
-    captions = [case[3] for case in cases]
+    by_dice = sorted(rows, key=lambda i: -rows[i][0])
+    images = []
+    captions = []
+    for i in (by_dice[0], by_dice[len(by_dice) // 2], by_dice[-1]):
+        item = test_examples[i]
+        film = item["views"]  # (1, H, W)
+        guess = model(torch.from_numpy(film)[:, None].to(device) / 255) > 0
+        tinted = np.repeat(film[0, ..., None] * 0.6, 3, axis=2)
+        tinted[..., 0] += 100 * guess[0].cpu().numpy()
+        tinted[..., 1] += 100 * item["goal"]
+        images.append([film[0], tinted.clip(0, 255).astype(np.uint8)])
+        name = test_examples.films.examples[i].path.name[:40]
+        captions.append([name, f"Dice {100 * rows[i][0]:.1f}"])
     columns = ["film", "green truth, red prediction"]
-    page = pictures.grid(rows, captions, columns, ["best", "median", "worst"], cell=256)
-    pictures.save(page, path)
+    page = pictures.grid(images, captions, columns, ["best", "median", "worst"], cell=256)
+    pictures.save(page, folder / "cases.png")
 
 
 def summarise(out: Path, args, splits: Splits, weights, results: list[dict], team):
@@ -115,9 +148,7 @@ def summarise(out: Path, args, splits: Splits, weights, results: list[dict], tea
     for name in results[0]["per_class"]:
         each = [result["per_class"][name] for result in results]
         per_class[name] = None if None in each else float(np.mean(each))
-    unreadable = set()
-    for result in results:
-        unreadable.update(result["bad"])
+    unreadable = set().union(*[result["bad"] for result in results])
     summary = {
         "task": args.task,
         "metric": METRIC[splits.kind],

@@ -13,7 +13,52 @@ from pathlib import Path
 
 import torch
 
-from plumbing.checkpoint import Log, refuse_other_recipe, resume, save_atomic, write_json
+from plumbing import checkpoint
+from plumbing.launch import UserError
+
+
+def choose_out(args) -> Path:
+    """The folder that receives the results."""
+    if args.out:
+        return Path(args.out)
+    if args.eval:
+        return Path(args.weights).parent / "eval"
+    return Path("runs") / (Path(args.labels).stem if args.labels else args.task)
+
+
+def choose_weights(args, out: Path) -> tuple[Path | None, str]:
+    """Find the weights to start from. → (path, None for random weights; why these)"""
+    if args.weights == "none":
+        return None, "from scratch, as asked"
+    if args.weights:
+        path = Path(args.weights)
+        return (path / "encoder.pt" if path.is_dir() else path), "as asked"
+    begun = out / f"seed{args.seed}" / "config.json"
+    if begun.is_file():  # a newer pre-training run must not change what this run started from
+        path = json.loads(begun.read_text())["weights"]
+        return (None if path == "none" else Path(path)), f"as in the run in {out}"
+    newest = checkpoint.newest_run()
+    if newest is None:
+        raise UserError(
+            "no pre-training run (encoder.pt) under runs/: run pretrain.py, "
+            "or give --weights FILE, or --weights none for scratch"
+        )
+    return newest, "newest pre-training run under runs/"
+
+
+def load_best(path, kind: str, labels) -> dict:
+    """Load best.pt. UserError when it was trained for something else than `kind` and `labels`."""
+    saved = checkpoint.load_checkpoint(path)
+    if "finetuned" not in saved or "labels" not in saved:
+        raise UserError(
+            f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs"
+        )
+    if (saved["kind"], tuple(saved["labels"])) != (kind, tuple(labels)):
+        raise UserError(
+            f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), "
+            f"the data asks for {', '.join(labels)} ({kind})"
+        )
+    return saved
 
 
 def recipe_of(settings: dict, weights: Path | None, vit, examples) -> dict:
@@ -24,13 +69,30 @@ def recipe_of(settings: dict, weights: Path | None, vit, examples) -> dict:
     weight_bytes = b""
     if weights:
         weight_bytes = b"".join(p.detach().cpu().numpy().tobytes() for p in vit.parameters())
-    films = [(str(e.path.name), e.target, e.mask and e.mask[0]) for e in examples]
+    films = [(e.path.name, e.target, e.mask and e.mask[0]) for e in examples]
     return settings | {
         "weights": str(weights or "none"),
         "weights_are": hashlib.sha256(weight_bytes).hexdigest()[:16],
         "films_are": hashlib.sha256(repr(films).encode()).hexdigest()[:16],
         "films": len(films),
     }
+
+
+def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
+    """Write config.json. UserError when the folder holds a run with another recipe.
+
+    → result.json when this seed is over, or has come to step `end`; else None
+    """
+    if team.lead:
+        config = folder / "config.json"
+        if config.is_file():
+            checkpoint.refuse_other_recipe(folder, json.loads(config.read_text()), recipe)
+        checkpoint.write_json(config, recipe)
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text())
+    return result if result["over"] or result["steps"] >= end else None
 
 
 @dataclasses.dataclass
@@ -73,10 +135,20 @@ class SeedRun:
     step: int = 0  # steps done
     best: Best = dataclasses.field(default_factory=Best)
 
+    def mean_loss(self, loss, team) -> float:
+        """Average the loss of a step over the processes. UserError when it is not a number."""
+        loss = team.mean(loss).item()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"seed {self.seed}: the loss became NaN or infinite at step {self.step}: "
+                f"delete {self.folder}, start again with a lower --lr"
+            )
+        return loss
+
     def resume(self):
         """Go on from last.pt when there is one."""
         parts = {"finetuned": self.model, "optimizer": self.optimizer}
-        saved = resume(self.folder / "last.pt", None, parts)
+        saved = checkpoint.resume(self.folder / "last.pt", None, parts)
         if saved:
             self.step = saved["step"]
             self.best = Best(**saved["best"])
@@ -89,32 +161,21 @@ class SeedRun:
             "step": self.step,
             "best": dataclasses.asdict(self.best),
         }
-        save_atomic(state, self.folder / "last.pt")
+        checkpoint.save_atomic(state, self.folder / "last.pt")
 
     def save_best(self):
         """Write best.pt."""
         state = {"finetuned": self.model.state_dict(), **self.about, "step": self.step}
-        save_atomic(state, self.folder / "best.pt")
+        checkpoint.save_atomic(state, self.folder / "best.pt")
+
+    def save_result(self, result: dict):
+        """Write result.json, and delete last.pt when there is nothing left to train."""
+        checkpoint.write_json(self.folder / "result.json", result)
+        if result["over"]:
+            (self.folder / "last.pt").unlink(missing_ok=True)
 
 
-def keep_recipe(folder: Path, recipe: dict):
-    """Write config.json. UserError when the folder holds a run with another recipe."""
-    path = folder / "config.json"
-    if path.is_file():
-        refuse_other_recipe(folder, json.loads(path.read_text()), recipe)
-    write_json(path, recipe)
-
-
-def finished_result(folder: Path, end: int) -> dict | None:
-    """The result of a seed that is over, or that has come to step `end`; else None."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text())
-    return result if result["over"] or result["steps"] >= end else None
-
-
-class SeedLog(Log):
+class SeedLog(checkpoint.Log):
     """log.csv of a seed. Films per second count from one row to the next."""
 
     COLUMNS = ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"]

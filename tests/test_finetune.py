@@ -26,6 +26,7 @@ from plumbing import benchmarks, checkpoint, launch
 from plumbing.film import fit
 from plumbing.metrics import linear_probe
 from plumbing.pack import UnreadableFilms
+from plumbing.splits import Example
 
 TINY = ["--weights", "none", "--size", "tiny", "--image", "32", "--patch", "8", "--device", "cpu"]
 SHORT = ["--batch", "8", "--epochs", "6", "--lr", "2e-3", "--log_every", "2", "--drop_path", "0.1"]
@@ -259,22 +260,6 @@ def test_linear_probe_leaves_the_encoder_alone_and_takes_a_pretrained_one(films,
     assert all(torch.equal(kept[f"vit.{n}"], p) for n, p in vit.named_parameters())
 
 
-def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "out"
-    args = finetune.Config(task="csv")
-    with pytest.raises(launch.UserError, match="no pre-training run"):
-        finetune.choose_weights(args, out)
-    for k, name in enumerate(("new", "old")):
-        checkpoint.write_text(f"runs/{name}/encoder.pt", "")
-        os.utime(f"runs/{name}/encoder.pt", (1000 - k, 1000 - k))
-    newest = Path("runs/new/encoder.pt")
-    reason = "newest pre-training run under runs/"
-    assert finetune.choose_weights(args, out) == (newest, reason)
-    checkpoint.write_json(out / "seed0" / "config.json", {"weights": "runs/old/encoder.pt"})
-    assert finetune.choose_weights(args, out)[0] == Path("runs/old/encoder.pt")
-
-
 @pytest.mark.slow
 def test_fraction_and_shots_are_drawn_by_seed(films, tmp_path, capsys):
     result = go(films, tmp_path / "a", "--fraction", "0.25", "--seeds", "2", "--epochs", "1")
@@ -359,7 +344,8 @@ def test_junk_weights_are_refused_by_name(films, tmp_path):
 
 # ---------------------------------------------------------------- recipe
 def test_every_flag_is_read():
-    sources = [ROOT / "finetune.py", ROOT / "plumbing" / "results.py"]
+    files = ("finetune.py", "plumbing/results.py", "plumbing/seedrun.py")
+    sources = [ROOT / file for file in files]
     used = set(re.findall(r"(?:args|filled)\.(\w+)", "".join(s.read_text() for s in sources)))
     flags = {field.name for field in dataclasses.fields(finetune.Config)}
     assert flags <= used
@@ -475,24 +461,21 @@ def test_the_loss_of_masks_is_cross_entropy_and_dice():
         assert loss == pytest.approx(entropy + 1 - dice, abs=1e-5)
 
 
-def test_judgement_of_three_classes_leaves_unread_films_out():
-    rng = np.random.default_rng(0)
-    rows = {i: rng.normal(size=3) for i in (0, 1, 2, 4, 5, 6, 8)}  # 3 and 7 could not be read
-    targets = np.array([np.eye(3)[i % 3] for i in rows])
-    value, _, per_class = finetune.judge("classes", "abc", rows, targets)
-    assert value == pytest.approx(100 * np.mean([row.argmax() == i % 3 for i, row in rows.items()]))
-    is_b = [i % 3 == 1 for i in rows]
-    area = roc_auc_score(is_b, [row[1] for row in rows.values()])
-    assert per_class["b"] == pytest.approx(100 * area)
-
-
-def test_judgement_of_masks_tells_films_with_a_mask_apart():
+def test_judgement_of_masks_tells_films_with_a_mask_apart(monkeypatch):
     empty = np.array([1.0, 0, 0.5])  # Dice, no mask, loss
     square = np.array([0.5, 1, 0.7])
-    value, loss, each = finetune.judge("mask", "m", {0: empty, 1: square}, None)
+    examples = [Example(Path("a.png"), (), "a"), Example(Path("b.png"), (), "b")]
+    films = {"val": data.TaskFilms(examples, 32)}
+    task = finetune.TaskData("mask", ("m",), 32, False, UnreadableFilms(2), films)
+
+    def judge(rows):
+        monkeypatch.setattr(finetune, "predict", lambda *_: rows)
+        return finetune.evaluate(Segmenter(tiny()), task, "val", None, ALONE)[0]
+
+    value, loss, each = judge({0: empty, 1: square})
     assert (value, each["all films"], each["films with a mask"]) == (75, 75, 50)
     assert loss == pytest.approx(0.6)
-    assert finetune.judge("mask", "m", {0: empty}, None).per_class["films with a mask"] is None
+    assert judge({0: empty}).per_class["films with a mask"] is None
 
 
 # ---------------------------------------------------------------- films

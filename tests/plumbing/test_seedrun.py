@@ -1,6 +1,30 @@
 """The bookkeeping of one seed of fine-tuning."""
 
-from plumbing.seedrun import Best
+import os
+from pathlib import Path
+
+import pytest
+
+import finetune
+from plumbing import checkpoint
+from plumbing.launch import UserError
+from plumbing.seedrun import Best, choose_weights
+
+
+def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    args = finetune.Config(task="csv")
+    with pytest.raises(UserError, match="no pre-training run"):
+        choose_weights(args, out)
+    for k, name in enumerate(("new", "old")):
+        checkpoint.write_text(f"runs/{name}/encoder.pt", "")
+        os.utime(f"runs/{name}/encoder.pt", (1000 - k, 1000 - k))
+    newest = Path("runs/new/encoder.pt")
+    reason = "newest pre-training run under runs/"
+    assert choose_weights(args, out) == (newest, reason)
+    checkpoint.write_json(out / "seed0" / "config.json", {"weights": "runs/old/encoder.pt"})
+    assert choose_weights(args, out)[0] == Path("runs/old/encoder.pt")
 
 
 def test_a_tie_on_validation_goes_to_the_lower_loss():
