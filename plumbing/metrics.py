@@ -21,8 +21,7 @@ def to_array(values) -> np.ndarray:
 
 # ---------------------------------------------------------------- downstream tasks
 def auroc(scores, labels) -> float:
-    """Area under the ROC curve, in 0..1: the share of (positive, negative) pairs that are ranked
-    rightly, a tie counting half.
+    """Area under the ROC curve: the share of (positive, negative) pairs ranked rightly, a tie half.
 
     scores (n,), labels (n,) of 0 and 1. nan when one class is absent or a score is nan.
     """
@@ -64,17 +63,15 @@ def dice(prediction, truth) -> float:
     prediction = to_array(prediction) > 0.5
     truth = to_array(truth) > 0.5
     total = prediction.sum() + truth.sum()
-    if not total:
-        return 1.0
-    return float(2 * (prediction & truth).sum() / total)
+    return float(2 * (prediction & truth).sum() / total) if total else 1.0
 
 
 # ---------------------------------------------------------------- pre-training
 def recall_at_k(errors, ks=(1, 3, 5)) -> dict[int, float]:
-    """Share of predictions whose true candidate is among the k of least error (Table 4).
+    """Share of predictions whose true candidate is among the k best (Table 4) → {k: share}
 
     errors (n, n): row i holds prediction i's error against every candidate, column i the true one.
-    Ties are broken evenly, so that equal errors score chance, k / n. → {k: share}
+    Ties are broken evenly, so that equal errors score chance, k / n.
     """
     errors = to_array(errors)
     true = np.diag(errors)[:, None]
@@ -88,10 +85,7 @@ def recall_at_k(errors, ks=(1, 3, 5)) -> dict[int, float]:
 
 
 def feature_std(features) -> float:
-    """How much the n rows of features (n, d) differ: standard deviation, mean over the dimensions.
-
-    It is 0 when the encoder says the same of every film.
-    """
+    """Standard deviation of features (n, d) over films, mean over d; 0: all films look the same."""
     return float(to_array(features).std(0).mean())
 
 
@@ -102,20 +96,14 @@ def spectrum(features) -> np.ndarray:
 
 
 def rankme(features) -> float:
-    """Effective rank of features (n, d), in 1..min(n, d): exp of the entropy of their spectrum.
-
-    Garrido et al. 2023, Eq. 1.
-    """
+    """Effective rank of features (n, d): exp of their spectrum's entropy (RankMe, 2023, Eq. 1)."""
     share = spectrum(features) + 1e-7
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
 # ---------------------------------------------------------------- linear probe
 def column_scale(train) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and 1 / standard deviation of the columns of train (n, d).
-
-    The scale of a constant column is 0, so that it drops out.
-    """
+    """Mean and 1 / standard deviation of each column of train (n, d); 0 where it is constant."""
     train = to_array(train)
     mean = train.mean(0)
     std = train.std(0)
@@ -124,10 +112,9 @@ def column_scale(train) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_logistic(x, y, l2, start=None) -> torch.Tensor:
-    """Logistic regression of labels y (n,) on x (n, d) by full-batch L-BFGS.
+    """Logistic regression of y (n,) on x (n, d) by full-batch L-BFGS → (d + 1,) weights, bias last.
 
-    Minimises the sum of the log losses + l2 / 2 · |w|². → weights (d + 1,), the unpenalised bias
-    last
+    Minimises the sum of the log losses + l2 / 2 · |w|²; the bias is not penalised.
     """
     weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64) if start is None else start.clone()
     weights.requires_grad_(True)

@@ -98,19 +98,14 @@ def ramp(distance: np.ndarray, width: float) -> np.ndarray:
     return np.clip(distance / width + 0.5, 0, 1)
 
 
-class Pose(NamedTuple):
-    """How the patient stands before the detector: turned by an angle (radians), zoomed, shifted."""
-
-    angle: float
-    zoom: float
-    dx: float
-    dy: float
-
-
 class Sheet:
-    """The drawing sheet of one film. Shapes are drawn at twice its resolution and then reduced."""
+    """The drawing sheet of one film. Shapes are drawn at twice its resolution and then reduced.
 
-    def __init__(self, size: int, pose: Pose):
+    pose: how the patient stands before the detector: turned by an angle (radians), zoomed, shifted
+    by dx and dy.
+    """
+
+    def __init__(self, size: int, pose: tuple[float, float, float, float]):
         self.size = size
         self.pose = pose
 
@@ -311,19 +306,9 @@ def vessels_outline(p) -> np.ndarray:
     return spline(points) + (p.lean, 0)
 
 
-def body_outlines(p) -> tuple[np.ndarray, np.ndarray]:
-    """The torso with neck and shoulders (n, 2) and the two arms (2, m, 2)."""
-    flank = p.width + p.fat
-    side = spline([*TORSO, (flank + 0.03, 0.4), (flank, 1.3)])
-    arm = spline(ARM + ARM_LIFT[:, None] * (p.arms, 0))
-    return np.concatenate([side, side[::-1] * (-1, 1)]), np.stack([arm, arm * (-1, 1)])
-
-
 def ribs(p, sheet: Sheet) -> np.ndarray:
     """The layer of the ribs: each is a tilted half ring in space, seen from the front."""
-    angle = np.linspace(
-        0.10, 0.84 * np.pi, 40
-    )  # around the chest, from the spine to the breastbone
+    angle = np.linspace(0.10, 0.84 * np.pi, 40)  # around the chest, from spine to breastbone
     number = np.arange(11)[:, None]
     fall = (np.sin(angle) ** 2 + 1 - np.abs(np.cos(angle))) / 4
     fall = np.where(angle < np.pi / 2, fall, 1 - fall)  # 0 at the spine, 1/2 at the chest wall, 1
@@ -419,9 +404,11 @@ def vessel_tree(p, sheet: Sheet, hila: np.ndarray) -> np.ndarray:
 
 def soft_tissue(p, sheet: Sheet, breath: float) -> tuple[np.ndarray, np.ndarray]:
     """The layer of torso, arms, belly and breasts, without air in the lungs; the torso's mask."""
-    torso, arms = body_outlines(p)
-    body = sheet.fill(torso)
-    limbs = sheet.fill(arms)
+    flank = p.width + p.fat
+    half = spline([*TORSO, (flank + 0.03, 0.4), (flank, 1.3)])
+    arm = spline(ARM + ARM_LIFT[:, None] * (p.arms, 0))
+    body = sheet.fill(np.concatenate([half, half[::-1] * (-1, 1)]))
+    limbs = sheet.fill([arm, arm * (-1, 1)])
     near_skin = sheet.blur(np.maximum(body, limbs), 0.035)
     skin = np.sqrt(np.clip(2.2 * near_skin - 1.05, 0, 1))  # thickness falls to nothing at the skin
     y = (np.arange(sheet.size, dtype=np.float32)[:, None] + 0.5) / sheet.size  # down the film
@@ -519,9 +506,8 @@ def consolidation(half, amount, spot, texture):
     return (0.35 + 0.35 * amount) * patchy * half.here, 0.0, 0.0
 
 
-PAINTERS = dict(
-    effusion=effusion, nodule=nodule, pneumothorax=pneumothorax, consolidation=consolidation
-)  # cardiomegaly is in the patient's shape
+# Cardiomegaly is in the patient's shape.
+PAINTERS = {each.__name__: each for each in (effusion, nodule, pneumothorax, consolidation)}
 
 
 def add_findings(names, p, rng, sheet: Sheet, breath: float):
@@ -545,10 +531,7 @@ def add_findings(names, p, rng, sheet: Sheet, breath: float):
 
 # --------------------------------------------------------------------------------------- the film
 def build(p, names, anomaly, breath: float, sheet: Sheet, rng):
-    """Add up all tissues.
-
-    → attenuation (a layer); lungs and heart (bool); landmarks (4, 2), in the patient's frame
-    """
+    """Add up all tissues → attenuation (a layer); lungs, heart (bool); landmarks (4, 2) of x, y."""
     mirror = np.array((-1 if anomaly == "mirrored heart" else 1, 1))
     missing = p.side["effusion"] if anomaly == "missing lung" else None
     lung = sheet.fill(*[lung_outline(p, side, breath) for side in (-1, 1) if side != missing])
@@ -565,10 +548,8 @@ def build(p, names, anomaly, breath: float, sheet: Sheet, rng):
     vessels = vessel_tree(p, sheet, hila) * expanded * lung * (1 - 0.7 * solid) * (1 - 0.7 * lost)
 
     half = Sheet(sheet.size // 2, sheet.pose)  # nothing in soft tissue is sharp
-    tissue, body = (
-        np.asarray(Image.fromarray(layer).resize(heart.shape, Image.BICUBIC))
-        for layer in soft_tissue(p, half, breath)
-    )
+    coarse = [Image.fromarray(layer) for layer in soft_tissue(p, half, breath)]
+    tissue, body = [np.asarray(each.resize(heart.shape, Image.BICUBIC)) for each in coarse]
     sharp = (1 - 0.5 * solid) * round_lung  # scatter hides ribs behind heart and liver
     shoulders, clavicle = shoulder_bones(p, sheet)
     bones = p.bone * (0.075 * sharp * ribs(p, sheet) + 0.17 * shoulders + 0.08 * spine(p, sheet))
@@ -624,7 +605,7 @@ def stamp(grey: np.ndarray, scanner: Scanner, rng):
     tall = rng.uniform(0.035, 0.06)
     top = rng.uniform(0.03, 0.15)
     left = rng.uniform(0.84, 0.9) if letter == "L" else rng.uniform(0.05, 0.12)
-    upright = Sheet(size, Pose(0, 1, -0.5, 0))  # the letter is the film's, not the patient's
+    upright = Sheet(size, (0, 1, -0.5, 0))  # the letter is the film's, not the patient's
     stroke = np.array(LETTERS[letter]) * tall + (left, top)
     ink = upright.draw((stroke, 0.94, 0.012))
     box = tuple(round(v * size) for v in (top, left, tall, 0.62 * tall))
@@ -671,7 +652,7 @@ def make_phantom(seed: int, index: int, size: int = 256, anomaly=None, findings=
     zoom = rng.uniform(0.94, 1.16)
     dx = rng.normal(0, 0.02)
     dy = rng.uniform(-0.01, 0.06)
-    sheet = Sheet(size, Pose(angle, zoom, dx, dy))
+    sheet = Sheet(size, (angle, zoom, dx, dy))
     attenuation, lungs, heart, landmarks = build(p, names, anomaly, breath, sheet, rng)
     grey = expose(attenuation, DOMAINS[domain], rng, sheet)
     grey, marker = stamp(grey, DOMAINS[domain], keys.numpy_rng(seed, index, keys.PHANTOM_MARKER))

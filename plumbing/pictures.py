@@ -78,23 +78,17 @@ def draw_boxes(image, boxes, colours) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------ pages
-def grid(
-    rows, captions=None, column_titles=None, row_titles=None, cell=160, gap=8, footnote=None
-) -> Image.Image:
-    """Lay out rows of images (None = an empty place) on a white page.
+def grid(rows, captions=None, column_titles=None, row_titles=None, cell=160, footnote=None):
+    """Lay out rows of images (None = an empty place) on a white page. → Image
 
     captions: the same shape as rows, a line below each image; footnote: a line below all.
     """
+    gap = 8
     columns = max(len(row) for row in rows)
-    left = top = below = foot = 0
-    if row_titles:
-        left = gap + max(round(font().getlength(title)) for title in row_titles)
-    if column_titles:
-        top = 22
-    if captions:
-        below = 18
-    if footnote:
-        foot = 20
+    left = max((gap + round(font().getlength(title)) for title in row_titles or []), default=0)
+    top = 22 if column_titles else 0
+    below = 18 if captions else 0
+    foot = 20 if footnote else 0
     width = left + columns * (cell + gap) + gap
     height = top + len(rows) * (cell + below + gap) + gap + foot
     page = Image.new("RGB", (width, height), "white")
@@ -120,13 +114,11 @@ def grid(
 
 def stack(pictures, gap: int = 8) -> Image.Image:
     """Put pictures one below the other on white."""
+    tops = np.cumsum([0] + [picture.height + gap for picture in pictures]).tolist()
     width = max(picture.width for picture in pictures)
-    height = sum(picture.height + gap for picture in pictures) - gap
-    page = Image.new("RGB", (width, height), "white")
-    y = 0
-    for picture in pictures:
-        page.paste(picture, (0, y))
-        y += picture.height + gap
+    page = Image.new("RGB", (width, tops[-1] - gap), "white")
+    for picture, top in zip(pictures, tops, strict=False):
+        page.paste(picture, (0, top))
     return page
 
 
@@ -198,11 +190,8 @@ class Axes:
             self.text((left, height + 5), f"{v:g}", 12, "ma")
         self.line([(self.x0, self.y1), (self.x0, self.y0), (self.x1, self.y0)], INK)
 
-    def finish(self) -> Image.Image:
-        return self.page.resize(self.size, Image.Resampling.LANCZOS)
 
-
-def curves(series, title, x_label, y_label, size=(640, 320), log_y=False) -> Image.Image:
+def curves(series, title, x_label, y_label, log_y=False) -> Image.Image:
     """Draw a line chart of {name: (x, y)}, with axes, round ticks and a legend; NaN is left out."""
     lines = {}
     for name, (x, y) in series.items():
@@ -212,7 +201,7 @@ def curves(series, title, x_label, y_label, size=(640, 320), log_y=False) -> Ima
         lines[name] = np.asarray(x, float), y
     xs = np.concatenate([x for x, _ in lines.values()])
     ys = np.concatenate([y for _, y in lines.values()])
-    axes = Axes(size, xs, ys[np.isfinite(ys)], has_zero=not log_y)
+    axes = Axes((640, 320), xs, ys[np.isfinite(ys)], has_zero=not log_y)
     axes.scales(log_y)
     axes.text((axes.left, 10), f"{title}  ({y_label} by {x_label})", 13, "la")
     for k, (name, (x, y)) in enumerate(lines.items()):
@@ -221,7 +210,7 @@ def curves(series, title, x_label, y_label, size=(640, 320), log_y=False) -> Ima
         axes.line(np.stack([x, y], 1)[is_drawn], colour, width=1.6)
         if len(lines) > 1:
             axes.text((axes.right - 8, axes.top + 4 + 16 * k), name, 13, "ra", colour)
-    return axes.finish()
+    return axes.page.resize(axes.size, Image.Resampling.LANCZOS)
 
 
 # -------------------------------------------------------------------------------------- the views
@@ -251,10 +240,8 @@ def views_picture(films, boxes, flips, batch, patch):
     titles = ["film, boxes 1 and 2"]
     for v in (1, 2):
         titles += [f"target y{v}", f"x{v} = T_a(y{v})", f"context of x{v}"]
-    footnote = (
-        "Boxes: view 1 amber, view 2 blue. Context: red patches are hidden and asked for, "
-        "black ones only hidden."
-    )
+    footnote = "Boxes: view 1 amber, view 2 blue. Context: red patches are hidden and asked for, "
+    footnote += "black ones only hidden."
     return grid(rows, captions, titles, cell=170, footnote=footnote)
 
 

@@ -33,12 +33,10 @@ def load_world(path: str | Path) -> CheXWorld:
         if any(name.startswith("predictor.") for name in state):
             width = state["encoder.patch_embed.proj.weight"].shape[0]
             return from_official(state, heads=width // 64)
+    except BadCheckpoint:
+        raise
     except UNFIT as error:
-        if isinstance(error, BadCheckpoint):
-            raise
-        raise BadCheckpoint(
-            f"{path}: these weights do not fit CheXWorld ({brief(error)})"
-        ) from None
+        raise BadCheckpoint(f"{path}: weights that do not fit CheXWorld ({brief(error)})") from None
     raise BadCheckpoint(
         f"{path}: holds no predictor, which is needed here: "
         "give a run's last.pt or the authors' pre-trained file"
@@ -65,8 +63,7 @@ def load_encoder(path: str | Path, which: str = "target") -> ViT:
     """
     checkpoint = load_checkpoint(path)
     model = checkpoint.get("model")
-    has_predictor = isinstance(model, dict) and any("predictor." in str(name) for name in model)
-    if has_predictor:
+    if isinstance(model, dict) and any("predictor." in str(name) for name in model):
         world = load_world(path)
         encoder = world.target_encoder if which == "target" else world.encoder
         return encoder.requires_grad_(True)
@@ -121,16 +118,12 @@ def vit_from(state: dict, heads: int | None = None, rgb: tuple = IMAGENET) -> Vi
     if unknown:
         raise ValueError(f"this ViT has layers that ours has not: {unknown[0]}")
     if "norm.weight" not in state:  # timm's average-pool models call it fc_norm
-        raise ValueError(
-            "the state dict has no final norm (norm.weight); export it with fc_norm=False"
-        )
+        raise ValueError("no final norm (norm.weight) among the weights; export with fc_norm=False")
     converted = {k: v for k, v in state.items() if k in ours}
     converted["pos_embed"] = state["pos_embed"][:, -grid * grid :]  # without the class token's
     if kernel.shape[1] == 3:
-        bias = state["patch_embed.proj.bias"]
-        kernel, bias = fold_rgb(kernel, bias, rgb)
-        converted["patch_embed.proj.weight"] = kernel
-        converted["patch_embed.proj.bias"] = bias
+        kernel, bias = fold_rgb(kernel, state["patch_embed.proj.bias"], rgb)
+        converted |= {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": bias}
     vit.load_state_dict(converted)
     return vit
 
@@ -171,12 +164,8 @@ class OfficialPredictor(Predictor):
 
 def use_official_predictor(world: CheXWorld) -> CheXWorld:
     """Give a new world the authors' predictor; its config keeps that for the next load."""
-    world.predictor = OfficialPredictor(
-        world.config["dim"],
-        world.config["predictor_dim"],
-        world.config["predictor_depth"],
-        world.config["predictor_heads"],
-    )
+    sizes = ("dim", "predictor_dim", "predictor_depth", "predictor_heads")
+    world.predictor = OfficialPredictor(*[world.config[size] for size in sizes])
     world.config["raw_action"] = True
     return world
 
@@ -192,10 +181,7 @@ def from_official(state_dict: dict, heads: int, predictor_heads: int = 12) -> Ch
     width = theirs["predictor_embed.weight"].shape[0]
     table = sincos(grid_coords(encoder.grid), width)[None]
     if not torch.allclose(theirs["predictor_pos_embed"].float(), table, atol=1e-4):
-        raise ValueError(
-            "predictor_pos_embed is not the fixed sine-cosine table: "
-            "these are not the authors' weights"
-        )
+        raise ValueError("predictor_pos_embed is not the sine-cosine table of the authors' weights")
     world = CheXWorld(
         **encoder.config,
         predictor_dim=width,
@@ -219,18 +205,13 @@ def official_predictor(theirs: dict, width: int) -> dict:
     They agree for m' = Pᵀ m, W' = W with its first d columns permuted by P and its last one left
     out, since it only ever multiplies zero.
     """
-    names = {
-        "predictor_embed": "embed",
-        "predictor_blocks": "blocks",
-        "predictor_norm": "norm",
-        "predictor_proj": "proj",
-        "policy_net": "policy",
-    }
+    ours = {"policy_net": "policy"}
+    ours |= {f"predictor_{module}": module for module in ("embed", "blocks", "norm", "proj")}
     state = {}
     for name, value in theirs.items():
         module, _, rest = name.partition(".")
-        if module in names:
-            state[f"{names[module]}.{rest}"] = value
+        if module in ours:
+            state[f"{ours[module]}.{rest}"] = value
     swap = torch.arange(width).roll(width // 2)  # P as an index
     first = theirs["policy_net.0.weight"]  # (d, d + 5)
     for_position = first[:, :width][:, swap]

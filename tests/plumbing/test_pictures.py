@@ -25,7 +25,7 @@ def test_grid_puts_each_image_into_its_cell_and_leaves_gaps_white():
     red = np.zeros((40, 40, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
     wide = np.full((20, 40), 90, np.uint8)
     tall = Image.new("L", (10, 40), 30)
-    page = np.asarray(pictures.grid([[red, None], [wide, tall]], cell=40, gap=8))
+    page = np.asarray(pictures.grid([[red, None], [wide, tall]], cell=40))
     assert page.shape == (2 * 48 + 8, 2 * 48 + 8, 3)
     assert (page[8:48, 8:48] == [255, 0, 0]).all() and (page[8:48, 56:96] == 255).all()
     assert (page[66:86, 8:48] == 90).all()  # a wide image keeps its shape, centred
