@@ -1,10 +1,9 @@
 """How fast does this machine pre-train, and what does each optimisation bring?
 
     python -m lab.bench                     # every optimisation, off and on: a few minutes
-    python -m lab.bench step --size base    # films/s, GFLOP per film, share of the matmul peak
+    python -m lab.bench step --size base    # films/s, memory, share of the matmul peak
     python -m lab.bench step --batch 8 --visible 40 --masked 82 --targets 82
     torchrun --nproc_per_node=2 -m lab.bench step --size tiny --image 64 --patch 8 --batch 32
-    python -m lab.bench scale               # time and memory against network, image and batch
 
 Off and on take turns, so that another load on the machine slows both; every figure is a median.
 The films are made up: nothing is downloaded. The tables go to the screen, nothing is kept.
@@ -13,9 +12,7 @@ The films are made up: nothing is downloaded. The tables go to the screen, nothi
 import dataclasses
 import itertools
 import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +31,6 @@ from lab.ablation import AblatedCheXWorld
 from masks import mask_sizes, sample_masks
 from model import SIZES, CheXWorld, ViT, attend, take
 from plumbing import phantom
-from plumbing.checkpoint import read_log
 from plumbing.film import fit, read_film
 from plumbing.launch import (
     Team,
@@ -50,7 +46,6 @@ from plumbing.launch import (
 )
 from plumbing.pack import pack_films
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -67,7 +62,6 @@ class Config:
     compile: str = flag("auto", "torch.compile the step; auto = on GPUs", ["auto", "on", "off"])
     checkpointing: bool = flag(False, "recompute activations in the backward pass")
     device: str = flag("auto", "auto, cpu, cuda")
-    threads: int = flag(None, "CPU threads of a process [all cores]")
     steps: int = flag(5, "steps to time")
 
 
@@ -208,16 +202,12 @@ class Step:
         World = CheXWorld if is_whole else FewerTargets
         self.world = World(config.image, config.patch, **SIZES[config.size]).to(team.device)
         self.world.count = config.targets
-        self.set_checkpointing(self.config.checkpointing)
+        self.world.encoder.save_memory = self.config.checkpointing
+        self.world.predictor.save_memory = self.config.checkpointing
         self.trained = [p for p in self.world.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.05, fused=True)
         self.forward = prepare_forward(self.world, self.config.compile, team)
         self.batch = made_up_batch(config, team.device)
-
-    def set_checkpointing(self, on):
-        """Recompute the activations of all blocks in the backward pass, or keep them."""
-        self.world.encoder.save_memory = on
-        self.world.predictor.save_memory = on
 
     def __call__(self):
         with autocast(self.device, self.config.precision):
@@ -255,10 +245,8 @@ def count_flops(config):
     return 2 * config.batch * (embedding + encoders + predictions)
 
 
-# ---------------------------------------------------------------- one step, and its growth
 def time_step(config, team):
     """Time the training step; print token counts, films/s, GFLOP per film, share of the peak."""
-    config = fill_in(config, team)
     peak = matmul_peak(team.device, config.precision)
     step = Step(config, team)
     first = timed(step, team.device)
@@ -266,7 +254,9 @@ def time_step(config, team):
     seconds = statistics.median(timed(step, team.device) for _ in range(config.steps))
     team.wait()
     flops = count_flops(config)
-    memory = peak_memory(step, team.device)
+    held = sum(p.nbytes for p in step.world.parameters())
+    held += sum(2 * p.nbytes for p in step.trained)  # the optimizer's two moments
+    memory = peak_memory(step, team.device) + held
     team.say(
         f"{config.size} ViT, {config.image}² px in {config.patch}² patches, "
         f"{config.batch} films × {team.world} process(es), two views each; "
@@ -274,145 +264,89 @@ def time_step(config, team):
         f"of {(config.image // config.patch) ** 2}; "
         f"{config.precision} on {team.device}, {torch.get_num_threads()} threads\n"
         f"{config.batch * team.world / seconds:.3f} films/s, {1e3 * seconds:.1f} ms per step "
-        f"(the first {first:.1f} s), peak memory above weights and moments {memory / 1e9:.2f} GB\n"
+        f"(the first {first:.1f} s), peak memory {memory / 1e9:.2f} GB, "
+        f"of which weights and moments {held / 1e9:.2f} GB\n"
         f"{flops / config.batch / 1e9:.2f} GFLOP per film: {flops / seconds / 1e9:.1f} GFLOP/s, "
         f"{flops / seconds / peak:.1%} of the matmul peak {peak / 1e9:.1f} GFLOP/s"
     )
 
 
-# fmt: off
-SCALE = {  # network, image, patch, batch
-    "cuda": [("base", 224, 16, 64), ("base", 224, 16, 128), ("base", 224, 16, 256),
-             ("base", 512, 16, 32), ("small", 224, 16, 256), ("large", 224, 16, 64)],
-    "cpu": [("tiny", 64, 8, 32), ("tiny", 64, 8, 128), ("tiny", 128, 16, 32),
-            ("small", 224, 16, 2), ("small", 224, 16, 4), ("base", 224, 16, 2)],
-}
-# fmt: on
-
-
-def scale(config, team):
-    """Print time and peak memory of the step, weights included, against network, image, batch."""
-    titles = "network | image | batch | films/s | GFLOP per film | peak GB"
-    print(f"| {titles} | peak GB, checkpointing | its time |\n|{'---|' * 8}")
-    for size, image, patch, batch in SCALE[team.device.type]:
-        case = dataclasses.replace(config, size=size, image=image, patch=patch, batch=batch)
-        case = fill_in(case, team)
-        line = f"| {size} | {image} | {batch}"
-        try:
-            seconds, memory = time_and_memory(Step(case, team, checkpointing=False))
-            lean_seconds, lean_memory = time_and_memory(Step(case, team, checkpointing=True))
-        except torch.cuda.OutOfMemoryError:
-            print(f"{line} | out of memory |")
-            continue
-        print(
-            f"{line} | {batch / seconds:.3g} | {count_flops(case) / batch / 1e9:.3g} "
-            f"| {memory / 1e9:.2f} | {lean_memory / 1e9:.2f} | {lean_seconds / seconds:.2f} × |",
-            flush=True,
-        )
-
-
-def time_and_memory(step):
-    """Seconds of a step, and bytes at its peak: weights, moving average, both moments included."""
-    passing = peak_memory(step, step.device)
-    weights = sum(p.nbytes for p in step.world.parameters())
-    moments = sum(2 * p.nbytes for p in step.trained)
-    return timed(step, step.device), passing + weights + moments
-
-
 # ---------------------------------------------------------------- the table
 @dataclasses.dataclass
 class Bench:
-    """What every row needs: the filled-in flags, the process, and what this machine can do."""
+    """What every row needs: the filled-in flags, the process, and a folder for its files."""
 
     config: Config
     team: Team
-    peaks: dict  # FLOP/s of matrix products by precision
-    folder: Path = None  # for temporary files
+    folder: Path
 
-    @property
-    def device(self):
-        return self.team.device
-
-    @property
-    def is_gpu(self):
-        return self.device.type == "cuda"
-
-    def demo(self):
-        """The flags of pretrain.py's demo."""
-        return fill_in(Config(size="tiny", image=64, patch=8, batch=16), self.team)
+    def __post_init__(self):
+        self.device = self.team.device
+        self.is_gpu = self.device.type == "cuda"
 
     def row(self, name, off, on, unit, limit=""):
         """Print one row; the gain is a ratio of rates, or of times or bytes the other way round."""
         old, new = (off, on) if unit.endswith("/s") else (on, off)
         gain = new / old if old else float("inf")
         figures = f"{off:9.4g} | {on:9.4g} | {unit:9s} | {gain:6.2f} ×"
-        print(f"| {name:58s} | {figures} | {limit:64s} |", flush=True)
+        print(f"| {name:58s} | {figures} | {limit:48s} |", flush=True)
 
-    def time_row(self, name, off, on, limit="", seconds=3.0):
+    def time_row(self, name, off, on, limit=""):
         """Time two functions in turn and print their row in milliseconds."""
-        slow, fast = pair(off, on, self.device, seconds)
+        slow, fast = pair(off, on, self.device)
         self.row(name, 1e3 * slow, 1e3 * fast, "ms", limit)
 
 
 def table(config, team):
     """Print every optimisation, off and on."""
-    peaks = {name: matmul_peak(team.device, name) for name in ("float32", "bfloat16")}
-    bench = Bench(fill_in(config, team), team, peaks)
+    single = matmul_peak(team.device, "float32") / 1e12
+    half = matmul_peak(team.device, "bfloat16") / 1e12
     print(
-        f"{team.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
-        f"matmul peak {peaks['float32'] / 1e12:.3f} TFLOP/s in float32, "
-        f"{peaks['bfloat16'] / 1e12:.3f} in bfloat16"
+        f"{team.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: matmul "
+        f"peak {single:.3f} TFLOP/s in float32, {half:.3f} in bfloat16: {half / single:.2f} ×"
     )
     titles = f"{'optimisation':58s} | {'off':>9s} | {'on':>9s} | {'unit':9s} | {'gain':>8s}"
-    print(f"\n| {titles} | {'limit':64s} |\n|{'---|' * 6}")
+    print(f"\n| {titles} | {'limit':48s} |\n|{'---|' * 6}")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        bench.folder = Path(folder)
+        bench = Bench(config, team, Path(folder))
         for rows in (*NETWORK_ROWS, *FILM_ROWS):
             rows(bench)
 
 
 # ---------------------------------------------------------------- rows: networks
 def encoder_rows(bench):
-    """Hidden patches dropped before the encoder, both views in one call."""
-    vit, x, keep = context_encoder(bench)
+    """Both views in one call of the context encoder; hidden patches dropped before it, and before
+    the patch projection.
+    """
+    torch.manual_seed(0)
+    config = bench.config
+    shape = SIZES[config.size]
+    vit = ViT(config.image, config.patch, shape["dim"], shape["depth"], shape["heads"])
+    vit.to(bench.device)
+    batch = made_up_batch(config, bench.device)
+    x = batch["x"]  # (2B, 1, H, W)
+    keep = batch["keep"]  # (2B, K)
+    p = config.patch
+    patches = x.unfold(2, p, p).unfold(3, p, p).reshape(len(x), -1, p * p)  # (2B, N, p²)
+    proj = vit.patch_embed.proj
 
     def encode(drop=True, calls=1):
-        with autocast(bench.device, bench.config.precision):
+        with autocast(bench.device, config.precision):
             for images, seen in zip(x.chunk(calls), keep.chunk(calls), strict=True):
                 tokens = vit(images, seen) if drop else take(vit(images), seen)
                 tokens.float().square().mean().backward()
 
-    name = "hidden patches dropped: context encoder, both passes"
-    limit = f"{vit.grid**2 / bench.config.visible:.2f} × = all patches / visible ones"
-    bench.time_row(name, lambda: encode(drop=False), encode, limit)
-    name = "both views in one encoder call, both passes"
-    bench.time_row(name, lambda: encode(calls=2), encode, "1 × where one view fills the machine")
-
-
-def context_encoder(bench):
-    """A context encoder and its input. → (ViT, x (2B, 1, H, W), keep (2B, K))"""
-    torch.manual_seed(0)
-    config, shape = bench.config, SIZES[bench.config.size]
-    vit = ViT(config.image, config.patch, shape["dim"], shape["depth"], shape["heads"])
-    batch = made_up_batch(config, bench.device)
-    return vit.to(bench.device), batch["x"], batch["keep"]
-
-
-def embedding_row(bench):
-    """Hidden patches dropped before the patch projection instead of after it."""
-    vit, x, keep = context_encoder(bench)
-    p = vit.patch
-    patches = x.unfold(2, p, p).unfold(3, p, p).reshape(len(x), -1, p * p)  # (2B, N, p²)
-    proj = vit.patch_embed.proj
-
     def project(tokens):
         return F.linear(tokens, proj.weight.flatten(1), proj.bias)
 
+    name = "both views in one encoder call, both passes"
+    bench.time_row(name, lambda: encode(calls=2), encode, "1 × where one view fills the machine")
+    limit = f"{vit.grid**2 / config.visible:.2f} × = all patches / visible ones"
+    name = "hidden patches dropped: context encoder, both passes"
+    bench.time_row(name, lambda: encode(drop=False), encode, limit)
+    name = "  dropped before the patch projection instead of after it"
     bench.time_row(
-        "  dropped before the patch projection instead of after it",
-        lambda: take(project(patches), keep),
-        lambda: project(take(patches, keep)),
-        f"{vit.grid**2 / bench.config.visible:.2f} ×",
+        name, lambda: take(project(patches), keep), lambda: project(take(patches, keep)), limit
     )
 
 
@@ -424,7 +358,8 @@ def attention_rows(bench):
 
 def attention_row(bench, precision):
     """The same in one precision, forward and backward pass."""
-    config, shape = bench.config, SIZES[bench.config.size]
+    config = bench.config
+    shape = SIZES[config.size]
     tokens = (config.image // config.patch) ** 2
     size = (2 * config.batch, shape["heads"], tokens, shape["dim"] // shape["heads"])
     options = dict(device=bench.device, dtype=getattr(torch, precision), requires_grad=True)
@@ -443,33 +378,37 @@ def attention_row(bench, precision):
     bench.time_row(name, lambda: both_passes(other), lambda: both_passes(attend))
 
 
-def precision_rows(bench):
-    """The step in the faster precision of this machine instead of float32."""
+def step_row(bench, name, config, off, on):
+    """The step in two settings, which differ from the config's as `off` and `on` say."""
+    slow = Step(config, bench.team, **off)
+    fast = Step(config, bench.team, **on)
+    limit = f"first step on: {timed(fast, bench.device):.1f} s"  # compiling is part of it
+    off_seconds, on_seconds = pair(slow, fast, bench.device)
+    rates = (config.batch / off_seconds, config.batch / on_seconds)
+    bench.row(f"{name}: {config.size} step", *rates, "films/s", limit)
+
+
+def setting_rows(bench):
+    """Precision and torch.compile: of the wanted network on a GPU, of the demo's on a CPU, which
+    would compile a large one for many minutes. Checkpointing: its price, and what it saves.
+    """
     low = choose_precision("auto", bench.device)
-    peak, low_peak = bench.peaks["float32"], bench.peaks[low]
-    for case in [bench.config] if bench.is_gpu else [bench.demo(), bench.config]:
-        plain = Step(case, bench.team, precision="float32")
-        off, on = pair(plain, Step(case, bench.team, precision=low), bench.device)
-        flops = count_flops(case)
-        shares = f"{flops / off / peak:.0%} → {flops / on / low_peak:.0%}"
-        limit = f"{low_peak / peak:.2f} × = matmul peaks; MFU {shares}"
-        name = f"{low} instead of float32: {case.size} step"
-        bench.row(name, case.batch / off, case.batch / on, "films/s", limit)
+    precisions = (dict(precision="float32"), dict(precision=low))
+    small = bench.config
+    if not bench.is_gpu:
+        small = fill_in(Config(size="tiny", image=64, patch=8, batch=16), bench.team)
+        step_row(bench, f"{low} instead of float32", bench.config, *precisions)
+    step_row(bench, f"{low} instead of float32", small, *precisions)
+    step_row(bench, "torch.compile", small, dict(compile="off"), dict(compile="on"))
+
+    large = dataclasses.replace(bench.config, batch=max(bench.config.batch, 8))
+    ways = [dict(checkpointing=False), dict(checkpointing=True)]
+    step_row(bench, "activation checkpointing", large, *ways)
+    off, on = (peak_memory(Step(large, bench.team, **way), bench.device) / 1e9 for way in ways)
+    bench.row("  memory of that step", off, on, "GB", "above weights and moments")
 
 
-def checkpointing_rows(bench):
-    """Activations computed again in the backward pass: what that saves, and its price."""
-    config = dataclasses.replace(bench.config, batch=max(bench.config.batch, 8))
-    full = Step(config, bench.team, checkpointing=False)
-    lean = Step(config, bench.team, checkpointing=True)
-    off, on = (peak_memory(step, bench.device) / 1e9 for step in (full, lean))
-    name = f"activation checkpointing: memory of a step, batch {config.batch}"
-    bench.row(name, off, on, "GB", "above weights and moments")
-    limit = "0.77 × = one more forward pass of what is trained"
-    bench.time_row("  and its price: time of a step", full, lean, limit)
-
-
-def step_rows(bench):
+def update_rows(bench):
     """Losses left on the device, AdamW and the moving average in one pass over all parameters."""
     step = Step(bench.config, bench.team)
 
@@ -493,19 +432,6 @@ def step_rows(bench):
 
     name = "moving average in one foreach call"
     bench.time_row(name, average, lambda: step.world.update_target(0.996))
-
-
-def compile_row(bench):
-    """The step compiled: of the wanted network on a GPU, of the demo's on a CPU."""
-    config = bench.config if bench.is_gpu else bench.demo()
-    plain = Step(config, bench.team, compile="off")
-    compiled = Step(config, bench.team, compile="on")
-    first = timed(compiled, bench.device)
-    off, on = pair(plain, compiled, bench.device)
-    share = count_flops(config) / on / bench.peaks[config.precision]
-    limit = f"compiling took {first:.0f} s; MFU then {share:.0%}"
-    name = f"torch.compile: {config.size} step"
-    bench.row(name, config.batch / off, config.batch / on, "films/s", limit)
 
 
 def batch_rows(bench, count=64):
@@ -536,37 +462,33 @@ def batch_rows(bench, count=64):
     torch.set_num_threads(threads)
 
 
-NETWORK_ROWS = [encoder_rows, embedding_row, attention_rows, precision_rows]
-NETWORK_ROWS += [checkpointing_rows, step_rows, compile_row, batch_rows]
+NETWORK_ROWS = [encoder_rows, attention_rows, setting_rows, update_rows, batch_rows]
 
 
 # ---------------------------------------------------------------- rows: films
-def crop_row(bench):
+def crop_row(bench, count=64):
     """The two crops of a film from a packed file instead of from PNG files."""
-    pack = write_pack(bench.folder / "crops", 64)
-    off = crops_per_second(open_films(pack.parent / "films", side=320))
-    on = crops_per_second(open_films(pack, side=320))
-    name = "two 224² crops of a film: PNG of side 320 → packed file"
-    bench.row(name, off, on, "films/s", "one core; goal 900")
-
-
-def crops_per_second(films, size=224, seconds=2.0):
-    """Films per second out of data.Views in this process."""
-    views = Views(films, size, 0)
-    views[0, 0]
-    done = 0
-    began = time.perf_counter()
-    while time.perf_counter() < began + seconds:
-        views[1, done % len(films)]
-        done += 1
-    return done / (time.perf_counter() - began)
-
-
-def jpeg_rows(bench, count=240):
-    """Large JPEGs decoded at a reduced scale; packing them with two workers instead of none."""
-    folder = bench.folder / "jpegs"
+    folder = bench.folder / "crops"
     folder.mkdir()
-    paths = [folder / f"{i}.jpeg" for i in range(8)]
+    for i in range(count):
+        write_film(folder / f"{i}.png", i, (320, 384))
+    films = open_films(folder, side=320)
+    pack = bench.folder / "crops.pack"
+    pack_films(films, pack)
+
+    def cut_all(views):
+        for i in range(count):
+            views[0, i]
+
+    off, on = (Views(source, 224, 0) for source in (films, open_films(pack, side=320)))
+    slow, fast = pair(lambda: cut_all(off), lambda: cut_all(on), CPU)
+    name = "two 224² crops of a film: PNG of side 320 → packed file"
+    bench.row(name, count / slow, count / fast, "films/s", "one core; goal 900")
+
+
+def jpeg_row(bench, count=8):
+    """Large JPEGs decoded at a reduced scale."""
+    paths = [bench.folder / f"{i}.jpeg" for i in range(count)]
     for i, path in enumerate(paths):
         write_film(path, i, (2500, 3000))
     off, on = pair(
@@ -575,38 +497,16 @@ def jpeg_rows(bench, count=240):
         CPU,
     )
     name = "2500 × 3000 JPEG to side 320: reduced-scale decode"
-    bench.row(name, len(paths) / off, len(paths) / on, "films/s", "one core; goal 5 ×")
-
-    for i in range(len(paths), count):
-        os.link(paths[i % len(paths)], folder / f"{i}.jpeg")
-    films = open_films(folder, side=320)
-
-    def rate(workers):
-        pack = bench.folder / f"{workers}.pack"
-        return count / timed(lambda: pack_films(films, pack, workers), CPU)
-
-    off, on = rate(0), rate(2)
-    size = f"{5e5 / on / 3600:.1f} h with two workers, {5e5 * films[0].nbytes / 1e9:.0f} GB"
-    name = "packing these JPEGs: no worker → two"
-    bench.row(name, off, on, "films/s", f"2 ×; 0.5 M films: {size}")
-
-
-def write_pack(folder, count):
-    """Phantoms of 320 × 384 px as folder/films/*.png and as folder/films.pack. → the pack's path"""
-    (folder / "films").mkdir(parents=True)
-    for i in range(count):
-        write_film(folder / "films" / f"{i}.png", i, (320, 384))
-    pack_films(open_films(folder / "films", side=320), folder / "films.pack")
-    return folder / "films.pack"
+    bench.row(name, count / off, count / on, "films/s", "one core; goal 5 ×")
 
 
 def write_film(path, i, size):
-    """A phantom with film grain as a picture of size (width, height) px; the suffix decides how."""
+    """Phantom i with film grain as a picture of size (width, height) px; the suffix decides how."""
     picture = Image.fromarray(phantom.make_phantom(0, i, 256)["film"])
     film = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
     grain = np.random.default_rng(i).normal(0, 3, film.shape)
-    options = {"quality": 95} if path.suffix == ".jpeg" else {}
-    Image.fromarray(np.clip(film + grain, 0, 255).astype(np.uint8)).save(path, **options)
+    film = np.clip(film + grain, 0, 255).astype(np.uint8)
+    Image.fromarray(film).save(path, quality=95)  # PNG has no quality and ignores it
 
 
 def plain_decode(path, side):
@@ -630,82 +530,19 @@ def index_row(bench, count=500_000):
     bench.row(name, off, on, "s", "goal < 10 s")
 
 
-# ---------------------------------------------------------------- rows: the real script
-def script_flags(bench):
-    """Network flags and batch of the scripts that the rows below run. → (flags, films)"""
-    if bench.is_gpu:
-        return "--device cuda --size base --image 224 --patch 16", 64
-    return "--device cpu --size tiny --image 64 --patch 8", 16
-
-
-def script_rows(bench):
-    """pretrain.py from a packed file beside the step alone; its crops made by workers or not."""
-    flags, batch = script_flags(bench)
-    workers = 8 if bench.is_gpu else 1
-    if bench.is_gpu:
-        torch.cuda.empty_cache()  # this process's, for the runs below
-    alone = rate_of(f"-m lab.bench step {flags} --batch {batch} --steps 20")
-    pack = write_pack(bench.folder / "run", 600 if bench.is_gpu else 64)
-    words = f"pretrain.py --data {pack} {flags} --batch {batch} --epochs 60 --warmup 1 --holdout 1"
-    words += " --max_steps 120 --log_every 40"
-    rates = []
-    waits = []
-    for count in (0, workers):
-        out = bench.folder / f"workers{count}"
-        run(f"{words} --out {out} --workers {count}")
-        last = read_log(out / "log.csv")[-1]
-        rates.append(float(last["images_per_s"]))
-        waits.append(float(last["data_wait"]))
-    name = "the step alone → the real script, from a packed file"
-    bench.row(name, alone, max(rates), "films/s", "1 ×")
-    limit = f"data_wait {waits[0]:.1%} → {waits[1]:.1%}, goal < 2 %"
-    bench.row(f"  crops in the loop → in {workers} worker(s)", *rates, "films/s", limit)
-
-
-def process_row(bench):
-    """Two processes share a batch; off: one process with one CPU thread."""
-    if bench.is_gpu and torch.cuda.device_count() < 2:
-        return
-    flags, batch = script_flags(bench)
-    step = f"-m lab.bench step {flags} --steps 20 --threads 1"
-    two = "-m torch.distributed.run --nproc_per_node=2"
-    off = rate_of(f"{step} --batch {batch}")
-    on = rate_of(f"{two} {step} --batch {batch // 2}")
-    bench.row("one process → two, one CPU thread each", off, on, "films/s", "2 ×")
-
-
-def run(words):
-    """Run one of our scripts. → what it printed. UserError with the last line of its errors."""
-    command = [sys.executable, *words.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or "failed").splitlines()[-1]
-        raise UserError(f"{words}: {reason}")
-    return done.stdout
-
-
-def rate_of(words):
-    """Films per second that a step command prints."""
-    return float(re.search(r"([\d.]+) films/s", run(words))[1])
-
-
-FILM_ROWS = [crop_row, jpeg_rows, script_rows, process_row, index_row]
-COMMANDS = {"table": table, "step": time_step, "scale": scale}
+FILM_ROWS = [crop_row, jpeg_row, index_row]
 
 
 def main(argv=None):
-    """Run one of the commands; argv: the command line without the program."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    has_command = argv and not argv[0].startswith("-")
-    word = argv.pop(0) if has_command else "table"
-    if word not in COMMANDS:
-        raise UserError(f"lab.bench {word}: say step or scale, or nothing for the whole table")
-    config = parse(Config, __doc__, argv, prog=f"python -m lab.bench {word}")
+    """Print the table, or time one step; argv: the command line without the program."""
+    argv = sys.argv[1:] if argv is None else argv
+    is_step = argv[:1] == ["step"]
+    prog = "python -m lab.bench" + (" step" if is_step else "")
+    config = parse(Config, __doc__, argv[1:] if is_step else argv, prog)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's own chatter
     team = start_team(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    COMMANDS[word](config, team)
+    run = time_step if is_step else table
+    run(fill_in(config, team), team)
     team.leave()
 
 

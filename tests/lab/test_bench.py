@@ -88,10 +88,9 @@ def test_peak_memory_sees_what_lives_at_once():
 
 @pytest.mark.slow
 def test_checkpointing_needs_less_memory():
-    step = bench.Step(config(batch=16, image=64), TEAM)
-    full = bench.peak_memory(step, CPU)
-    step.set_checkpointing(True)
-    assert bench.peak_memory(step, CPU) < 0.7 * full
+    large = config(batch=16, image=64)
+    full = bench.peak_memory(bench.Step(large, TEAM), CPU)
+    assert bench.peak_memory(bench.Step(large, TEAM, checkpointing=True), CPU) < 0.7 * full
 
 
 def test_waits_are_counted_and_the_step_has_none():
@@ -107,12 +106,12 @@ def test_pair_runs_both_in_turn():
 
 
 @pytest.mark.slow
-def test_every_network_row_is_printed(monkeypatch, capsys):
+def test_every_network_row_is_printed(tmp_path, monkeypatch, capsys):
     """The table's rows on a tiny network; compiling is left to the real run."""
     pair = bench.pair
     monkeypatch.setattr(bench, "pair", lambda off, on, device, seconds=0: pair(off, on, device, 0))
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    machine = bench.Bench(config(), TEAM, {"float32": 1e11, "bfloat16": 1e11})
+    machine = bench.Bench(config(), TEAM, tmp_path)
     for rows in bench.NETWORK_ROWS:
         rows(machine)
     rows = rows_printed(capsys)
@@ -122,8 +121,21 @@ def test_every_network_row_is_printed(monkeypatch, capsys):
     assert float(waits[2]) == 0 < float(waits[1])
 
 
+def test_crop_and_jpeg_rows(tmp_path, monkeypatch, capsys):
+    def once(off, on, device):
+        off()
+        on()
+        return 2.0, 1.0
+
+    monkeypatch.setattr(bench, "pair", once)
+    machine = bench.Bench(config(), TEAM, tmp_path)
+    bench.crop_row(machine, count=2)
+    bench.jpeg_row(machine, count=1)
+    assert [row[1:3] for row in rows_printed(capsys)] == [["1", "2"], ["0.5", "1"]]
+
+
 def test_index_row(tmp_path, capsys):
-    machine = bench.Bench(config(), TEAM, {}, folder=tmp_path)
+    machine = bench.Bench(config(), TEAM, tmp_path)
     bench.index_row(machine, count=400)
     name, off, on, *_ = rows_printed(capsys)[0]
     assert "400 films in 100 folders" in name and float(on) > 0
@@ -143,22 +155,12 @@ def test_both_ways_of_decoding_give_the_same_film(tmp_path):
 @pytest.mark.slow
 def test_step_prints_its_token_counts():
     counts = "--visible 5 --masked 6 --targets 7"
-    said = run(f"lab.bench step {TINY} {counts} --steps 1 --threads 1").stdout
-    assert "5 visible, 6 masked, 7 global targets of 16" in said and "1 threads" in said
+    said = run(f"lab.bench step {TINY} {counts} --steps 1").stdout
+    assert "5 visible, 6 masked, 7 global targets of 16" in said
     assert float(re.search(r"([\d.]+) films/s", said)[1]) > 0
     gflop = bench.count_flops(config(visible=5, masked=6, targets=7)) / 2 / 1e9
     assert f"{gflop:.2f} GFLOP per film" in said
     assert float(re.search(r"([\d.]+)% of the matmul peak", said)[1]) > 0
-
-
-@pytest.mark.slow
-def test_scale_prints_every_network(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SCALE", {"cpu": [("tiny", 32, 8, 64), ("tiny", 64, 8, 16)]})
-    bench.scale(bench.Config(), TEAM)
-    rows = rows_printed(capsys)[2:]
-    assert [row[:3] for row in rows] == [["tiny", "32", "64"], ["tiny", "64", "16"]]
-    for row in rows:
-        assert float(row[6]) < float(row[5])  # checkpointing needs less memory
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_scale_prints_every_network(monkeypatch, capsys):
         (f"step {TINY} --visible 10 --masked 10", "20: a view has only 16"),
         (f"step {TINY} --targets 17", "17: a view has only 16"),
         ("--sizes tiny", "did you mean --size"),
-        ("stepp", "say step or scale"),
+        ("stepp", "unrecognized arguments: stepp"),
     ],
 )
 def test_errors_are_one_line(words, says):
