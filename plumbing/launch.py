@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-import types
 import typing
 from pathlib import Path
 
@@ -117,19 +116,10 @@ def add_flag(parser, field):
     if field.default is not None:
         help += f" [{field.default}]".replace("%", "%%")
     choices = field.metadata["choices"]
-    kind = field.type
-    for member in typing.get_args(field.type):  # of int | None, the int
-        if member is not types.NoneType:
-            kind = member
+    kind = [*typing.get_args(field.type), field.type][0]  # of int | None, the int
+    value = dict(type=kind, choices=choices, default=field.default)
     metavar = None if choices else kind.__name__.upper()
-    parser.add_argument(
-        f"--{field.name}",
-        type=kind,
-        choices=choices,
-        metavar=metavar,
-        default=field.default,
-        help=help,
-    )
+    parser.add_argument(f"--{field.name}", **value, metavar=metavar, help=help)
 
 
 # ---- Processes, devices, precision
@@ -190,9 +180,8 @@ class Team:
 
     def gather_objects(self, value) -> list:
         """The values of all ranks, in their order, on every rank; of any kind that pickles."""
-        values = [value]
+        values = [value] * self.world
         if self.world > 1:
-            values = [None] * self.world
             dist.all_gather_object(values, value)
         return values
 
@@ -337,8 +326,7 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, floor: float)
     """Rise linearly over `warmup` steps to `peak`, then fall on a cosine to `floor` at `total`."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return cosine(step - warmup, total - warmup, peak, floor)
 
 
 def cosine(step: int, total: int, start: float, end: float) -> float:
