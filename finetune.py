@@ -122,7 +122,7 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     defaults["workers"] = 8 if team.device.type == "cuda" else 0
     reasons = ["The recipe is the paper's."]
     if args.task not in PUBLISHED:
-        reasons.append("Epochs and batch are ours: the paper does not tell them.")
+        reasons = ["The recipe is the paper's, but for epochs and batch, which are ours."]
     if shape["dim"] < SIZES["small"]["dim"]:
         has_new_layers = kind == "mask" or args.weights == "none"
         ours = SMALL_FROM_SCRATCH if has_new_layers else SMALL_PRETRAINED
@@ -145,6 +145,8 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
         filled.epochs = math.ceil(MIN_STEPS / per_epoch)
         reasons.append(f"The films are few: epochs are raised to reach {MIN_STEPS} steps.")
     filled.warmup = min(filled.warmup, filled.epochs / 10)
+    if filled.image % filled.patch:
+        raise UserError(f"--image {filled.image} is not a multiple of --patch {filled.patch}")
     return filled, reasons
 
 

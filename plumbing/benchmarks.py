@@ -1,11 +1,7 @@
 """The eight downstream data sets as people have them on disk, and any folder with a CSV.
 
-To add a ninth one:
-1. Write a reader, `read_NAME(index, shots)`: it finds the set's table with `find_file`, reads it
-   and returns `Found({"all": rows})`, or "train" and "test" apart where the set says so. A row
-   names a film, its target and its patient; files, splits and repeated films are seen to later.
-2. Give it a row in TASKS: how it is judged, its labels and sizes, its recipe, where to get it.
-3. Test it on a small tree with its lay-out, as tests/plumbing/test_benchmarks.py does.
+To add a ninth one, write a reader, give it a row in TASKS and test it on a small tree with its
+lay-out: .github/CONTRIBUTING.md says how, step by step.
 
     splits = load_task("shenzhen", find_root("shenzhen"))
     splits.train[0]    # Example(path, target, patient, mask); splits.notes says what was decided
@@ -473,10 +469,10 @@ class Task(NamedTuple):
     reader: Callable  # (index, shots) → Found
     kind: str  # labels (BCE, mean AUROC), classes (cross entropy, accuracy) or mask (Dice + BCE)
     labels: tuple
-    sizes: tuple[int, int, int]  # films in the official train, val and test
-    recipe: dict
-    paper: str  # its result in Tables 1 and 2, percent
-    tree: str  # what --data should hold, and where to get it
+    sizes: tuple[int, int, int]  # films in train, val and test; a draw keeps the proportions
+    recipe: dict  # CLASSIFY or SEGMENT, and what differs from it
+    paper: str  # its result in Tables 1 and 2, percent; "" for a set that the paper has not
+    tree: str  # what --data should hold and where to get it: the error for an empty folder ends so
 
 
 # Sec. B.3; epochs and batch sizes are published for VinDr and CheXpert only, the others are ours.
