@@ -380,13 +380,18 @@ def read_csv(index, table, column=None):
     for line, goal, mask in zip(lines, targets, masks, strict=True):
         rows.append(Row(line[film], goal, line[patient] if patient else None, mask))
     parts = divide(table, rows, [line[split] for line in lines]) if split else {"all": rows}
+    return Found(parts, csv_notes(target, labels, split, patient), 0, kind, labels)
+
+
+def csv_notes(target, labels, split, patient) -> list[str]:
+    """Say which columns were taken. target, split, patient: their names, None where there is none."""
     notes = [
         f"labels: column {target}" if target else f"labels: {', '.join(labels)}",
         f"split: {'column split' if split else 'none in the CSV'}",
     ]
     if not patient:
         notes.append("patients: no column patient_id, so every film counts as one")
-    return Found(parts, notes, 0, kind, labels)
+    return notes
 
 
 def find_column(header, names) -> str | None:

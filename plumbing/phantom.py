@@ -622,6 +622,15 @@ def draw_findings(seed: int, patient: int) -> tuple[str, ...]:
     return names
 
 
+def draw_pose(rng) -> tuple[float, float, float, float]:
+    """Draw how a patient stands before the film. → angle, zoom, shift to the right and down"""
+    angle = rng.normal(0, 0.03)
+    zoom = rng.uniform(0.94, 1.16)
+    dx = rng.normal(0, 0.02)
+    dy = rng.uniform(-0.01, 0.06)
+    return angle, zoom, dx, dy
+
+
 def make_phantom(seed: int, index: int, size: int = 256, anomaly=None, findings=None) -> dict:
     """Make film `index` of population `seed`, which is always the same.
 
@@ -648,11 +657,7 @@ def make_phantom(seed: int, index: int, size: int = 256, anomaly=None, findings=
     rng = keys.numpy_rng(seed, index, keys.PHANTOM_FILM)
     domain = int(rng.integers(len(DOMAINS)))
     breath = rng.uniform(-0.03, 0.02)
-    angle = rng.normal(0, 0.03)
-    zoom = rng.uniform(0.94, 1.16)
-    dx = rng.normal(0, 0.02)
-    dy = rng.uniform(-0.01, 0.06)
-    sheet = Sheet(size, (angle, zoom, dx, dy))
+    sheet = Sheet(size, draw_pose(rng))
     attenuation, lungs, heart, landmarks = build(p, names, anomaly, breath, sheet, rng)
     grey = expose(attenuation, DOMAINS[domain], rng, sheet)
     grey, marker = stamp(grey, DOMAINS[domain], keys.numpy_rng(seed, index, keys.PHANTOM_MARKER))
