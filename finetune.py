@@ -339,15 +339,12 @@ def solve_head(model, task: TaskData, args, team):
     It has one optimum, which is computed rather than trained; validation chooses its penalty.
     """
     model.eval()  # no drop path
-    features = {}
-    targets = {}
+    learnt_from = []
     for split in ("train", "val"):
         rows = predict(model.features, task, split, args, team)
-        features[split] = np.stack(list(rows.values()))  # (n, D)
-        targets[split] = targets_of(task.films[split], rows)
-    weight, bias = metrics.fit_probe(
-        features["train"], targets["train"], features["val"], targets["val"]
-    )
+        learnt_from.append(np.stack(list(rows.values())))  # features (n, D)
+        learnt_from.append(targets_of(task.films[split], rows))  # (n, c)
+    weight, bias = metrics.fit_probe(*learnt_from)
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight.T))
         model.head.bias.copy_(torch.from_numpy(bias))
@@ -386,11 +383,9 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
         key = (run.seed, run.step)
         images, goal = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
         is_last = k + 1 == micro_batches
-        with (
-            launch.average_gradients(forward, now=is_last),
-            launch.autocast(team.device, args.precision),
-        ):
-            loss = loss_of(task.kind, forward(images), goal).mean() / micro_batches
+        with launch.average_gradients(forward, now=is_last):
+            with launch.autocast(team.device, args.precision):
+                loss = loss_of(task.kind, forward(images), goal).mean() / micro_batches
             loss.backward()
         losses.append(loss.detach())
     launch.clip_and_step(run.model, run.optimizer, args.clip)

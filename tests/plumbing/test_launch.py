@@ -87,6 +87,19 @@ def test_help_shows_the_doc_every_flag_and_its_default(capsys):
 
 
 @pytest.mark.slow
+def test_flags_of_every_training_come_after_a_scripts_own(capsys):
+    @dataclasses.dataclass
+    class Training(launch.TrainFlags):
+        films: int = flag(3, "films per step")
+
+    with pytest.raises(SystemExit):
+        parse(Training, "Train.", ["--help"])
+    said = capsys.readouterr().out
+    assert said.index("--films INT") < said.index("--max_steps INT")
+    args = parse(Training, "Train.", ["--clip", "2"])
+    assert (args.films, args.clip, args.micro) == (3, 2.0, None)
+
+
 def test_main_turns_a_users_error_into_one_line_and_leaves_bugs_alone(tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     body = f"""from plumbing import launch, weights
