@@ -384,7 +384,7 @@ def read_csv(index, table, column=None):
 
 
 def csv_notes(target, labels, split, patient) -> list[str]:
-    """Say which columns were taken. target, split, patient: their names, None where there is none."""
+    """Say which columns were taken; target, split and patient are names of columns, or None."""
     notes = [
         f"labels: column {target}" if target else f"labels: {', '.join(labels)}",
         f"split: {'column split' if split else 'none in the CSV'}",
