@@ -133,7 +133,7 @@ class Batches:
 
 def make_loader(items, args, team, workers, seed, start, end):
     """Load this rank's micro-batches of Views or TrainExamples, from step `start` to `end`."""
-    shares = (args.batch, args.micro, team.rank, team.world)
+    shares = (args.batch, args.micro, team.rank, team.size)
     return torch.utils.data.DataLoader(
         items,
         batch_sampler=Batches(len(items), *shares, seed, start, end),

@@ -134,8 +134,8 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     filled.precision = launch.choose_precision(args.precision, team.device)
 
     # Every process takes the same share of a batch, in micro-batches that divide it evenly.
-    share = max(1, min(filled.batch, films) // team.world)
-    filled.batch = share * team.world
+    share = max(1, min(filled.batch, films) // team.size)
+    filled.batch = share * team.size
     limit = min(args.micro or 128, share)
     filled.micro = max(size for size in range(1, limit + 1) if share % size == 0)
 
@@ -272,7 +272,7 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
     cannot be read are named and have no row.
     """
     films = task.films[split]
-    mine = Subset(TestExamples(films, ten_crop), range(team.rank, len(films), team.world))
+    mine = Subset(TestExamples(films, ten_crop), range(team.rank, len(films), team.size))
     batch = max(1, args.micro // 10) if ten_crop else args.micro
     workers = 0 if task.in_memory else args.workers
     rows = {}
@@ -372,7 +372,7 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
     run.model.train()
     run.model.vit.train(not args.freeze)  # a frozen encoder drops no path
     seed_torch(DROP_PATH, run.seed, run.step, team.rank)
-    share = args.batch // team.world  # films per step of this rank
+    share = args.batch // team.size  # films per step of this rank
     micro_batches = share // args.micro
     losses = []
     for k in range(micro_batches):
@@ -524,7 +524,7 @@ def open_task(args: Config, splits, size, team) -> TaskData:
     """Open the test films of a task, and the validation films where something is trained."""
     total = sum(counts["films"] for counts in splits.counts().values())
     film_bytes = 1.2 * (2 * size) ** 2  # films are kept at a short side of at most 2 × size
-    in_memory = total * film_bytes * team.world < args.memory_gb * 1e9
+    in_memory = total * film_bytes * team.size < args.memory_gb * 1e9
     task = TaskData(splits.kind, splits.labels, size, in_memory, UnreadableFilms(total))
     task.open("test", splits.test)
     if not args.eval:

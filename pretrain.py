@@ -150,9 +150,9 @@ def divide_batch(args, team):
 
     → films per forward pass
     """
-    if args.batch % team.world:
-        raise UserError(f"--batch {args.batch} is not a multiple of the {team.world} processes")
-    share = args.batch // team.world
+    if args.batch % team.size:
+        raise UserError(f"--batch {args.batch} is not a multiple of the {team.size} processes")
+    share = args.batch // team.size
     limit = args.micro or (128 if team.device.type == "cuda" else 64)
     return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
 
@@ -217,7 +217,7 @@ def micro_batches(items, args, step, team, unreadable):
 
     data.Views puts the next film in the place of one that cannot be read; `unreadable` counts them.
     """
-    share = args.batch // team.world
+    share = args.batch // team.size
     first = team.rank * share
     for start in range(first, first + share, args.micro):
         item = next(items)
@@ -232,7 +232,7 @@ def train_step(forward, optimizer, batches, args, team):
     → losses {name: one value per micro-batch}, the pooled targets (2b, D) of this rank, the norm of
     the gradient; all of them stay on the device, so that the host need not wait for it
     """
-    accumulate = args.batch // team.world // args.micro
+    accumulate = args.batch // team.size // args.micro
     losses = {}
     pooled = []
     advice = f"lower --micro, now {args.micro} films per forward pass, or add --checkpointing"
@@ -314,11 +314,11 @@ def describe(args, world, team):
     trained = sum(p.numel() for p in world.parameters() if p.requires_grad)
     grid = args.image // args.patch
     visible, masked = mask_sizes(grid)
-    accumulate = args.batch // team.world // args.micro
+    accumulate = args.batch // team.size // args.micro
     return (
         f"{args.size} ViT, {trained / 1e6:.1f} M trained parameters, {args.image}² px in "
         f"{args.patch}² patches ({visible} visible, {masked} masked of {grid**2})\n"
-        f"batch {args.batch} = {args.micro} × {accumulate} accumulated × {team.world} process(es); "
+        f"batch {args.batch} = {args.micro} × {accumulate} accumulated × {team.size} process(es); "
         f"{args.precision} on {team.device}; run in {args.out}"
     )
 

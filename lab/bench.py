@@ -259,11 +259,11 @@ def time_step(config, team):
     memory = peak_memory(step, team.device) + held
     team.say(
         f"{config.size} ViT, {config.image}² px in {config.patch}² patches, "
-        f"{config.batch} films × {team.world} process(es), two views each; "
+        f"{config.batch} films × {team.size} process(es), two views each; "
         f"{config.visible} visible, {config.masked} masked, {config.targets} global targets "
         f"of {(config.image // config.patch) ** 2}; "
         f"{config.precision} on {team.device}, {torch.get_num_threads()} threads\n"
-        f"{config.batch * team.world / seconds:.3f} films/s, {1e3 * seconds:.1f} ms per step "
+        f"{config.batch * team.size / seconds:.3f} films/s, {1e3 * seconds:.1f} ms per step "
         f"(the first {first:.1f} s), peak memory {memory / 1e9:.2f} GB, "
         f"of which weights and moments {held / 1e9:.2f} GB\n"
         f"{flops / config.batch / 1e9:.2f} GFLOP per film: {flops / seconds / 1e9:.1f} GFLOP/s, "

@@ -155,6 +155,7 @@ def read_nih(index, shots):
 
 
 def nih_patient(name):
+    """Read the patient from the name of a film: 00000013_005.png is one of patient 00000013."""
     return name.split("_")[0]
 
 

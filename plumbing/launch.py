@@ -127,12 +127,12 @@ def add_flag(parser, field):
 class Team:
     """The processes that train together, seen from one of them.
 
-    rank: this one's number. world: how many there are, 1 without torchrun. device: this one's.
+    rank: this one's number. size: how many there are, 1 without torchrun. device: this one's.
     hosts: a gloo group beside nccl, for small agreements that must not wait for the GPU.
     """
 
     rank: int
-    world: int
+    size: int
     device: torch.device
     hosts: dist.ProcessGroup | None = None
 
@@ -152,7 +152,7 @@ class Team:
 
     def any(self, value) -> bool:
         """True on every rank when `value` is true on any: all ranks then decide alike."""
-        if self.world == 1:
+        if self.size == 1:
             return bool(value)
         vote = torch.tensor([int(value)])
         dist.all_reduce(vote, group=self.hosts)
@@ -160,9 +160,9 @@ class Team:
 
     def mean(self, tensor):
         """Average a tensor over the ranks, in place, and return it."""
-        if self.world > 1:
+        if self.size > 1:
             dist.all_reduce(tensor)
-            tensor /= self.world
+            tensor /= self.size
         return tensor
 
     def agrees_on(self, number: int) -> bool:
@@ -172,22 +172,22 @@ class Team:
 
     def gather(self, rows):
         """Join the rows (n, ...) of all ranks, each of which has as many. → (world · n, ...)"""
-        if self.world == 1:
+        if self.size == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     def gather_objects(self, value) -> list:
         """The values of all ranks, in their order, on every rank; of any kind that pickles."""
-        values = [value] * self.world
-        if self.world > 1:
+        values = [value] * self.size
+        if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def leave(self):
         """Leave the group, so that torchrun sees a clean exit."""
-        if self.world > 1:
+        if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
 
@@ -198,15 +198,15 @@ def start_team(name: str = "auto") -> Team:
     name: auto, cpu, cuda (the local rank's GPU) or cuda:1. Raises UserError when it is not there.
     """
     rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(name, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world == 1:
-        return Team(rank, world, device)
+    if size == 1:
+        return Team(rank, size, device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Team(rank, world, device, hosts=dist.new_group(backend="gloo"))
+    return Team(rank, size, device, hosts=dist.new_group(backend="gloo"))
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
@@ -288,7 +288,7 @@ def prepare_forward(model, compile: str, team: Team):
     on_gpu = team.device.type == "cuda"
     if compile == "on" or (compile == "auto" and on_gpu):
         model = torch.compile(model)
-    if team.world == 1:
+    if team.size == 1:
         return model
     devices = [team.device] if on_gpu else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

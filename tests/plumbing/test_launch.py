@@ -149,7 +149,7 @@ def test_a_team_of_one(monkeypatch, capsys):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(key, raising=False)
     team = launch.start_team("cpu")
-    assert (team.rank, team.world, team.device, team.lead) == (0, 1, torch.device("cpu"), True)
+    assert (team.rank, team.size, team.device, team.lead) == (0, 1, torch.device("cpu"), True)
     team.say("one", 2)
     launch.Team(1, 2, team.device).say("silent")
     assert capsys.readouterr().out == "one 2\n"
@@ -252,7 +252,7 @@ def main():
             forward(torch.tensor([[1.0 + 2 * rank]])).sum().backward()
         gradients.append(layer.weight.grad.item())
     team.say("only once")
-    seen = f"{team.world} {mean} {told} {rows} {gradients}"
+    seen = f"{team.size} {mean} {told} {rows} {gradients}"
     write_text(f"{sys.argv[1]}/{rank}.txt", seen)
     team.wait()
     if rank == 1:
