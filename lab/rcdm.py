@@ -190,18 +190,18 @@ class Decoder(nn.Module):
 
 
 # ---------------------------------------------------------------- questions to the world model
-def hide(grid, generator, corner=None, tries=8):
+def hide(grid, generator, corner=None):
     """Draw four rectangles to hide (Sec. 4.1) and as many visible patches as in pre-training.
 
-    Of `tries` draws, the one that leaves the fewest patches over. corner: 0 and 1 put the first
+    Of eight draws, the one that leaves the fewest patches over. corner: 0 and 1 put the first
     rectangle top left and top right.
     → rectangles (4, 4): top, left, height, width in patches; keep (K,): the visible patches
     """
     count, _ = mask_sizes(grid)
-    u = torch.rand(tries, 4, 1, 4, generator=generator)
+    u = torch.rand(8, 4, 1, 4, generator=generator)
     if corner is not None:
         u[:, 0, 0, 1:3] = torch.tensor([0.0, 0.999 * corner])  # position of the first rectangle
-    each = blocks(u, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (tries, 4, N)
+    each = blocks(u, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (8, 4, N)
     spare = (~each.any(1)).sum(1) - count
     each = each[torch.where(spare < 0, grid**2 - spare, spare).argmin()]  # (4, N)
     rows = each.view(4, grid, grid).any(2).int()
@@ -307,19 +307,13 @@ def paint(averaged, conditions, args, sample=0):
 
     The noise depends on (seed, sample) alone.
     """
-    shape = (*conditions.shape[:2], args.size, args.size)
-    conditions = conditions.flatten(0, 1)
+    told = conditions.flatten(0, 1)  # (B·R, D)
     generator = torch_generator(RCDM_PAINT, args.seed, sample)
-    noise = torch.randn(len(conditions), 1, *shape[2:], generator=generator)
-    done = []
-    for told, start in zip(conditions.split(128), noise.split(128), strict=True):
-
-        def answer(x, t, told=told):
-            return averaged(x, t, told).float()
-
-        with autocast(conditions.device, args.precision):
-            done.append(ddim(answer, start.to(conditions.device), args.ddim))
-    return ((torch.cat(done) + 1) * 127.5).round().byte().view(shape).cpu().numpy()
+    noise = torch.randn(len(told), 1, args.size, args.size, generator=generator)
+    with autocast(told.device, args.precision):
+        done = ddim(lambda x, t: averaged(x, t, told).float(), noise.to(told.device), args.ddim)
+    grey = ((done + 1) * 127.5).round().byte()
+    return grey.view(*conditions.shape[:2], args.size, args.size).cpu().numpy()
 
 
 def paste(view, parts, rectangles, grid):
@@ -332,12 +326,11 @@ def paste(view, parts, rectangles, grid):
     return view
 
 
-def picture_row(item, paintings, grid, count=4):
-    """One row of a picture, of the first `count` parts of an item.
-
-    → the context with hidden parts grey, the target, the target with each painting pasted in
+def picture_row(item, paintings, grid):
+    """One row of a picture: the context with hidden parts grey, the target, and the target with the
+    parts of each painting (R or fewer, p, p) pasted in.
     """
-    rectangles = item["rectangles"][:count].tolist()
+    rectangles = item["rectangles"][: len(paintings[0])].tolist()
     boxes = [[round(v * SHOWN / grid) for v in rectangle] for rectangle in rectangles]
     is_hidden = len(item["rectangles"]) > 1  # global mode hides nothing
     grey = [np.full((8, 8), 110, np.uint8)] * 4 if is_hidden else []
@@ -390,7 +383,12 @@ def measure(world, averaged, questions, args, device):
         paintings[name] = [paint(averaged, condition, args, sample) for sample in samples]
         squares = [distances(world, item, p, questions.grid, device) for p in paintings[name]]
         errors[name] = np.sqrt(np.mean(squares, 0))
-    draw_samples(questions, paintings, Path(args.out) / "samples.png")
+    samples = [f"sample {s + 1}" for s in range(args.samples)]
+    versions = [version for some in paintings.values() for version in some]
+    films = [questions.read(i)[0] for i in range(count)]
+    layouts = [questions.layout(0, i, film.shape) for i, film in enumerate(films)]
+    page = picture(questions, films, layouts, versions, ["target", *samples, *list(paintings)[1:]])
+    pictures.save(page, Path(args.out) / "samples.png")
     table = {}
     for name, (pixel, feature) in errors.items():
         closer = 100 * (errors["prediction"] < errors[name]).mean(1)
@@ -402,17 +400,13 @@ def measure(world, averaged, questions, args, device):
     return table
 
 
-def draw_samples(questions, paintings, path):
-    """samples.png: four films, with the target and every painting beside the context."""
-    versions = [version for some in paintings.values() for version in some]
+def picture(questions, films, layouts, versions, titles):
+    """Draw four films: the context, the target and, in it, every version of the painted parts."""
     rows = []
-    for i in range(min(4, len(questions))):
-        film, _ = questions.read(i)
-        item = questions.ask(film, *questions.layout(0, i, film.shape), size=SHOWN)
+    for i in range(min(4, len(films))):
+        item = questions.ask(films[i], *layouts[i], size=SHOWN)
         rows.append(picture_row(item, [version[i] for version in versions], questions.grid))
-    samples = [f"sample {s + 1}" for s in range(len(paintings["prediction"]))]
-    titles = ["context", "target", *samples, *list(paintings)[1:]]
-    pictures.save(pictures.grid(rows, column_titles=titles, cell=SHOWN), path)
+    return pictures.grid(rows, column_titles=["context", *titles], cell=SHOWN)
 
 
 def burn(film, corner):
@@ -471,12 +465,8 @@ def artefacts(world, averaged, questions, args, device):
     for name, painted in versions.items():
         triples = zip(painted[:, 0], before, after, strict=True)
         table[name] = summary([strength(*triple) for triple in triples])
-    rows = []
-    for i in range(min(4, len(films))):
-        item = questions.ask(marked[i], *layouts[i], size=SHOWN)
-        painted = [version[i] for version in versions.values()]
-        rows.append(picture_row(item, painted, questions.grid, count=1))
-    page = pictures.grid(rows, column_titles=["context", "with letter", *table], cell=SHOWN)
+    titles = ["with letter", *table]
+    page = picture(questions, marked, layouts, list(versions.values()), titles)
     pictures.save(page, Path(args.out) / "artefacts.png")
     told, with_letter, without = (condition[:, 0] for condition in conditions.values())  # (B, D)
     distance = (told - without).square().sum(-1)
