@@ -77,10 +77,8 @@ class AblatedCheXWorld(CheXWorld):
         every = torch.arange(len(self.own_coords), device=y.device).expand(len(y), -1)  # (2B, N)
         if not self.action:
             action = None
-        if self.unified:
-            losses = self.together(target, y, x, keep, masked, every, coords, action)
-        else:
-            losses = self.apart(target, y, x, keep, masked, every, coords, action)
+        ask = self.together if self.unified else self.apart
+        losses = ask(target, y, x, keep, masked, every, coords, action)
         losses["loss"] = torch.stack(list(losses.values())).mean()
         return losses, target.mean(1)
 
@@ -142,19 +140,17 @@ def load_ablated(path: str | Path) -> AblatedCheXWorld:
 
 @dataclasses.dataclass
 class TrainConfig(pretrain.Config):
+    out: str = flag("runs/ablated", "folder of the run")
     tasks: str = flag("local,global,domain", "world modelling tasks, any subset (Table 3)")
     no_delta: bool = flag(False, "hide the relative position Δ: the view's own grid instead of φ")
     no_action: bool = flag(False, "hide the action a from the policy network, not from the film")
     not_unified: bool = flag(False, "a separate forward pass for each task")
 
 
-def train(argv: list[str]) -> None:
+def train(args: TrainConfig) -> None:
     """Pre-train one ablated world: pretrain.py with the switches of Table 3."""
-    args = parse(TrainConfig, __doc__, argv, prog="python -m lab.ablation train")
     if not set(args.tasks.split(",")) <= set(TASKS):
         raise UserError(f"--tasks {args.tasks}: any of {','.join(TASKS)}, joined by commas")
-    if args.out is None:
-        args = dataclasses.replace(args, out="runs/ablated")
     Model = functools.partial(
         AblatedCheXWorld,
         tasks=args.tasks,
@@ -171,17 +167,18 @@ class Run(NamedTuple):
 
     title: str
     command: list[str]
-    is_finished: Callable[[], bool]
+    is_finished: bool
 
 
 def run_grid(runs: Iterable[Run], write_table: Callable[[], str]) -> str:
     """Start the runs of a grid that have not finished, one after the other. → the table
 
-    The table is written after every run. Raises UserError when a run fails.
+    A generator of runs looks what is finished when it comes to it. The table is written after every
+    run. Raises UserError when a run fails.
     """
     is_complete = True
     for run in runs:
-        if run.is_finished():
+        if run.is_finished:
             continue
         is_complete = False
         print(f"\n{run.title}\n{shlex.join(run.command)}", flush=True)
@@ -234,6 +231,15 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
+def choose_rows(asked: str, known: Iterable[str], separator: str) -> list[str]:
+    """The rows that --rows asks for. UserError on an unknown one."""
+    rows = [row.strip() for row in asked.split(separator)]
+    for row in rows:
+        if row not in known:
+            raise UserError(f"--rows {row!r}: any of {separator.join(known)}")
+    return rows
+
+
 # ---------------------------------------------------------------- Table 3 in miniature
 ROWS = {  # in the order of the paper's table: flags of `lab.ablation train`
     "local": ["--tasks", "local"],
@@ -258,30 +264,22 @@ SMALL = (  # three minutes per run on one core
 class Config:
     data: str = flag(None, "folder of films [2,000 synthetic ones, drawn once into --out]")
     probe: str = flag(
-        None,
-        "CSV tables filename,label,patient_id,split joined by commas: linear probe and "
-        "fine-tuning [the synthetic films' own]",
+        None, "CSV tables to probe and fine-tune on, as in pretrain.py [phantoms' own]"
     )
     patients: str = flag(None, "CSV filename,patient_id, as in pretrain.py")
     out: str = flag("runs/ablation", "folder of the runs and the table")
     seeds: int = flag(3, "seeds of every row")
     rows: str = flag(";".join(ROWS), "rows of the table, joined by semicolons")
     flags: str = flag(SMALL, "flags for every pre-training run, in quotes")
-    fraction: float = flag(
-        0.1, "share of the training films that finetune.py gets; 0 = no fine-tuning"
-    )
+    fraction: float = flag(0.1, "share of the training films to fine-tune on; 0 = no fine-tuning")
     finetune: str = flag("", "more flags for every run of finetune.py, in quotes")
     device: str = flag("auto", "auto, cpu, cuda or cuda:1")
     table_only: bool = flag(False, "run nothing: the table of what is finished")
 
 
 def rows_of(config: Config) -> list[str]:
-    """The wanted rows of the table. UserError on an unknown one."""
-    rows = [row.strip() for row in config.rows.split(";")]
-    for row in rows:
-        if row not in ROWS:
-            raise UserError(f"--rows {row!r}: any of {'; '.join(ROWS)}")
-    return rows
+    """The wanted rows of the table."""
+    return choose_rows(config.rows, ROWS, ";")
 
 
 def tables_of(config: Config) -> list[str]:
@@ -302,9 +300,8 @@ def stand_in(config: Config, seed: int) -> Path:
 
 def is_pretrained(config: Config, path: Path) -> bool:
     """Whether a pre-training run has finished and has probed every table."""
-    result = read_json(path / "result.json")
-    probed = result.get("probe", {})
-    return bool(result) and all(Path(table).stem in probed for table in tables_of(config))
+    probed = read_json(path / "result.json").get("probe")
+    return probed is not None and all(Path(table).stem in probed for table in tables_of(config))
 
 
 def table3_runs(config: Config) -> Iterable[Run]:
@@ -330,7 +327,7 @@ def pretraining(config: Config, row: str, seed: int) -> Run:
     if config.patients:
         words += ["--patients", config.patients]
     words += shlex.split(config.flags)
-    return Run(f"{row}, seed {seed}", words, lambda: is_pretrained(config, out))
+    return Run(f"{row}, seed {seed}", words, is_pretrained(config, out))
 
 
 def finetunings(config: Config, row: str, seed: int, weights: list) -> Iterable[Run]:
@@ -342,7 +339,7 @@ def finetunings(config: Config, row: str, seed: int, weights: list) -> Iterable[
         out = folder(config, row, seed) / f"finetune_{Path(table).stem}"
         command = finetune_command(config.data, table, out, config.fraction, flags)
         title = f"{row}, seed {seed}, fine-tuned on {Path(table).stem}"
-        yield Run(title, command, (out / "result.json").is_file)
+        yield Run(title, command, (out / "result.json").is_file())
 
 
 def read_numbers(config: Config, row: str, seed: int) -> dict[str, float]:
@@ -356,15 +353,16 @@ def read_numbers(config: Config, row: str, seed: int) -> dict[str, float]:
         return {}
     result = read_json(source / "result.json")
     probes = result["probe"].items()
-    numbers = {f"probe {table}": p["pre-trained" if has_run else row] for table, p in probes}
+    way = "pre-trained" if has_run else row
+    numbers = {f"probe {table}": scores[way] for table, scores in probes}
     if result["domain"] and row != PIXELS:
         way = domain_row(source) if has_run else "random"
         numbers["Recall@5"] = result["domain"][way]["recall@5"]
     for path in folder(config, row, seed).glob("finetune_*/result.json"):
         table = path.parent.name.removeprefix("finetune_")
         numbers[f"{config.fraction:.0%} {table}"] = read_json(path)["mean"]
-    log = read_log(source / "log.csv") if has_run else []
-    if log:
+    log = read_log(source / "log.csv")
+    if has_run and log:
         numbers["RankMe"] = float(log[-1]["rankme"])
     return numbers
 
@@ -425,8 +423,8 @@ def table3(config: Config) -> None:
         config = dataclasses.replace(config, data=str(made / "films"), probe=table)
     if len({Path(path).stem for path in tables_of(config)}) < len(tables_of(config)):
         raise UserError(f"--probe {config.probe}: two tables of one name; rename one")
-    names = ("data", "probe", "patients", "flags", "fraction", "finetune")
-    recipe = {name: getattr(config, name) for name in names}
+    keys = ("data", "probe", "patients", "flags", "fraction", "finetune")
+    recipe = {key: getattr(config, key) for key in keys}
     keep_recipe(Path(config.out) / "ablation.json", recipe)
     runs = [] if config.table_only else table3_runs(config)
     words = run_grid(runs, lambda: write_table3(config))
@@ -435,20 +433,18 @@ def table3(config: Config) -> None:
 
 
 # ---------------------------------------------------------------- did pre-training help?
+COMPARED = "scratch,random frozen,pre-trained frozen,pre-trained full"
+
+
 @dataclasses.dataclass
 class CompareConfig:
     weights: str = flag(None, "encoder.pt of the pre-training run to judge")
     data: str = flag(None, "folder of the films")
-    tables: str = flag(
-        None,
-        "CSV tables (filename,label or filename,mask; see finetune.py --labels), joined by commas",
-    )
+    tables: str = flag(None, "CSV tables, each as finetune.py --labels wants it, joined by commas")
     out: str = flag("runs/compare", "folder of the runs")
     fractions: str = flag("1,0.1", "shares of the training films, joined by commas")
     seeds: int = flag(3, "seeds of every cell")
-    rows: str = flag(
-        "scratch,random frozen,pre-trained frozen,pre-trained full", "rows of the table, any subset"
-    )
+    rows: str = flag(COMPARED, "rows of the table, any subset")
 
 
 def weight_flags(row: str, weights: str) -> list[str]:
@@ -485,19 +481,16 @@ def compare_run(config: CompareConfig, row: str, table: str, fraction: str) -> R
     flags = ["--seeds", config.seeds, *weight_flags(row, config.weights)]
     command = finetune_command(config.data, table, out, fraction, flags)
     title = f"{Path(table).stem}, {100 * float(fraction):g} % of train, {row}"
-
-    def is_finished():
-        return len(read_json(out / "result.json").get("seeds", [])) >= config.seeds
-
-    return Run(title, command, is_finished)
+    finished = read_json(out / "result.json").get("seeds", [])
+    return Run(title, command, len(finished) >= config.seeds)
 
 
-def write_comparison(config: CompareConfig) -> str:
+def write_comparison(config: CompareConfig, rows: list[str]) -> str:
     """Write table.md of what is finished. → the table"""
     columns = compare_columns(config)
     titles = {column: "–" for column in columns}
     lines = []
-    for row in config.rows.split(","):
+    for row in rows:
         cells = []
         for column in columns:
             result = read_json(compare_folder(config, row, *column) / "result.json")
@@ -514,18 +507,13 @@ def write_comparison(config: CompareConfig) -> str:
 def compare(config: CompareConfig) -> None:
     """Fine-tune every row on every table, with every share of its films; print the table."""
     if not (config.weights and config.data and config.tables):
-        raise UserError(
-            "--weights, --data and --tables are needed; python -m lab.ablation compare --help"
-        )
-    rows = config.rows.split(",")
-    for row in rows:
-        if row not in CompareConfig.rows.split(","):
-            raise UserError(f"--rows {row!r}: any of {CompareConfig.rows}")
+        raise UserError("--weights, --data and --tables are needed; --help says more")
+    rows = choose_rows(config.rows, COMPARED.split(","), ",")
     columns = compare_columns(config)
     runs = [compare_run(config, row, *column) for column in columns for row in rows]
     digest = hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()[:16]
     keep_recipe(Path(config.out) / "compare.json", {"weights": digest, "data": config.data})
-    words = run_grid(runs, lambda: write_comparison(config))
+    words = run_grid(runs, lambda: write_comparison(config, rows))
     print(f"\n{words}\n\nmean ± standard deviation over {config.seeds} seeds, ", end="")
     print(f"test films, percent: {config.out}/table.md")
 
@@ -534,16 +522,13 @@ def main(argv=None):
     """Run one of the three commands; argv: the command line without the program."""
     argv = list(sys.argv[1:] if argv is None else argv)
     has_word = argv and not argv[0].startswith("-")
-    word = argv.pop(0) if has_word else "table"
-    prog = "python -m lab.ablation"
-    if word == "train":
-        train(argv)
-    elif word == "compare":
-        compare(parse(CompareConfig, __doc__, argv, prog=f"{prog} compare"))
-    elif word == "table":
-        table3(parse(Config, __doc__, argv, prog=prog))
-    else:
+    word = argv.pop(0) if has_word else ""
+    commands = {"": (Config, table3), "train": (TrainConfig, train)}
+    commands["compare"] = (CompareConfig, compare)
+    if word not in commands:
         raise UserError(f"lab.ablation {word}: say train or compare, or nothing for Table 3")
+    Flags, run = commands[word]
+    run(parse(Flags, __doc__, argv, prog=f"python -m lab.ablation {word}".strip()))
 
 
 if __name__ == "__main__":
