@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import augment
 from data import open_films
@@ -19,7 +20,7 @@ from plumbing import phantom, pictures
 from plumbing.checkpoint import newest_run, write_json, write_text
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, flag, parse, start_team
-from plumbing.table import match, read_table
+from plumbing.table import match, read_table, require_columns
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
 
@@ -118,9 +119,7 @@ def rows_of(table, films):
     if not Path(table).is_file():
         raise UserError(f"--table {table}: no such file")
     rows = read_table(table)
-    if not rows or "filename" not in rows[0]:
-        columns = ", ".join(rows[0]) if rows else "nothing"
-        raise UserError(f"--table {table}: a column filename is wanted, found {columns}")
+    require_columns(table, rows[0] if rows else [], ["filename"])
     rows = [row for row in rows if row.get("split", "").lower() == "test"] or rows
     by_name = {row["filename"]: row for row in rows}
     matches = enumerate(match(films.names, by_name))
@@ -169,6 +168,26 @@ def read_whole(films, numbers, size):
     return images, np.array(read, int), unreadable
 
 
+def describe_films(describe, films, numbers, size, words="films", batch=32):
+    """Describe many films as `read_whole` reads them, batch by batch.
+
+    describe: images (b, 1, size, size) → {name: array (b, …)}
+    → {name: array (n, …)}, numbers of the readable films (n,), {name of an unreadable film: reason}
+    """
+    parts = []
+    readable = []
+    unreadable = {}
+    for first in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
+        images, read, failed = read_whole(films, numbers[first : first + batch], size)
+        unreadable |= failed
+        readable.extend(read)
+        if len(read):
+            parts.append(describe(images))
+    require_readable(readable, words)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return found, np.array(readable), unreadable
+
+
 def some_films(films, table, count, size):
     """Read about `count` films, evenly from those that the table names. → (n, 1, size, size)
 
@@ -188,9 +207,3 @@ def require_readable(read, what="films"):
 def readable(films, indices):
     """Those of `indices` whose film can be read."""
     return read_whole(films, indices, 1)[1]
-
-
-def run_command(Config, command, name):
-    """Parse the flags of `python -m lab.NAME`, make its folder, run it on its device."""
-    args, device = start(Config, command.__doc__, name)
-    command(args, device)

@@ -62,7 +62,7 @@ def main(argv=None):
         raise UserError(f"--image {size} is not a multiple of --patch {patch}")
 
     # ---- 2. Cut the films, all of each or a random box, and move the landmarks with it.
-    boxes = whole_boxes(shapes)
+    boxes = np.concatenate([np.zeros_like(shapes), shapes], 1)  # of whole films, (n, 4)
     if args.crop:
         rng = numpy_rng(RANDOM_CUT, args.seed)
         for k in range(R, len(boxes)):
@@ -102,18 +102,16 @@ def mean_of_others(places):
 
 def result_table(result, is_cut):
     """The result in words. → text"""
-    names = result["landmarks"]
     area = f" cut at random to {result['area_kept']:.0%} of their area" if is_cut else ""
     lines = [
         f"correspondence, {result['references']} reference × {result['films']} films{area}, "
         f"{result['image']}² px in {result['patch']}² patches; "
         "distance in % of the width, PCK in %",
-        f"  {'':30s}distance  PCK@5  PCK@10   " + "  ".join(names),
+        f"  {'':30s}distance  PCK@5  PCK@10   " + "".join(f"{n:14s}" for n in result["landmarks"]),
     ]
     for name, row in result["methods"].items():
-        pairs = zip(row["distance_each"], names, strict=True)
-        each = "  ".join(f"{distance:{len(landmark)}.1f}" for distance, landmark in pairs)
         values = f"{row['distance']:8.1f}{row['pck@5']:7.1f}{row['pck@10']:8.1f}"
+        each = "".join(f"{distance:<14.1f}" for distance in row["distance_each"])
         lines.append(f"  {name:30s}{values}   {each}")
     return "\n".join(lines)
 
@@ -216,7 +214,7 @@ def maps_picture(way, images, places, names, cell=150):
     films = [pictures.to_picture(image, cell) for image in pictures.to_grey(images)]
     rows = []
     for k in range(len(names)):
-        row = [mark(films[0], places[0, k], None)]
+        row = [mark(films[0], places[0, k])]
         for b, film in enumerate(films[1:]):
             heat = pictures.heat(-maps[b, k].cpu().numpy())
             row.append(mark(pictures.overlay(film, heat, 0.45), places[1 + b, k], answers[b, k]))
@@ -226,32 +224,26 @@ def maps_picture(way, images, places, names, cell=150):
     return pictures.grid(rows, column_titles=titles, row_titles=row_titles, cell=cell)
 
 
-def mark(picture, true, answer, size=6):
+def mark(picture, true, answer=None):
     """Draw a cross at the true place and a ring at the answer; places are fractions (row, col)."""
     picture = picture.copy()
     draw = ImageDraw.Draw(picture)
-    width, height = picture.size
-    row, col = true[0] * height, true[1] * width
-    draw.line([col - size, row, col + size, row], GREEN, 2)
-    draw.line([col, row - size, col, row + size], GREEN, 2)
+    row, col = true * picture.size[::-1]
+    draw.line([col - 6, row, col + 6, row], GREEN, 2)
+    draw.line([col, row - 6, col, row + 6], GREEN, 2)
     if answer is not None:
-        row, col = answer[0] * height, answer[1] * width
-        draw.ellipse([col - size, row - size, col + size, row + size], outline="white", width=2)
+        row, col = answer * picture.size[::-1]
+        draw.ellipse([col - 6, row - 6, col + 6, row + 6], outline="white", width=2)
     return picture
 
 
 # ---------------------------------------------------------------- where the landmarks truly are
-def whole_boxes(shapes):
-    """The box of the whole film, for films of shapes (n, 2) px. → (n, 4)"""
-    return np.concatenate([np.zeros_like(shapes), shapes], 1)
-
-
 def box_around(rng, shape, places, tries=100):
     """Draw a random box, 0.3 to 0.8 of the film's area, that holds all its landmarks; the whole
     film where none is found, as of landmarks at its edges. places (L, 2) fractions → (4,) px
     """
     for _ in range(tries):
-        boxes, _flips = augment.sample_boxes(rng, *shape, scale=(0.3, 0.8))
+        boxes, _ = augment.sample_boxes(rng, *shape, scale=(0.3, 0.8))
         inside = (places * shape - boxes[0, :2]) / boxes[0, 2:]
         if 0.02 < inside.min() and inside.max() < 0.98:
             return boxes[0]
@@ -265,27 +257,25 @@ def from_mask(mask):
     """
     if not mask.any():
         return None
-    middle = round(float(mask.nonzero()[1].mean()))
+    middle = round(mask.nonzero()[1].mean())
+    if not mask[:, :middle].any() or not mask[:, middle:].any():
+        return None
     right = lung_points(mask[:, :middle], 0, -1, mask.shape)
     left = lung_points(mask[:, middle:], middle, 1, mask.shape)
-    if right is None or left is None:
-        return None
     return (np.array([right[0], left[0], right[1], left[1]]) + 0.5) / mask.shape
 
 
 def lung_points(half, first_column, outward, shape):
     """Tip and outer lower corner of the lung in one half of a mask; outward: -1 left, 1 right.
 
-    → [(row, col), (row, col)] px of the whole mask; None when the half is empty
+    → [(row, col), (row, col)] px of the whole mask
     """
     height, width = shape
     rows, cols = half.nonzero()
-    if not len(rows):
-        return None
+    cols = cols + first_column
     is_tip = rows <= rows.min() + 0.01 * height  # a tip is a few rows, not one pixel
-    tip = (rows[is_tip].mean(), cols[is_tip].mean() + first_column)
-    corner = (rows / height + outward * (cols + first_column) / width).argmax()
-    return [tip, (rows[corner], cols[corner] + first_column)]
+    corner = (rows / height + outward * cols / width).argmax()
+    return [(rows[is_tip].mean(), cols[is_tip].mean()), (rows[corner], cols[corner])]
 
 
 def read_landmarks(table, films, count):

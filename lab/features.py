@@ -13,12 +13,12 @@ Each film is seen whole, squeezed to a square. Writes one row per film, as
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from lab import common
 from plumbing.checkpoint import replace_with
@@ -38,9 +38,12 @@ def main(argv=None):
     encoder = load_encoder(common.find_weights(args.weights)).to(device).eval()
     films, _ = common.open_set(args, 20)
     numbers = common.evenly(common.named(args.table, films), args.films)
-    names, mean, cells, unreadable = describe_all(encoder, films, numbers)
+    describe_these = functools.partial(describe, encoder)
+    found, read, unreadable = common.describe_films(describe_these, films, numbers, encoder.image)
+    names = [films.names[i] for i in read]
+    mean = found["mean"]
     out = Path(args.out)
-    replace_with(out / "features.npz", lambda path: write_npz(path, names, mean, cells))
+    replace_with(out / "features.npz", lambda path: write_npz(path, names, found))
     header = ["filename", *(f"f{k}" for k in range(mean.shape[1]))]
     rows = ([name, *(f"{v:.7g}" for v in row)] for name, row in zip(names, mean, strict=True))
     common.write_csv(out / "features.csv", header, rows)
@@ -51,45 +54,22 @@ def main(argv=None):
     common.finish(args, result, "\n".join(lines))
 
 
-def describe_all(encoder, films, numbers, batch=64):
-    """Compute the features of all films that can be read, batch by batch.
-
-    → names (n,), mean (n, D), cells (n, 16, D), {name of an unreadable film: reason}
-    """
-    names = []
-    means = []
-    cells = []
-    unreadable = {}
-    for first in tqdm(range(0, len(numbers), batch), desc="films", leave=False):
-        some = numbers[first : first + batch]
-        images, read, failed = common.read_whole(films, some, encoder.image)
-        unreadable |= failed
-        if not len(read):
-            continue
-        mean, cell = describe(encoder, images)
-        names += [films.names[i] for i in read]
-        means.append(mean)
-        cells.append(cell)
-    common.require_readable(names)
-    return np.array(names), np.concatenate(means), np.concatenate(cells), unreadable
-
-
 @torch.no_grad()
 def describe(encoder, images):
     """Mean of the patch features over the film, and over each of 4 × 4 cells of it.
 
-    images (B, 1, H, W) → (B, D), (B, 16, D) float32 NumPy
+    images (B, 1, H, W) → {mean (B, D), cells (B, 16, D)} float32 NumPy
     """
     tokens = encoder(images.to(next(encoder.parameters()).device)).float()  # (B, N, D)
     maps = tokens.mT.unflatten(2, (encoder.grid, encoder.grid))  # (B, D, n, n)
     cells = F.adaptive_avg_pool2d(maps, CELLS).flatten(2).mT  # (B, 16, D)
-    return tokens.mean(1).cpu().numpy(), cells.cpu().numpy()
+    return {"mean": tokens.mean(1).cpu().numpy(), "cells": cells.cpu().numpy()}
 
 
-def write_npz(path, names, mean, cells):
+def write_npz(path, names, found):
     """Write the arrays to a file of exactly this name."""
     with open(path, "wb") as file:
-        np.savez(file, names=names, mean=mean, cells=cells)
+        np.savez(file, names=np.array(names), **found)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ of surprise) and result.json.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,13 @@ def main(argv=None):
     require_enough(references, "reference films")
 
     # ---- 2. Errors of all films, scores and p-values.
-    found, numbers, unreadable = watch(world, films, numbers, "films")
+    watch_these = functools.partial(watch, world)
+    size = world.encoder.image
+    found, numbers, unreadable = common.describe_films(watch_these, films, numbers, size)
     rng = numpy_rng(SURPRISE, args.seed)
     if args.reference:
-        usual, read, _ = watch(world, good, references, "reference films")
+        words = "reference films"
+        usual, read, _ = common.describe_films(watch_these, good, references, size, words)
         require_enough(read, "of the reference films can be read")
         scores, z = fold(usual, found, rng)
     else:
@@ -136,29 +140,16 @@ def errors(world, images):
     return whole.cpu().numpy(), (swept / times).cpu().numpy()
 
 
-def watch(world, films, numbers, words, batch=32):
-    """Compute errors of many films, batch by batch, and what the baselines look at.
+def watch(world, images):
+    """What is judged of films, and what the baselines look at. (B, 1, H, W)
 
-    → {whole, swept (n, N), features (n, D), pixels (n, 2)}, numbers of the readable films (n,),
-    {name of an unreadable film: reason}
+    → {whole, swept (B, N), features (B, D), pixels (B, 2)}
     """
-    parts = []
-    readable = []
-    unreadable = {}
-    for first in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
-        some = numbers[first : first + batch]
-        images, read, failed = common.read_whole(films, some, world.encoder.image)
-        unreadable |= failed
-        if not len(read):
-            continue
-        whole, swept = errors(world, images)
-        features = common.pooled(world.target_encoder, images).numpy()
-        pixels = pixel_statistics(images)
-        parts.append({"whole": whole, "swept": swept, "features": features, "pixels": pixels})
-        readable.extend(read)
-    common.require_readable(readable, words)
-    found = {key: np.concatenate([part[key] for part in parts]).astype(float) for key in parts[0]}
-    return found, np.array(readable), unreadable
+    whole, swept = errors(world, images)
+    features = common.pooled(world.target_encoder, images).numpy()
+    found = {"whole": whole, "swept": swept, "features": features}
+    found["pixels"] = pixel_statistics(images)
+    return {key: value.astype(float) for key, value in found.items()}
 
 
 # ---------------------------------------------------------------- scores
@@ -206,14 +197,14 @@ def mahalanobis(fitting, values):
 
 
 def judge(fitting, films):
-    """Score films by all measures, given what fitting films show; both as `watch` returns them.
+    """Score films by all measures, given what fitting films show; both what `watch` sees.
 
     → {measure: (n,)}: `surprise` is the one to use, its parts and the baselines stand beside it
     """
     above = {}
     for key in ("whole", "swept"):
         z = np.maximum(unusual(fitting[key], films[key]), 0)
-        above[key] = np.square(z).mean(1)  # squared, so that one very wrong place weighs
+        above[key] = np.square(z).mean(1)  # squared, so that one very wrong place weighs more
     return {
         "surprise": (above["whole"] + above["swept"]) / 2,
         "whole film alone": above["whole"],
@@ -267,27 +258,26 @@ def planted(args, count=100):
     if args.table or args.reference:
         raise UserError("--table and --reference want --data, the films that they speak of")
     folder = Path(args.out) / f"phantoms_{count}_{args.seed}"
+    archive = folder / "archive"
+    reference = folder / "reference"
     table = folder / "archive.csv"
-    if not table.is_file():
-        draw_planted(folder, table, args.seed, count)
-    archive = str(folder / "archive")
-    return dataclasses.replace(args, table=table, data=archive, reference=folder / "reference")
-
-
-def draw_planted(folder, table, seed, count):
-    """Draw the films of `planted` and, last, their table."""
+    args = dataclasses.replace(args, table=table, data=str(archive), reference=reference)
+    if table.is_file():
+        return args
+    archive.mkdir(parents=True, exist_ok=True)
+    reference.mkdir(exist_ok=True)
     kinds = ["reference"] * (2 * count) + ["normal"] * count
     for kind in PLANTED:
         kinds += [kind] * (count // 4)
     rows = []
     for i, kind in enumerate(tqdm(kinds, desc="phantoms", leave=False)):
-        part = "reference" if kind == "reference" else "archive"
-        path = folder / part / f"{i:05d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save(Image.fromarray(planted_film(seed, i, kind)), path)
-        if part == "archive":
-            rows.append([path.name, kind])
-    common.write_csv(table, ["filename", "label"], rows)
+        name = f"{i:05d}.png"
+        if kind != "reference":
+            rows.append([name, kind])
+        path = (reference if kind == "reference" else archive) / name
+        pictures.save(Image.fromarray(planted_film(args.seed, i, kind)), path)
+    common.write_csv(table, ["filename", "label"], rows)  # last: with it the films are complete
+    return args
 
 
 def planted_film(seed, i, kind):
@@ -322,12 +312,13 @@ def separation(labels, scores, has_reference):
     With labels, each kind of wrong films against the table's normal ones; without, all films
     against the calibration films. → {measure: {kind: AUROC}}, {} where there is nothing to compare
     """
+    if labels is None and not has_reference:
+        return {}
     result = {}
-    if labels is None and has_reference:
+    if labels is None:
         for measure, (calibration, own, _) in scores.items():
             is_own = np.r_[np.ones(len(own)), np.zeros(len(calibration))]
             result[measure] = {"these films": 100 * auroc(np.r_[own, calibration], is_own)}
-    if labels is None:
         return result
     normal = are_normal(labels)
     if normal.all() or not normal.any():

@@ -34,7 +34,8 @@ def test_features_are_means_over_patches(grid):
     torch.manual_seed(0)
     vit = ViT(8 * grid, 8, 32, 1, 4)
     images = torch.rand(3, 1, 8 * grid, 8 * grid)
-    mean, cells = features.describe(vit, images)
+    found = features.describe(vit, images)
+    mean, cells = found["mean"], found["cells"]
     assert mean.shape == (3, 32) and cells.shape == (3, 16, 32)
     for k in range(3):
         tokens = vit(images[k : k + 1])[0].detach()
