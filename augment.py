@@ -7,10 +7,9 @@
 
     5. train_crop …          The crops of fine-tuning.
 
-The jitter shows the model every film in many exposures. Both views share it: x₁, once its action is
-undone, then has the exposure of y₂, while a jitter of its own would make y₂'s exposure a guess.
-What T_a does to a view, the model is told (the action) and must undo. So targets are jittered, but
-T_a is never applied to them.
+The jitter shows the model every film in many exposures. Both views share it: if y₂ had a jitter of
+its own, view 1 could only guess it. What T_a does to a view, the model is told (the action) and
+must undo: the answer is the view without T_a, so T_a is never applied to a target.
 
 In 1 to 4 sample_* draw parameters, and all else is a pure function of images and parameters.
 Boxes are (top, left, height, width) in pixels of the film; a flip mirrors the view left to right.
@@ -50,7 +49,7 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
         first = fits.argmax()
         size = (box_height[first], box_width[first])
     else:
-        # The largest (height, width) that the film holds and the ratio allows.
+        # The largest box: height ≤ width / ratio[0], and width ≤ height · ratio[1].
         size = (min(height, width / ratio[0]), min(width, height * ratio[1]))
     room = np.array([height - size[0], width - size[1]])
     corners = rng.random((2, 2)) * room  # top and left of both boxes
@@ -165,9 +164,9 @@ def relative_coords(context_box, target_box, grid, context_flip=None, target_fli
     """Tell where the target view's patches lie in the context view's grid: φ of Eq. (4, 5).
 
     Boxes (B, 4) px of the film, flips (B,) bool → (B, N, 2) (row, col) in patches of the context.
-    For unflipped boxes of one size this is n·Δ + (u, v): Δ is the distance of their corners in
-    fractions of the size, (u, v) the row and column of a patch. With flips we follow each patch
-    centre from the target view to the film, and from there into the context view.
+    For unflipped boxes of one size this is n·Δ + (u, v): Δ is the target's corner less the
+    context's, in fractions of the size, (u, v) the row and column of a patch. With flips we follow
+    each patch centre from the target view to the film, and from there into the context view.
     """
     context_box = context_box[:, None].float()  # (B, 1, 4)
     target_box = target_box[:, None].float()

@@ -1,5 +1,7 @@
-"""From files to batches: the films of any folder, two crops of a film for pre-training, and the
-examples of a downstream task. What is drawn never depends on the number of workers or processes.
+"""From files to batches. (Sec. A.1)
+
+The films of any folder, two crops of a film for pre-training, and the examples of a downstream
+task. What is drawn never depends on the number of workers or processes.
 
     python data.py check --data DIR                  # what is there; what cannot be read, and why
     python data.py pack --data DIR --out cxr.pack    # decode once; training then maps the file
@@ -29,13 +31,14 @@ from plumbing.table import match, read_table
 def open_films(root, cache_dir=None, side: int = 320, patients=None, mimic_all=False) -> Films:
     """All films below the folder `root`, or in the packed file `root` → Films.
 
-    cache_dir: where the list of what lies below root is kept. patients: CSV (filename, patient_id)
-    for films of folders of your own, each of which else counts as a patient. mimic_all: take
-    MIMIC's own validation and test films, too. Raises UserError when there is no film.
+    cache_dir: where the list of what lies below root is kept. side: the short side to which larger
+    films are shrunk, px. patients: CSV (filename, patient_id) for films of your own; without it
+    every one of them counts as a patient of its own. mimic_all: take MIMIC's validation and test
+    films, too. Raises UserError when there is no film.
     """
     root = Path(root).expanduser()
     if root.is_file() and root.suffix == ".pack":
-        pack = Pack(root)
+        pack = Pack(root)  # it knows its patients
         return Films(root.parent, {}, [pack], side, [pack.summary])
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
@@ -50,7 +53,8 @@ def open_films(root, cache_dir=None, side: int = 320, patients=None, mimic_all=F
     if patients:
         rows = read_table(patients, "filename", "patient_id")
         told = {row["filename"]: row["patient_id"] for row in rows}
-        for name, filename in zip(list(patient_of), match(patient_of, told), strict=True):
+        rows_of_films = match(patient_of, told)  # per film the filename of its row, or None
+        for name, filename in zip(list(patient_of), rows_of_films, strict=True):
             if filename is not None:
                 patient_of[name] = told[filename]
     summary += [pack.summary for pack in packs.values()]
@@ -139,15 +143,16 @@ def make_loader(items, args, team, workers, seed, start, end):
         batch_sampler=Batches(len(items), *shares, seed, start, end),
         num_workers=workers,
         pin_memory=team.device.type == "cuda",
-        worker_init_fn=leave_with_parent,
+        worker_init_fn=leave_with_parent,  # a worker ends when the training does
     )
 
 
 def read_or_next(films, numbers, at: int, tries: int = 100):
     """Read film numbers[at], or, when it cannot be read, the next of `numbers` that can.
 
-    → (number of the film, the film, {"unreadable": name, "reason": why} of numbers[at]: "" and ""
-    when that one was read). UserError when `tries` films in a row cannot be read.
+    → (number of the film, the film, {"unreadable": name, "reason": why}); the last names
+    numbers[at] where another film stands in for it, else both are "". UserError when `tries` films
+    in a row cannot be read.
     """
     first_name = films.names[numbers[at]]
     first_reason = ""
@@ -170,8 +175,8 @@ def read_or_next(films, numbers, at: int, tries: int = 100):
 class TaskFilms:
     """films[i] → (film uint8 (H, W), mask bool (size, size) or None) of example i.
 
-    Films come at a short side of at most twice `size`, as the authors' 512 px for 224. Raises
-    UnreadableFilm, also for a mask that cannot be read.
+    Films come at a short side of at most 2 · size px. Raises UnreadableFilm, also for a mask that
+    cannot be read.
     """
 
     def __init__(self, examples, size):
@@ -189,13 +194,16 @@ class TaskFilms:
             return film, None
         try:
             mask = read_mask(example.mask, example.path)
-        except (OSError, SyntaxError, UserError) as error:
+        except (OSError, SyntaxError, UserError) as error:  # Pillow calls a broken PNG SyntaxError
             raise UnreadableFilm(f"its mask: {error}") from None
         return film, augment.mask_to(mask, self.size)
 
 
 def open_examples(examples, size: int, in_memory: bool):
-    """The films of some examples: all decoded now and kept in memory, or decoded at every use."""
+    """The films of some examples: all decoded now and kept in memory, or decoded at every use.
+
+    Decoded now, they lie in this process before loader processes begin, which then share them.
+    """
     films = TaskFilms(examples, size)
     if in_memory:
         films = InMemory(films)

@@ -38,15 +38,18 @@ from plumbing.splits import draw_few
 from plumbing.weights import load_encoder, resized
 
 # ---- Recipe
-# plumbing/benchmarks.py (TASKS) holds the paper's settings of every task. They are changed where
-# the paper is silent or the network is small; flags come before both.
-PUBLISHED = ("vindr", "chexpert")  # tasks whose epochs and batch are known
-MIN_STEPS = 300  # of the other tasks: few films get more epochs, until there are so many steps
-# The paper's network is ViT-Base. Ours, for networks narrower than ViT-Small:
+# plumbing/benchmarks.py (TASKS) holds the recipe of every task: the paper's, and ours where the
+# paper is silent, as of epochs and batch of all tasks but PUBLISHED. Flags come before it.
+PUBLISHED = ("vindr", "chexpert")
+MIN_STEPS = 300  # of the other tasks: where films are few, epochs are raised to reach this
+# The paper's lr 1e-4 and drop path 0.6 are for ViT-Base. For a network narrower than ViT-Small we
+# take larger steps and drop less (docs/finetuning.md).
 SMALL_PRETRAINED = dict(lr=4e-4, drop_path=0.1)
-SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # a new segmentation decoder needs it, too
+SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # and for a new segmentation decoder
 
-# Flags that may change when a run goes on, for they do not change its numbers.
+# Flags that may change when a run goes on. The films and labels are compared themselves, a seed has
+# a folder of its own, and the rest changes no number, but for drop path, which is drawn per process
+# and micro-batch.
 FREE = set("out data labels eval seed seeds device workers micro max_steps".split())
 FREE |= set("log_every save_every compile memory_gb".split())
 
@@ -123,6 +126,8 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     reasons = ["The recipe is the paper's."]
     if args.task not in PUBLISHED:
         reasons = ["The recipe is the paper's, but for epochs and batch, which are ours."]
+    if args.task == "csv":
+        reasons = ["The recipe is that of the paper's tasks; epochs, batch and --head are ours."]
     if shape["dim"] < SIZES["small"]["dim"]:
         has_new_layers = kind == "mask" or args.weights == "none"
         ours = SMALL_FROM_SCRATCH if has_new_layers else SMALL_PRETRAINED
@@ -156,7 +161,7 @@ class Steps(NamedTuple):
     per_epoch: int
     total: int  # of the whole schedule
     end: int  # where this run ends: --max_steps may cut it short
-    between_validations: int  # an epoch, or a fiftieth of all
+    between_validations: int  # an epoch, or a fiftieth of all, whichever is longer
 
 
 def count_steps(args: Config, kind, films: int) -> Steps:
@@ -231,7 +236,7 @@ def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
 class TaskData:
     """The task at hand and its films. All seeds share it, but for the films to train on."""
 
-    kind: str  # labels: any number is true of a film; classes: exactly one; mask: segmentation
+    kind: str  # labels: none, one or several hold; classes: exactly one; mask: segmentation
     labels: tuple
     size: int  # side of the film as the network sees it, px
     in_memory: bool  # decode every film once and keep it
@@ -252,7 +257,7 @@ def loss_of(kind, logits, goal):
     """
     logits = logits.float()
     if kind == "classes":
-        return F.cross_entropy(logits, goal, reduction="none")
+        return F.cross_entropy(logits, goal, reduction="none")  # goal is 1 for the class, else 0
     entropy = F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
     entropy = entropy.flatten(1).mean(1)
     if kind == "labels":
@@ -274,7 +279,7 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
     films = task.films[split]
     mine = Subset(TestExamples(films, ten_crop), range(team.rank, len(films), team.size))
     batch = max(1, args.micro // 10) if ten_crop else args.micro
-    workers = 0 if task.in_memory else args.workers
+    workers = 0 if task.in_memory else args.workers  # decoded films need no helpers
     rows = {}
     unreadable = {}
     for item in DataLoader(mine, batch_size=batch, num_workers=workers):
@@ -324,7 +329,7 @@ def evaluate(model, task: TaskData, split, args, team, ten_crop=False) -> tuple[
     """Judge a model on the films of a split. → (Score, the rows of predict)"""
     rows = predict(model.eval(), task, split, args, team, ten_crop)
     table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
-    targets = targets_of(task.films[split], rows)
+    targets = targets_of(task.films[split], rows)  # (n, c), of masks (n, 0)
     value, per_class = results.judge(task.kind, task.labels, table, targets)
     if task.kind == "mask":
         return Score(value, table[:, 2].mean(), per_class), rows
@@ -358,7 +363,7 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
     batch_positions (b,), so that it does not matter how processes and micro-batches divide it.
     → images (b, 1, H, W), goal
     """
-    probability = 0.8 if kind == "mask" else 1.0
+    probability = 0.8 if kind == "mask" else 1.0  # as the authors' code has it
     generator = torch_generator(TRAIN_JITTER, *key)
     jitter = augment.sample_jitter(batch, generator, probability, (0.8, 1.2))  # (B, 2)
     jitter = jitter[batch_positions].to(device)
@@ -371,7 +376,7 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
     """Add up the gradients of this rank's micro-batches, clip, and step. → its films' mean loss"""
     run.model.train()
     run.model.vit.train(not args.freeze)  # a frozen encoder drops no path
-    seed_torch(DROP_PATH, run.seed, run.step, team.rank)
+    seed_torch(DROP_PATH, run.seed, run.step, team.rank)  # the same when the run goes on
     share = args.batch // team.size  # films per step of this rank
     micro_batches = share // args.micro
     losses = []
@@ -445,7 +450,7 @@ def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
 def validate(run: SeedRun, args, task: TaskData, team) -> Score:
     """Judge the model on the validation films, and keep it in best.pt when none was better."""
     score, _ = evaluate(run.model, task, "val", args, team)
-    is_best = run.best.update(score.value, score.loss, run.step)
+    is_best = run.best.update(score.value, score.loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
         run.save_best()
     return score

@@ -1,20 +1,20 @@
 """Block masks for a whole batch at once. (Sec. 4.1, B.1)
 
 Four rectangles, each of 15 to 20 % of a view's area and of aspect 0.75 to 1.5, are drawn: the
-patches in their union are hidden. The context is what is not hidden in one square block of 75 to
-100 % of the area.
+patches in their union are hidden. The context is one square block of 75 to 100 % of the area,
+without the hidden patches.
 
 These areas vary from view to view, but a batch wants the same number of tokens for every view: K
 patches that are seen and M that are predicted, fixed for a whole training. So each view draws eight
-masks and keeps the first that lacks the fewest patches to reach K and M. A surplus is dropped *at
-random*; what is lacking is taken at random from the other patches. To drop the last ones in raster
-order, as the authors' code does, would leave the bottom of the film, with its costophrenic angles,
-almost never predicted.
+masks and keeps the one that falls short of K and M by the fewest patches (the first of equals). A
+surplus is dropped *at random*; what is lacking is taken at random from the other patches. To drop
+the last ones in raster order, as the authors' code does, would leave the bottom of the film, with
+its costophrenic angles, almost never predicted.
 
 What this costs, of 196 patches (tests/test_masks.py measures it):
 - On average 7 hidden patches are not predicted, and 10 patches of the context are not seen.
-- One view in ten lacks patches. In all, 0.3 % of the predicted patches are not hidden, and 0.3 % of
-  the seen ones lie outside the context.
+- One view in ten lacks patches. In all, 0.3 % of the predicted patches lie outside the rectangles
+  (none of them is seen), and 0.3 % of the seen ones outside the context.
 - Large squares lack fewer patches, so they are kept more often: on average they cover 0.95 of the
   view (0.88 as drawn), and a view's corners are seen in 61 % of the views (43 %).
 """

@@ -232,14 +232,15 @@ class Predictor(nn.Module):
         seen = self.embed(context) + sincos(context_coords, self.width)  # (B, K, d)
         queries = self.mask_token + sincos(target_coords, self.width)  # (B, M, d): m + p
         # Eq. (8): π mixes the action into every mask token, m_{a,p} = π(m + p, a). The context
-        # tokens are not told: they say what is on the film as it is.
+        # tokens are not told: they describe the view as T_a left it.
         if action is None:
             code = queries.new_zeros(len(queries), 4)  # the code of the identity
         else:
             code = self.action_code(action)
         code = code[:, None].expand(-1, queries.shape[1], -1)  # (B, M, 4)
         queries = self.policy(torch.cat([queries, code], -1))
-        # Autocast makes π's output bfloat16, while the sum above stays float32: follow π.
+        # Autocast makes π's output bfloat16 and leaves the sum above float32; one sequence needs
+        # one type, and the narrower one is faster.
         tokens = torch.cat([seen.to(queries.dtype), queries], 1)  # (B, K + M, d)
         tokens = run_blocks(self.blocks, tokens, self.save_memory)
         answers = tokens[:, seen.shape[1] :]  # only the mask tokens leave

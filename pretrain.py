@@ -38,7 +38,7 @@ RECIPES = {
                   lr=2e-4,     ema=0.996, save_every=500),  # Sec. B.1
 }
 # Settings that may change when a run goes on: they change no random number and no schedule, though
-# another device or micro-batch may round otherwise. The training films are compared by their names.
+# another device or micro-batch may round otherwise. (recipe_of compares the films by their names.)
 FREE = {"data", "out", "max_steps", "probe", "patients", "device", "workers", "micro", "compile",
         "checkpointing", "log_every", "save_every"}
 # The smallest value that each setting may have.
@@ -196,7 +196,7 @@ def prepare(item, args, step, batch_positions, device):
     views = augment.apply_jitter(views, launch.send(jitter, device))
     y = view_by_view(views)[:, None]  # (2b, 1, H, W)
 
-    # Contexts x = T_a(y), Eq. (9): here each view has its own action, which the predictor is told.
+    # Contexts x = T_a(y), Eq. (9): unlike the jitter, each view has an action of its own.
     action = launch.send(action, device)
     x = augment.apply_action(y, action)
 
@@ -349,11 +349,11 @@ def main(args=None, Model=CheXWorld):
     films = open_films(args.data, out, side, args.patients)
     team.say("\n".join(films.summary))
     paths = args.probe.split(",") if args.probe else []
-    tables = [Labels(path).complete() for path in paths]  # refuses one that cannot be probed
+    tables = [Labels(path).complete() for path in paths]  # complete: all that a probe needs
     train, held = hold_out_films(films, tables, args.holdout, args.seed)
     films, workers = hold_in_memory(films, args, side, team.device)
     views = Views(films, args.image, args.seed, train)
-    unreadable = UnreadableFilms(len(films))
+    unreadable = UnreadableFilms(len(films))  # ends the run at more than 1 % of the films
 
     # ---- 4. Length: a step is one batch; --max_steps ends the training, not the schedules.
     steps_per_epoch = len(train) // args.batch
@@ -397,7 +397,7 @@ def main(args=None, Model=CheXWorld):
             world.update_target(momentum)
             done = step + 1
             monitor.update(done, losses, pooled, norm, lr, momentum)
-            is_stopping = team.any(stop.requested)
+            is_stopping = team.any(stop.requested)  # asks the hosts, does not wait for the GPU
             if is_stopping or done == end or done % args.save_every == 0:
                 monitor.check(done, world)  # stops here rather than save NaN
                 if team.lead:
