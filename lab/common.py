@@ -202,8 +202,3 @@ def require_readable(read, what="films"):
     """UserError when no film was read."""
     if not len(read):
         raise UserError(f"none of the {what} can be read; python data.py check --data … says why")
-
-
-def readable(films, indices):
-    """Those of `indices` whose film can be read."""
-    return read_whole(films, indices, 1)[1]

@@ -107,11 +107,12 @@ def result_table(result, is_cut):
         f"correspondence, {result['references']} reference × {result['films']} films{area}, "
         f"{result['image']}² px in {result['patch']}² patches; "
         "distance in % of the width, PCK in %",
-        f"  {'':30s}distance  PCK@5  PCK@10   " + "".join(f"{n:14s}" for n in result["landmarks"]),
+        f"  {'':30s}distance  PCK@5  PCK@10   " + "  ".join(result["landmarks"]),
     ]
     for name, row in result["methods"].items():
         values = f"{row['distance']:8.1f}{row['pck@5']:7.1f}{row['pck@10']:8.1f}"
-        each = "".join(f"{distance:<14.1f}" for distance in row["distance_each"])
+        pairs = zip(row["distance_each"], result["landmarks"], strict=True)
+        each = "  ".join(f"{distance:{len(landmark)}.1f}" for distance, landmark in pairs)
         lines.append(f"  {name:30s}{values}   {each}")
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ def main(argv=None):
     world = load_world(find_weights(args.weights)).to(device).eval()
     films, table = open_set(args, 7 * args.films)  # a seventh of the phantoms is its test split
     images = some_films(films, table, args.films, world.encoder.image)
-    result = domain_test(world, images, args.seed, progress=True)
+    result = domain_test(world, images, args.seed)
     candidates = domain_candidates()
     actions = film_actions(len(candidates), args.seed, 0)
     both = domain_errors(world, images[:1], actions, candidates)
@@ -49,9 +49,9 @@ def main(argv=None):
 
 
 # ---------------------------------------------------------------- the test
-def domain_candidates(side=8, span=(0.6, 1.4)):
+def domain_candidates(side=8):
     """side² target jitters (brightness, contrast), evenly over the training range. → (n, 2)"""
-    axis = torch.linspace(span[0], span[1], side)
+    axis = torch.linspace(0.6, 1.4, side)
     return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
 
 
@@ -85,16 +85,15 @@ def domain_errors(world, image, actions, candidates):
     return errors
 
 
-def domain_test(world, images, seed=0, side=8, progress=False):
-    """Domain sensitivity test of films (n, 1, H, W) with side² candidates. (Table 4)
+def domain_test(world, images, seed=0):
+    """Domain sensitivity test of films (n, 1, H, W). (Table 4)
 
     → {action, no_action, random: {recall@1, recall@3, recall@5: percent}, images, candidates};
     no_action is the same model told the identity, random is chance.
     """
-    candidates = domain_candidates(side)
+    candidates = domain_candidates()
     recalls = {"action": [], "no_action": []}
-    bar = tqdm(images, desc="domain test", disable=not progress, leave=False)
-    for k, image in enumerate(bar):
+    for k, image in enumerate(tqdm(images, desc="domain test", leave=False)):
         actions = film_actions(len(candidates), seed, k)
         told, untold = domain_errors(world, image[None], actions, candidates)
         recalls["action"].append(recall_at_k(told, KS))

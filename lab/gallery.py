@@ -32,15 +32,8 @@ PAGES = {  # folder: its pictures
 
 @dataclasses.dataclass
 class Config:
-    weights: str = flag(
-        None,
-        "last.pt of a run or its folder, the authors' file [newest pre-training run under runs/]",
-    )
-    data: str = flag(
-        None,
-        "films that lab.rcdm learns to paint from [those of the run]; "
-        "everything else looks at synthetic films",
-    )
+    weights: str = flag(None, "a run or its last.pt, the authors' file [newest run below runs/]")
+    data: str = flag(None, "films for lab.rcdm [the run's]; all else looks at synthetic ones")
     out: str = flag(None, "folder of all results [runs/gallery]")
     docs: str = flag("docs", "folder of the pictures")
     steps: int = flag(None, "training steps of each of the two RCDM decoders [lab.rcdm's]")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lab.common import Common, find_weights, finish, open_set, pooled, some_films, start
-from lab.report import column, probe_table, probe_words
+from lab.report import curves_picture, probe_table, probe_words
 from model import ViT
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
@@ -139,12 +139,7 @@ def health_picture(features, log):
     pages = [pictures.curves(values, title, "direction", "share", log_y=True)]
     rows = [row for row in log if row.get("loss") and row.get("rankme")]
     if len(rows) > 1:
-        for key, name, unit in (
-            ("loss", "Loss", "squared error"),
-            ("rankme", "RankMe", "effective rank"),
-        ):
-            curve = {name: column(rows, key)}
-            pages.append(pictures.curves(curve, f"{name} in training", "step", unit))
+        pages.append(curves_picture(rows, ["loss"]))
     return pictures.stack(pages)
 
 

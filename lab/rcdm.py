@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import augment
 from data import Batches, Views, open_films
-from lab.common import find_weights, readable
+from lab.common import find_weights, read_whole
 from masks import blocks, mask_sizes
 from model import grid_coords, take
 from plumbing import pictures
@@ -541,7 +541,7 @@ def choose_films(films, args, run):
     patients = patients_of(films, tables)
     one_each = list({patients[i]: i for i in held}.values())
     order = numpy_rng(RCDM_SHOWN, args.seed).permutation(one_each)
-    shown = readable(films, order[: args.films])
+    _, shown, _ = read_whole(films, order[: args.films], 1)  # those that can be read
     if len(train) < args.batch or len(shown) < 2:
         raise UserError(
             f"{len(train)} films to learn from and {len(shown)} patients to show: "
@@ -563,9 +563,8 @@ def train_step(world, decoder, optimizer, item, step, args, device):
     generator = torch_generator(RCDM_NOISE, args.seed, step)
     offset = torch.rand((), generator=generator)
     # The times are spread evenly over the batch.
-    t = (offset + torch.randperm(len(x), generator=generator) / len(x)) % 1
-    noise = torch.randn(x.shape, generator=generator)
-    t, noise = t.to(device), noise.to(device)
+    t = ((offset + torch.randperm(len(x), generator=generator) / len(x)) % 1).to(device)
+    noise = torch.randn(x.shape, generator=generator).to(device)
     noisy, v = noised(x, t, noise)
     told = predicted(world, item, device).flatten(0, 1)  # in float32, as for the pictures
     with autocast(device, args.precision):
@@ -591,9 +590,9 @@ def main(argv=None):
     world = load_world(args.weights).to(device).eval().requires_grad_(False)
     films = open_films(args.data, out, side=max(320, 2 * args.size), patients=args.patients)
     train, shown = choose_films(films, args, run)
-    size, grid = world.encoder.image, world.encoder.grid
-    questions = Questions(films, size, grid, args, train)
-    held_out = Questions(films, size, grid, args, shown)
+    shape = (world.encoder.image, world.encoder.grid)
+    questions = Questions(films, *shape, args, train)
+    held_out = Questions(films, *shape, args, shown)
 
     # ---- 3. Decoder, its moving average and the optimizer.
     torch.manual_seed(args.seed)

@@ -43,12 +43,10 @@ def closing(args, out, world, films, held, tables, device):
 
 def domain_part(world, films, held):
     """Run and print the domain sensitivity test on held-out films. → its result, {} without any"""
-    if len(held):
-        held = evenly(held, DOMAIN_FILMS)
-    images, _, _ = read_whole(films, held, world.encoder.image)
+    images, _, _ = read_whole(films, evenly(held, DOMAIN_FILMS), world.encoder.image)
     if not len(images):
         return {}
-    result = domain_test(world, images, progress=True)
+    result = domain_test(world, images)
     print(f"\nheld-out films: {result_table(result)}")
     return result
 

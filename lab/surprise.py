@@ -16,6 +16,7 @@ of surprise) and result.json.
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,7 @@ FEWEST = 40  # reference films: half of them calibrate, and p is never below 1 /
 class Config(common.Common):
     films: int = flag(1000000, "at most so many films of --data, evenly from all")
     reference: str = flag(None, "folder of good films [each half of --data judges the other]")
-    references: int = flag(
-        400, "at most so many good films: half say what is usual, half calibrate"
-    )
+    references: int = flag(400, "at most so many good films: half fit, half calibrate")
     alpha: float = flag(0.05, "flag films with p up to this: the share of good films flagged too")
     table: str = flag(None, "CSV filename,label (normal, or what is wrong): AUROC of the surprise")
 
@@ -174,11 +173,10 @@ def conformal_p(reference, scores):
 
 def knn_distance(fitting, features, k=5):
     """Mean distance to the k nearest fitting films, standardised. (m, D), (n, D) → (n,)"""
-    fitting = np.asarray(fitting, float)
     mean = fitting.mean(0)
     std = fitting.std(0) + 1e-9
     near = torch.tensor((fitting - mean) / std)
-    asked = torch.tensor((np.asarray(features, float) - mean) / std)
+    asked = torch.tensor((features - mean) / std)
     distances = torch.cdist(asked, near).topk(min(k, len(near)), largest=False).values
     return distances.mean(1).numpy()
 
@@ -394,17 +392,17 @@ def films_page(films, numbers, z, p, titles, columns, cell=150):
 
     numbers, p (n,), z (n, N)
     """
+    side = math.isqrt(z.shape[1])
+    shown = [pictures.to_picture(films[int(i)], cell) for i in numbers]
+    maps = []
+    for film, each in zip(shown, z, strict=True):
+        maps.append(pictures.overlay(film, pictures.heat(each.reshape(side, side), 0, 5), 0.6))
     rows = []
     captions = []
-    for first in range(0, len(numbers), columns):
-        part = range(first, min(first + columns, len(numbers)))
-        shown = [pictures.to_picture(films[int(numbers[k])], cell) for k in part]
-        maps = []
-        for film, k in zip(shown, part, strict=True):
-            heat = pictures.heat(z[k].reshape(round(z.shape[1] ** 0.5), -1), 0, 5)
-            maps.append(pictures.overlay(film, heat, 0.6))
-        rows += [shown, maps]
-        captions += [[titles[k] for k in part], [f"p = {p[k]:.3f}" for k in part]]
+    for first in range(0, len(shown), columns):
+        part = slice(first, first + columns)
+        rows += [shown[part], maps[part]]
+        captions += [titles[part], [f"p = {value:.3f}" for value in p[part]]]
     return pictures.grid(rows, captions, cell=cell)
 
 
