@@ -37,7 +37,7 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
     rng: NumPy generator. scale: range of the area as a fraction of the film's, uniform.
     ratio: range of width / height, log-uniform. Both boxes have one size, as in the paper: the
     first of ten drawn sizes that fits. Where a narrow film holds none of them, it is the largest
-    box that the film holds. → boxes (2, 4) float64, flips (2,) bool
+    box of an allowed ratio. → boxes (2, 4) float64, flips (2,) bool
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random(10))
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -49,7 +49,8 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
         first = fits.argmax()
         size = (box_height[first], box_width[first])
     else:
-        # The largest box: height ≤ width / ratio[0], and width ≤ height · ratio[1].
+        # The largest box of an allowed ratio: as wide as the film, it is at most width / ratio[0]
+        # high; as high as the film, it is at most height · ratio[1] wide.
         size = (min(height, width / ratio[0]), min(width, height * ratio[1]))
     room = np.array([height - size[0], width - size[1]])
     corners = rng.random((2, 2)) * room  # top and left of both boxes

@@ -38,7 +38,7 @@ def open_films(root, cache_dir=None, side: int = 320, patients=None, mimic_all=F
     """
     root = Path(root).expanduser()
     if root.is_file() and root.suffix == ".pack":
-        pack = Pack(root)  # it knows its patients
+        pack = Pack(root)  # its patients are those of the day it was packed
         return Films(root.parent, {}, [pack], side, [pack.summary])
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
@@ -53,10 +53,10 @@ def open_films(root, cache_dir=None, side: int = 320, patients=None, mimic_all=F
     if patients:
         rows = read_table(patients, "filename", "patient_id")
         told = {row["filename"]: row["patient_id"] for row in rows}
-        rows_of_films = match(patient_of, told)  # per film the filename of its row, or None
-        for name, filename in zip(list(patient_of), rows_of_films, strict=True):
-            if filename is not None:
-                patient_of[name] = told[filename]
+        told_as = match(patient_of, told)  # for every film how the table spells it, or None
+        for name, spelling in zip(list(patient_of), told_as, strict=True):
+            if spelling is not None:
+                patient_of[name] = told[spelling]
     summary += [pack.summary for pack in packs.values()]
     return Films(root, patient_of, list(packs.values()), side, summary)
 
@@ -97,7 +97,7 @@ class Batches:
     Every epoch shuffles the n films and drops the incomplete last batch. Step s is one global batch
     of that order; each process takes its contiguous share, in micro-batches. So the number of
     processes, the size of micro-batches and resuming never change which film is at which place of
-    which step. From `start_step` until `steps`, by default one epoch.
+    which step. From step `start_step` to before step `steps`, by default for one epoch.
     """
 
     def __init__(self, n, batch, micro, rank, world, seed, start_step=0, steps=None):
@@ -150,7 +150,7 @@ def make_loader(items, args, team, workers, seed, start, end):
 def read_or_next(films, numbers, at: int, tries: int = 100):
     """Read film numbers[at], or, when it cannot be read, the next of `numbers` that can.
 
-    → (number of the film, the film, {"unreadable": name, "reason": why}); the last names
+    → (number of the film, films[number], {"unreadable": name, "reason": why}); the last names
     numbers[at] where another film stands in for it, else both are "". UserError when `tries` films
     in a row cannot be read.
     """

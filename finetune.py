@@ -1,7 +1,7 @@
 """Fine-tune an encoder on one of the paper's eight benchmarks, or on your own films. (Sec. B.3)
 
     python finetune.py --task csv --data FOLDER --labels FILE.csv        # laptop: your own films
-    python finetune.py --task shenzhen --seeds 5       # one GPU: the paper's recipe, $CXR/shenzhen
+    python finetune.py --task shenzhen --seeds 5       # one GPU: films in $CXR/shenzhen
     torchrun --nproc_per_node=8 finetune.py --task vindr --weights FILE  # eight GPUs, same code
     python finetune.py --task shenzhen --weights runs/shenzhen/seed0/best.pt --eval  # test again
 
@@ -38,12 +38,12 @@ from plumbing.splits import draw_few
 from plumbing.weights import load_encoder, resized
 
 # ---- Recipe
-# plumbing/benchmarks.py (TASKS) holds the recipe of every task: the paper's, and ours where the
-# paper is silent, as of epochs and batch of all tasks but PUBLISHED. Flags come before it.
+# plumbing/benchmarks.py (TASKS) holds the recipe of every task. It is the paper's; for tasks that
+# are not PUBLISHED the paper names no epochs and no batch, and those are ours. A flag overrides it.
 PUBLISHED = ("vindr", "chexpert")
 MIN_STEPS = 300  # of the other tasks: where films are few, epochs are raised to reach this
-# The paper's lr 1e-4 and drop path 0.6 are for ViT-Base. For a network narrower than ViT-Small we
-# take larger steps and drop less (docs/finetuning.md).
+# The paper's lr 1e-4 and drop path 0.6 are for ViT-Base with 12 blocks. Networks narrower than
+# ViT-Small are for few films and few steps, and have few blocks: larger steps, fewer drops.
 SMALL_PRETRAINED = dict(lr=4e-4, drop_path=0.1)
 SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # and for a new segmentation decoder
 
@@ -118,6 +118,7 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     """Fill in every setting that the user left open. → (a filled copy of args, reasons)
 
     What the user gave comes first, then our settings for small networks, then the task's recipe.
+    A batch is never larger than the films, and warm-up never longer than a tenth of the epochs.
     shape: encoder_shape. films: number of training films.
     """
     defaults = dict(SEGMENT if kind == "mask" else TASKS[args.task].recipe)
@@ -304,7 +305,10 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
 
 
 def score_masks(logits, goal) -> np.ndarray:
-    """Score predicted masks (b, H, W). → (b, 3): Dice, 1 if there is a true mask, loss"""
+    """Score predicted masks (b, H, W). → (b, 3): Dice, 1 if there is a true mask, loss
+
+    Dice is also given over the films with a mask alone: where most have none, empty guesses win.
+    """
     losses = loss_of("mask", logits, goal.to(logits.device)).tolist()
     guess = (logits > 0).cpu().numpy()
     truth = goal.numpy() > 0.5
@@ -329,7 +333,7 @@ def evaluate(model, task: TaskData, split, args, team, ten_crop=False) -> tuple[
     """Judge a model on the films of a split. → (Score, the rows of predict)"""
     rows = predict(model.eval(), task, split, args, team, ten_crop)
     table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
-    targets = targets_of(task.films[split], rows)  # (n, c), of masks (n, 0)
+    targets = targets_of(task.films[split], rows)  # (n, c); (n, 0) of masks, which have none
     value, per_class = results.judge(task.kind, task.labels, table, targets)
     if task.kind == "mask":
         return Score(value, table[:, 2].mean(), per_class), rows
@@ -528,7 +532,7 @@ def test(model, task: TaskData, args, folder: Path, team) -> Score:
 def open_task(args: Config, splits, size, team) -> TaskData:
     """Open the test films of a task, and the validation films where something is trained."""
     total = sum(counts["films"] for counts in splits.counts().values())
-    film_bytes = 1.2 * (2 * size) ** 2  # films are kept at a short side of at most 2 × size
+    film_bytes = 1.2 * (2 * size) ** 2  # short side at most 2 · size, a bit longer than wide
     in_memory = total * film_bytes * team.size < args.memory_gb * 1e9
     task = TaskData(splits.kind, splits.labels, size, in_memory, UnreadableFilms(total))
     task.open("test", splits.test)

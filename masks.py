@@ -16,7 +16,7 @@ What this costs, of 196 patches (tests/test_masks.py measures it):
 - One view in ten lacks patches. In all, 0.3 % of the predicted patches lie outside the rectangles
   (none of them is seen), and 0.3 % of the seen ones outside the context.
 - Large squares lack fewer patches, so they are kept more often: on average they cover 0.95 of the
-  view (0.88 as drawn), and a view's corners are seen in 61 % of the views (43 %).
+  view (0.88 as drawn), and each corner of a view is seen in 61 % of the views (43 %).
 """
 
 import torch
@@ -27,8 +27,8 @@ TRIES = 8  # masks drawn per view, of which the best fitting is kept
 def mask_sizes(grid, seen_share=80 / 196, masked_share=92 / 196):
     """Tell how many patches of an n × n grid are seen and predicted. → (K, M)
 
-    A drawn mask gives 84 and 94 of 196 on average, the best of eight 90 and 99. We ask for fewer,
-    so that few views lack any.
+    Of 196, a drawn mask gives 84 seen and 94 hidden patches on average, the best of eight 90 and
+    99. We ask for fewer, so that few views lack any.
     """
     return round(seen_share * grid * grid), round(masked_share * grid * grid)
 
@@ -65,7 +65,10 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None):
 
 
 def send(tensor, device):
-    """Move a tensor to the device; a GPU takes it from pinned memory, so the host does not wait."""
+    """Move a tensor to the device; a GPU takes it from pinned memory, so the host does not wait.
+
+    The same as launch.send, which stands above this file: masks.py imports nothing of plumbing.
+    """
     if device is None:
         return tensor
     if torch.device(device).type == "cuda":

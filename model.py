@@ -239,15 +239,18 @@ class Predictor(nn.Module):
             code = self.action_code(action)
         code = code[:, None].expand(-1, queries.shape[1], -1)  # (B, M, 4)
         queries = self.policy(torch.cat([queries, code], -1))
-        # Autocast makes π's output bfloat16 and leaves the sum above float32; one sequence needs
-        # one type, and the narrower one is faster.
+        # Autocast makes π's output bfloat16 and leaves `seen` float32, as sincos is; one sequence
+        # needs one type, and the narrower one is faster.
         tokens = torch.cat([seen.to(queries.dtype), queries], 1)  # (B, K + M, d)
         tokens = run_blocks(self.blocks, tokens, self.save_memory)
         answers = tokens[:, seen.shape[1] :]  # only the mask tokens leave
         return self.proj(self.norm(answers))
 
     def action_code(self, action):
-        """Encode an action so that the identity becomes zeros. (B, 4) → (B, 4)"""
+        """Encode an action so that the identity becomes zeros. (B, 4) → (B, 4)
+
+        Gamma is drawn log-uniformly, so its logarithm is spread evenly about 0.
+        """
         brightness, contrast, gamma, sigma = action.unbind(-1)
         return torch.stack([brightness - 1, contrast - 1, gamma.log(), sigma], -1)
 
@@ -314,7 +317,10 @@ class CheXWorld(nn.Module):
 
     @torch.no_grad()
     def targets(self, images):
-        """Compute what is to be predicted: f_θ̄(y), layer-normed without weights. → (B, N, D)"""
+        """Compute what is to be predicted: f_θ̄(y), layer-normed without weights. → (B, N, D)
+
+        Else the scale and shift that the encoder's last norm has learnt would set the loss's size.
+        """
         features = self.target_encoder(images)
         return F.layer_norm(features.float(), features.shape[-1:])
 
@@ -374,8 +380,8 @@ def norm(channels):
 class SimpleFPN(nn.Module):
     """Make maps of strides 4, 8, 16, 32 px from the ViT's one map (Li et al. 2022).
 
-    The ViT's map is doubled or halved in size until its stride is right; each time its channels are
-    halved, but never below the wanted number. (B, D, n, n) → four maps
+    The ViT's map is doubled or halved in size until its stride is nearest; each time its channels
+    are halved, but never below the wanted number. (B, D, n, n) → four maps
     """
 
     def __init__(self, dim, patch, channels):
@@ -415,7 +421,7 @@ def two_convolutions(inputs, outputs):
 class Segmenter(nn.Module):
     """SimpleFPN, then a U-Net decoder from coarse to fine. (B, 1, H, W) → logits (B, H, W)
 
-    channels: of the maps of strides 4, 8, 16 and 32.
+    channels: of the maps of strides 4, 8, 16 and 32, as in the paper.
     """
 
     def __init__(self, vit, channels=(8, 16, 32, 64)):

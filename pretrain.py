@@ -31,6 +31,7 @@ from plumbing.splits import hold_out_films
 from plumbing.table import Labels
 
 # fmt: off
+# For both, a gradient norm of at most 1.0 and a last learning rate of 1e-6: launch.TrainFlags.
 RECIPES = {
     "demo":  dict(size="tiny", image=64,  patch=8,  batch=16,   epochs=20,  warmup=1.0,
                   lr=1.2e-3,   ema=0.99,  save_every=200),
@@ -38,7 +39,8 @@ RECIPES = {
                   lr=2e-4,     ema=0.996, save_every=500),  # Sec. B.1
 }
 # Settings that may change when a run goes on: they change no random number and no schedule, though
-# another device or micro-batch may round otherwise. (recipe_of compares the films by their names.)
+# another device or micro-batch may round otherwise. Those that choose films may change, too, since
+# recipe_of compares the chosen films by name.
 FREE = {"data", "out", "max_steps", "probe", "patients", "device", "workers", "micro", "compile",
         "checkpointing", "log_every", "save_every"}
 # The smallest value that each setting may have.
@@ -160,8 +162,8 @@ def divide_batch(args, team):
 def hold_in_memory(films, args, side, device):
     """Keep a small set of films decoded in memory. → (films, number of loader processes)
 
-    side: their short side, px. Each loader process would keep films of its own, so films stay in
-    memory only when this process loads them itself.
+    side: their short side, px. Films are decoded when they are first used; loader processes would
+    each decode and keep them all, so films stay in memory only when this process loads them.
     """
     is_small = len(films) * 1.3 * side**2 < 1e9  # bytes; films are up to 1.3 times as long as wide
     workers = args.workers
@@ -349,7 +351,7 @@ def main(args=None, Model=CheXWorld):
     films = open_films(args.data, out, side, args.patients)
     team.say("\n".join(films.summary))
     paths = args.probe.split(",") if args.probe else []
-    tables = [Labels(path).complete() for path in paths]  # complete: all that a probe needs
+    tables = [Labels(path).complete() for path in paths]  # an error where a split or class lacks
     train, held = hold_out_films(films, tables, args.holdout, args.seed)
     films, workers = hold_in_memory(films, args, side, team.device)
     views = Views(films, args.image, args.seed, train)
@@ -397,7 +399,7 @@ def main(args=None, Model=CheXWorld):
             world.update_target(momentum)
             done = step + 1
             monitor.update(done, losses, pooled, norm, lr, momentum)
-            is_stopping = team.any(stop.requested)  # asks the hosts, does not wait for the GPU
+            is_stopping = team.any(stop.requested)  # agreed by the CPUs: no wait for the GPU
             if is_stopping or done == end or done % args.save_every == 0:
                 monitor.check(done, world)  # stops here rather than save NaN
                 if team.lead:
