@@ -64,6 +64,7 @@ def flops_by_formula(config):
     return 2 * (embedding + encoders + predictions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [{}, dict(visible=5, masked=6, targets=7)])
 def test_counted_flops_are_those_of_the_formula(counts):
     asked = config(checkpointing=True, **counts)

@@ -100,6 +100,7 @@ def test_flags_of_every_training_come_after_a_scripts_own(capsys):
     assert (args.films, args.clip, args.micro) == (3, 2.0, None)
 
 
+@pytest.mark.slow
 def test_main_turns_a_users_error_into_one_line_and_leaves_bugs_alone(tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     body = f"""from plumbing import launch, weights
@@ -188,6 +189,7 @@ def test_the_gradient_is_clipped_then_used_then_cleared():
     assert layer.weight.grad is None
 
 
+@pytest.mark.slow
 def test_one_process_without_compile_is_the_model_itself():
     team = launch.Team(0, 1, torch.device("cpu"))
     layer = torch.nn.Linear(2, 2)
