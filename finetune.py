@@ -114,6 +114,15 @@ def check(args: Config):
             raise UserError(message)
 
 
+def whose_recipe(task: str) -> str:
+    """Say how much of a task's recipe is the paper's."""
+    if not TASKS[task].paper:
+        return "The recipe is that of the paper's tasks; epochs, batch and --head are ours."
+    if task not in PUBLISHED:
+        return "The recipe is the paper's, but for epochs and batch, which are ours."
+    return "The recipe is the paper's."
+
+
 def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     """Fill in every setting that the user left open. → (a filled copy of args, reasons)
 
@@ -124,17 +133,14 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     defaults = dict(SEGMENT if kind == "mask" else TASKS[args.task].recipe)
     defaults |= {"image": shape["image"], "patch": shape["patch"]}
     defaults["workers"] = 8 if team.device.type == "cuda" else 0
-    reasons = ["The recipe is the paper's."]
-    if args.task not in PUBLISHED:
-        reasons = ["The recipe is the paper's, but for epochs and batch, which are ours."]
-    if args.task == "csv":
-        reasons = ["The recipe is that of the paper's tasks; epochs, batch and --head are ours."]
+    reasons = [whose_recipe(args.task)]
     if shape["dim"] < SIZES["small"]["dim"]:
-        has_new_layers = kind == "mask" or args.weights == "none"
-        ours = SMALL_FROM_SCRATCH if has_new_layers else SMALL_PRETRAINED
+        is_new = kind == "mask" or args.weights == "none"
+        ours = SMALL_FROM_SCRATCH if is_new else SMALL_PRETRAINED
         defaults |= ours
-        shown = " and ".join(f"{name} {value:g}" for name, value in ours.items())
-        reasons.append(f"For a small network we take {shown}.")
+        taken = [f"{name} {ours[name]:g}" for name in ours if getattr(args, name) is None]
+        if taken:
+            reasons.append(f"For a small network we take {' and '.join(taken)}.")
     left_open = {name: value for name, value in defaults.items() if getattr(args, name) is None}
     filled = dataclasses.replace(args, **left_open)
     filled.precision = launch.choose_precision(args.precision, team.device)

@@ -353,7 +353,7 @@ def read_csv(index, table, column=None):
     if not table or not Path(table).is_file():
         raise UserError(
             "--task csv needs --labels FILE.csv (columns filename, label); "
-            f"{table or 'none given'} is no file"
+            + (f"{table} is no file" if table else "none was given")
         )
     lines = read_table(table)
     header = list(lines[0]) if lines else []

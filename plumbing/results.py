@@ -172,7 +172,6 @@ def summarise(out: Path, args, splits: Splits, weights, results: list[dict], tea
         team.say(f"  {name:32s} {undefined if value is None else f'{value:6.2f}'}")
     paper = TASKS[args.task].paper
     beside = f" (paper {paper})" if paper else ""
-    team.say(
-        f"test {METRIC[splits.kind]} {summary['mean']:.2f} ± {std:.2f} % "
-        f"over {len(values)} seed(s){beside}: {out}/result.json"
-    )
+    spread = f" ± {std:.2f} % over {len(values)} seeds" if len(values) > 1 else " %, one seed"
+    metric = METRIC[splits.kind]
+    team.say(f"test {metric} {summary['mean']:.2f}{spread}{beside}: {out}/result.json")

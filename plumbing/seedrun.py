@@ -32,7 +32,15 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
         return None, "from scratch, as asked"
     if args.weights:
         path = Path(args.weights)
-        return (path / "encoder.pt" if path.is_dir() else path), "as asked"
+        if path.is_dir() and args.eval:
+            raise UserError(
+                f"--eval needs a file, such as {path}/seed0/best.pt; {path} is a folder"
+            )
+        if path.is_dir():
+            path = path / "encoder.pt"
+            if not path.is_file():
+                raise UserError(f"no {path}: give the folder of a pre-training run, or a file")
+        return path, "as asked"
     begun = out / f"seed{args.seed}" / "config.json"
     if begun.is_file():  # a newer pre-training run must not change what this run started from
         path = json.loads(begun.read_text())["weights"]
