@@ -538,7 +538,7 @@ def choose_films(films, args, run):
     if args.split and is_own:  # the run may have learnt from the test films of another table
         learnt, _ = hold_out_films(films, run_tables, holdout, seed)
         held = np.setdiff1d(held, learnt)
-    patients = patients_of(films, tables)
+    patients = patients_of(films, tables, [table.locate(films) for table in tables])
     one_each = list({patients[i]: i for i in held}.values())
     order = numpy_rng(RCDM_SHOWN, args.seed).permutation(one_each)
     _, shown, _ = read_whole(films, order[: args.films], 1)  # those that can be read

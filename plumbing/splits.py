@@ -21,10 +21,10 @@ def hold_out_films(films, tables, holdout: int, seed: int) -> tuple[np.ndarray, 
     who has a held-out film is left out of training as well: a model that has seen a patient's ribs
     is not judged on the same ribs.
     """
-    patients = patients_of(films, tables)
+    located = [table.locate(films) for table in tables]
+    patients = patients_of(films, tables, located)
     held = set()
-    for table in tables:
-        where = table.locate(films)
+    for table, where in zip(tables, located, strict=True):
         held |= set(where[(table.split == "test") & (where >= 0)].tolist())
     if not tables:
         order = numpy_rng(HOLD_OUT, seed).permutation(len(films))
@@ -38,12 +38,15 @@ def hold_out_films(films, tables, holdout: int, seed: int) -> tuple[np.ndarray, 
     return np.array(train), np.array(sorted(held), dtype=int)
 
 
-def patients_of(films, tables) -> list[str]:
-    """Name the patient of every film: as its folder tells, else as a label table does."""
+def patients_of(films, tables, located) -> list[str]:
+    """Name the patient of every film: as its folder tells, else as a label table does.
+
+    located: for every table where the films of its rows are, as Labels.locate says.
+    """
     patients = list(films.patients)
-    for table in tables:
+    for table, where in zip(tables, located, strict=True):
         names = set(table.names)
-        for i, patient in zip(table.locate(films), table.patients, strict=True):
+        for i, patient in zip(where, table.patients, strict=True):
             # A film under its own name has no known patient in the folder: the table may know one.
             is_unknown = i >= 0 and patients[i] == films.names[i]
             if is_unknown and patient not in names:
