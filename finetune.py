@@ -259,14 +259,16 @@ class TaskData:
 def loss_of(kind, logits, goal):
     """Compute the loss of every film. logits, goal (B, c), of masks (B, H, W) → (B,)
 
-    labels: binary cross entropy, mean over the classes. classes: cross entropy. mask: binary cross
-    entropy, mean over the pixels, plus 1 - Dice.
+    labels: binary cross entropy, mean over the classes, to which a label that is not known (NaN)
+    adds nothing. classes: cross entropy. mask: binary cross entropy, mean over the pixels, plus
+    1 - Dice.
     """
     logits = logits.float()
     if kind == "classes":
         return F.cross_entropy(logits, goal, reduction="none")  # goal is 1 for the class, else 0
-    entropy = F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
-    entropy = entropy.flatten(1).mean(1)
+    is_known = ~goal.isnan()
+    entropy = F.binary_cross_entropy_with_logits(logits, goal.nan_to_num(), reduction="none")
+    entropy = (entropy * is_known).flatten(1).mean(1)
     if kind == "labels":
         return entropy
     guess = logits.sigmoid().flatten(1)  # (B, H W)
@@ -331,7 +333,7 @@ class Score(NamedTuple):
 
 
 def targets_of(films, rows) -> np.ndarray:
-    """The targets (n, c) of the films that have a row, in their order."""
+    """The targets (n, c) of the films that have a row, in their order; NaN: not known."""
     return np.array([films.examples[i].target for i in rows], float)
 
 

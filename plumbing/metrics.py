@@ -23,10 +23,13 @@ def to_array(values) -> np.ndarray:
 def auroc(scores, labels) -> float:
     """Area under the ROC curve: the share of (positive, negative) pairs ranked rightly, a tie half.
 
-    scores (n,), labels (n,) of 0 and 1. nan when one class is absent or a score is nan.
+    scores (n,), labels (n,) of 0 and 1; films whose label is not known (nan) are left out. nan when
+    one class is absent or a score is nan.
     """
-    scores = to_array(scores)
-    is_positive = to_array(labels) > 0.5
+    labels = to_array(labels)
+    is_known = ~np.isnan(labels)
+    scores = to_array(scores)[is_known]
+    is_positive = labels[is_known] > 0.5
     positives = is_positive.sum()
     negatives = (~is_positive).sum()
     if not positives or not negatives or np.isnan(scores).any():
@@ -42,7 +45,7 @@ def auroc(scores, labels) -> float:
 def mean_auroc(scores, labels) -> tuple[float, list[float]]:
     """Unweighted mean AUROC over the classes that have positives and negatives, and all c values.
 
-    scores (n, c), labels (n, c) of 0 and 1. The values are nan where undefined.
+    scores (n, c), labels (n, c) of 0 and 1, nan: not known. The values are nan where undefined.
     """
     columns = zip(to_array(scores).T, to_array(labels).T, strict=True)
     values = [auroc(score, label) for score, label in columns]
@@ -143,8 +146,17 @@ def fit_best_logistic(train_x, train_y, val_x, val_y) -> np.ndarray:
     """Logistic regression of one label at the strength of L2 that is best on validation.
 
     The strengths are tried from strong to weak, each fit starting from the last. Where validation
-    lacks a class, L2_FALLBACK is taken. → weights (d + 1,)
+    lacks a class, L2_FALLBACK is taken. Films whose label is not known (nan) are left out; where it
+    is known of none, nothing is learnt. → weights (d + 1,)
     """
+    is_known = ~train_y.isnan()
+    train_x = train_x[is_known]
+    train_y = train_y[is_known]
+    is_known = ~np.isnan(val_y)
+    val_x = val_x[is_known]
+    val_y = val_y[is_known]
+    if not len(train_y):
+        return np.zeros(train_x.shape[1] + 1)
     if np.isnan(auroc(np.zeros(len(val_y)), val_y)):
         return fit_logistic(train_x, train_y, L2_FALLBACK).numpy()
     weights = None
@@ -162,7 +174,8 @@ def fit_best_logistic(train_x, train_y, val_x, val_y) -> np.ndarray:
 def fit_probe(train_x, train_y, val_x, val_y) -> tuple[np.ndarray, np.ndarray]:
     """Fit a linear probe: features standardised by train, one logistic regression per label.
 
-    train_x, val_x (n, d); labels (n,) or (n, c); every label gets its own strength of L2.
+    train_x, val_x (n, d); labels (n,) or (n, c) of 0, 1 and nan (not known); every label gets its
+    own strength of L2.
     → weight (d, c), bias (c,): the logits of raw features are x @ weight + bias
     """
     train_y = to_array(train_y).reshape(len(train_y), -1)

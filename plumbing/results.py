@@ -16,7 +16,7 @@ from plumbing import metrics, pictures
 from plumbing.benchmarks import TASKS
 from plumbing.checkpoint import write_json, write_text
 from plumbing.launch import UserError
-from plumbing.splits import Splits, class_warnings
+from plumbing.splits import Splits, class_warnings, tally
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
 
@@ -35,7 +35,11 @@ def describe_task(root: Path, splits: Splits) -> str:
     lines = [f"data: {root}, task {splits.task}: {metric} of {', '.join(splits.labels)}"]
     for split, counts in splits.counts().items():
         line = f"{split}: {counts['films']} films of {counts['patients']} patients"
-        positive = [f"{name} {films}" for name, films in counts.get("positive", {}).items()]
+        unknown = counts.get("unknown", {})
+        positive = []
+        for name, films in counts.get("positive", {}).items():
+            not_known = f" and {unknown[name]} unknown" if name in unknown else ""
+            positive.append(f"{name} {films}{not_known}")
         if positive:
             line += f" ({', '.join(positive)})"
         lines.append(line)
@@ -44,11 +48,11 @@ def describe_task(root: Path, splits: Splits) -> str:
 
 def refuse_untestable(splits: Splits):
     """UserError, before anything is trained, when the test films cannot give a number."""
-    films = len(splits.test)
-    positive = splits.counts()["test"].get("positive", {})
-    if positive and not any(0 < count < films for count in positive.values()):
+    labels = [] if splits.kind == "mask" else splits.labels
+    counts = [tally(splits.test, k) for k in range(len(labels))]
+    if counts and not any(count[0] and count[1] for count in counts):
         raise UserError(
-            f"no class has positive and negative films among the {films} test films: "
+            f"no class has positive and negative films among the {len(splits.test)} test films: "
             "AUROC is undefined; choose another split"
         )
 
@@ -78,9 +82,9 @@ def describe_recipe(args, films: int, steps, reasons: list[str]) -> str:
 def judge(kind: str, labels, table, targets) -> tuple[float, dict]:
     """Judge the rows of finetune.predict. → (the task's metric, {class: AUROC}), percent
 
-    table: the rows (n, c), or (n, 3) of masks. targets (n, c): 0 and 1. A class without positives
-    or without negatives has no AUROC (None) and counts in no mean. The Dice is also given over the
-    films that have a mask, for where most have none an empty guess is right.
+    table: the rows (n, c), or (n, 3) of masks. targets (n, c): 0, 1, or NaN: not known. A class
+    without positives or without negatives has no AUROC (None) and counts in no mean. The Dice is
+    also given over the films that have a mask, for where most have none an empty guess is right.
     """
     if kind == "mask":
         dice, has_mask, _ = table.T
@@ -96,7 +100,9 @@ def judge(kind: str, labels, table, targets) -> tuple[float, dict]:
 
 
 def write_predictions(folder: Path, task, rows: dict):
-    """Write predictions.csv: film, class, label (0 or 1), score (logit), per test film and class.
+    """Write predictions.csv: film, class, label, score (logit), per test film and class.
+
+    label: 0 or 1, empty when it is not known.
 
     Segmentation: label says whether the film has a true mask, score is its Dice.
     """

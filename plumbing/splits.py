@@ -58,7 +58,8 @@ def patients_of(films, tables, located) -> list[str]:
 class Example(NamedTuple):
     """One film of a downstream task and what is to be predicted of it.
 
-    target: one 0 or 1 per label, () for segmentation. mask: as film.read_mask takes it.
+    target: 0, 1 or None (not known) per label, () for segmentation. mask: as film.read_mask takes
+    it.
     """
 
     path: Path
@@ -84,18 +85,28 @@ class Splits:
     drawn: bool = False
 
     def counts(self) -> dict:
-        """Count {split: {films, patients, positive: {label: films}}}; masks have no "positive"."""
+        """Count {split: {films, patients, positive: {label: films}}}; masks have no "positive".
+
+        Where a label is not known of some films, these are counted under "unknown", as positive.
+        """
         counts = {}
         for split in SPLITS:
             examples = getattr(self, split)
             patients = {example.patient for example in examples}
             counts[split] = {"films": len(examples), "patients": len(patients)}
-            if self.kind != "mask":
-                counts[split]["positive"] = {
-                    name: int(sum(example.target[k] for example in examples))
-                    for k, name in enumerate(self.labels)
-                }
+            if self.kind == "mask":
+                continue
+            tallies = [(name, tally(examples, k)) for k, name in enumerate(self.labels)]
+            counts[split]["positive"] = {name: count[1] for name, count in tallies}
+            unknown = {name: count[None] for name, count in tallies if count[None]}
+            if unknown:
+                counts[split]["unknown"] = unknown
         return counts
+
+
+def tally(examples: list[Example], k: int) -> Counter:
+    """Count of how many films label k holds (1), does not hold (0) and is not known (None)."""
+    return Counter(example.target[k] for example in examples)
 
 
 def draw_patients(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
@@ -210,7 +221,8 @@ def draw_few(examples, fraction=1.0, shots: int | None = None, seed=0) -> list[E
         for k in range(len(examples[0].target)):
             positive = [i for i in order if examples[i].target[k]]
             chosen.update(positive[:shots])
-        without_finding = [i for i in order if not any(examples[i].target)]
+        is_free = [all(value == 0 for value in example.target) for example in examples]
+        without_finding = [i for i in order if is_free[i]]
         chosen.update(without_finding[:shots])
     return [examples[i] for i in sorted(chosen)]
 
@@ -230,9 +242,9 @@ def class_warnings(splits: Splits, which=SPLITS) -> list[str]:
     for split in which:
         examples = getattr(splits, split)
         for k, name in enumerate(splits.labels):
-            positive = sum(example.target[k] for example in examples)
-            if 0 < positive < len(examples):
+            count = tally(examples, k)
+            if count[0] and count[1]:
                 continue
-            missing = "negative" if positive else "positive"
+            missing = "negative" if count[1] else "positive"
             lines.append(f"warning: {split} has no {missing} film of {name}: {LACK[split]}")
     return lines

@@ -449,6 +449,17 @@ def test_losses_of_labels_and_classes_are_sklearns():
     assert loss.tolist() == pytest.approx(slow, abs=1e-5)
 
 
+def test_a_label_that_is_not_known_adds_nothing_to_the_loss():
+    logits = torch.randn(3, 2, requires_grad=True)
+    goal = torch.tensor([[1.0, float("nan")], [0.0, 1.0], [float("nan"), float("nan")]])
+    loss = finetune.loss_of("labels", logits, goal)
+    q = logits.detach().sigmoid().numpy()
+    slow = [-np.log(q[0, 0]) / 2, -(np.log(1 - q[1, 0]) + np.log(q[1, 1])) / 2, 0]
+    assert loss.tolist() == pytest.approx(slow, abs=1e-6)
+    loss.sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[goal.isnan()].eq(0).all()
+
+
 def test_the_loss_of_masks_is_cross_entropy_and_dice():
     logits = torch.randn(2, 5, 5)
     goal = torch.zeros(2, 5, 5)

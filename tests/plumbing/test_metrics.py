@@ -128,6 +128,29 @@ def test_linear_probe_takes_many_labels_and_a_validation_set_without_a_class():
     assert np.allclose(metrics.linear_probe(train, y, val, np.zeros(50), test), fixed, atol=1e-3)
 
 
+def test_films_whose_label_is_not_known_count_neither_in_the_probe_nor_in_its_auroc():
+    train, y = blobs(90, 6, 0)
+    val, val_y = blobs(50, 6, 1)
+    test, test_y = blobs(40, 6, 2)
+    hidden = np.arange(90) % 3 == 0
+    labels = np.stack([np.where(hidden, np.nan, y), y], 1)
+    val_labels = np.stack([np.where(np.arange(50) < 9, np.nan, val_y), np.full(50, np.nan)], 1)
+    weight, bias = metrics.fit_probe(train, labels, val, val_labels)
+    mean, scale = metrics.column_scale(train)
+    x, val_x = (train - mean) * scale, (val - mean) * scale
+    x, seen = torch.tensor(x[~hidden]), torch.tensor(y[~hidden], dtype=torch.float64)
+    alone = metrics.fit_best_logistic(x, seen, torch.tensor(val_x[9:]), val_y[9:])
+    assert np.allclose(weight[:, 0] / scale, alone[:-1], atol=1e-4)
+    scores = test @ weight + bias
+    known = np.arange(40) % 2 == 0
+    truth = np.stack([np.where(known, test_y, np.nan), np.full(40, np.nan)], 1)
+    value, areas = metrics.mean_auroc(scores, truth)
+    assert value == areas[0] == pytest.approx(roc_auc_score(test_y[known], scores[known, 0]))
+    assert np.isnan(areas[1])
+    nothing = metrics.linear_probe(train, np.full(90, np.nan), val, val_y, test)
+    assert (nothing == 0).all()
+
+
 def test_constant_features_do_not_break_the_probe():
     train, y = blobs(60, 4, 0)
     train[:, 2] = 1e6

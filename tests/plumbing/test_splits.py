@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from plumbing.launch import UserError
+from plumbing.results import describe_task, refuse_untestable
 from plumbing.splits import (
     Example,
     Splits,
@@ -119,6 +120,27 @@ def test_draws_have_the_wanted_size():
     assert all(sum(film.target[k] for film in few) >= 4 for k in (0, 1))
     assert sum(not any(film.target) for film in few) == 4
     assert len(few) <= 12
+
+
+def test_labels_that_are_not_known_are_counted_and_are_no_negatives():
+    targets = [(1, 0), (0, None), (None, None), (None, 1), (0, 0)]
+    films = [example(f"{k}.png", target) for k, target in enumerate(targets)]
+    splits = Splits("csv", "labels", ("a", "b"), films, films[:2], films[1:2], [])
+    counts = splits.counts()
+    assert counts["train"]["positive"] == {"a": 1, "b": 1}
+    assert counts["train"]["unknown"] == {"a": 2, "b": 2}
+    assert counts["test"]["unknown"] == {"b": 1}
+    assert class_warnings(splits, ["val", "test"]) == [
+        "warning: val has no positive film of b: it does not count in model selection",
+        "warning: test has no positive film of a: it has no AUROC",
+        "warning: test has no positive film of b: it has no AUROC",
+    ]
+    without_finding = draw_few(films, shots=9)  # 0 and 3 have a finding, of 1 and 2 nobody knows
+    assert [film.path.name for film in without_finding] == ["0.png", "3.png", "4.png"]
+    said = describe_task(Path("films"), splits)
+    assert "train: 5 films of 5 patients (a 1 and 2 unknown, b 1 and 2 unknown)" in said
+    with pytest.raises(UserError, match="among the 1 test films: AUROC is undefined"):
+        refuse_untestable(splits)
 
 
 def test_classes_without_positives_are_named():
