@@ -29,7 +29,7 @@ from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import launch, metrics, results, seedrun
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
 from plumbing.checkpoint import StopRequest
-from plumbing.keys import DROP_PATH, TRAIN_JITTER, seed_torch, torch_generator
+from plumbing.keys import DROP_PATH, TRAIN_JITTER, torch_generator
 from plumbing.launch import UserError, flag
 from plumbing.pack import UnreadableFilms
 from plumbing.results import METRIC
@@ -48,8 +48,7 @@ SMALL_PRETRAINED = dict(lr=4e-4, drop_path=0.1)
 SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # and for a new segmentation decoder
 
 # Flags that may change when a run goes on. The films and labels are compared themselves, a seed has
-# a folder of its own, and the rest changes no number, but for drop path, which is drawn per process
-# and micro-batch.
+# a folder of its own, and the rest changes no number.
 FREE = set("out data labels eval seed seeds device workers micro max_steps".split())
 FREE |= set("log_every save_every compile memory_gb".split())
 
@@ -146,8 +145,16 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     filled.precision = launch.choose_precision(args.precision, team.device)
 
     # Every process takes the same share of a batch, in micro-batches that divide it evenly.
-    share = max(1, min(filled.batch, films) // team.size)
+    wanted = filled.batch
+    share = max(1, min(wanted, films) // team.size)
     filled.batch = share * team.size
+    if filled.batch < wanted <= films:
+        reasons.append(
+            f"The batch is {filled.batch}, not {wanted}, so that {team.size} processes can share "
+            "it: the numbers are not those of one process."
+        )
+    elif filled.batch < wanted and args.batch:
+        reasons.append(f"The batch is {filled.batch}, not {wanted}: there are {films} films.")
     limit = min(args.micro or 128, share)
     filled.micro = max(size for size in range(1, limit + 1) if share % size == 0)
 
@@ -355,7 +362,7 @@ def solve_head(model, task: TaskData, args, team):
 
     It has one optimum, which is computed rather than trained; validation chooses its penalty.
     """
-    model.eval()  # no drop path
+    model.eval()
     learnt_from = []
     for split in ("train", "val"):
         rows = predict(model.features, task, split, args, team)
@@ -387,8 +394,11 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
 def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
     """Add up the gradients of this rank's micro-batches, clip, and step. → its films' mean loss"""
     run.model.train()
-    run.model.vit.train(not args.freeze)  # a frozen encoder drops no path
-    seed_torch(DROP_PATH, run.seed, run.step, team.rank)  # the same when the run goes on
+    key = (run.seed, run.step)
+    # Drop path is drawn for the whole batch, so that it does not matter how processes and
+    # micro-batches divide it. A frozen encoder drops none.
+    blocks = len(run.model.vit.blocks)
+    all_draws = torch.rand(args.batch, blocks, 2, generator=torch_generator(DROP_PATH, *key))
     share = args.batch // team.size  # films per step of this rank
     micro_batches = share // args.micro
     losses = []
@@ -397,12 +407,12 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
         task.unreadable.note_batch(item)
         first = team.rank * share + k * args.micro
         batch_positions = torch.arange(first, first + args.micro)
-        key = (run.seed, run.step)
         images, goal = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
+        draws = None if args.freeze else all_draws[batch_positions].to(team.device)
         is_last = k + 1 == micro_batches
         with launch.average_gradients(forward, now=is_last):
             with launch.autocast(team.device, args.precision):
-                loss = loss_of(task.kind, forward(images), goal).mean() / micro_batches
+                loss = loss_of(task.kind, forward(images, draws), goal).mean() / micro_batches
             loss.backward()
         losses.append(loss.detach())
     launch.clip_and_step(run.model, run.optimizer, args.clip)

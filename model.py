@@ -105,7 +105,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block. (B, L, D) → (B, L, D)
 
-    drop: drop path. In training each image skips each of the two branches with this probability.
+    drop: drop path, the probability with which an image skips each of the two branches when it
+    comes with its draws (B, 2), numbers from 0 to 1; without draws nothing is skipped.
     """
 
     def __init__(self, dim, heads, drop=0.0):
@@ -116,27 +117,29 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
         self.drop = drop
 
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x, draws=None):
+        x = x + self.drop_path(self.attn(self.norm1(x)), draws, 0)
+        return x + self.drop_path(self.mlp(self.norm2(x)), draws, 1)
 
-    def drop_path(self, x):
-        if not self.training or self.drop == 0.0:
+    def drop_path(self, x, draws, branch):
+        if draws is None or self.drop == 0.0:
             return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop
+        keep = draws[:, branch, None, None] >= self.drop  # (B, 1, 1)
         return x * keep / (1 - self.drop)  # the expectation stays what it was
 
 
-def run_blocks(blocks, x, save_memory=False):
+def run_blocks(blocks, x, save_memory=False, draws=None):
     """Apply the blocks in turn.
 
     save_memory: do not store their activations but compute them again in the backward pass.
+    draws (B, blocks, 2): for drop path, as Block says.
     """
-    for block in blocks:
+    for k, block in enumerate(blocks):
+        own_draws = None if draws is None else draws[:, k]
         if save_memory and torch.is_grad_enabled():
-            x = recompute(block, x, use_reentrant=False)
+            x = recompute(block, x, own_draws, use_reentrant=False)
         else:
-            x = block(x)
+            x = block(x, own_draws)
     return x
 
 
@@ -175,11 +178,12 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(initialise)
 
-    def forward(self, images, keep=None):
+    def forward(self, images, keep=None, draws=None):
         """Describe all patches of the images, or only those in `keep`.
 
         images (B, 1, H, W), keep (B, K) indices or None → (B, K or N, D). The other patches are
         dropped before the first layer, so the encoder does not pay for what it does not see.
+        draws (B, blocks, 2): numbers from 0 to 1 for drop path, which there is only with them.
         """
         p = self.patch
         patches = images.unfold(2, p, p).unfold(3, p, p)  # (B, 1, n, n, p, p)
@@ -190,7 +194,7 @@ class ViT(nn.Module):
             positions = take(positions, keep)  # (B, K, D)
         kernel = self.patch_embed.proj.weight.flatten(1)  # (D, p²): the convolution as one product
         x = F.linear((patches - MEAN) / STD, kernel, self.patch_embed.proj.bias) + positions
-        return self.norm(run_blocks(self.blocks, x, self.save_memory))
+        return self.norm(run_blocks(self.blocks, x, self.save_memory, draws))
 
 
 # ---- The predictor with the policy network
@@ -364,12 +368,12 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, images):
+    def features(self, images, draws=None):
         """Average the output tokens. (B, 1, H, W) → (B, D)"""
-        return self.vit(images).mean(1)
+        return self.vit(images, draws=draws).mean(1)
 
-    def forward(self, images):
-        return self.head(self.features(images))
+    def forward(self, images, draws=None):
+        return self.head(self.features(images, draws))
 
 
 def norm(channels):
@@ -434,9 +438,9 @@ class Segmenter(nn.Module):
         )
         self.head = nn.Conv2d(channels[0], 1, 1)
 
-    def forward(self, images):
+    def forward(self, images, draws=None):
         n = self.vit.grid
-        tokens = self.vit(images)  # (B, N, D)
+        tokens = self.vit(images, draws=draws)  # (B, N, D)
         maps = self.fpn(tokens.transpose(1, 2).reshape(len(images), -1, n, n))
         x = maps.pop()  # stride 32; the loop takes it to 16, 8 and 4
         for skip, block in zip(reversed(maps), reversed(self.decoder), strict=True):

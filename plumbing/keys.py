@@ -2,8 +2,8 @@
 
 A key is a name from this list and the integers that the draw depends on, as (seed, epoch, film).
 It holds no rank and no worker, so the same films meet the same numbers however many processes there
-are; drop path alone depends on the rank. The name comes first: NumPy pads keys with zeros, so that
-without it (seed, epoch) would draw the same numbers as (seed, epoch, 0).
+are. The name comes first: NumPy pads keys with zeros, so that without it (seed, epoch) would draw
+the same numbers as (seed, epoch, 0).
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ STEP = 4  # (seed, step): jitter, actions and masks of a global batch
 # fine-tuning
 TRAIN_VIEW = 5  # (seed, epoch, film): crop and flip of a training film
 TRAIN_JITTER = 6  # (seed, step): brightness and contrast of a batch
-DROP_PATH = 8  # (seed, step, rank): which residual branches are skipped
+DROP_PATH = 8  # (seed, step): which residual branches the films of a batch skip
 DRAW_FRACTION = 11  # (seed): the training films of --fraction
 DRAW_SHOTS = 12  # (seed): the order in which --shots looks for films of every class
 # analyses
@@ -48,8 +48,3 @@ def torch_generator(*key):
     """Make a torch generator, on the CPU, that depends on the integers of `key` alone."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator().manual_seed(int(seed))
-
-
-def seed_torch(*key):
-    """Seed torch's own generators, of all devices, by the integers of `key`."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))

@@ -205,7 +205,7 @@ def test_sigterm_saves_and_the_same_command_ends_bit_equal(films, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(films, tmp_path):
-    plain = ["--drop_path", "0", "--epochs", "2", "--precision", "float32"]
+    plain = ["--drop_path", "0.5", "--epochs", "2", "--precision", "float32"]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     torchrun += ["--nproc_per_node=2", "--master_port=29611"]
     argv = [*flags_of(films), *TINY, *SHORT, *plain]
@@ -223,6 +223,11 @@ def test_two_processes_train_as_one(films, tmp_path):
     assert same(two, single, atol=1e-5)
     mean = json.loads((tmp_path / "two" / "result.json").read_text())["mean"]
     assert mean == pytest.approx(one["mean"])
+    losses = []
+    for out in ("one", "two"):
+        rows = read_rows(tmp_path / out / "seed0" / "log.csv")
+        losses.append([float(row["loss"]) for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -382,6 +387,18 @@ def test_few_films_get_more_epochs_and_smaller_batches_unless_told():
     assert fill_in(40, epochs=3).epochs == 3
     assert fill_in(19).batch == 19
     assert fill_in(1000, batch=300).micro == 100  # the largest divisor up to 128
+
+
+def test_a_batch_that_is_not_the_wanted_one_is_said():
+    for size, films, batch in ((3, 100, 32), (1, 20, 32), (2, 40, 32)):
+        team = launch.Team(0, size, torch.device("cpu"))
+        args = finetune.Config(batch=batch)
+        filled, reasons = finetune.fill_in(args, "labels", BASE, films, team)
+        said = [reason for reason in reasons if reason.startswith("The batch is")]
+        if filled.batch == batch:
+            assert not said
+        else:
+            assert said[0].startswith(f"The batch is {filled.batch}, not {batch}")
 
 
 def test_narrow_networks_get_their_own_drop_path_unless_told():

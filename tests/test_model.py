@@ -136,15 +136,32 @@ def test_sizes_table_is_the_papers():
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
-    vit = shaken(ViT(16, 8, 32, 2, 4, drop_path=0.5)).train()
+    vit = shaken(ViT(16, 8, 32, 2, 4, drop_path=0.5))
     assert [block.drop for block in vit.blocks] == [0.0, 0.5]
     block = vit.blocks[1]
     x = torch.rand(1, 4, 32).expand(4000, -1, -1)
-    factor = block.drop_path(x) / x
-    assert torch.equal(factor.unique(), torch.tensor([0.0, 2.0]))
-    assert (factor == factor[:, :1, :1]).all()
-    assert factor.mean().item() == pytest.approx(1, abs=0.06)
-    assert torch.equal(vit.eval().blocks[1].drop_path(x), x)
+    draws = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
+    for branch in (0, 1):
+        factor = block.drop_path(x, draws, branch) / x
+        assert torch.equal(factor[:, 0, 0] > 0, draws[:, branch] >= 0.5)
+        assert torch.equal(factor.unique(), torch.tensor([0.0, 2.0]))
+        assert (factor == factor[:, :1, :1]).all()
+        assert factor.mean().item() == pytest.approx(1, abs=0.06)
+    assert torch.equal(block.drop_path(x, None, 0), x)
+
+
+def test_each_image_goes_its_own_way_through_the_blocks():
+    vit = shaken(ViT(16, 8, 32, 3, 4, drop_path=0.5))
+    images = torch.rand(4, 1, 16, 16)
+    draws = torch.rand(4, 3, 2)
+    draws[0] = 1.0  # skips nothing, and what is kept grows
+    draws[1, 1:] = 0.0  # skips both branches of all blocks but the first, which skips none
+    together = vit(images, draws=draws)
+    for k in range(4):
+        alone = vit(images[k : k + 1], draws=draws[k : k + 1])
+        assert torch.allclose(together[k : k + 1], alone, atol=1e-5)
+    vit.blocks = vit.blocks[:1]
+    assert torch.allclose(together[1:2], vit(images[1:2]), atol=1e-5)
 
 
 # ---------------------------------------------------------------- the four losses
