@@ -144,20 +144,7 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     filled = dataclasses.replace(args, **left_open)
     filled.precision = launch.choose_precision(args.precision, team.device)
 
-    # Every process takes the same share of a batch, in micro-batches that divide it evenly.
-    wanted = filled.batch
-    share = max(1, min(wanted, films) // team.size)
-    filled.batch = share * team.size
-    if filled.batch < wanted <= films:
-        reasons.append(
-            f"The batch is {filled.batch}, not {wanted}, so that {team.size} processes can share "
-            "it: the numbers are not those of one process."
-        )
-    elif filled.batch < wanted and args.batch:
-        reasons.append(f"The batch is {filled.batch}, not {wanted}: there are {films} films.")
-    limit = min(args.micro or 128, share)
-    filled.micro = max(size for size in range(1, limit + 1) if share % size == 0)
-
+    reasons += share_batch(filled, films, team.size)
     per_epoch = max(1, films // filled.batch)
     may_raise = args.epochs is None and args.task not in PUBLISHED
     if may_raise and filled.epochs * per_epoch < MIN_STEPS:
@@ -167,6 +154,26 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     if filled.image % filled.patch:
         raise UserError(f"--image {filled.image} is not a multiple of --patch {filled.patch}")
     return filled, reasons
+
+
+def share_batch(args: Config, films: int, processes: int) -> list[str]:
+    """Set args.batch and args.micro so that every process takes the same whole micro-batches.
+
+    → the reason why the batch is not what was wanted, if it is not
+    """
+    wanted = args.batch
+    share = max(1, min(wanted, films) // processes)
+    args.batch = share * processes
+    limit = min(args.micro or 128, share)
+    args.micro = max(size for size in range(1, limit + 1) if share % size == 0)
+    if args.batch >= wanted:
+        return []
+    if wanted > films:
+        return [f"The batch is {args.batch}, not {wanted}: there are {films} films."]
+    return [
+        f"The batch is {args.batch}, not {wanted}, so that {processes} processes can share it: "
+        "the numbers are not those of one process."
+    ]
 
 
 class Steps(NamedTuple):
