@@ -96,14 +96,19 @@ def sample_actions(batch, generator, p_tone=0.8, p_blur=0.2):
     What is not applied takes its value from IDENTITY.
     """
     u = torch.rand(batch, 6, generator=generator)
+    placed = place_actions(u[:, :4])
+    tones = torch.where(u[:, 4:5] < p_tone, placed[:, :3], torch.ones(3))
+    sigma = torch.where(u[:, 5:6] < p_blur, placed[:, 3:], torch.zeros(1))
+    return torch.cat([tones, sigma], 1)
+
+
+def place_actions(u):
+    """Lay numbers from 0 to 1 over the ranges of an action's four parts. (B, 4) → (B, 4)"""
     brightness = 0.6 + 0.8 * u[:, 0]  # uniform in (0.6, 1.4)
     contrast = 0.6 + 0.8 * u[:, 1]
     gamma = 0.5 * 4.0 ** u[:, 2]  # log-uniform in (0.5, 2)
-    tones = torch.stack([brightness, contrast, gamma], 1)
-    sigma = 0.05 + (BLUR_MAX - 0.05) * u[:, 3:4]
-    tones = torch.where(u[:, 4:5] < p_tone, tones, torch.ones(3))
-    sigma = torch.where(u[:, 5:6] < p_blur, sigma, torch.zeros(1))
-    return torch.cat([tones, sigma], 1)
+    sigma = 0.05 + (BLUR_MAX - 0.05) * u[:, 3]
+    return torch.stack([brightness, contrast, gamma, sigma], 1)
 
 
 def apply_jitter(views, jitter):

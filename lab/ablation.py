@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import pretrain
+from lab.domain import GRID
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
 from plumbing import phantom
 from plumbing.checkpoint import (
@@ -401,7 +402,7 @@ def write_table3(config: Config) -> str:
         shown = [cell_text(numbers.get(column)) for column in columns]
         paper = f"{PAPER[row]:.1f}" if row in PAPER else "–"
         lines.append([row, *shown, str(len(cells[row])), paper])
-    words = markdown(lines)
+    words = f"{markdown(lines)}\n\nRecall@5: domain sensitivity test, candidates {GRID}"
     write_text(Path(config.out) / "table.md", words + "\n")
     write_json(Path(config.out) / "result.json", result)
     return words

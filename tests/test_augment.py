@@ -5,7 +5,6 @@ These are resampling in NumPy, films whose grey values are coordinates, PIL, Sci
 
 import math
 import random
-from itertools import product
 
 import numpy as np
 import pytest
@@ -18,13 +17,13 @@ from augment import (
     apply_action,
     apply_jitter,
     crop,
+    place_actions,
     relative_coords,
     sample_actions,
     sample_boxes,
     sample_jitter,
     to_float,
 )
-from lab import domain
 
 
 def smooth_film(height, width, seed=0):
@@ -426,7 +425,17 @@ def test_same_generator_same_numbers():
         assert not torch.equal(first, other)
 
 
-def test_candidates_cover_the_range_evenly():
-    candidates = domain.domain_candidates().numpy().round(5)
-    axis = [round(np.float32(0.6 + 0.8 * k / 7), 5) for k in range(8)]
-    assert sorted(map(tuple, candidates)) == sorted(product(axis, axis))
+def test_actions_are_placed_over_the_papers_ranges():
+    """Sec. B.1: brightness, contrast uniform in (0.6, 1.4), gamma log-uniform in (0.5, 2), blur
+    uniform in (0.05, 2)."""
+    u = np.random.default_rng(0).random((50, 4))
+    truth = np.stack(
+        [
+            0.6 + (1.4 - 0.6) * u[:, 0],
+            0.6 + (1.4 - 0.6) * u[:, 1],
+            np.exp(np.log(0.5) + (np.log(2) - np.log(0.5)) * u[:, 2]),
+            0.05 + (2 - 0.05) * u[:, 3],
+        ],
+        1,
+    )
+    assert np.abs(place_actions(torch.from_numpy(u)).numpy() - truth).max() < 1e-6

@@ -51,6 +51,7 @@ def test_ablation_table_by_hand(tmp_path):
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0].startswith("| | probe t | 10% t | Recall@5 |")
     assert lines[2].startswith("| local |") and "65.0 ± 7.1" in lines[2]
+    assert lines[-1].endswith("candidates 8 × 8 brightness × contrast")
     assert lines[2].endswith("| 2 | 84.7 |") and lines[3].endswith("| 1 | 87.6 |")
     config = ablation.Config()
     assert len({ablation.folder(config, row, 0) for row in ablation.ROWS}) == len(ablation.ROWS)
