@@ -404,6 +404,7 @@ def main(args=None, Model=CheXWorld):
                 monitor.check(done, world)  # stops here rather than save NaN
                 if team.lead:
                     save(out, world, optimizer, recipe, done)
+                team.wait()
             if is_stopping:
                 break
 

@@ -6,7 +6,9 @@ Nothing here knows what is being trained, and nothing here imports another of ou
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
+import inspect
 import math
 import os
 import sys
@@ -123,12 +125,18 @@ def add_flag(parser, field):
 
 
 # ---- Processes, devices, precision
+# How long ranks wait for one that works alone: it lists or packs films on a slow disk, or makes the
+# closing table. A rank that dies is noticed at once, one that hangs in a step by nccl's own limit.
+PATIENCE = datetime.timedelta(days=7)
+
+
 @dataclasses.dataclass
 class Team:
     """The processes that train together, seen from one of them.
 
     rank: this one's number. size: how many there are, 1 without torchrun. device: this one's.
-    hosts: a gloo group beside nccl, for small agreements that must not wait for the GPU.
+    hosts: a gloo group beside nccl, for small agreements that must not wait for the GPU, and for
+    waiting while one rank works alone, which may take longer than nccl's ten minutes.
     """
 
     rank: int
@@ -147,7 +155,7 @@ class Team:
             print(*words, flush=True)
 
     def wait(self):
-        """Return when every rank has come here."""
+        """Return when every rank has come here, be it after hours (PATIENCE)."""
         self.any(False)
 
     def any(self, value) -> bool:
@@ -165,30 +173,31 @@ class Team:
             tensor /= self.size
         return tensor
 
-    def agrees_on(self, number: int) -> bool:
-        """True on every rank when all of them pass the same number."""
-        mean = self.mean(torch.tensor(float(number), device=self.device)).item()
-        return not self.any(mean != number)
+    def agrees_on(self, value) -> bool:
+        """True on every rank when all of them pass the same value."""
+        return len(set(self.gather_objects(value))) == 1
 
     def gather(self, rows):
-        """Join the rows (n, ...) of all ranks, each of which has as many. → (world · n, ...)"""
+        """Join the rows (n, ...) of all ranks, each of which has as many. → (size · n, ...) on the
+        lead rank, None on the others
+        """
         if self.size == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        parts = [torch.empty_like(rows) for _ in range(self.size)] if self.lead else None
+        dist.gather(rows.contiguous(), parts)
+        return torch.cat(parts) if self.lead else None
 
     def gather_objects(self, value) -> list:
         """The values of all ranks, in their order, on every rank; of any kind that pickles."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.hosts)
         return values
 
     def leave(self):
-        """Leave the group, so that torchrun sees a clean exit."""
+        """Leave the group when every rank is done, so that torchrun sees a clean exit."""
         if self.size > 1:
-            dist.barrier()
+            self.wait()
             dist.destroy_process_group()
 
 
@@ -206,7 +215,7 @@ def start_team(name: str = "auto") -> Team:
     if size == 1:
         return Team(rank, size, device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Team(rank, size, device, hosts=dist.new_group(backend="gloo"))
+    return Team(rank, size, device, hosts=dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
@@ -241,8 +250,10 @@ def choose_precision(name: str, device: torch.device) -> str:
     """Settle --precision: auto is bfloat16 where the hardware multiplies it, else float32."""
     if name != "auto":
         return name
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.version.hip:  # AMD numbers its GPUs in another way
         has_bfloat16 = torch.cuda.is_bf16_supported()
+    elif device.type == "cuda":  # is_bf16_supported is true of V100 and T4, too: they emulate it
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
     else:  # a CPU without these instructions emulates it, slower than float32
         ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         has_bfloat16 = ask is not None and ask()
@@ -290,8 +301,13 @@ def prepare_forward(model, compile: str, team: Team):
         model = torch.compile(model)
     if team.size == 1:
         return model
+    team.wait()  # for a rank that opens its films longer than the others
     devices = [team.device] if on_gpu else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers"  # so called since torch 2.13, which warns of the old name
+    if switch not in known:
+        switch = "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=devices, **{switch: False})
 
 
 def average_gradients(forward, now: bool):

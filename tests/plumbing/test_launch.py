@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,28 @@ def test_precision():
         assert (x @ x).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "capability, chosen",
+    [((6, 1), "float32"), ((7, 0), "float32"), ((7, 5), "float32")]
+    + [((8, 0), "bfloat16"), ((8, 9), "bfloat16"), ((12, 0), "bfloat16")],
+)
+def test_gpus_that_only_emulate_bfloat16_get_float32(monkeypatch, capability, chosen):
+    """V100 is 7.0, T4 and RTX 20 are 7.5; PyTorch says of all of them that bfloat16 is supported."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: capability)
+    assert launch.choose_precision("auto", torch.device("cuda:0")) == chosen
+    assert launch.choose_precision("bfloat16", torch.device("cuda:0")) == "bfloat16"
+
+
+@pytest.mark.parametrize("has, chosen", [(True, "bfloat16"), (False, "float32")])
+def test_an_amd_gpu_is_asked_itself_as_its_numbers_mean_something_else(monkeypatch, has, chosen):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: has)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
+    assert launch.choose_precision("auto", torch.device("cuda:0")) == chosen
+
+
 # ---- The training step
 def test_the_gradient_is_clipped_then_used_then_cleared():
     layer = torch.nn.Linear(2, 1, bias=False)
@@ -237,6 +260,27 @@ def test_momentum_against_a_table():
 
 
 # ---- Two processes
+def two_processes(script, folder):
+    """Run a script as two gloo ranks with torchrun's variables. → their processes, what they said"""
+    (folder / "two.py").write_text(script)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables["MASTER_PORT"] = str(free.getsockname()[1])
+    team = [
+        subprocess.Popen(
+            [sys.executable, "-W", "always", folder / "two.py", folder],
+            env=variables | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    return team, [process.communicate() for process in team]
+
+
 TWO = """import sys, torch
 from plumbing import launch
 from plumbing.checkpoint import write_text
@@ -244,8 +288,9 @@ def main():
     team = launch.start_team("cpu")
     rank = team.rank
     mean = team.mean(torch.tensor([1.0 + 2 * rank])).item()
-    told = team.any(rank == 1), team.any(False), team.agrees_on(5), team.agrees_on(rank)
-    rows = team.gather(torch.full((1, 2), rank)).tolist()
+    told = team.any(rank == 1), team.any(False), team.agrees_on("a"), team.agrees_on(rank)
+    rows = team.gather(torch.full((1, 2), rank))
+    rows = rows.tolist() if rank == 0 else rows
     layer = torch.nn.Linear(1, 1, bias=False)
     forward = launch.prepare_forward(layer, "off", team)
     gradients = []
@@ -265,26 +310,50 @@ launch.run_script(main)
 
 @pytest.mark.slow
 def test_two_processes_agree_and_average(tmp_path):
-    """Two gloo ranks with torchrun's variables; an error ends its own rank in one line."""
-    (tmp_path / "two.py").write_text(TWO)
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    variables["MASTER_PORT"] = str(29000 + os.getpid() % 400)
-    team = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "two.py", tmp_path],
-            env=variables | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    (said, wrong), (silent, stop) = (process.communicate() for process in team)
+    """An error ends its own rank in one line, and no library warns of what we ask of it."""
+    team, [(said, wrong), (silent, stop)] = two_processes(TWO, tmp_path)
     assert [process.returncode for process in team] == [0, 1], wrong + stop
     assert said == "only once\n" and silent == ""
     assert "error: rank 1 stops" in stop.splitlines() and "Traceback" not in stop
-    told = "2 2.0 (True, False, True, False) [[0, 0], [1, 1]]"
+    assert "FutureWarning" not in wrong + stop, wrong + stop
+    told = "2 2.0 (True, False, True, False)"
     # The first micro-batch stays on its rank: 1 and 3. The second ends in the mean of the sums.
-    assert (tmp_path / "0.txt").read_text() == f"{told} [1.0, 4.0]"
-    assert (tmp_path / "1.txt").read_text() == f"{told} [3.0, 4.0]"
+    assert (tmp_path / "0.txt").read_text() == f"{told} [[0, 0], [1, 1]] [1.0, 4.0]"
+    assert (tmp_path / "1.txt").read_text() == f"{told} None [3.0, 4.0]"
+
+
+PATIENT = """import datetime, time, torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from plumbing import launch
+def main():
+    limits = []
+    new_group = dist.new_group
+    def noted(*args, timeout=None, **kwargs):
+        limits.append(timeout)
+        return new_group(*args, timeout=timeout, **kwargs)
+    dist.new_group = noted
+    team = launch.start_team("cpu")
+    assert limits[0] >= datetime.timedelta(days=1)  # gloo's own limit is half an hour
+    team.mean(torch.ones(1))
+    _set_pg_timeout(datetime.timedelta(seconds=1))  # as nccl's ten minutes, but short
+    for wait in (
+        team.wait,
+        lambda: team.agrees_on(3),
+        lambda: team.gather_objects(["rows"]),
+        lambda: launch.prepare_forward(torch.nn.Linear(1, 1), "off", team),
+        team.leave,
+    ):
+        if team.lead:
+            time.sleep(2.5)  # it lists films, writes files, makes the closing table ...
+        wait()
+    print("left")
+launch.run_script(main)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_longer_for_one_that_works_alone_than_their_collectives_may_take(tmp_path):
+    team, said = two_processes(PATIENT, tmp_path)
+    assert [process.returncode for process in team] == [0, 0], said
+    assert [out for out, _ in said] == ["left\n", "left\n"]
