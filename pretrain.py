@@ -73,7 +73,9 @@ class Config(launch.TrainFlags):
     batch: int = flag(None, "films per step, over all GPUs together [demo 16, paper 2048]")
     epochs: int = flag(None, "passes over the films; sets the schedules [demo 20, paper 300]")
     warmup: float = flag(
-        None, "epochs during which the learning rate rises from 0 [demo 1, paper 40]"
+        None,
+        "epochs during which the learning rate rises from 0 "
+        "[demo 1 of 20, paper 40 of 300; fewer epochs: the same share]",
     )
     lr: float = flag(None, "peak learning rate [demo 1.2e-3, paper 2e-4]")
     weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
@@ -101,20 +103,31 @@ class Config(launch.TrainFlags):
 
 
 # ---- Settings and films
+def recipe_for(args):
+    """Choose the recipe: the paper's for films of the user's own, else the demo's. → {setting}"""
+    return RECIPES["demo"] if args.data is None else RECIPES["paper"]
+
+
 def fill_in(args):
     """Fill in every setting that the user left open from the recipe. → a new Config
 
-    Raises UserError when a setting cannot work.
+    A run of fewer epochs than the recipe's gets the same share of warm-up, so that it comes to its
+    peak and down again. Raises UserError when a setting cannot work.
     """
-    recipe = dict(RECIPES["paper"], out="runs/pretrain")
-    if args.data is None:
-        recipe = dict(RECIPES["demo"], out="runs/demo")
+    recipe = dict(recipe_for(args), out="runs/demo" if args.data is None else "runs/pretrain")
+    epochs = args.epochs or recipe["epochs"]
+    recipe["warmup"] *= min(1, epochs / recipe["epochs"])
     left_open = {name: value for name, value in recipe.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **left_open)
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.warmup >= args.epochs:
+        raise UserError(
+            f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}: "
+            "the learning rate would not come to its peak and down again"
+        )
     if args.image % args.patch:
         raise UserError(f"--image {args.image} is not a multiple of --patch {args.patch}")
     grid = args.image // args.patch
@@ -325,6 +338,21 @@ def describe(args, world, team):
     )
 
 
+def describe_schedule(given, args, films, held, total):
+    """Say how long the training is, and that a run shorter than the recipe has a shorter warm-up.
+
+    given: what the user set; args: the same, filled in.
+    """
+    lines = [f"{films} films to train on, {held} held out; {total} steps"]
+    recipe = recipe_for(given)
+    if given.warmup is None and args.warmup < recipe["warmup"]:
+        lines.append(
+            f"warm-up {args.warmup:.3g} of {args.epochs} epochs, the share of the recipe, "
+            f"{recipe['warmup']:g} of {recipe['epochs']}; --warmup sets another"
+        )
+    return "\n".join(lines)
+
+
 def main(args=None, Model=CheXWorld):
     """Pre-train one world model.
 
@@ -332,7 +360,8 @@ def main(args=None, Model=CheXWorld):
     passes its own.
     """
     # ---- 1. Settings: what the user gave, over the recipe.
-    args = fill_in(args or launch.parse(Config, __doc__))
+    given = args or launch.parse(Config, __doc__)
+    args = fill_in(given)
     out = Path(args.out)
 
     # ---- 2. Processes: torchrun starts one per GPU; without it this is the only one.
@@ -370,7 +399,7 @@ def main(args=None, Model=CheXWorld):
     groups = parameter_groups(world, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     team.say(describe(args, world, team))
-    team.say(f"{len(train)} films to train on, {len(held)} held out; {total} steps")
+    team.say(describe_schedule(given, args, len(train), len(held), total))
 
     # ---- 6. Go on where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train])

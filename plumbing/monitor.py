@@ -9,6 +9,10 @@ from plumbing.checkpoint import Log
 from plumbing.launch import UserError
 from plumbing.metrics import feature_std, rankme
 
+# feature_std and rankme are those of the first films of the batch, two views of each: the more rows
+# the higher is RankMe, so only equally many of them compare across batches. (1,024 rows of 768)
+HEALTH_FILMS = 512
+
 
 class Monitor:
     """Watches a pre-training step by step; every args.log_every steps it writes a row of log.csv.
@@ -63,17 +67,19 @@ class Monitor:
             return
         self.check(done)
         means = self.team.mean(torch.stack([values.mean() for values in losses.values()]))
-        pooled = self.team.gather(pooled).float().cpu()
+        pooled = self.team.gather(first_films(pooled, self.args.micro, HEALTH_FILMS))
+        if not self.team.lead:
+            return
+        pooled = pooled[:HEALTH_FILMS].flatten(0, 1).float()
         row = dict.fromkeys(self.names, "")  # some ablated worlds lack some terms
         row |= dict(zip(losses, means.tolist(), strict=True))
         row |= dict(lr=lr, momentum=momentum)
         row |= dict(feature_std=feature_std(pooled), rankme=rankme(pooled))
         row |= self.speed(done)
-        if self.team.lead:
-            steps_per_epoch = self.total // self.args.epochs
-            images = done * self.args.batch
-            self.log.row(step=done, epoch=done / steps_per_epoch, images=images, **row)
-            self.show(done, row)
+        steps_per_epoch = self.total // self.args.epochs
+        images = done * self.args.batch
+        self.log.row(step=done, epoch=done / steps_per_epoch, images=images, **row)
+        self.show(done, row)
 
     def speed(self, done):
         """Films per second, and the share of time spent waiting for them, since the last row."""
@@ -113,3 +119,12 @@ class Monitor:
                 f"the loss became NaN or infinite before step {done}: {self.out}/last.pt still "
                 "holds the last good state; start again with a lower --lr or --precision float32"
             )
+
+
+def first_films(pooled, micro: int, count: int):
+    """Take the first films of a rank's share of the batch, at most `count`. → (n, 2, D)
+
+    pooled (2b, D): micro-batch after micro-batch, of each view 1 of its `micro` films, then view 2.
+    """
+    views = pooled.unflatten(0, (-1, 2, micro))  # (micro-batches, 2, micro, D)
+    return views.transpose(1, 2).flatten(0, 1)[:count]

@@ -287,6 +287,30 @@ def test_settings_are_filled_in_from_the_recipe_of_the_data():
     assert given == pretrain.Config()  # the user's own settings stay as they were
 
 
+def test_a_short_run_has_the_recipes_share_of_warmup():
+    for given, warmup in (
+        (dict(data="films"), 40),
+        (dict(data="films", epochs=10), 4 / 3),
+        (dict(data="films", epochs=400), 40),
+        (dict(data="films", epochs=10, warmup=7.5), 7.5),
+        (dict(epochs=5), 0.25),
+    ):
+        assert pretrain.fill_in(pretrain.Config(**given)).warmup == pytest.approx(warmup)
+
+
+@pytest.mark.slow
+def test_ten_epochs_of_the_films_recipe_come_to_their_peak_and_down_again(films, tmp_path):
+    words = "--size tiny --image 32 --patch 8 --batch 8 --epochs 10 --ema 0.9 --log_every 1"
+    pretrain_films = [sys.executable, str(ROOT / "pretrain.py"), "--data", str(films)]
+    pretrain_films += ["--out", str(tmp_path), "--device", "cpu", "--holdout", "4"]
+    done = subprocess.run([*pretrain_films, *words.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warm-up 1.33 of 10 epochs, the share of the recipe, 40 of 300" in done.stdout
+    rates = [float(row["lr"]) for row in log(tmp_path)]
+    assert rates.index(max(rates)) == 4 and max(rates) == pytest.approx(2e-4)
+    assert len(rates) == 40 and rates[-1] < 2e-6
+
+
 @pytest.mark.parametrize(
     "setting, words",
     [
@@ -294,6 +318,8 @@ def test_settings_are_filled_in_from_the_recipe_of_the_data():
         (dict(holdout=-1), "--holdout -1: must be at least 0"),
         (dict(patch=7), "--image 64 is not a multiple of --patch 7"),
         (dict(image=24), "at least 4 × 4"),
+        (dict(data="films", epochs=10, warmup=40), "--warmup 40 must be less than --epochs 10"),
+        (dict(epochs=2, warmup=2), "--warmup 2 must be less than --epochs 2"),
     ],
 )
 def test_settings_that_cannot_work(setting, words):

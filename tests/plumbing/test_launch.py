@@ -184,7 +184,7 @@ def test_precision():
     + [((8, 0), "bfloat16"), ((8, 9), "bfloat16"), ((12, 0), "bfloat16")],
 )
 def test_gpus_that_only_emulate_bfloat16_get_float32(monkeypatch, capability, chosen):
-    """V100 is 7.0, T4 and RTX 20 are 7.5; PyTorch says of all of them that bfloat16 is supported."""
+    """V100 is 7.0, T4 and RTX 20 are 7.5; PyTorch says of them all that bfloat16 is supported."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: capability)
@@ -261,7 +261,7 @@ def test_momentum_against_a_table():
 
 # ---- Two processes
 def two_processes(script, folder):
-    """Run a script as two gloo ranks with torchrun's variables. → their processes, what they said"""
+    """Run a script as two gloo ranks with torchrun's variables. → processes, what they said"""
     (folder / "two.py").write_text(script)
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

@@ -93,6 +93,27 @@ def test_collapse_measures_have_their_closed_forms():
     assert metrics.feature_std([[0.0, 0.0], [2.0, 4.0]]) == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("shape", [(40, 200), (200, 40), (300, 64)])
+@pytest.mark.parametrize("kind", ["even", "steep", "rank 3", "one feature", "nothing"])
+def test_the_spectrum_is_that_of_a_singular_value_decomposition(shape, kind):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=shape) + 3
+    if kind == "steep":
+        x *= np.logspace(0, -9, shape[1])
+    elif kind == "rank 3":
+        x = rng.normal(size=(shape[0], 3)) @ rng.normal(size=(3, shape[1]))
+    elif kind == "one feature":
+        x[:, 1:] = 0
+    elif kind == "nothing":
+        x[:] = 0
+    truth = np.linalg.svd(x, compute_uv=False)
+    truth = truth / max(truth.sum(), 1e-12)
+    for values in (x, torch.tensor(x)):
+        assert np.allclose(metrics.spectrum(values), truth, atol=1e-6)
+    entropy = -((truth + 1e-7) * np.log(truth + 1e-7)).sum()
+    assert metrics.rankme(x) == pytest.approx(np.exp(entropy), rel=1e-4)
+
+
 @pytest.mark.parametrize("d", [5, 300])  # 300 > 120 films: the rotated branch
 def test_linear_probe_is_scikit_learns_regression_at_the_strength_validation_likes(d):
     train, y = blobs(120, d, 0)

@@ -1,8 +1,10 @@
 """The monitor: rows against numbers by hand, divergence, collapse, the wait for data."""
 
 import itertools
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ NORM = torch.tensor(1.0)
 
 
 def watch(out, names=("l11", "l12"), end=4, **more):
-    args = SimpleNamespace(**(dict(batch=8, epochs=2, log_every=2) | more))
+    args = SimpleNamespace(**(dict(batch=8, micro=4, epochs=2, log_every=2) | more))
     return Monitor(out, names, args, TEAM, 0, end, total=10)
 
 
@@ -55,6 +57,46 @@ def test_a_row_holds_the_means_of_its_step_and_the_speed_since_the_last(tmp_path
         },
         rel=1e-5,
     )
+
+
+def test_health_is_that_of_the_first_films_however_large_the_batch(tmp_path, monkeypatch):
+    """Two micro-batches of 4 films: rows 0–3 and 4–7 are the views of films 0–3, and so on."""
+    monkeypatch.setattr(monitor, "HEALTH_FILMS", 5)
+    with watch(tmp_path) as seen:
+        for done in (1, 2):
+            seen.update(done, losses(1.0, 1.0, 1.0), pooled(), NORM, 0.1, 0.9)
+    [row] = read_log(tmp_path / "log.csv")
+    first = pooled()[[0, 1, 2, 3, 8, 4, 5, 6, 7, 12]].double().numpy()
+    assert float(row["feature_std"]) == pytest.approx(first.std(0).mean(), rel=1e-4)
+    share = np.linalg.svd(first, compute_uv=False)
+    share = share / share.sum() + 1e-7
+    assert float(row["rankme"]) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+
+
+def test_only_the_lead_computes_health_and_only_from_what_it_needs(tmp_path, monkeypatch):
+    """Rank 1 of 4 sends its first films, at most as many as are looked at, and is done."""
+    sent = []
+    for name in ("mean", "any"):
+        monkeypatch.setattr(launch.Team, name, lambda _self, value: value)
+    monkeypatch.setattr(launch.Team, "gather", lambda _self, rows: sent.append(rows))
+    monkeypatch.setattr(monitor, "HEALTH_FILMS", 3)
+    monkeypatch.setattr(monitor, "rankme", None)
+    args = SimpleNamespace(batch=32, micro=4, epochs=2, log_every=1)
+    with Monitor(tmp_path, ("l11",), args, launch.Team(1, 4, TEAM.device), 0, 4, 10) as seen:
+        seen.update(1, losses(1.0, 1.0, 1.0), pooled(), NORM, 0.1, 0.9)
+    assert torch.equal(sent[0], torch.stack([pooled()[:3], pooled()[4:7]], 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_leave_a_row_not_a_traceback(tmp_path, value):
+    broken = pooled()
+    broken[3, 2] = value
+    with watch(tmp_path) as seen, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for done in (1, 2):
+            seen.update(done, losses(1.0, 1.0, 1.0), broken, NORM, 0.1, 0.9)
+    [row] = read_log(tmp_path / "log.csv")
+    assert (row["feature_std"], row["rankme"]) == ("nan", "nan")
 
 
 def test_rows_are_written_when_due_and_at_the_end(tmp_path):
