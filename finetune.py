@@ -35,7 +35,7 @@ from plumbing.pack import UnreadableFilms
 from plumbing.results import METRIC
 from plumbing.seedrun import SeedLog, SeedRun
 from plumbing.splits import draw_few
-from plumbing.weights import load_encoder, resized
+from plumbing.weights import load_encoder, make_vit, resized
 
 # ---- Recipe
 # plumbing/benchmarks.py (TASKS) holds the recipe of every task. It is the paper's; for tasks that
@@ -66,7 +66,9 @@ class Config(launch.TrainFlags):
     )
     column: str = flag(None, "task csv: what to learn [mask, else label, else all 0/1 columns]")
     weights: str = flag(
-        None, "encoder.pt or last.pt, the authors' or timm's file, or none: random [newest run's]"
+        None,
+        "encoder.pt or last.pt, the authors' file, a ViT of MoCo-v3, DINO, MAE, RAD-DINO or timm, "
+        "or none: random [newest run's]",
     )
     out: str = flag(None, "folder of the run [runs/<task>, or runs/<name of the table>]")
     eval: bool = flag(False, "do not train: test the fine-tuned checkpoint --weights")
@@ -196,10 +198,10 @@ def count_steps(args: Config, kind, films: int) -> Steps:
 
 
 # ---- Weights and model
-def encoder_shape(args: Config, weights) -> dict:
+def encoder_shape(args: Config, weights, say=None) -> dict:
     """image, patch, dim, depth and heads of the encoder as pre-trained, or as --size says."""
     if weights:
-        return load_encoder(weights).config
+        return load_encoder(weights, say=say).config
     size = SIZES[args.size or "base"]
     return dict(image=224, patch=16, dim=size["dim"], depth=size["depth"], heads=size["heads"])
 
@@ -222,7 +224,7 @@ def add_head(vit, kind, labels):
 def load_finetuned(path, kind, labels, device):
     """Load best.pt. UserError when it was trained for something else than `kind` and `labels`."""
     saved = seedrun.load_best(path, kind, labels)
-    model = add_head(ViT(**saved["config"]), kind, labels)
+    model = add_head(make_vit(saved["config"]), kind, labels)
     model.load_state_dict(saved["finetuned"])
     return model.to(device)
 
@@ -232,8 +234,9 @@ def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
 
     Layer k of a ViT with L blocks learns at layer_decay^(L + 1 - k) of the learning rate: the
     pre-trained edges and textures of the early layers are kept, the late layers adapt to the task.
-    k is 0 for the patch embedding, i + 1 for block i, L + 1 for the final norm and the head.
-    Biases and norms (vectors) have no weight decay. Frozen parameters are left out.
+    k is 0 for what comes before the blocks, i + 1 for block i, L + 1 for the final norm and the
+    head. Biases, norms, positions and class tokens have no weight decay. Frozen parameters are left
+    out.
     → [{params, weight_decay, scale}]
     """
     last = len(model.vit.blocks) + 1
@@ -242,11 +245,12 @@ def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
         if not parameter.requires_grad:
             continue
         layer = last
-        if name.startswith("vit.patch_embed."):
+        if name.startswith(("vit.patch_embed.", "vit.pos_embed", "vit.tokens")):
             layer = 0
         elif name.startswith("vit.blocks."):
             layer = int(name.split(".")[2]) + 1
-        decay = weight_decay if parameter.dim() > 1 else 0.0
+        is_matrix = name.endswith(".weight") and parameter.dim() > 1
+        decay = weight_decay if is_matrix else 0.0
         new_group = dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer))
         groups.setdefault((layer, decay), new_group)["params"].append(parameter)
     return list(groups.values())
@@ -582,7 +586,7 @@ def main():
     finetuned = None
     if args.eval:
         finetuned = load_finetuned(weights, splits.kind, splits.labels, team.device)
-    shape = finetuned.vit.config if finetuned else encoder_shape(args, weights)
+    shape = finetuned.vit.config if finetuned else encoder_shape(args, weights, team.say)
     team.say(results.describe_weights(weights, why, shape))
     team.say(results.describe_task(root, splits))
     results.refuse_untestable(splits)

@@ -185,6 +185,11 @@ class ViT(nn.Module):
         dropped before the first layer, so the encoder does not pay for what it does not see.
         draws (B, blocks, 2): numbers from 0 to 1 for drop path, which there is only with them.
         """
+        x = self.embed(images, keep)
+        return self.norm(run_blocks(self.blocks, x, self.save_memory, draws))
+
+    def embed(self, images, keep=None):
+        """Make a token of every patch, or of those in `keep`: its pixels, and where it lies."""
         p = self.patch
         patches = images.unfold(2, p, p).unfold(3, p, p)  # (B, 1, n, n, p, p)
         patches = patches.reshape(len(images), -1, p * p)  # (B, N, p²)
@@ -193,8 +198,7 @@ class ViT(nn.Module):
             patches = take(patches, keep)  # (B, K, p²)
             positions = take(positions, keep)  # (B, K, D)
         kernel = self.patch_embed.proj.weight.flatten(1)  # (D, p²): the convolution as one product
-        x = F.linear((patches - MEAN) / STD, kernel, self.patch_embed.proj.bias) + positions
-        return self.norm(run_blocks(self.blocks, x, self.save_memory, draws))
+        return F.linear((patches - MEAN) / STD, kernel, self.patch_embed.proj.bias) + positions
 
 
 # ---- The predictor with the policy network

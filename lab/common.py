@@ -27,7 +27,7 @@ OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the de
 
 @dataclasses.dataclass
 class Common:
-    weights: str = flag(None, "a run or its last.pt or encoder.pt, the authors' file, a timm ViT")
+    weights: str = flag(None, "a run, its last.pt or encoder.pt, the authors' file, another ViT")
     data: str = flag(None, "folder of films or a .pack file [synthetic films, drawn into --out]")
     out: str = flag(None, "folder of the results [runs/NAME]")
     table: str = flag(None, "CSV about the films: only those it names are used, or its test split")

@@ -25,12 +25,11 @@ from tqdm import tqdm
 import augment
 from lab.common import Common, evenly, find_weights, finish, open_set, rows_of, start
 from lab.domain import GREEN
-from model import ViT
 from plumbing import pictures
 from plumbing.film import UnreadableFilm
 from plumbing.keys import RANDOM_CUT, numpy_rng
 from plumbing.launch import UserError, flag, run_script
-from plumbing.weights import load_encoder, resized
+from plumbing.weights import load_encoder, make_vit, resized
 
 # Those that a mask of both lungs shows; the patient's right is the image's left.
 MASK_LANDMARKS = ("right_apex", "left_apex", "right_angle", "left_angle")
@@ -49,7 +48,7 @@ class Config(Common):
 def main(argv=None):
     # ---- 1. Weights and films, as stored: the table counts their pixels.
     args, device = start(Config, __doc__, "correspondence", argv)
-    encoder = load_encoder(find_weights(args.weights))
+    encoder = load_encoder(find_weights(args.weights), say=print)
     count = args.films + args.references
     films, table = open_set(args, 7 * count, side=0)
     if not table:
@@ -75,7 +74,7 @@ def main(argv=None):
 
     # ---- 3. Answers by features, and by places alone.
     torch.manual_seed(args.seed)
-    fresh = ViT(**encoder.config)
+    fresh = make_vit(encoder.config)
     ways = {}
     for name, vit in (("pre-trained", encoder), ("random weights", fresh)):
         ways[name] = partial(dense, resized(vit, size, patch).to(device).eval(), side=args.side)

@@ -35,7 +35,7 @@ class Config(common.Common):
 
 def main(argv=None):
     args, device = common.start(Config, __doc__, "features", argv)
-    encoder = load_encoder(common.find_weights(args.weights)).to(device).eval()
+    encoder = load_encoder(common.find_weights(args.weights), say=print).to(device).eval()
     films, _ = common.open_set(args, 20)
     numbers = common.evenly(common.named(args.table, films), args.films)
     describe_these = functools.partial(describe, encoder)

@@ -19,13 +19,12 @@ import torch
 
 from lab.common import Common, find_weights, finish, open_set, pooled, some_films, start
 from lab.report import curves_picture, probe_table, probe_words
-from model import ViT
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import feature_std, rankme, spectrum
 from plumbing.table import Labels
-from plumbing.weights import load_encoder
+from plumbing.weights import load_encoder, make_vit
 
 COLLAPSED = """collapsed: the encoder says nearly the same of every film. \
 Train again with a lower --lr, a higher --ema or a longer --warmup"""
@@ -69,9 +68,9 @@ def load_encoders(path, seed):
 
     → {name: ViT}. UserError when one of them holds NaN or infinite weights.
     """
-    encoder = load_encoder(path)
+    encoder = load_encoder(path, say=print)
     torch.manual_seed(seed)
-    encoders = {"target encoder": encoder, "random weights": ViT(**encoder.config)}
+    encoders = {"target encoder": encoder, "random weights": make_vit(encoder.config)}
     if "world" in load_checkpoint(path):
         encoders["context encoder"] = load_encoder(path, "context")
     for name, vit in encoders.items():

@@ -5,10 +5,12 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from plumbing.launch import UserError
@@ -72,26 +74,90 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
-def load_checkpoint(path) -> dict:
-    """Load a checkpoint without running anything in it. Raises BadCheckpoint.
+def stand_in(module: str, name: str, function):
+    """Give a function of ours the name under which a checkpoint asks for NumPy's."""
 
-    Only tensors, plain containers and argparse.Namespace (the authors' file holds one) are made.
+    def called(*args):
+        return function(*args)
+
+    called.__module__ = module
+    called.__qualname__ = name
+    return called
+
+
+# Harmless things that people's checkpoints hold beside tensors: the authors' file a Namespace, many
+# a best score or a random state of NumPy, which names its functions by version 1 or 2.
+HARMLESS = [argparse.Namespace, np.dtype, np.ndarray]
+HARMLESS += {type(np.dtype(code)) for code in np.typecodes["All"]}
+for numpy_core in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    HARMLESS += [
+        stand_in(numpy_core, "scalar", lambda dtype, data: np.frombuffer(data, dtype)[0].item()),
+        stand_in(numpy_core, "_reconstruct", lambda *_: np.empty(0)),  # its state is set next
+    ]
+
+
+def load_checkpoint(path) -> dict:
+    """Load a checkpoint or a .safetensors file, running nothing in it. Raises BadCheckpoint.
+
+    Only tensors, plain containers and what is HARMLESS are made.
     """
     path = Path(path)
     if not path.is_file():
         raise BadCheckpoint(f"{path}: no such checkpoint file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        if is_safetensors(path):
+            return read_safetensors(path)
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # junk bytes can raise anything in an unpickler
-        raise BadCheckpoint(
-            f"{path}: not a checkpoint that can be loaded safely ({brief(error)}); "
-            "nothing in it was run"
-        ) from None
+        raise BadCheckpoint(f"{path}: {why_not_loaded(error)}; nothing in it was run") from None
     if not isinstance(checkpoint, dict):
         raise BadCheckpoint(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Tell what a checkpoint holds that is no tensor, out of PyTorch's page about it."""
+    page = str(error)
+    foreign = re.search(r"GLOBAL (\S+)", page)
+    if foreign is None:
+        reason = page.partition("WeightsUnpickler error: ")[2] or brief(error)
+        reason = reason.partition("\n")[0][:160]
+        return f"not a checkpoint that can be loaded safely ({reason})"
+    return (
+        f"holds a {foreign[1][:80]}, which is not a tensor: if you trust the file, load it with "
+        "weights_only=False and save its state_dict alone"
+    )
+
+
+def is_safetensors(path: Path) -> bool:
+    """Tell whether a file begins as safetensors do: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def read_safetensors(path: Path) -> dict:
+    """Read {name: tensor} from a .safetensors file.
+
+    The format: the length of the header as eight bytes, little-endian; the header, JSON {name:
+    {dtype, shape, data_offsets}}; then the tensors' bytes, to which the offsets refer.
+    """
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    kinds |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        data = bytearray(content[start + first : start + last])
+        if len(data) != last - first:
+            raise ValueError(f"cut short: {name} is not whole")
+        flat = torch.frombuffer(data, dtype=kinds[entry["dtype"]])
+        tensors[name] = flat.view(entry["shape"])
+    return tensors
 
 
 def newest_run(file: str = "encoder.pt", root="runs") -> Path | None:

@@ -1,11 +1,21 @@
-"""Weights in and out: our own runs, the authors' file, timm's ViTs; another image or patch size."""
+"""Weights in and out: our own runs, the authors' file, other papers' ViTs; resized ViTs.
 
+Of a checkpoint only the names and shapes of its tensors are trusted. An encoder lies wherever a
+patch embedding does, whatever stands before its name (`module.`, `teacher.backbone.` ...). Names
+that a ViT of ours cannot use are refused by name, but for heads and decoders.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MEAN, STD, CheXWorld, Predictor, ViT, grid_coords, sincos
+from model import MEAN, STD, Block, CheXWorld, Predictor, ViT, grid_coords, run_blocks, sincos
 from plumbing.checkpoint import UNFIT, BadCheckpoint, brief, load_checkpoint
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of R, G, B
@@ -13,6 +23,8 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # what timm's own ViTs expect
 # Runs before version 0.2 hold these settings of Table 3 in every checkpoint; a full run holds
 # the values below, an ablated one others.
 FULL_RUN = {"tasks": "local,global,domain", "delta": True, "action": True, "unified": True}
+VIT_SIZES = ("image", "patch", "dim", "depth", "heads")
+BASELINE_SIZES = ("tokens", "has_scale", "learns_positions")  # see BaselineViT
 
 
 # ---- Files → networks
@@ -29,14 +41,18 @@ def load_world(path: str | Path) -> CheXWorld:
             world = make_world(checkpoint["config"], path)
             world.load_state_dict(checkpoint["world"])
             return world
-        state = without_prefix(checkpoint.get("model", {}))
-        if any(name.startswith("predictor.") for name in state):
+        tensors = tensors_in(checkpoint)
+        roots = roots_of(tensors, [OFFICIAL])
+        if roots:
+            state = part_of(tensors, roots[0])
             width = state["encoder.patch_embed.proj.weight"].shape[0]
             return from_official(state, heads=width // 64)
     except BadCheckpoint:
         raise
     except UNFIT as error:
-        raise BadCheckpoint(f"{path}: weights that do not fit CheXWorld ({brief(error)})") from None
+        raise BadCheckpoint(
+            f"{path}: weights that do not fit CheXWorld ({reason_of(error)})"
+        ) from None
     raise BadCheckpoint(
         f"{path}: holds no predictor, which is needed here: "
         "give a run's last.pt or the authors' pre-trained file"
@@ -56,33 +72,107 @@ def make_world(config: dict, path: str | Path) -> CheXWorld:
     return use_official_predictor(world) if is_official else world
 
 
-def load_encoder(path: str | Path, which: str = "target") -> ViT:
-    """Load an encoder: encoder.pt or last.pt of a run, the authors' file, or a timm ViT's weights.
+def load_encoder(
+    path: str | Path, which: str = "target", say: Callable[[str], None] | None = None
+) -> ViT:
+    """Load an encoder: of a run, of the authors' file, or of another paper's ViT.
 
-    which: "target" (what the paper fine-tunes, Sec. B.3) or "context". Raises BadCheckpoint.
+    which: "target" (what the paper fine-tunes, Sec. B.3) or "context", where a file holds both.
+    say: is told, in a line, what was taken of a file of others, and what was left aside.
+    Raises BadCheckpoint.
     """
     checkpoint = load_checkpoint(path)
-    model = checkpoint.get("model")
-    if isinstance(model, dict) and any("predictor." in str(name) for name in model):
+    tensors = tensors_in(checkpoint)
+    if "world" not in checkpoint and roots_of(tensors, [OFFICIAL]):
         world = load_world(path)
         encoder = world.target_encoder if which == "target" else world.encoder
         return encoder.requires_grad_(True)
     try:
-        if "world" in checkpoint:
-            prefix = "target_encoder." if which == "target" else "encoder."
-            return make_vit(checkpoint["config"], part_of(checkpoint["world"], prefix))
-        if "encoder" in checkpoint:
-            return make_vit(checkpoint["config"], checkpoint["encoder"])
-        return vit_from(without_prefix(checkpoint.get("model", checkpoint)), rgb=HALF)
+        root = choose_root(roots_of(tensors, PATCH_EMBEDDING), tensors, which)
+        state = part_of(tensors, root)
+        config = checkpoint.get("config")
+        if isinstance(config, dict) and config.keys() >= set(VIT_SIZES):
+            return fill(make_vit(config), state)
+        rgb, colours = normalisation(Path(path), state)
+        vit = vit_from(state, rgb=rgb)
     except UNFIT as error:
-        raise BadCheckpoint(f"{path}: these weights do not fit a ViT ({brief(error)})") from None
-
-
-def make_vit(config: dict, state: dict) -> ViT:
-    """Make a ViT of a checkpoint's config (other keys are left aside) with these weights."""
-    vit = ViT(**{k: config[k] for k in ("image", "patch", "dim", "depth", "heads")})
-    vit.load_state_dict(state)
+        raise BadCheckpoint(
+            f"{path}: these weights do not fit a ViT ({reason_of(error)})"
+        ) from None
+    if say:
+        say(describe_origin(root, tensors, colours))
     return vit
+
+
+def make_vit(config: dict, drop_path: float = 0.0) -> ViT:
+    """Make the encoder that a checkpoint's config describes; other keys are left aside."""
+    sizes = {name: config[name] for name in VIT_SIZES}
+    extras = {name: config[name] for name in BASELINE_SIZES if name in config}
+    kind = BaselineViT if extras else ViT
+    return kind(**sizes, **extras, drop_path=drop_path)
+
+
+class Unlike(ValueError):
+    """Weights of a network that ours is not; the message is a sentence for the user."""
+
+
+def reason_of(error: Exception) -> str:
+    """Say what is wrong with weights that raised this error."""
+    return str(error) if isinstance(error, Unlike) else brief(error)
+
+
+# ---- What lies in a file
+
+# The last part of a name that tells where a network begins.
+OFFICIAL = "predictor.policy_net.0.weight"
+PATCH_EMBEDDING = ["patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"]
+WRAPPERS = {"module", "_orig_mod"}  # what DistributedDataParallel and torch.compile add
+# Which of several encoders is taken, by a word of its name. MoCo-v3's authors fine-tune its
+# base_encoder, not the momentum_encoder.
+TARGETS = "base_encoder teacher target_encoder target model_ema ema state_dict_ema".split()
+CONTEXTS = "base_encoder student context_encoder encoder model state_dict".split()
+# First words of names that an encoder does not need: heads, decoders, what training left.
+ASIDE = "head head_dist fc classifier pooler pre_logits mask_token decoder projector".split()
+ASIDE += "predictor dino_head ibot_head optimizer".split()
+
+
+def tensors_in(checkpoint: dict) -> dict:
+    """List all tensors of nested dicts by dotted names, without what wrappers add to these."""
+    tensors = {}
+    for key, value in checkpoint.items():
+        if isinstance(value, dict):
+            inside = tensors_in(value)
+        else:
+            inside = {"": value} if isinstance(value, torch.Tensor) else {}
+        for name, tensor in inside.items():
+            parts = [part for part in f"{key}.{name}".split(".") if part not in {"", *WRAPPERS}]
+            tensors[".".join(parts)] = tensor
+    return tensors
+
+
+def roots_of(tensors: dict, endings: list[str]) -> list[str]:
+    """List what stands before such an ending in the names: "" or "teacher.backbone.", say."""
+    roots = []
+    for name in tensors:
+        for ending in endings:
+            root = name.removesuffix(ending)
+            if name.endswith(ending) and (root == "" or root.endswith(".")):
+                roots.append(root)
+    return roots
+
+
+def choose_root(roots: list[str], tensors: dict, which: str) -> str:
+    """Choose one of a file's encoders. Raises Unlike when it holds none, or cannot tell."""
+    if not roots:
+        first = ", ".join(list(tensors)[:3]) or "none"
+        raise Unlike(f"no {PATCH_EMBEDDING[0]} among its {len(tensors)} tensors: {first}")
+    if len(roots) == 1:
+        return roots[0]
+    for word in TARGETS if which == "target" else CONTEXTS:
+        named = [root for root in roots if word in root.split(".")]
+        if len(named) == 1:
+            return named[0]
+    raise Unlike(f"several encoders, {', '.join(roots[:4])}: save the one you want alone")
 
 
 def part_of(state: dict, prefix: str) -> dict:
@@ -90,42 +180,209 @@ def part_of(state: dict, prefix: str) -> dict:
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
 
-def without_prefix(state: dict) -> dict:
-    """Take off the prefix that DistributedDataParallel adds."""
-    return {k.removeprefix("module."): v for k, v in state.items()}
-
-
 def depth_of(state: dict, prefix: str = "blocks.") -> int:
     """Count the blocks in a state dict."""
     return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix))
 
 
-# ---- timm's ViTs
+def is_aside(name: str) -> bool:
+    """Tell whether a name is that of a head or a decoder, which an encoder does without."""
+    first = name.split(".")[0].removeprefix("embeddings.")
+    return first in ASIDE or first.startswith("decoder_")
+
+
+def describe_origin(root: str, tensors: dict, colours: str) -> str:
+    """Tell which tensors of a file were taken, how colours became grey, what was left aside."""
+    depth = max(1, root.count("."))
+    aside = []
+    for name in tensors:
+        if not name.startswith(root):
+            aside.append(".".join(name.split(".")[:depth]))
+        elif is_aside(name[len(root) :]):
+            aside.append(root + name[len(root) :].split(".")[0])
+    line = f"encoder: {root.rstrip('.') or 'the whole file'}; {colours}"
+    aside = sorted(set(aside))
+    if aside:
+        line += f"; left aside: {', '.join(aside[:8])}{' ...' if aside[8:] else ''}"
+    return line
+
+
+# ---- Other papers' ViTs
+
+
+class ScaledBlock(Block):
+    """A block whose two branches are scaled per channel, as in DINOv2 (layer scale)."""
+
+    def __init__(self, dim, heads, drop=0.0):
+        super().__init__(dim, heads, drop)
+        self.ls1 = nn.Module()  # containers, for timm's names ls1.gamma and ls2.gamma
+        self.ls2 = nn.Module()
+        self.ls1.gamma = nn.Parameter(torch.ones(dim))
+        self.ls2.gamma = nn.Parameter(torch.ones(dim))
+
+    def drop_path(self, x, draws, branch):
+        scale = (self.ls1, self.ls2)[branch].gamma
+        return super().drop_path(scale * x, draws, branch)
+
+
+class BaselineViT(ViT):
+    """A ViT as MoCo-v3, DINO, MAE and DINOv2 pre-train it. (B, 1, H, W) → patches (B, N, D)
+
+    tokens: class token and registers, which take part in attention and are then left out, since
+    our heads look at patches. Their positions are added to them once, when weights are loaded.
+    has_scale: see ScaledBlock. learns_positions: positions are trained, as they were.
+    """
+
+    def __init__(self, *sizes, tokens=1, has_scale=False, learns_positions=False, **more_sizes):
+        super().__init__(*sizes, **more_sizes)
+        extras = dict(tokens=tokens, has_scale=has_scale, learns_positions=learns_positions)
+        self.config |= extras
+        self.tokens = nn.Parameter(torch.zeros(1, tokens, self.dim))
+        if has_scale:
+            heads = self.config["heads"]
+            self.blocks = nn.ModuleList(ScaledBlock(self.dim, heads, b.drop) for b in self.blocks)
+        if learns_positions:
+            positions = self.pos_embed
+            del self.pos_embed
+            self.pos_embed = nn.Parameter(positions)
+
+    def forward(self, images, keep=None, draws=None):
+        """As in ViT: all patches, or those in `keep`; draws are for drop path."""
+        x = self.embed(images, keep)
+        tokens = self.tokens.expand(len(x), -1, -1)
+        x = run_blocks(self.blocks, torch.cat([tokens, x], 1), self.save_memory, draws)
+        return self.norm(x[:, tokens.shape[1] :])
 
 
 def vit_from(state: dict, heads: int | None = None, rgb: tuple = IMAGENET) -> ViT:
-    """Turn a state dict with timm's names into a ViT.
+    """Turn a state dict with timm's, DINOv2's or Hugging Face's names into a ViT.
 
-    heads: timm's 64 channels each when None. A kernel for RGB, normalised by `rgb`, is folded to
-    grey exactly. A class token is dropped: the features then agree with timm's only approximately.
+    heads: as usual for the width when None. A kernel for RGB, normalised by `rgb`, is folded to
+    grey exactly. Raises ValueError when our ViT would not compute the same features.
     """
+    state = with_timm_names(state)
+    refuse_other_kinds(state)
     kernel = state["patch_embed.proj.weight"]  # (D, 1 or 3, p, p)
-    dim, patch = kernel.shape[0], kernel.shape[-1]
-    grid = int(state["pos_embed"].shape[1] ** 0.5)
-    vit = ViT(grid * patch, patch, dim, depth_of(state), heads or dim // 64)
-    ours = vit.state_dict()
-    unknown = [k for k in state if k.startswith(("blocks.", "norm_pre.")) and k not in ours]
-    if unknown:
-        raise ValueError(f"this ViT has layers that ours has not: {unknown[0]}")
-    if "norm.weight" not in state:  # timm's average-pool models call it fc_norm
-        raise ValueError("no final norm (norm.weight) among the weights; export with fc_norm=False")
-    converted = {k: v for k, v in state.items() if k in ours}
-    converted["pos_embed"] = state["pos_embed"][:, -grid * grid :]  # without the class token's
+    dim, _, _, patch = kernel.shape
+    names = ("cls_token", "dist_token", "register_tokens", "reg_token")
+    tokens = torch.cat([torch.zeros(1, 0, dim), *[state.pop(k) for k in names if k in state]], 1)
+    state["pos_embed"], tokens, grid = part_positions(state["pos_embed"], tokens)
+    axes = axes_of_table(state["pos_embed"], grid)
+    config = dict(image=grid * patch, patch=patch, dim=dim, depth=depth_of(state))
+    config["heads"] = heads or usual_heads(dim, is_moco=axes == (1, 0))
+    has_scale = "blocks.0.ls1.gamma" in state
+    if tokens.numel() or has_scale:
+        state["tokens"] = tokens
+        config |= dict(tokens=tokens.shape[1], has_scale=has_scale, learns_positions=axes is None)
     if kernel.shape[1] == 3:
-        kernel, bias = fold_rgb(kernel, state["patch_embed.proj.bias"], rgb)
-        converted |= {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": bias}
-    vit.load_state_dict(converted)
+        folded = fold_rgb(kernel, state["patch_embed.proj.bias"], rgb)
+        state["patch_embed.proj.weight"], state["patch_embed.proj.bias"] = folded
+    return fill(make_vit(config), {name: t for name, t in state.items() if not is_aside(name)})
+
+
+def fill(vit: ViT, state: dict) -> ViT:
+    """Load the weights into a ViT. Raises Unlike with the name that is not as it must be."""
+    ours = vit.state_dict()
+    for names, what in (
+        ([name for name in state if name not in ours], "layers that ours has not"),
+        ([name for name in ours if name not in state], "no such layers"),
+        ([k for k in state if k in ours and state[k].shape != ours[k].shape], "other shapes"),
+    ):
+        if names:
+            raise Unlike(f"{what}: {', '.join(names[:3])}")
+    vit.load_state_dict(state)
     return vit
+
+
+# Hugging Face's names (ViTModel, ViTMAE, Dinov2Model), and blocks in groups as DINOv2 trains them.
+RENAME = {
+    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^embeddings\.position_embeddings$": "pos_embed",
+    r"^embeddings\.": "",
+    r"^encoder\.layer\.": "blocks.",
+    r"\.attention\.attention\.": ".attn.",
+    r"\.attention\.output\.dense\.": ".attn.proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+    r"^layernorm\.": "norm.",
+    r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",
+}
+
+
+def with_timm_names(state: dict) -> dict:
+    """Rename the tensors of a ViT as timm does; query, key and value become one tensor."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in RENAME.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor.float()
+    for name in [name for name in renamed if ".attn.query." in name]:
+        parts = [renamed.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        renamed[name.replace("query", "qkv")] = torch.cat(parts)
+    return renamed
+
+
+def refuse_other_kinds(state: dict):
+    """Raise Unlike for ViTs that are built otherwise, and say what to do."""
+    biased = [name for name in state if "relative_position" in name]
+    if any(name.startswith(("blocks.", "rel_pos_bias.", "encoder.")) for name in biased):
+        raise Unlike(
+            "BEiT's: its positions are a bias on attention, which ours has not; "
+            "take DINO, MAE, MoCo-v3 or RAD-DINO, or fine-tune it with its authors' code"
+        )
+    if "norm.weight" not in state:  # timm's average-pool models call it fc_norm
+        raise Unlike("no final norm (norm.weight) among the weights; export with fc_norm=False")
+    for name in ("pos_embed", "patch_embed.proj.bias"):
+        if name not in state:
+            raise Unlike(f"no {name} among the weights: another kind of network")
+
+
+def part_positions(positions, tokens) -> tuple:
+    """Part the codes of patches from those of class token and registers, which are added to these.
+
+    positions (1, n² + 0, 1 or T, D), tokens (1, T, D) → (1, n², D), (1, T, D), n
+    """
+    total = positions.shape[1]
+    count = tokens.shape[1]
+    for extra in sorted({0, min(1, count), count}):
+        grid = math.isqrt(total - extra)
+        if grid**2 == total - extra:
+            tokens = tokens.clone()
+            tokens[:, :extra] += positions[:, :extra]
+            return positions[:, extra:], tokens, grid
+    raise Unlike(f"pos_embed holds {total} positions, which with {count} tokens is no square")
+
+
+def usual_heads(dim: int, is_moco: bool) -> int:
+    """The heads of ViTs of this width. MoCo-v3's ViT-S has 12, all others of its width 6."""
+    if is_moco and dim == 384:
+        return 12
+    huge = {1280: 16, 1408: 16, 1664: 16}  # ViT-H, ViT-g and ViT-G have wider ones
+    return huge.get(dim, max(1, dim // 64))
+
+
+def normalisation(path: Path, state: dict) -> tuple:
+    """Find the mean and deviation of R, G, B that weights were trained with. → (them, words)
+
+    Hugging Face's and timm's folders say it beside the weights. Else timm's own ViTs, which have
+    a class head or no class token, take 0.5, and the papers' take ImageNet's.
+    """
+    if any(k.endswith("proj.weight") and v.shape[1:2] == (1,) for k, v in state.items()):
+        return IMAGENET, "grey as ours"
+    for name in ("preprocessor_config.json", "config.json"):
+        file = path.with_name(name)
+        saved = json.loads(file.read_text()) if file.is_file() else {}
+        saved = saved.get("pretrained_cfg", saved)
+        mean = saved.get("image_mean", saved.get("mean"))
+        std = saved.get("image_std", saved.get("std"))
+        if mean and std:
+            return (mean, std), f"colours folded to grey, mean and std of {name}"
+    if "head.weight" in state or not any("cls_token" in name for name in state):
+        return HALF, "colours folded to grey, mean and std 0.5 as timm's"
+    return IMAGENET, "colours folded to grey, mean and std of ImageNet"
 
 
 def to_timm(vit: ViT) -> dict:
@@ -230,7 +487,7 @@ def resized(vit: ViT, image: int, patch: int, drop_path: float = 0.0) -> ViT:
     The new grid covers the same field of view: a patch in the middle of the film keeps the position
     code of the middle. The kernel is resampled so that it answers a constant image as before.
     """
-    new = ViT(**vit.config | {"image": image, "patch": patch}, drop_path=drop_path)
+    new = make_vit(vit.config | {"image": image, "patch": patch}, drop_path)
     state = vit.state_dict()
     if new.grid != vit.grid:
         state["pos_embed"] = resized_positions(vit, new.grid)
@@ -245,12 +502,25 @@ def resized(vit: ViT, image: int, patch: int, drop_path: float = 0.0) -> ViT:
 def resized_positions(vit: ViT, n: int) -> torch.Tensor:
     """Make a ViT's position codes for an n × n grid over the same field of view. → (1, n², D)
 
-    The fixed table is computed anew at fractional coordinates; learned codes (timm) are resampled.
+    A fixed table is computed anew at fractional coordinates; learned codes are resampled.
     """
-    table = sincos(grid_coords(vit.grid), vit.dim)[None]
-    if torch.allclose(vit.pos_embed.cpu(), table, atol=1e-4):
+    axes = axes_of_table(vit.pos_embed.detach().cpu(), vit.grid)
+    if axes:
         coords = (grid_coords(n) + 0.5) * vit.grid / n - 0.5  # in patches of the old grid
-        return sincos(coords, vit.dim)[None]
+        return sincos(coords[:, axes], vit.dim)[None]
     codes = vit.pos_embed.view(1, vit.grid, vit.grid, vit.dim).permute(0, 3, 1, 2)
     codes = F.interpolate(codes, (n, n), mode="bicubic", antialias=True)
     return codes.flatten(2).transpose(1, 2)
+
+
+def axes_of_table(positions: torch.Tensor, grid: int) -> tuple | None:
+    """Tell whose fixed table these codes are, by the order of its coordinates. (1, n², D)
+
+    → (0, 1) for MAE's and ours, (1, 0) for MoCo-v3's, which has columns and rows exchanged; None
+    for learned codes
+    """
+    for axes in ((0, 1), (1, 0)):
+        table = sincos(grid_coords(grid)[:, axes], positions.shape[-1])[None]
+        if torch.allclose(positions, table, atol=5e-3):  # as exact as half precision
+            return axes
+    return None

@@ -27,6 +27,7 @@ from plumbing.film import fit
 from plumbing.metrics import linear_probe
 from plumbing.pack import UnreadableFilms
 from plumbing.splits import Example
+from plumbing.weights import load_encoder, make_vit
 
 TINY = ["--weights", "none", "--size", "tiny", "--image", "32", "--patch", "8", "--device", "cpu"]
 SHORT = ["--batch", "8", "--epochs", "6", "--lr", "2e-3", "--log_every", "2", "--drop_path", "0.1"]
@@ -266,6 +267,33 @@ def test_linear_probe_leaves_the_encoder_alone_and_takes_a_pretrained_one(films,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("table", ["labels.csv", "squares.csv"])
+def test_another_papers_weights_are_trained_saved_and_tested_again(films, tmp_path, capsys, table):
+    """A DINOv2-like file: class token, layer scale, learned positions, a teacher and its head."""
+    extras = dict(tokens=1, has_scale=True, learns_positions=True)
+    size = dict(image=70, patch=14, dim=64, depth=2, heads=1)
+    vit = make_vit(size | extras)
+    state = {f"backbone.{name}": tensor for name, tensor in vit.state_dict().items()}
+    state["backbone.cls_token"] = state.pop("backbone.tokens")
+    state["backbone.pos_embed"] = torch.randn(1, 26, 64)
+    torch.save({"teacher": state | {"dino_head.last.weight": torch.ones(3)}}, tmp_path / "rad.pth")
+    base = ["--weights", str(tmp_path / "rad.pth"), "--device", "cpu", "--epochs", "2"]
+    result = go(films, tmp_path / "run", "--image", "28", "--patch", "7", base=base, table=table)
+    said = capsys.readouterr().out
+    assert "encoder: teacher.backbone" in said
+    assert "left aside: teacher.dino_head" in said
+    kept = weights(tmp_path / "run")
+    assert kept["vit.pos_embed"].shape == (1, 16, 64)
+    loaded = load_encoder(tmp_path / "rad.pth")
+    assert not torch.equal(kept["vit.tokens"], loaded.tokens)  # it learns
+    assert not torch.equal(kept["vit.blocks.1.ls2.gamma"], loaded.blocks[1].ls2.gamma)
+    best = tmp_path / "run" / "seed0" / "best.pt"
+    again = go(films, tmp_path / "again", "--eval", base=["--weights", str(best)], table=table)
+    assert again["mean"] == pytest.approx(result["mean"])
+    assert load_encoder(best).config == loaded.config | {"image": 28, "patch": 7}
+
+
+@pytest.mark.slow
 def test_fraction_and_shots_are_drawn_by_seed(films, tmp_path, capsys):
     result = go(films, tmp_path / "a", "--fraction", "0.25", "--seeds", "2", "--epochs", "1")
     assert result["trained_on"] == [6, 6]
@@ -438,6 +466,21 @@ def test_layer_decay_is_the_table_written_by_hand():
             got[names[id(parameter)]] = (group["scale"], group["weight_decay"])
     assert got == {n: (pytest.approx(s), d) for n, (s, d) in BY_HAND.items()}
     assert len(got) == 30
+
+
+def test_what_comes_before_the_blocks_learns_most_slowly():
+    extras = dict(tokens=2, has_scale=True, learns_positions=True)
+    vit = make_vit(tiny().config | extras)
+    model = Classifier(vit, 2)
+    names = {id(p): n for n, p in model.named_parameters()}
+    got = {}
+    for group in finetune.layer_groups(model, 0.05, 0.5):
+        for parameter in group["params"]:
+            got[names[id(parameter)]] = (group["scale"], group["weight_decay"])
+    more = {"vit.tokens": (0.125, 0.0), "vit.pos_embed": (0.125, 0.0)}
+    for block, scale in (("vit.blocks.0", 0.25), ("vit.blocks.1", 0.5)):
+        more |= {f"{block}.ls1.gamma": (scale, 0.0), f"{block}.ls2.gamma": (scale, 0.0)}
+    assert got == {n: (pytest.approx(s), d) for n, (s, d) in (BY_HAND | more).items()}
 
 
 def test_frozen_parameters_are_in_no_group_and_fpn_learns_at_full_rate():

@@ -5,8 +5,10 @@ The authors' conventions are restated here by slow equations (tests/plain.py).
 
 import argparse
 import importlib.util
+import json
 import os
 import pickle
+import struct
 import sys
 from itertools import product
 from unittest import mock
@@ -18,8 +20,8 @@ import torch
 
 from augment import relative_coords
 from model import CheXWorld, ViT
-from plumbing.checkpoint import BadCheckpoint
-from plumbing.weights import IMAGENET, from_official, load_encoder, load_world, to_timm
+from plumbing.checkpoint import BadCheckpoint, load_checkpoint
+from plumbing.weights import IMAGENET, from_official, load_encoder, load_world, resized, to_timm
 
 TINY = dict(
     image=32,
@@ -445,20 +447,63 @@ def test_timm_weights_in_rgb_fold_exactly(timm, tmp_path):
 
 
 @pytest.mark.slow
-def test_timm_weights_with_a_class_token_load(timm, tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch16_224.dino",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_small_patch14_dinov2",
+        "deit3_small_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
+def test_tokens_and_layer_scale_compute_the_same_features_as_timm(timm, tmp_path, name):
+    torch.manual_seed(1)
+    theirs = timm.create_model(name, depth=2, num_classes=0, img_size=28, patch_size=7).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    torch.save({"model": theirs.state_dict()}, tmp_path / "timm.pth")
+    images = torch.rand(2, 1, 28, 28)
+    mean, std = torch.tensor(IMAGENET).view(2, 3, 1, 1)
+    with torch.no_grad():
+        truth = theirs.forward_features((images.expand(-1, 3, -1, -1) - mean) / std)
+        features = load_encoder(tmp_path / "timm.pth")(images)
+    assert (features - truth[:, -16:]).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_timm_weights_with_a_class_head_expect_its_own_colours(timm, tmp_path):
     theirs = small_timm(timm)
     head = {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}
     torch.save({"model": theirs.state_dict() | head}, tmp_path / "timm.pth")
-    vit = load_encoder(tmp_path / "timm.pth")
-    state = plain.arrays(theirs.state_dict())
-    images = torch.rand(1, 1, 32, 32)
-    rgb = np.repeat((images[0].double().numpy() - 0.5) / 0.5, 3, 0)
-    # The first position is that of the class token.
-    x = plain.embed_patches(rgb, state) + state["pos_embed"][0, 1:]
-    for i in range(2):
-        x = plain.block(x, state, f"blocks.{i}", 3)
-    truth = plain.layer_norm(x, state, "norm")
-    assert np.abs(vit(images)[0].detach().numpy() - truth).max() < 1e-4
+    images = torch.rand(2, 1, 32, 32)
+    said = []
+    with torch.no_grad():
+        truth = theirs.forward_features((images.expand(-1, 3, -1, -1) - 0.5) / 0.5)[:, 1:]
+        vit = load_encoder(tmp_path / "timm.pth", say=said.append)
+    assert (vit(images) - truth).abs().max() < 1e-4
+    assert "0.5" in said[0] and "left aside: model.head" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("beit_base_patch16_224", "BEiT"),
+        ("swin_tiny_patch4_window7_224", "pos_embed"),
+        ("vit_small_patch16_dinov3", "pos_embed"),
+        ("vit_base_patch16_clip_224", "patch_embed.proj.bias"),
+        ("resnet18", "patch_embed.proj.weight among"),
+    ],
+)
+def test_networks_that_are_built_otherwise_are_refused_by_name(timm, tmp_path, name, why):
+    path = tmp_path / "other.pth"
+    depth = {} if name[:3] in ("swi", "res") else {"depth": 1}
+    torch.save(timm.create_model(name, num_classes=0, **depth).state_dict(), path)
+    with pytest.raises(BadCheckpoint, match=why) as error:
+        load_encoder(path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
@@ -467,3 +512,315 @@ def test_timm_weights_without_a_final_norm_are_refused(timm, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     with pytest.raises(BadCheckpoint, match="fc_norm=False"):
         load_encoder(tmp_path / "timm.pth")
+
+
+# ---------------------------------------------------------------- other papers' files
+RGB = 32  # px, four patches of 8 per side
+CHEST = ([0.53] * 3, [0.26] * 3)  # as a preprocessor_config.json may say
+
+
+def baseline_state(tokens=("cls_token",), dim=64, has_scale=False, positions=None, registers=3):
+    """Random weights of a ViT of two blocks, under timm's names and as float32 tensors."""
+    rng = np.random.default_rng(5)
+    full = official_state()
+    names = [name for name in full if name.startswith("encoder.")]
+    shapes = {name.removeprefix("encoder."): full[name].shape for name in names}
+    state = {}
+    for name, shape in shapes.items():
+        shape = [size * dim // DIM if size >= DIM else size for size in shape]
+        fan = int(np.prod(shape[1:])) if len(shape) > 1 else 10
+        state[name] = rng.normal(size=shape) / fan**0.5 + name.endswith("norm.weight")
+    if positions is None:
+        positions = rng.normal(size=(GRID * GRID + 1, dim))
+    state["pos_embed"] = positions[None]
+    for name in tokens:
+        count = 1 if name == "cls_token" else registers
+        state[name] = rng.normal(size=(1, count, dim))
+    if has_scale:
+        for block, k in product(range(2), (1, 2)):
+            state[f"blocks.{block}.ls{k}.gamma"] = rng.normal(size=dim)
+    return {name: torch.from_numpy(np.asarray(array)).float() for name, array in state.items()}
+
+
+def baseline_features(grey, state, heads, rgb=IMAGENET):
+    """The published forward pass, in words: float64, one image. grey (H, W) → patches (N, D)"""
+    p = plain.arrays(state)
+    channels = np.stack([(grey - mean) / std for mean, std in zip(*rgb, strict=True)])
+    x = np.concatenate([p["cls_token"][0], plain.embed_patches(channels, p)]) + p["pos_embed"][0]
+    registers = p.get("register_tokens", np.zeros((1, 0, x.shape[1])))[0]
+    x = np.concatenate([x[:1], registers, x[1:]])
+    for i in range(2):
+        name = f"blocks.{i}"
+        first = p.get(f"{name}.ls1.gamma", 1.0)
+        second = p.get(f"{name}.ls2.gamma", 1.0)
+        normed = plain.layer_norm(x, p, name + ".norm1")
+        x = x + first * plain.attention(normed, p, name + ".attn", heads)
+        # plain.block without attention: its own residual is taken off again.
+        silent = p | {f"{name}.attn.proj.{k}": 0 * p[f"{name}.attn.proj.{k}"] for k in WB}
+        x = x + second * (plain.block(x, silent, name, heads) - x)
+    return plain.layer_norm(x, p, "norm")[-GRID * GRID :]
+
+
+WB = ("weight", "bias")
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def decoder(dim=64):
+    """What MAE's full checkpoint holds beside the encoder."""
+    names = ["decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight", "decoder_pred.bias"]
+    return {name: torch.ones(4) for name in [*names, "decoder_pos_embed", "mask_token"]}
+
+
+def moco_file(state):
+    """MoCo-v3's .pth.tar: both encoders, their heads, the optimizer."""
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    head = {"head.0.weight": torch.ones(3, 64), "head.1.running_mean": torch.ones(3)}
+    model = prefixed("module.base_encoder.", state | head)
+    model |= prefixed("module.momentum_encoder.", other | head)
+    model |= {"module.predictor.0.weight": torch.ones(2, 2)}
+    adam = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]}
+    return {"epoch": 300, "arch": "vit_base", "state_dict": model, "optimizer": adam, "scaler": {}}
+
+
+def dino_file(state):
+    """DINO's full checkpoint: a student that is wrapped, a teacher that is not."""
+    head = {"head.mlp.0.weight": torch.ones(3, 64)}
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    return {
+        "student": prefixed("module.", prefixed("backbone.", other) | head),
+        "teacher": prefixed("backbone.", state) | head,
+        "epoch": 9,
+        "args": argparse.Namespace(arch="vit_small", lr=np.float64(1e-3)),
+        "dino_loss": {"center": torch.zeros(1, 3)},
+    }
+
+
+def hugging_face(state):
+    """The names of Dinov2Model: query, key and value apart."""
+    renamed = {}
+    for name, tensor in state.items():
+        for ours, theirs in (
+            ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+            ("pos_embed", "embeddings.position_embeddings"),
+            ("cls_token", "embeddings.cls_token"),
+            ("register_tokens", "embeddings.register_tokens"),
+            ("blocks.", "encoder.layer."),
+            ("attn.proj", "attention.output.dense"),
+            ("ls1.gamma", "layer_scale1.lambda1"),
+            ("ls2.gamma", "layer_scale2.lambda1"),
+        ):
+            name = name.replace(ours, theirs)
+        if name.startswith("norm."):
+            name = "layer" + name
+        if "attn.qkv" in name:
+            for word, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[name.replace("attn.qkv", f"attention.attention.{word}")] = part.clone()
+        else:
+            renamed[name] = tensor
+    return renamed | {"embeddings.mask_token": torch.zeros(1, 64)}
+
+
+def chunked(state):
+    """DINOv2's names while it trains: blocks in groups."""
+    return {name.replace("blocks.", "blocks.0."): tensor for name, tensor in state.items()}
+
+
+def write_safetensors(path, state):
+    """Eight bytes of length, JSON, raw bytes: the format as published."""
+    header = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, tensor in state.items():
+        raw = tensor.numpy().tobytes()
+        place = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+MAE_TABLE = np.concatenate([np.zeros((1, 64)), plain.mae_table(GRID, 64)])
+PLAIN = baseline_state()
+MAE = baseline_state(positions=MAE_TABLE)
+DINOV2 = baseline_state(has_scale=True)
+REGISTERS = baseline_state(("cls_token", "register_tokens"), has_scale=True)
+LAYOUTS = {  # the file, the state that it holds
+    "MoCo-v3": (moco_file(PLAIN), PLAIN),
+    "DINO, full": (dino_file(PLAIN), PLAIN),
+    "DINO, teacher alone": ({"teacher": prefixed("module.backbone.", PLAIN)}, PLAIN),
+    "DINO, the bare ViT": (PLAIN, PLAIN),
+    "MAE": ({"model": MAE}, MAE),
+    "MAE with its decoder": ({"model": MAE | decoder(), "epoch": 799}, MAE),
+    "DINOv2": (DINOV2 | {"mask_token": torch.zeros(1, 64)}, DINOV2),
+    "DINOv2 with registers": (REGISTERS, REGISTERS),
+    "DINOv2, training's teacher": ({"teacher": prefixed("backbone.", chunked(DINOV2))}, DINOV2),
+    "Dinov2Model": (hugging_face(DINOV2), DINOV2),
+    "Dinov2WithRegistersModel": (hugging_face(REGISTERS), REGISTERS),
+    "half precision": ({"model": {k: v.bfloat16() for k, v in MAE.items()}}, None),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts_compute_the_published_features(tmp_path, layout):
+    content, state = LAYOUTS[layout]
+    if state is None:
+        state = {name: tensor.float() for name, tensor in content["model"].items()}
+    torch.save(content, tmp_path / "weights.pth")
+    vit = load_encoder(tmp_path / "weights.pth").eval()
+    films = np.random.default_rng(2).random((2, RGB, RGB))
+    images = torch.from_numpy(films).float()[:, None]
+    truth = np.stack([baseline_features(film, state, 1) for film in films])
+    with torch.no_grad():
+        assert np.abs(vit(images).numpy() - truth).max() < 1e-4
+        keep = torch.arange(GRID * GRID).expand(2, -1)
+        assert torch.allclose(vit(images, keep), vit(images), atol=1e-5)
+    assert vit.config["tokens"] == 1 + 3 * ("register_tokens" in state)
+    fixed = "MAE" in layout or layout == "half precision"
+    assert isinstance(vit.pos_embed, torch.nn.Parameter) != fixed  # trained, as they were
+
+
+def test_moco_v3_small_has_twelve_heads(tmp_path):
+    """Its table of positions, columns and rows exchanged, tells it from others of its width."""
+    grid = plain.grid(GRID)[:, ::-1]
+    table = np.concatenate([np.zeros((1, 384)), plain.positions(grid, 384)])
+    for heads, positions in ((12, table), (6, None)):
+        state = baseline_state(dim=384, positions=positions)
+        torch.save(moco_file(state), tmp_path / "moco.pth.tar")
+        vit = load_encoder(tmp_path / "moco.pth.tar").eval()
+        film = np.random.default_rng(2).random((RGB, RGB))
+        with torch.no_grad():
+            features = vit(torch.from_numpy(film).float()[None, None])[0].numpy()
+        assert np.abs(features - baseline_features(film, state, heads)).max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["Dinov2Model", "DINOv2 with registers"])
+def test_safetensors_with_their_colours_beside_them(tmp_path, layout):
+    content, state = LAYOUTS[layout]
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, content)
+    colours = {"image_mean": CHEST[0], "image_std": CHEST[1]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(colours))
+    said = []
+    vit = load_encoder(path, say=said.append)
+    film = np.random.default_rng(2).random((RGB, RGB))
+    with torch.no_grad():
+        features = vit(torch.from_numpy(film).float()[None, None])[0].numpy()
+    assert np.abs(features - baseline_features(film, state, 1, CHEST)).max() < 1e-4
+    assert "preprocessor_config.json" in said[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BadCheckpoint, match="cut short"):
+        load_encoder(path)
+
+
+WRAPPERS = ["module.", "_orig_mod.", "teacher.backbone.", "target_encoder.module.", "backbone."]
+WRAPPERS += ["encoder.", "model.", "student.", "net.vit."]
+
+
+@pytest.mark.parametrize("first", WRAPPERS)
+@pytest.mark.parametrize("second", ["", *WRAPPERS])
+def test_prefixes_in_any_order_are_taken_off(tmp_path, first, second):
+    torch.save({"model": prefixed(first + second, MAE)}, tmp_path / "a.pth")
+    torch.save({"model": MAE}, tmp_path / "b.pth")
+    loaded = load_encoder(tmp_path / "a.pth").state_dict()
+    assert same(loaded, load_encoder(tmp_path / "b.pth").state_dict())
+
+
+def test_of_several_encoders_the_teacher_is_taken_and_named(tmp_path):
+    said = []
+    torch.save(dino_file(PLAIN), tmp_path / "dino.pth")
+    load_encoder(tmp_path / "dino.pth", say=said.append)
+    assert len(said) == 1
+    assert "encoder: teacher.backbone" in said[0]
+    for name in ("student.backbone", "student.head", "teacher.head"):
+        assert name in said[0].split("left aside: ")[1]
+    other = {name: tensor + 1 for name, tensor in PLAIN.items()}
+    torch.save({"left": PLAIN, "right": other}, tmp_path / "two.pth")
+    with pytest.raises(BadCheckpoint, match="several encoders, left., right."):
+        load_encoder(tmp_path / "two.pth")
+
+
+@pytest.mark.parametrize(
+    "extra, why",
+    [
+        ({"blocks.0.attn.relative_position_bias_table": torch.ones(3)}, "BEiT"),
+        ({"blocks.0.attn.q_norm.weight": torch.ones(64)}, "q_norm"),
+        ({"blocks.1.mlp.fc1.weight": torch.ones(100, 64)}, "other shapes: blocks.1.mlp.fc1.weight"),
+        ({"adapter.weight": torch.ones(3)}, "adapter.weight"),
+        ({"pos_embed": torch.ones(1, 20, 64)}, "20 positions"),
+        ({"pos_embed": None}, "no pos_embed"),
+        ({"cls_token": None}, "17 positions"),
+        ({"norm.weight": None}, "fc_norm"),
+        ({"blocks.1.attn.proj.bias": None}, "no such layers: blocks.1.attn.proj.bias"),
+    ],
+)
+def test_nothing_unknown_is_left_out_without_a_word(tmp_path, extra, why):
+    changed = PLAIN | extra
+    state = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    torch.save({"model": state}, tmp_path / "odd.pth")
+    with pytest.raises(BadCheckpoint, match=why) as error:
+        load_encoder(tmp_path / "odd.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("state", [MAE, PLAIN, REGISTERS])
+def test_baselines_are_resized_with_all_that_is_theirs(tmp_path, state):
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    vit = load_encoder(tmp_path / "weights.pth")
+    assert same(resized(vit, RGB, 8).state_dict(), vit.state_dict())
+    larger = resized(vit, 2 * RGB, 16, drop_path=0.2)
+    film = torch.rand(1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with torch.no_grad():  # a film of flat patches, twice as large, in patches twice as large
+        twice = film.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        assert (larger.eval()(twice) - vit.eval()(film)).abs().max() < 0.1
+    finer = resized(vit, RGB, 4)
+    assert finer.pos_embed.shape == (1, 64, 64)
+    assert torch.equal(finer.tokens, vit.tokens)
+    if state is MAE:
+        middle = plain.positions([(0.25, 0.75)], 64)[0]  # of the second row, fourth column
+        assert np.abs(finer.pos_embed[0, 8 + 2].detach().numpy() - middle).max() < 1e-5
+
+
+# ---------------------------------------------------------------- what lies beside the tensors
+class Scheduler:
+    """A class that a checkpoint of somebody's program may hold."""
+
+
+def test_harmless_things_beside_the_weights_are_read(tmp_path):
+    beside = {
+        "best": np.float64(0.91),
+        "step": np.int32(7),
+        "done": np.bool_(True),
+        "name": np.str_("vit"),
+        "random": np.random.RandomState(0).get_state(),
+        "args": argparse.Namespace(lr=np.float32(0.5)),
+        "kind": np.dtype("float32"),
+    }
+    torch.save({"model": MAE, **beside}, tmp_path / "a.pth")
+    loaded = load_checkpoint(tmp_path / "a.pth")
+    for name in ("best", "step", "done", "name", "args", "kind"):
+        assert loaded[name] == beside[name], name
+    assert np.array_equal(loaded["random"][1], beside["random"][1])
+    load_encoder(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("core", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_scalars_of_numpy_1_and_2_are_read(tmp_path, core):
+    """A pickle that asks for NumPy's function under the name that it has in that version."""
+    path = tmp_path / "a.pth"
+    torch.save({"model": MAE, "best": np.float64(0.91)}, path, _use_new_zipfile_serialization=False)
+    ours = np.float64(0).__reduce__()[0].__module__.encode()
+    path.write_bytes(path.read_bytes().replace(ours, core.encode()))
+    assert load_checkpoint(path)["best"] == 0.91
+
+
+@pytest.mark.parametrize(
+    "thing, name", [(Scheduler(), "Scheduler"), (len, "len"), (torch.nn.Linear(2, 2), "Linear")]
+)
+def test_a_refusal_names_what_is_no_tensor(tmp_path, thing, name):
+    torch.save({"model": MAE, "scheduler": thing}, tmp_path / "a.pth")
+    with pytest.raises(BadCheckpoint, match=rf"holds a \S*{name}, which is not a tensor") as error:
+        load_encoder(tmp_path / "a.pth")
+    assert "\n" not in str(error.value)
+    assert "weights_only=False" in str(error.value)  # what to do
