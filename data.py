@@ -192,10 +192,7 @@ class TaskFilms:
         film = read_shrunk(example.path, 2 * self.size)
         if example.mask is None:
             return film, None
-        try:
-            mask = read_mask(example.mask, example.path)
-        except (OSError, SyntaxError, UserError) as error:  # Pillow calls a broken PNG SyntaxError
-            raise UnreadableFilm(f"its mask: {error}") from None
+        mask = read_mask(example.mask, example.path, film.shape)
         return film, augment.mask_to(mask, self.size)
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from tqdm import tqdm
 
 import augment
 from lab.common import Common, evenly, find_weights, finish, open_set, rows_of, start
 from lab.domain import GREEN
 from plumbing import pictures
-from plumbing.film import UnreadableFilm
+from plumbing.film import UnreadableFilm, read_mask
 from plumbing.keys import RANDOM_CUT, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.weights import load_encoder, make_vit, resized
@@ -316,9 +316,9 @@ def landmarks_of(row, names, shape, table):
             pixels = [[float(row[f"{name}_row"]), float(row[f"{name}_col"])] for name in names]
             places = (np.array(pixels) + 0.5) / shape
         else:
-            mask = Image.open(Path(table).parent / row["mask"]).convert("L")
-            places = from_mask(np.asarray(mask) > 127)
-    except (OSError, ValueError) as error:
+            mask = read_mask(("file", Path(table).parent / row["mask"]), None, shape)
+            places = from_mask(mask)
+    except (UnreadableFilm, ValueError) as error:
         where = f"--table {table}: the row of {row['filename']}"
         raise UserError(f"{where} cannot be used: {error}") from None
     if places is not None and places.max() > 1:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import REAL
 from films_for_tests import TINY, film, jpeg, needs_real
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from plumbing.film import UnreadableFilm, fit, read_film, read_shrunk
+from plumbing.film import UnreadableFilm, fit, read_film, read_mask, read_shrunk
 
 # ---------------------------------------------------------------- the formats, one by one
 # File, height, width, mean grey, and by how much the mediastinum is brighter than the lungs: looked
@@ -325,3 +325,168 @@ def test_dicom_padding_frames_and_refusals(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(UnreadableFilm, match='pip install "pydicom>=3"'):
         read_film(tmp_path / "padded.dcm")
+
+
+# ---------------------------------------------------------------- masks
+LUNGS = np.zeros((80, 64), np.uint8)  # 1 and 2: two lungs
+LUNGS[20:61, 8:27] = 1
+LUNGS[24:66, 37:55] = 2
+GREY = {value: np.array([0, value, value], np.uint8)[LUNGS] for value in (1, 128, 255)}
+RED_AND_BLUE = np.array([[0, 0, 0], [128, 0, 0], [0, 0, 200]], np.uint8)[LUNGS]
+VISIBLE = GREY[255]
+
+
+def paletted(values, colours):
+    image = Image.frombytes("P", values.shape[::-1], values.tobytes())
+    image.putpalette(np.ravel(colours).astype(np.uint8).tolist())
+    return image
+
+
+def rgba(colours, alpha):
+    colours = np.broadcast_to(np.array(colours, np.uint8), (*alpha.shape, 3))
+    return Image.fromarray(np.dstack([colours, alpha]))
+
+
+VOC = [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+MASKS = {
+    "0 1 2.png": Image.fromarray(LUNGS),
+    "0 1 2.tif": Image.fromarray(LUNGS.astype(np.float32)),
+    "0 127 255.png": Image.fromarray(np.array([0, 127, 255], np.uint8)[LUNGS]),
+    "0 1 2 and 255.png": Image.fromarray(np.where((LUNGS == 1) & (film(1) > 99), 255, LUNGS)),
+    "0 255.bmp": Image.fromarray(GREY[255]),
+    "0 1.gif": Image.fromarray(GREY[1]),
+    "1 bit.png": Image.fromarray(LUNGS > 0),
+    "1 bit.tif": Image.fromarray(LUNGS > 0),
+    "16 bit.png": Image.fromarray(LUNGS.astype(np.uint16)),
+    "16 bit deep.tif": Image.fromarray(LUNGS.astype(np.uint16) * 32767),
+    "32 bit.tif": Image.fromarray(LUNGS.astype(np.int32)),
+    "0 to 1.tif": Image.fromarray((LUNGS > 0).astype(np.float32)),
+    "palette.png": paletted(LUNGS, VOC),
+    "grey palette.png": paletted(LUNGS, [[k, k, k] for k in range(256)]),
+    "reversed palette.png": paletted(2 - LUNGS, VOC[::-1]),
+    "colours.png": Image.fromarray(RED_AND_BLUE),
+    "opaque.png": rgba(RED_AND_BLUE, np.full_like(LUNGS, 255)),
+    "forgotten alpha.png": rgba(RED_AND_BLUE, np.zeros_like(LUNGS)),
+    "overlay.png": rgba((255, 40, 0), VISIBLE // 2),
+    "white under transparency.png": rgba((255, 255, 255), VISIBLE),
+    "alpha alone.png": rgba((0, 0, 0), VISIBLE),
+    "alpha alone 2.png": Image.fromarray(np.dstack([GREY[255] * 0, VISIBLE])),
+    "black is transparent.png": Image.fromarray(GREY[255]),
+    "cmyk.tif": Image.fromarray(RED_AND_BLUE).convert("CMYK"),
+    "lossless.webp": Image.fromarray(RED_AND_BLUE),
+}
+OPTIONS = {
+    "black is transparent.png": {"transparency": 0},
+    "lossless.webp": {"lossless": True},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_however_a_mask_is_stored_what_it_marks_counts(tmp_path, name):
+    path = save(tmp_path, name, MASKS[name], **OPTIONS.get(name, {}))
+    assert np.array_equal(read_mask(("file", path), None), LUNGS > 0)
+    assert np.array_equal(read_mask(("file", path), None, (160, 128)), LUNGS > 0)
+
+
+def overlap(mask):
+    return (mask & (LUNGS > 0)).sum() / (mask | (LUNGS > 0)).sum()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("quality", [95, 75, 30])
+def test_compressed_masks_count_from_half(tmp_path, mode, quality):
+    image = Image.fromarray(GREY[255]).convert(mode)
+    path = save(tmp_path, "mask.jpg", image, quality=quality)
+    assert overlap(read_mask(("file", path), None)) > 0.99
+    again = save(tmp_path, "again.png", Image.open(path).convert("L"))  # ringing, in a PNG
+    assert overlap(read_mask(("file", again), None)) > 0.99
+
+
+def test_soft_masks_count_from_half(tmp_path):
+    soft = Image.fromarray(GREY[255]).filter(ImageFilter.GaussianBlur(1.5))
+    for name, image in (
+        ("soft.png", soft),
+        ("probability.tif", Image.fromarray(np.asarray(soft, np.float32) / 255)),
+        ("alpha.png", rgba((0, 255, 0), np.asarray(soft))),
+    ):
+        mask = read_mask(("file", save(tmp_path, name, image)), None)
+        assert np.array_equal(mask, np.asarray(soft) > 127), name
+    turned = Image.Exif()
+    turned[274] = 6
+    path = save(tmp_path, "turned.jpg", Image.fromarray(GREY[255]), quality=95, exif=turned)
+    assert overlap(np.rot90(read_mask(("file", path), None, (64, 80)))) > 0.98
+
+
+def test_an_empty_mask_is_empty(tmp_path):
+    for name in ("empty.png", "empty.jpg", "empty.tif"):
+        path = save(tmp_path, name, Image.fromarray(LUNGS * 0))
+        assert not read_mask(("file", path), None).any()
+
+
+NOT_MASKS = {
+    "film.png": (Image.fromarray(film(3)), "a grey picture, no mask"),
+    "film.jpg": (Image.fromarray(film(3)), "a grey picture, no mask"),
+    "tinted film.png": (
+        Image.fromarray(np.dstack([film(3), film(3) // 2 + GREY[128] // 2, film(3)])),
+        "a grey picture, no mask",
+    ),
+    "three values.jpg": (
+        Image.fromarray(np.array([0, 127, 255], np.uint8)[LUNGS]),
+        "a grey picture, no mask",
+    ),
+    "0 1 2.jpg": (Image.fromarray(LUNGS), "do not survive"),
+    "white.png": (Image.fromarray(GREY[1] * 0 + 255), "all of its pixels are 255"),
+    "1 2 3.png": (Image.fromarray(LUNGS + 1), "none is background"),
+    "white background.png": (
+        Image.fromarray(np.array([[255, 255, 255], [255, 0, 0], [255, 9, 9]], np.uint8)[LUNGS]),
+        "all of its pixels are 255",
+    ),
+    "ignored.tif": (Image.fromarray(LUNGS.astype(np.float32) - 1), "negative"),
+    "nan.tif": (Image.fromarray(np.where(LUNGS, 1, np.nan).astype(np.float32)), "no numbers"),
+    "no palette.png": (paletted(LUNGS, [[0, 0, 0]] * 256), "palette shows all values in one"),
+    "black and clear.png": (
+        rgba(RED_AND_BLUE, np.where(np.arange(64) < 5, 0, np.full_like(LUNGS, 255))),
+        "black and transparent pixels",
+    ),
+    "mask.npy.png": (None, "neither an image nor DICOM"),
+    "empty file.png": (b"", "empty file"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_MASKS)
+def test_what_is_no_mask_is_refused_by_name(tmp_path, name):
+    image, reason = NOT_MASKS[name]
+    if image is None:
+        image = b"\x93NUMPY\x01\x00v\x00" + b"0" * 200
+    if isinstance(image, bytes):
+        (tmp_path / name).write_bytes(image)
+    else:
+        save(tmp_path, name, image)
+    with pytest.raises(UnreadableFilm, match=rf"its mask \({name}\): .*{reason}"):
+        read_mask(("file", tmp_path / name), None)
+
+
+def test_pages_and_shapes_of_masks(tmp_path):
+    path = save(tmp_path, "mask.png", Image.fromarray(GREY[255]))
+    for shape in ((80, 64), (40, 32), (1250, 1000), (1253, 1000)):
+        assert read_mask(("file", path), None, shape).sum() == (LUNGS > 0).sum()
+    for shape in ((64, 64), (64, 80), (1000, 760)):
+        with pytest.raises(UnreadableFilm, match="64 × 80 px, of another shape than its film"):
+            read_mask(("file", path), None, shape)
+    pages = [Image.fromarray(page) for page in (LUNGS, LUNGS.T.copy())]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(UnreadableFilm, match="it has 2 pages"):
+        read_mask(("file", tmp_path / "pages.tif"), None)
+    path = write_dicom(tmp_path / "mask.dcm", LUNGS.astype(int))
+    assert np.array_equal(read_mask(("file", path), None), LUNGS > 0)
+    with pytest.raises(UnreadableFilm, match="its mask .rle.: run lengths reach pixel 90"):
+        read_mask(("rle", ["0 90"], (8, 8)), None)
+
+
+@needs_real
+def test_real_masks_are_read_and_real_films_are_no_masks():
+    for path in sorted((REAL / "masks").rglob("*.png"))[::20]:
+        assert np.array_equal(read_mask(("file", path), None), np.asarray(Image.open(path)) > 0)
+    for path in sorted((REAL / "films").rglob("*.*"))[::100]:
+        with pytest.raises(UnreadableFilm, match="a grey picture, no mask"):
+            read_mask(("file", path), None)
