@@ -1,6 +1,8 @@
 """Reading of films, against a table made by hand, Pillow, and the rules of DICOM in NumPy."""
 
 import importlib.util
+import io
+import subprocess
 import sys
 
 import numpy as np
@@ -325,6 +327,229 @@ def test_dicom_padding_frames_and_refusals(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(UnreadableFilm, match='pip install "pydicom>=3"'):
         read_film(tmp_path / "padded.dcm")
+
+
+def odd_dicom(path, values, **tags):
+    """A DICOM file whose attributes may be text that pydicom would refuse to write.
+
+    None leaves an attribute out, "" leaves it empty, bytes are written as they are.
+    """
+    pydicom = pytest.importorskip("pydicom")
+    given = {name: tag for name, tag in tags.items() if not isinstance(tag, bytes)}
+    path = write_dicom(path, values, **{n: t for n, t in given.items() if t is not None})
+    data = pydicom.dcmread(path)
+    for name, tag in tags.items():
+        if tag is None and name in data:
+            del data[name]
+        if isinstance(tag, bytes):
+            number = pydicom.tag.Tag(name)
+            vr = pydicom.datadict.dictionary_VR(number)
+            data[number] = pydicom.dataelem.RawDataElement(
+                number, vr, len(tag), tag, 0, False, True
+            )
+    data.save_as(path)
+    return path
+
+
+WINDOW = {"WindowCenter": 900, "WindowWidth": 700}
+ODD = {  # attributes, and (slope, intercept, window) that the film is to be read with
+    "empty slope": ({"RescaleSlope": "", "RescaleIntercept": ""}, (1, 0, None)),
+    "slope of 0": ({"RescaleSlope": 0, "RescaleIntercept": -7}, (1, -7, None)),
+    "slope alone": ({"RescaleSlope": 2, **WINDOW}, (2, 0, (900, 700))),
+    "slope is a word": ({"RescaleSlope": b"none", "RescaleIntercept": b"0 "}, (1, 0, None)),
+    "width 0": ({"WindowCenter": 900, "WindowWidth": 0}, (1, 0, None)),
+    "width 1": ({"WindowCenter": 900, "WindowWidth": 1}, (1, 0, None)),
+    "width below 0": ({"WindowCenter": 900, "WindowWidth": -5}, (1, 0, None)),
+    "empty width": ({"WindowCenter": 900, "WindowWidth": ""}, (1, 0, None)),
+    "centre alone": ({"WindowCenter": 900}, (1, 0, None)),
+    "window elsewhere": ({"WindowCenter": -9000, "WindowWidth": 700}, (1, 0, None)),
+    "window too narrow": ({"WindowCenter": 900, "WindowWidth": 2}, (1, 0, None)),
+    "second window": ({"WindowCenter": [5, 900], "WindowWidth": [0, 700]}, (1, 0, (900, 700))),
+    "commas": ({"WindowCenter": b"900,0 ", "WindowWidth": b"700,0 "}, (1, 0, (900, 700))),
+    "words": ({"WindowCenter": b"AUTO", "WindowWidth": b"AUTO"}, (1, 0, None)),
+    "empty tables": ({"VOILUTSequence": [], "ModalityLUTSequence": []}, (1, 0, None)),
+    "empty padding": ({"PixelPaddingValue": ""}, (1, 0, None)),
+    "no sign": ({"PixelRepresentation": None}, (1, 0, None)),
+    "empty sign": ({"PixelRepresentation": ""}, (1, 0, None)),
+    "no samples": ({"SamplesPerPixel": None}, (1, 0, None)),
+    "no photometric": ({"PhotometricInterpretation": ""}, (1, 0, None)),
+    "unknown photometric": ({"PhotometricInterpretation": "GREY"}, (1, 0, None)),
+    "no bits": ({"BitsStored": None, "HighBit": None}, (1, 0, None)),
+    "too many bits": ({"BitsStored": 99, "HighBit": 98}, (1, 0, None)),
+    "too few bits": ({"BitsStored": 8, "HighBit": 7}, (1, 0, None)),
+    "signed, it says": ({"PixelRepresentation": 1, "BitsStored": 11}, (1, 0, None)),
+    "8 bits, it says": ({"BitsAllocated": 8}, (1, 0, None)),
+    "no allocated bits": ({"BitsAllocated": None}, (1, 0, None)),
+    "0 frames": ({"NumberOfFrames": 0}, (1, 0, None)),
+    "empty frames": ({"NumberOfFrames": ""}, (1, 0, None)),
+    "2 frames, it says": ({"NumberOfFrames": 2}, (1, 0, None)),
+    "no patient, bad UID": ({"PatientID": None, "SOPInstanceUID": "1.2.0003.x"}, (1, 0, None)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_attributes_never_cost_a_film(tmp_path, name, capfd, recwarn):
+    values = film(9).astype(int) * 8
+    tags, (slope, intercept, window) = ODD[name]
+    path = odd_dicom(tmp_path / "odd.dcm", values, **tags)
+    capfd.readouterr()
+    recwarn.clear()
+    expected = slow_dicom(values, slope, intercept, window)
+    assert np.abs(read_film(path) - expected).max() < 1.01
+    assert capfd.readouterr() == ("", "")
+
+
+def test_inversions_palettes_and_colours(tmp_path):
+    values = film(9).astype(int) * 8
+    plain = slow_dicom(values)
+    for tags, expected in (
+        ({"PresentationLUTShape": "INVERSE"}, 255 - plain),
+        ({"PresentationLUTShape": "IDENTITY"}, plain),
+        ({"PresentationLUTShape": ""}, plain),
+        (
+            {"PresentationLUTShape": "INVERSE", "PhotometricInterpretation": "MONOCHROME1"},
+            255 - plain,
+        ),
+    ):
+        path = write_dicom(tmp_path / "film.dcm", values, **tags)
+        assert np.abs(read_film(path) - expected).max() < 1.01
+    grey = film(9)
+    eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+    table = (255 - np.arange(256)).astype("<u2") * 256  # 8-bit values in 16-bit tables, reversed
+    palette = {"PhotometricInterpretation": "PALETTE COLOR", "PixelData": grey.tobytes()}
+    for colour in ("Red", "Green", "Blue"):
+        palette[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        palette[f"{colour}PaletteColorLookupTableData"] = table.tobytes()
+    picture = read_film(write_dicom(tmp_path / "palette.dcm", grey, **eight, **palette))
+    assert np.abs(picture - slow_dicom(255 - grey.astype(int))).max() < 1.01
+    del palette["RedPaletteColorLookupTableData"]
+    with pytest.raises(UnreadableFilm, match="."):
+        read_film(write_dicom(tmp_path / "no_palette.dcm", grey, **eight, **palette))
+    chroma = np.full((80, 64), 128, np.uint8)
+    for kind, channels in (("RGB", [grey] * 3), ("YBR_FULL", [grey, chroma, chroma])):
+        colour = {"PhotometricInterpretation": kind, "SamplesPerPixel": 3}
+        colour |= {"PixelData": np.dstack(channels).tobytes(), "PlanarConfiguration": 0}
+        picture = read_film(write_dicom(tmp_path / "colour.dcm", grey, **eight, **colour))
+        assert np.abs(picture.astype(int) - grey).max() <= 1, kind
+
+
+def test_tables_of_dicom(tmp_path):
+    """A modality table that doubles, a VOI table that inverts, and broken ones."""
+    pydicom = pytest.importorskip("pydicom")
+    values = film(9).astype(int) * 8  # 0 to 2040
+
+    def table(entries, **tags):
+        item = pydicom.Dataset()
+        item.LUTDescriptor = [len(entries), 0, 16]
+        item.LUTData = np.asarray(entries, "<u2").tobytes()
+        item["LUTData"].VR = "OW"
+        for name, value in tags.items():
+            setattr(item, name, value)
+        return [item]
+
+    falling = 4095 - np.arange(4096)
+    path = write_dicom(tmp_path / "voi.dcm", values, VOILUTSequence=table(falling))
+    assert np.abs(read_film(path) - slow_dicom(4095 - values)).max() < 1.01
+    square = np.arange(4096) ** 2 // 4096
+    modality = table(square, ModalityLUTType="US")
+    path = write_dicom(tmp_path / "modality.dcm", values, ModalityLUTSequence=modality)
+    assert np.abs(read_film(path) - slow_dicom(square[values])).max() < 1.01
+    broken = table(falling)
+    broken[0].LUTDescriptor = None
+    for name in ("VOILUTSequence", "ModalityLUTSequence"):
+        path = write_dicom(tmp_path / "broken.dcm", values, **{name: broken})
+        assert np.abs(read_film(path) - slow_dicom(values)).max() < 1.01
+
+
+def test_windows_of_other_functions(tmp_path):
+    values = film(9).astype(int) * 8
+    for function, shown in (
+        ("SIGMOID", 1 / (1 + np.exp(-4 * (values - 900) / 700))),
+        ("LINEAR_EXACT", np.clip((values - 900) / 700 + 0.5, 0, 1)),
+    ):
+        path = write_dicom(tmp_path / "film.dcm", values, VOILUTFunction=function, **WINDOW)
+        assert np.abs(read_film(path) - slow_dicom(shown)).max() < 1.01
+
+
+def test_depth_and_sign_that_wrap_around_are_seen(tmp_path):
+    values = film(9).astype(int) * 257  # all of 16 bits
+    deep = {"BitsStored": 16, "HighBit": 15}
+    for tags in (deep, deep | {"PixelRepresentation": 1}, {"BitsStored": 12, "HighBit": 11}):
+        path = write_dicom(tmp_path / "film.dcm", values, **tags)
+        assert np.abs(read_film(path) - slow_dicom(values)).max() < 1.01, tags
+    below_zero = values // 16 - 2000
+    tags = deep | {"PixelRepresentation": 0, "PixelData": below_zero.astype("<i2").tobytes()}
+    path = write_dicom(tmp_path / "film.dcm", values, **tags)
+    assert np.abs(read_film(path) - slow_dicom(below_zero)).max() < 1.01
+    overlay = np.zeros_like(values)
+    overlay[30:40, 20:23] = 4096 * 8  # graphics in the unused bits of a 12-bit film
+    path = write_dicom(tmp_path / "film.dcm", values // 16 + overlay)
+    assert np.abs(read_film(path) - slow_dicom(values // 16)).max() < 1.01
+
+
+def test_containers_and_byte_orders(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.encaps import encapsulate
+
+    values = film(9).astype(int) * 8
+    grey = film(9)
+    little = pydicom.dcmread(write_dicom(tmp_path / "film.dcm", values))
+    big = pydicom.Dataset(little)
+    big.file_meta = little.file_meta
+    big.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+    big.PixelData = values.astype(">u2").tobytes()
+    big.save_as(tmp_path / "big.dcm", enforce_file_format=True)
+    assert np.abs(read_film(tmp_path / "big.dcm") - slow_dicom(values)).max() < 1.01
+    content = (tmp_path / "big.dcm").read_bytes()
+    (tmp_path / "bare.dcm").write_bytes(content[content.index(b"\x00\x08\x00\x16") :])
+    assert np.abs(read_film(tmp_path / "bare.dcm") - slow_dicom(values)).max() < 1.01
+    eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+    png = io.BytesIO()
+    Image.fromarray(grey).save(png, "PNG")
+    for syntax, frame in (("1.2.840.10008.1.2.4.50", jpeg(grey, 100)),) + tuple(
+        (syntax, png.getvalue()) for syntax in ("1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.90")
+    ):
+        data = pydicom.dcmread(write_dicom(tmp_path / "film.dcm", grey, **eight))
+        data.PixelData = encapsulate([frame])
+        data["PixelData"].is_undefined_length = True
+        data.file_meta.TransferSyntaxUID = syntax
+        data.save_as(tmp_path / "wrapped.dcm")
+        picture = read_film(tmp_path / "wrapped.dcm").astype(float)
+        stretched = np.abs(picture - slow_dicom(grey.astype(int))).max()
+        assert stretched < 6, syntax  # JPEG's own error, spread
+    for name, source in (("dicom.jpg", tmp_path / "film.dcm"), ("film", tmp_path / "film.dcm")):
+        (tmp_path / name).write_bytes(source.read_bytes())
+        assert read_film(tmp_path / name).shape == grey.shape
+    whole = write_dicom(tmp_path / "film.dcm", values).read_bytes()
+    for lacking in (1, 3000, values.size):
+        (tmp_path / "cut.dcm").write_bytes(whole[:-lacking])
+        with pytest.raises(UnreadableFilm, match="less than expected|end of file|EOF"):
+            read_film(tmp_path / "cut.dcm")
+
+
+def test_no_library_floods_the_console(tmp_path):
+    """In this process, in a forked one and in a spawned one."""
+    pytest.importorskip("pydicom")
+    odd_dicom(tmp_path / "a.dcm", film(1).astype(int) * 8, SOPInstanceUID="1.2.0003.x")
+    clear = paletted(film(2), [[k, k, k] for k in range(256)])
+    clear.save(tmp_path / "b.png", transparency=bytes(range(256)))
+    Image.fromarray(film(3)).save(tmp_path / "c.tif", tiffinfo={282: 0.0, 305: "x"})
+    Image.fromarray(film(4)).resize((9500, 9500)).save(tmp_path / "d.png", compress_level=1)
+    script = (
+        "import multiprocessing, sys\n"
+        "from plumbing.film import read_film\n"
+        "if __name__ == '__main__':\n"
+        "    for name in sys.argv[1:]:\n"
+        "        read_film(name)\n"
+        "        for way in ('fork', 'spawn'):\n"
+        "            with multiprocessing.get_context(way).Pool(1) as pool:\n"
+        "                pool.map(read_film, [name])\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    names = [tmp_path / name for name in ("a.dcm", "b.png", "c.tif", "d.png")]
+    words = [sys.executable, "-W", "default", str(tmp_path / "script.py"), *map(str, names)]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 # ---------------------------------------------------------------- masks
