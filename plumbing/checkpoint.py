@@ -121,14 +121,15 @@ def why_not_loaded(error: Exception) -> str:
     """Tell what a checkpoint holds that is no tensor, out of PyTorch's page about it."""
     page = str(error)
     foreign = re.search(r"GLOBAL (\S+)", page)
-    if foreign is None:
-        reason = page.partition("WeightsUnpickler error: ")[2] or brief(error)
-        reason = reason.partition("\n")[0][:160]
-        return f"not a checkpoint that can be loaded safely ({reason})"
-    return (
-        f"holds a {foreign[1][:80]}, which is not a tensor: if you trust the file, load it with "
-        "weights_only=False and save its state_dict alone"
-    )
+    if foreign:
+        reason = (
+            f"it holds a {foreign[1][:80]}, which is not a tensor; "
+            "if you trust it, load it with weights_only=False and save its state_dict alone"
+        )
+    else:
+        unpickling = page.partition("WeightsUnpickler error: ")[2]
+        reason = (unpickling or brief(error)).partition("\n")[0][:160]
+    return f"not a checkpoint that can be loaded safely ({reason})"
 
 
 def is_safetensors(path: Path) -> bool:
