@@ -22,7 +22,7 @@ import augment
 from plumbing.film import UnreadableFilm, fit, read_mask, read_shrunk
 from plumbing.folder import Index, choose_films
 from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS, numpy_rng
-from plumbing.launch import UserError, count_cpus, flag, leave_with_parent, parse, run_script
+from plumbing.launch import Loader, UserError, count_cpus, flag, parse, run_script
 from plumbing.pack import Films, InMemory, Pack, check_and_report, pack_and_report
 from plumbing.table import match, read_table
 
@@ -138,12 +138,11 @@ class Batches:
 def make_loader(items, args, team, workers, seed, start, end):
     """Load this rank's micro-batches of Views or TrainExamples, from step `start` to `end`."""
     shares = (args.batch, args.micro, team.rank, team.size)
-    return torch.utils.data.DataLoader(
+    return Loader(
         items,
         batch_sampler=Batches(len(items), *shares, seed, start, end),
         num_workers=workers,
         pin_memory=team.device.type == "cuda",
-        worker_init_fn=leave_with_parent,  # a worker ends when the training does
     )
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import augment
@@ -28,9 +28,9 @@ from data import TestExamples, TrainExamples, make_loader, open_examples
 from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import launch, metrics, results, seedrun
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
-from plumbing.checkpoint import StopRequest
+from plumbing.checkpoint import Interrupted, StopRequest
 from plumbing.keys import DROP_PATH, TRAIN_JITTER, torch_generator
-from plumbing.launch import UserError, flag
+from plumbing.launch import Loader, UserError, flag
 from plumbing.pack import UnreadableFilms
 from plumbing.results import METRIC
 from plumbing.seedrun import SeedLog, SeedRun
@@ -297,11 +297,11 @@ def loss_of(kind, logits, goal):
 
 
 @torch.no_grad()
-def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
+def predict(forward, task: TaskData, split, args, team, ten_crop=False, stop=None) -> dict:
     """Run the network over the films of a split. → {number of the film: row}, on every rank
 
     A row is the output, mean over the film's crops (c,); of a mask see score_masks. Films that
-    cannot be read are named and have no row.
+    cannot be read are named and have no row. Raises Interrupted when `stop` is requested.
     """
     films = task.films[split]
     mine = Subset(TestExamples(films, ten_crop), range(team.rank, len(films), team.size))
@@ -309,7 +309,10 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
     workers = 0 if task.in_memory else args.workers  # decoded films need no helpers
     rows = {}
     unreadable = {}
-    for item in DataLoader(mine, batch_size=batch, num_workers=workers):
+    everywhere = len(films) // team.size // batch  # batches that every rank has
+    for k, item in enumerate(Loader(mine, batch_size=batch, num_workers=workers)):
+        if stop and k < everywhere:
+            stop.check(team)
         views = augment.to_float(item["views"].to(team.device))  # (b, v, H, W): v crops per film
         with launch.autocast(team.device, args.precision):
             output = forward(views.flatten(0, 1)[:, None]).float()  # (b v, c) or (b, H, W)
@@ -317,11 +320,11 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
             batch_rows = score_masks(output, item["goal"])
         else:
             batch_rows = output.view(*views.shape[:2], -1).mean(1).cpu().numpy()  # (b, c)
-        for k, i in enumerate(item["index"].tolist()):
-            if item["unreadable"][k]:
-                unreadable[item["unreadable"][k]] = item["reason"][k]
+        for at, i in enumerate(item["index"].tolist()):
+            if item["unreadable"][at]:
+                unreadable[item["unreadable"][at]] = item["reason"][at]
             else:
-                rows[i] = batch_rows[k]
+                rows[i] = batch_rows[at]
     for other_rows, other_unreadable in team.gather_objects((rows, unreadable)):
         rows |= other_rows
         unreadable |= other_unreadable
@@ -355,9 +358,9 @@ def targets_of(films, rows) -> np.ndarray:
     return np.array([films.examples[i].target for i in rows], float)
 
 
-def evaluate(model, task: TaskData, split, args, team, ten_crop=False) -> tuple[Score, dict]:
+def evaluate(model, task: TaskData, split, args, team, ten_crop=False, stop=None):
     """Judge a model on the films of a split. → (Score, the rows of predict)"""
-    rows = predict(model.eval(), task, split, args, team, ten_crop)
+    rows = predict(model.eval(), task, split, args, team, ten_crop, stop)
     table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
     targets = targets_of(task.films[split], rows)  # (n, c); (n, 0) of masks, which have none
     value, per_class = results.judge(task.kind, task.labels, table, targets)
@@ -439,58 +442,73 @@ def set_learning_rates(run: SeedRun, args) -> float:
     return lr
 
 
-def train(run: SeedRun, args, task: TaskData, team, stop) -> bool:
-    """Train until the schedule ends, validation has not improved for long, or SIGTERM comes.
-
-    → True after SIGTERM: the seed is saved, but not over
-    """
+def take_step(run: SeedRun, forward, loader, args, task: TaskData, team, log):
+    """Train one step. Its row goes to log.csv, or to run.unjudged where validation is due first."""
+    lr = set_learning_rates(run, args)
+    loss = train_step(run, forward, loader, args, task, team)
+    run.step += 1
     steps = run.steps
+    should_validate = run.step % steps.between_validations == 0 or run.step == steps.end
+    if not should_validate and run.step % args.log_every:
+        return
+    row = {"epoch": run.step / steps.per_epoch, "lr": lr, "val": "", "val_loss": ""}
+    row["loss"] = run.mean_loss(loss, team)
+    if should_validate:
+        run.unjudged = row
+    elif team.lead:
+        log.row(**row)
+
+
+def train(run: SeedRun, args, task: TaskData, team):
+    """Train until the schedule ends or validation has not improved for long.
+
+    After SIGTERM or Ctrl-C the seed is saved and the script ends: a validation that was under way
+    is begun again by the run that goes on.
+    """
+    end = run.steps.end
     examples = TrainExamples(task.films["train"], run.seed)
-    loader = iter(make_loader(examples, args, team, args.workers, run.seed, run.step, steps.end))
+    loader = iter(make_loader(examples, args, team, args.workers, run.seed, run.step, end))
     forward = launch.prepare_forward(run.model, args.compile, team)
     log = SeedLog(run, args.batch) if team.lead else None
-    progress = dict(total=steps.end, initial=run.step, unit="step", disable=not team.lead)
-    bar = tqdm(desc=f"seed {run.seed}", **progress)
+    bar = tqdm(None, f"seed {run.seed}", end, disable=not team.lead, unit="step", initial=run.step)
     is_stopping = False
-    while run.step < steps.end and run.best.stale < args.patience and not is_stopping:
-        # ---- One step.
-        lr = set_learning_rates(run, args)
-        loss = train_step(run, forward, loader, args, task, team)
-        run.step += 1
-        bar.update()
-        is_stopping = team.any(stop.requested)
-
-        # ---- Validation keeps the best model.
-        should_validate = run.step % steps.between_validations == 0 or run.step == steps.end
-        should_log = should_validate or run.step % args.log_every == 0
-        row = {"epoch": run.step / steps.per_epoch, "lr": lr, "val": "", "val_loss": ""}
-        if should_log:
-            row["loss"] = run.mean_loss(loss, team)
-        if should_validate:
-            score = validate(run, args, task, team)
-            row |= {"val": score.value, "val_loss": score.loss}
-            bar.set_postfix_str(f"val {score.value:.2f}, best {run.best}")
-
-        # ---- Log and checkpoint.
-        if team.lead and should_log:
-            log.row(**row)
-        if team.lead and (should_validate or is_stopping or run.step % args.save_every == 0):
-            run.save()
-    bar.close()
-    return is_stopping
+    with StopRequest() as stop, bar:
+        while run.unjudged or (run.step < end and run.best.stale < args.patience):
+            if not run.unjudged:
+                take_step(run, forward, loader, args, task, team, log)
+                bar.update()
+            should_save = run.step % args.save_every == 0
+            is_stopping = team.any(stop.requested)
+            if run.unjudged and not is_stopping:
+                try:
+                    score = validate(run, args, task, team, log, stop)
+                except Interrupted:
+                    is_stopping = True
+                else:
+                    bar.set_postfix_str(f"val {score.value:.2f}, best {run.best}")
+                    should_save = True
+            if team.lead and (is_stopping or should_save):
+                run.save()
+            if is_stopping:
+                break
+    if is_stopping:
+        stop.end(team, f"step {run.step} in {run.folder}")
 
 
-def validate(run: SeedRun, args, task: TaskData, team) -> Score:
+def validate(run: SeedRun, args, task: TaskData, team, log=None, stop=None) -> Score:
     """Judge the model on the validation films, and keep it in best.pt when none was better."""
-    score, _ = evaluate(run.model, task, "val", args, team)
+    score, _ = evaluate(run.model, task, "val", args, team, stop=stop)
     is_best = run.best.update(score.value, score.loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
         run.save_best()
+    if log:
+        log.row(**run.unjudged | {"val": score.value, "val_loss": score.loss})
+    run.unjudged = None
     return score
 
 
-def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, team, stop):
-    """Train one seed, or go on where it stopped, and test it. → result, or None after SIGTERM"""
+def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, team):
+    """Train one seed, or go on where it stopped, and test it. → result"""
     # ---- 1. A model with a new head; unless this seed was finished before.
     torch.manual_seed(seed)
     model = make_model(args, weights, task.kind, task.labels).to(team.device)
@@ -520,10 +538,8 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
         validate(run, args, task, team)
 
     # ---- 4. Training, and the test of the model that was best on validation.
-    if steps.total > 0 and train(run, args, task, team, stop):
-        place = f"step {run.step} in {folder}"
-        team.say(f"SIGTERM: saved at {place}; the same command goes on from there")
-        return None
+    if steps.total > 0:
+        train(run, args, task, team)
     return finish(run, args, task, team)
 
 
@@ -576,7 +592,6 @@ def main():
     check(args)
     out = seedrun.choose_out(args)
     team = launch.start_team(args.device)
-    stop = StopRequest()
 
     # ---- 2. The weights, and the films of the task: no patient is in two of the three splits.
     weights, why = seedrun.choose_weights(args, out)
@@ -617,10 +632,7 @@ def main():
             steps = count_steps(filled, splits.kind, len(examples))
             team.say(results.describe_recipe(filled, len(examples), steps, reasons))
         folder = out / f"seed{seed}"
-        result = train_one_seed(seed, filled, task, weights, folder, team, stop)
-        if result is None:
-            return team.leave()
-        seed_results.append(result)
+        seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))
 
     # ---- 5. The mean over the seeds.
     results.summarise(out, args, splits, weights, seed_results, team)

@@ -414,9 +414,9 @@ def main(args=None, Model=CheXWorld):
 
     # ---- 7. Train.
     forward = launch.prepare_forward(world, args.compile, team)  # compiled, and in DDP, as asked
-    stop = checkpoint.StopRequest()  # set by SIGTERM, which a cluster sends before it takes over
     is_stopping = False
-    with Monitor(out, world.LOSSES, args, team, start, end, total) as monitor:
+    monitor = Monitor(out, world.LOSSES, args, team, start, end, total)
+    with checkpoint.StopRequest() as stop, monitor:  # it waits for SIGTERM and Ctrl-C
         items = monitor.timed(loader)  # an iterator; notes how long the training waits for it
         for step in range(start, end):
             lr = launch.warmup_cosine(step, total, warmup_steps, args.lr, args.min_lr)
@@ -436,11 +436,11 @@ def main(args=None, Model=CheXWorld):
                 team.wait()
             if is_stopping:
                 break
+    if is_stopping:
+        stop.end(team, f"step {done} in {out}")
 
     # ---- 8. Judge the model on the films held out.
-    if is_stopping:
-        team.say(f"SIGTERM: saved at step {done} in {out}; the same command goes on from there")
-    elif team.lead:
+    if team.lead:
         closing(args, out, world, films, held, tables, team.device)
     team.leave()
 

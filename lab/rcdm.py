@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import augment
@@ -40,6 +40,7 @@ from plumbing import pictures
 from plumbing.checkpoint import Log, resume, save_atomic, write_json
 from plumbing.keys import RCDM_NOISE, RCDM_PAINT, RCDM_PLACE, RCDM_SHOWN, numpy_rng, torch_generator
 from plumbing.launch import (
+    Loader,
     UserError,
     autocast,
     choose_precision,
@@ -619,7 +620,7 @@ def main(argv=None):
     # ---- 5. Train.
     log = Log(out / "log.csv", ["step", "images", "loss", "lr"], start)
     order = Batches(len(train), args.batch, args.batch, 0, 1, args.seed, start, end)
-    loader = DataLoader(questions, batch_sampler=order, num_workers=args.workers)
+    loader = Loader(questions, batch_sampler=order, num_workers=args.workers)
     bar = tqdm(loader, total=max(start, end), initial=start, unit="step")
     warmup = max(1, args.steps // 50)
     losses = []

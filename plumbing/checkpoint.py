@@ -7,12 +7,14 @@ import json
 import os
 import re
 import signal
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from plumbing import launch
 from plumbing.launch import UserError
 
 
@@ -210,15 +212,47 @@ def resume(path, recipe: dict | None, parts: dict) -> dict | None:
     return saved
 
 
+class Interrupted(Exception):
+    """What was being done has been dropped, since the script was asked to end."""
+
+
 class StopRequest:
-    """`requested` becomes true on SIGTERM (a pre-empted job): the loop then saves and ends."""
+    """Within it, a signal to end only makes `requested` true: the loop then saves and ends.
+
+    Ctrl-C counts as a signal; pressed again, it ends the script at once.
+    """
 
     def __init__(self):
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._request)
+        self.requested = 0  # the signal's number
+        self.handlers = {}
 
-    def _request(self, *_signal):
-        self.requested = True
+    def __enter__(self):
+        for number in launch.ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
+                self.handlers[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _frame):
+        """Handle a signal."""
+        if number == signal.SIGINT and self.requested:
+            raise launch.Stopped(number)
+        self.requested = self.requested or number
+
+    def check(self, team):
+        """Raise Interrupted on every rank when one of them was asked to end."""
+        if team.any(self.requested):
+            raise Interrupted
+
+    def end(self, team, where: str):
+        """Say that the run is saved, and end the script: with exit code 0, after Ctrl-C 130."""
+        name = signal.Signals(self.requested).name if self.requested else "a signal elsewhere"
+        team.say(f"{name}: saved at {where}; the same command goes on from there")
+        team.leave()
+        sys.exit(128 + signal.SIGINT if self.requested == signal.SIGINT else 0)
 
 
 # ---- log.csv

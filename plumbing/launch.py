@@ -4,17 +4,21 @@ Nothing here knows what is being trained, and nothing here imports another of ou
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
 import difflib
 import inspect
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 import typing
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,24 +26,162 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
-# ---- Errors
+# ---- Errors, signals and how a script ends
 class UserError(Exception):
     """An error that the user can mend: one line that says what, where and what to do."""
 
     one_line = True
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended the script at a place where nothing was to be saved. number: the signal's."""
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number  # as the shell counts
+
+
+# A cluster's order to end and Slurm's early warning (--signal=USR1@120), Ctrl-C, a closed terminal.
+ENDING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+ENDING = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]  # Windows has two
+last_acts = contextlib.ExitStack()  # what must be done at every end of a run, such as to unlock it
+atexit.register(last_acts.close)
+
+
 def run_script(main):
-    """Run a script's `main`; a UserError becomes one line on stderr and exit code 1."""
+    """Run a script's `main`; what the user can understand becomes one line and an exit code.
+
+    1 after an error; 128 + its number after a signal, 130 for Ctrl-C and 143 for SIGTERM.
+    """
+    handlers = catch_signals()
+    code = 0
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(1)  # at once: the other processes wait for this one in a collective
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)  # the shell's code for Ctrl-C
+    except (UserError, RuntimeError) as error:
+        line = in_one_line(error)
+        if not line:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        code = 1
+    except KeyboardInterrupt as end:
+        stopped = end if isinstance(end, Stopped) else Stopped()
+        print(f"{stopped}: ended; what was saved is kept", file=sys.stderr, flush=True)
+        code = stopped.exit_code
+    finally:
+        last_acts.close()
+        end_children()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if code and dist.is_initialized():
+        os._exit(code)  # at once: the other processes wait for this one in a collective
+    if code:
+        sys.exit(code)
+
+
+def in_one_line(error: Exception) -> str:
+    """Say in one line what the user can mend; "" for what is a mistake of ours."""
+    text = str(error)
+    if isinstance(error, UserError) and text.startswith("Caught "):  # PyTorch's wrapper around it
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    if isinstance(error, UserError):
+        return text
+    shared_memory = ("killed by signal: Bus error", "shared memory", "write to file </torch")
+    if any(words in text for words in shared_memory):
+        return (
+            "the loader processes' shared memory (/dev/shm) is full: start again with --workers 0 "
+            "or fewer, or give more (docker run --shm-size=8g, or --ipc=host)"
+        )
+    if isinstance(error, BrokenExecutor) or text.startswith("DataLoader worker (pid"):
+        return (
+            "a helper process was killed, most likely because the machine's memory is full: "
+            "the same command goes on from what was saved; --workers 0 or fewer take less memory"
+        )
+    return ""
+
+
+def catch_signals() -> dict:
+    """Let SIGTERM and its like raise Stopped, so that last acts are done. → {signal: old handler}
+
+    Ranks other than the first have none to do and may wait in a collective: they end at once.
+    """
+    handlers = {}
+    if int(os.environ.get("RANK", 0)) > 0:
+        return handlers
+    for number in ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:  # not what nohup has made it ignore
+            handlers[number] = signal.signal(number, stop_here)
+    return handlers
+
+
+def stop_here(number, _frame):
+    """Handle a signal where nothing is to be saved."""
+    raise Stopped(number)
+
+
+def begin_worker(_worker_id=None):
+    """Begin a helper process, of a Loader or of a pool: it outlives signals, but not its parent.
+
+    A signal to the whole group reaches it, too, but only the parent knows when to end. PyTorch's
+    own watch does not see a dead parent while a film waits in a pipe that nobody reads any more.
+    """
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Hold signals back for a moment: processes begun in it are never without begin_worker."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing import resource_tracker  # Windows has none
+
+    resource_tracker.ensure_running()  # its start would let signals through
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def helper_pool(workers: int) -> ProcessPoolExecutor:
+    """Make a pool of helper processes, which say so when one of them is killed.
+
+    They are spawned, which is safe where torch's threads already run.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(min(workers, 61), context, begin_worker)  # Windows: 61 at most
+
+
+def end_children():
+    """Kill the helper processes that are left. They only read; asked to end, they would not."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler calls it an error
+    for child in children:
+        child.kill()
+
+
+atexit.register(end_children)  # after PyTorch's own end and before Python waits for them
+
+
+class Loader(torch.utils.data.DataLoader):
+    """PyTorch's DataLoader with processes that a signal to the whole group does not kill."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, worker_init_fn=begin_worker, **kwargs)
+
+    def __iter__(self):
+        with signals_held():
+            return super().__iter__()
 
 
 # ---- Command line
@@ -273,21 +415,6 @@ def send(tensor, device):
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def leave_with_parent(_worker_id):
-    """End a loader process when its parent is killed (DataLoader's worker_init_fn).
-
-    PyTorch's own watch does not see it while a film waits in a pipe that nobody reads any more.
-    """
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---- The training step

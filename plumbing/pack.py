@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import write_text
 from plumbing.film import UnreadableFilm, read_shrunk
-from plumbing.launch import UserError, leave_with_parent
+from plumbing.launch import Loader, UserError
 
 MAGIC = b"CXRPACK1"
 FOOTER = struct.Struct("<QQI8s")
@@ -228,14 +228,13 @@ def read_all(films, start: int, workers: int, task: str) -> Iterator[tuple]:
 
     workers: processes that read; task: the word before the progress bar.
     """
-    loader = torch.utils.data.DataLoader(
+    loader = Loader(
         Attempts(films),
         batch_size=None,
         sampler=range(start, len(films)),
         num_workers=workers,
         collate_fn=tuple,
         prefetch_factor=16 if workers else None,
-        worker_init_fn=leave_with_parent,
     )
     return tqdm(loader, desc=task, initial=start, total=len(films), unit=" films", disable=None)
 

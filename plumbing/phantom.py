@@ -14,7 +14,6 @@ returns. Left and right are the patient's: side +1 is the left, on the image's r
 """
 
 import dataclasses
-import multiprocessing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from plumbing import keys
 from plumbing.checkpoint import replace_with, write_text
-from plumbing.launch import UserError, flag, parse, run_script
+from plumbing.launch import UserError, flag, helper_pool, parse, run_script, signals_held
 
 FINDINGS = ("effusion", "cardiomegaly", "nodule", "pneumothorax", "consolidation")
 LANDMARKS = ("aortic_arch", "right_hilum", "left_ventricle", "clavicle")  # clavicle: right, middle
@@ -717,9 +716,10 @@ def write_phantoms(folder, count: int, size: int = 256, seed: int = 0, workers: 
     make = partial(write_one, folder, size, seed)
     progress = partial(tqdm, total=count, desc="phantoms", unit="film")
     if workers > 1:
-        context = multiprocessing.get_context("spawn")  # safe where torch's threads already run
-        with context.Pool(workers) as pool:
-            rows = list(progress(pool.imap(make, range(count), chunksize=16)))
+        with helper_pool(workers) as pool:
+            with signals_held():
+                drawn = pool.map(make, range(count), chunksize=16)
+            rows = list(progress(drawn))
     else:
         rows = list(progress(map(make, range(count))))
     lines = [rows[0].keys(), *(row.values() for row in rows)]

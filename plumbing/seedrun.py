@@ -132,6 +132,7 @@ class SeedRun:
     """One seed in training.
 
     steps: finetune.Steps. about: what best.pt says beside the weights, such as the recipe.
+    unjudged: the row of log.csv of a step that is still to be validated.
     """
 
     seed: int
@@ -142,6 +143,7 @@ class SeedRun:
     about: dict
     step: int = 0  # steps done
     best: Best = dataclasses.field(default_factory=Best)
+    unjudged: dict | None = None
 
     def mean_loss(self, loss, team) -> float:
         """Average the loss of a step over the processes. UserError when it is not a number."""
@@ -160,6 +162,7 @@ class SeedRun:
         if saved:
             self.step = saved["step"]
             self.best = Best(**saved["best"])
+            self.unjudged = saved.get("unjudged")
 
     def save(self):
         """Write last.pt."""
@@ -168,6 +171,7 @@ class SeedRun:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": dataclasses.asdict(self.best),
+            "unjudged": self.unjudged,
         }
         checkpoint.save_atomic(state, self.folder / "last.pt")
 

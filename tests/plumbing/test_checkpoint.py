@@ -2,14 +2,17 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from plumbing import checkpoint
+from plumbing import checkpoint, launch
 from plumbing.checkpoint import Log, StopRequest, read_log, save_atomic, write_json, write_text
 from plumbing.launch import UserError
+
+ALONE = launch.Team(0, 1, torch.device("cpu"))
 
 
 # ---- Files
@@ -136,15 +139,31 @@ def test_junk_is_a_users_error_and_a_value_error(tmp_path):
             checkpoint.load_checkpoint(tmp_path / "junk.pt")
 
 
-def test_sigterm_only_sets_a_flag():
-    before = signal.getsignal(signal.SIGTERM)
+def test_signals_only_set_a_flag_and_a_second_ctrl_c_ends_at_once():
+    for number in launch.ENDING:
+        before = signal.getsignal(number)
+        with StopRequest() as stop:
+            assert not stop.requested
+            os.kill(os.getpid(), number)
+            assert stop.requested == number
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested == number
+            with pytest.raises(checkpoint.Interrupted):
+                stop.check(ALONE)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+        assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_nohup_has_silenced_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        stop = StopRequest()
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---- log.csv

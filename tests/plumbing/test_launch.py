@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,11 +128,19 @@ def test_main_in_process(capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    for function, code in ((stop, 1), (interrupt, 130)):
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    for function, code in ((stop, 1), (interrupt, 130), (terminate, 143)):
         with pytest.raises(SystemExit) as end:
             launch.run_script(function)
         assert end.value.code == code
-    assert capsys.readouterr().err == "error: --data x: no such folder\n"
+    said = capsys.readouterr().err.splitlines()
+    kept = "ended; what was saved is kept"
+    assert said == ["error: --data x: no such folder", f"SIGINT: {kept}", f"SIGTERM: {kept}"]
+    assert signal.getsignal(signal.SIGTERM) == before
     assert launch.run_script(lambda: None) is None
     with pytest.raises(ZeroDivisionError):
         launch.run_script(lambda: 1 / 0)
