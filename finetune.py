@@ -49,7 +49,7 @@ SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # and for a new segmentation 
 
 # Flags that may change when a run goes on. The films and labels are compared themselves, a seed has
 # a folder of its own, and the rest changes no number.
-FREE = set("out data labels eval seed seeds device workers micro max_steps".split())
+FREE = set("out data labels uncertain eval seed seeds device workers micro max_steps".split())
 FREE |= set("log_every save_every compile memory_gb".split())
 
 
@@ -64,7 +64,12 @@ class Config(launch.TrainFlags):
         "task csv: table filename,label[,patient_id][,split], where label is a class, 'a|b' or "
         "normal; instead of label also one 0/1 column per class, or mask: a file",
     )
-    column: str = flag(None, "task csv: what to learn [mask, else label, else all 0/1 columns]")
+    column: str = flag(
+        None, "task csv: what to learn, A or A,B [mask, else label, else all 0/1 columns]"
+    )
+    uncertain: str = flag(
+        "ignore", "task csv: what -1 counts as", ["ignore", "positive", "negative"]
+    )
     weights: str = flag(
         None,
         "encoder.pt or last.pt, the authors' file, a ViT of MoCo-v3, DINO, MAE, RAD-DINO or timm, "
@@ -597,7 +602,8 @@ def main():
     weights, why = seedrun.choose_weights(args, out)
     root = find_root(args.task, args.data)
     cache = out / "films.json" if team.lead else None
-    splits = load_task(args.task, root, args.labels, args.shots, args.column, cache)
+    own = (args.labels, args.shots, args.column, cache, args.uncertain)
+    splits = load_task(args.task, root, *own)
     finetuned = None
     if args.eval:
         finetuned = load_finetuned(weights, splits.kind, splits.labels, team.device)

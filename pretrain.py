@@ -26,9 +26,9 @@ from plumbing import checkpoint, launch, phantom, pictures
 from plumbing.keys import STEP, torch_generator
 from plumbing.launch import UserError, flag
 from plumbing.monitor import Monitor
+from plumbing.own_table import Labels
 from plumbing.pack import InMemory, UnreadableFilms
 from plumbing.splits import hold_out_films
-from plumbing.table import Labels
 
 # fmt: off
 # For both, a gradient norm of at most 1.0 and a last learning rate of 1e-6: launch.TrainFlags.
@@ -380,7 +380,8 @@ def main(args=None, Model=CheXWorld):
     films = open_films(args.data, out, side, args.patients)
     team.say("\n".join(films.summary))
     paths = args.probe.split(",") if args.probe else []
-    tables = [Labels(path).complete() for path in paths]  # an error where a split or class lacks
+    tables = [Labels(path).complete(films) for path in paths]  # an error where a class lacks
+    team.say("\n".join(table.describe() for table in tables))
     train, held = hold_out_films(films, tables, args.holdout, args.seed)
     films, workers = hold_in_memory(films, args, side, team.device)
     views = Views(films, args.image, args.seed, train)

@@ -23,7 +23,7 @@ from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import feature_std, rankme, spectrum
-from plumbing.table import Labels
+from plumbing.own_table import Labels
 from plumbing.weights import load_encoder, make_vit
 
 COLLAPSED = """collapsed: the encoder says nearly the same of every film. \
@@ -54,7 +54,7 @@ def main(argv=None):
     result = {"films": len(images), **rows}
     words = [variety_table(len(images), encoders["target encoder"].dim, rows)]
     if table:
-        labels = Labels(table).complete()
+        labels = Labels(table).complete(films)
         result["probe"] = probe_table(labels, films, encoders, size)
         words.append(probe_words(labels, result["probe"]))
     result["verdict"] = verdict(rows["target encoder"], rows["random weights"], result.get("probe"))
@@ -118,6 +118,8 @@ def verdict(own, fresh, probe):
     """
     if own["feature_std"] < 0.02 or own["rankme"] < 1.5:
         return COLLAPSED
+    if probe and None in probe.values():  # too few of its films could be read
+        probe = None
     if probe and probe["target encoder"] < probe["random weights"] - 1:
         return IGNORANT
     if own["rankme"] < fresh["rankme"] and own["feature_std"] < fresh["feature_std"]:

@@ -51,8 +51,9 @@ from plumbing.launch import (
     start_team,
     warmup_cosine,
 )
+from plumbing.own_table import Labels
 from plumbing.splits import hold_out_films, patients_of
-from plumbing.table import Labels, match
+from plumbing.table import match
 from plumbing.weights import load_world
 
 CODE = 512  # width of the projected prediction (Sec. B.2)

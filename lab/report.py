@@ -32,6 +32,7 @@ def closing(args, out, world, films, held, tables, device):
     for table in tables:
         scores = probe_table(table, films, encoders, args.image)
         result["probe"][table.path.stem] = scores
+        result.setdefault("notes", {})[table.path.stem] = table.notes
         print(probe_words(table, scores))
     write_json(out / "result.json", result)
     pictures.save(curves_picture(read_log(out / "log.csv"), world.LOSSES), out / "curve.png")
@@ -66,18 +67,25 @@ def probe_table(labels, films, encoders, size):
 
 
 def probe_auroc(x, y, split):
-    """Fit on train, choose on val, score on test. x (n, D), y (n, classes), split (n,) → percent"""
+    """Fit on train, choose on val, score on test. x (n, D), y (n, classes), split (n,) → percent
+
+    None when no class has positive and negative films to be tested on.
+    """
     fit = split == "train"
     val = split == "val"
     test = split == "test"
     scores = linear_probe(x[fit], y[fit], x[val], y[val], x[test])
-    return 100 * mean_auroc(scores, y[test])[0]
+    value = 100 * mean_auroc(scores, y[test])[0]
+    return None if np.isnan(value) else value
 
 
 def probe_words(table, scores):
     """The result of probe_table in words. → text"""
     title = f"linear probe on {table.path.stem} ({', '.join(table.classes)}), test AUROC, percent"
-    return "\n".join([title, *(f"  {name:22s}  {value:6.2f}" for name, value in scores.items())])
+    lines = [title]
+    for name, value in scores.items():
+        lines.append(f"  {name:22s}  " + ("undefined" if value is None else f"{value:6.2f}"))
+    return "\n".join(lines)
 
 
 def column(rows, key):

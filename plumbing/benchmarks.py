@@ -16,15 +16,16 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing.film import SUFFIXES, film_size
-from plumbing.folder import Index
+from plumbing.film import film_size
+from plumbing.folder import MASK_FOLDER, Index
 from plumbing.launch import UserError
+from plumbing.own_table import read_own_table, target_of
 from plumbing.splits import Example, Splits, complete, disjoint
 from plumbing.table import (
-    NEGATIVE,
     SPLITS,
+    Finder,
+    as_path,
     number,
-    read_findings,
     read_list,
     read_table,
     require_columns,
@@ -50,13 +51,6 @@ CHESTDR = tuple(
     "consolidation".split()
 )
 
-# Columns that a CSV of one's own may use, in lower case; the first that is there counts.
-FILM = ("filename", "image_filename", "file", "image", "path", "image index")
-PATIENT = ("patient_id", "patient")
-TARGET = ("mask", "mask_file", "label", "labels", "finding labels")
-SPLIT_WORDS = {"training": "train", "valid": "val", "validate": "val", "validation": "val"}
-BINARY = {"0", "1", "0.0", "1.0"}  # cells of a column that answers yes or no
-
 
 # ---------------------------------------------------------------- what a reader returns
 class Row(NamedTuple):
@@ -66,6 +60,7 @@ class Row(NamedTuple):
     target: tuple
     patient: str | None = None
     mask: tuple | None = None
+    path: Path | None = None  # where it was found already
 
 
 class Found(NamedTuple):
@@ -73,7 +68,7 @@ class Found(NamedTuple):
 
     parts: dict[str, list[Row]]  # by split, or {"all": rows} where the set defines no test split
     notes: list[str] = []  # one line per decision
-    depth: int = 1  # how many parts of a path tell two films apart; 0: as many as are written
+    depth: int = 1  # how many parts of a path tell two films apart
     kind: str | None = None  # where that of the task does not hold
     labels: tuple | None = None  # where those of the task do not hold
     drawn: bool = False  # whether the train rows are the set's own few-shot draw
@@ -114,11 +109,6 @@ def choose_rows(rows: dict[str, Row], lists: dict, table: Path, source: str) -> 
             f"the first: {', '.join(unknown[:3])}"
         )
     return {split: [rows[name] for name in names] for split, names in lists.items()}
-
-
-def target_of(findings, labels) -> tuple[int, ...]:
-    """One 0 or 1 per label: whether it is among the findings."""
-    return tuple(int(label in findings) for label in labels)
 
 
 # ---------------------------------------------------------------- classification
@@ -344,127 +334,93 @@ def choose_canvas(index, names, fits) -> tuple[tuple | None, list[str]]:
 
 
 # ---------------------------------------------------------------- a CSV of one's own
-def read_csv(index, table, column=None):
-    """A CSV with a column filename and mask (a file: segmentation), label ('a', 'a|b', 'normal') or
-    columns of 0 and 1, one per label; with patient_id and split where they are known.
+def read_csv(index, table, column=None, uncertain="ignore", trained=None):
+    """A table of one's own, see own_table: its films are found below index.root, and its masks.
 
-    column: the one to learn, where the first of these that is there is not what is wanted.
+    column, uncertain, trained: as own_table.read_own_table takes them. With a trained model the
+    table may lack labels and splits: without a column split, all rows are test films.
     """
     if not table or not Path(table).is_file():
         raise UserError(
             "--task csv needs --labels FILE.csv (columns filename, label); "
             + (f"{table} is no file" if table else "none was given")
         )
-    lines = read_table(table)
-    header = list(lines[0]) if lines else []
-    film = find_column(header, FILM)
-    patient = find_column(header, PATIENT)
-    split = find_column(header, ("split",))
-    target = column or find_column(header, TARGET)
-    if not film or (column and column not in header):
-        raise UserError(
-            f"{table}: no column {column if film else 'filename'}; its columns are "
-            f"{', '.join(header) or 'none, or no row follows'}"
-        )
-    cells = [line[target] for line in lines] if target else []
-    if any(Path(cell).suffix.lower() in SUFFIXES for cell in cells):
-        kind = "mask"
-        labels = (column or "mask",)
-        targets = [() for _ in lines]
-        masks = find_masks(index, Path(table), cells)
-    else:
-        kind = "labels"
-        others = [name for name in header if name not in (film, patient, split)]
-        labels, targets = csv_targets(table, lines, target, others)
-        masks = [None for _ in lines]
-    rows = []
-    for line, goal, mask in zip(lines, targets, masks, strict=True):
-        rows.append(Row(line[film], goal, line[patient] if patient else None, mask))
-    parts = divide(table, rows, [line[split] for line in lines]) if split else {"all": rows}
-    return Found(parts, csv_notes(target, labels, split, patient), 0, kind, labels)
-
-
-def csv_notes(target, labels, split, patient) -> list[str]:
-    """Say which columns were taken; target, split and patient are names of columns, or None."""
-    notes = [
-        f"labels: column {target}" if target else f"labels: {', '.join(labels)}",
-        f"split: {'column split' if split else 'none in the CSV'}",
+    own = read_own_table(table, column, uncertain, trained)
+    paths, notes = find_films(index, own)
+    below = [
+        path.relative_to(index.root) if path.is_relative_to(index.root) else path for path in paths
     ]
-    if not patient:
-        notes.append("patients: no column patient_id, so every film counts as one")
-    return notes
-
-
-def find_column(header, names) -> str | None:
-    """The first of the names that heads a column, whatever its case there; None when none does."""
-    column_of = {column.lower(): column for column in header}
-    return next((column_of[name] for name in names if name in column_of), None)
-
-
-def divide(table, rows, words) -> dict[str, list[Row]]:
-    """Divide the rows by what the column split says of each; UserError when that is no split."""
+    patients, patient_note = own.name_patients(list(map(str, below)))
+    own.refuse_contradictions(paths, patients)
+    masks = find_masks(index, own, paths) if own.masks else [None] * len(paths)
+    splits = own.splits or ["test" if trained else "all"] * len(paths)
     parts = {}
-    for row, word in zip(rows, words, strict=True):
-        split = SPLIT_WORDS.get(word.lower(), word.lower())
-        parts.setdefault(split, []).append(row)
-    if not {"train", "test"} <= set(parts) <= set(SPLITS):
+    for row, split in enumerate(splits):
+        film = Row(own.films[row], own.targets[row], patients[row], masks[row], paths[row])
+        parts.setdefault(split, []).append(film)
+    if own.splits and not trained and not {"train", "test"} <= set(parts):
         raise UserError(
-            f"{table}: column split must name train, test and perhaps val; "
-            f"it says {', '.join(sorted(map(repr, parts)))}"
+            f"{table}: the split must be train and test and perhaps val; "
+            f"it says {', '.join(sorted(parts))} only"
         )
-    return parts
+    notes = [*own.notes, *notes, patient_note]
+    return Found(parts, notes, kind=own.kind, labels=own.labels)
 
 
-def csv_targets(table, lines, target, others) -> tuple[tuple, list[tuple]]:
-    """Learn the column `target`, of names or of 0 and 1; without one, all others of only 0 and 1.
+def find_films(index, own) -> tuple[list[Path], list[str]]:
+    """Find the film of every row below index.root, or where an absolute path says → paths, notes.
 
-    → (labels, one target per line)
+    UserError with the count when films are not there.
     """
-    if not target:
-        labels = [name for name in others if {line[name] for line in lines} <= BINARY | {""}]
-        if not labels:
-            raise UserError(
-                f"{table}: no column label, mask, or of 0 and 1; "
-                "--column NAME says which one to learn"
-            )
-        targets = [tuple(int(number(line[name])) for name in labels) for line in lines]
-        return tuple(labels), targets
-    cells = [line[target] for line in lines]
-    if set(cells) <= BINARY:
-        return (target,), [(int(number(cell)),) for cell in cells]
-    labels, findings = read_findings(cells)
-    if not labels:
-        raise UserError(
-            f"{table}: column {target} names no class beside {', '.join(filter(None, NEGATIVE))}"
-        )
-    if len(labels) == 2 and all(len(found) == 1 for found in findings):
-        labels = labels[1:]  # two names that exclude each other are one question: is it the second?
-    return tuple(labels), [target_of(found, labels) for found in findings]
-
-
-def find_masks(index, table, names) -> list[tuple]:
-    """Find mask files beside the table, under --data or, by the bare name, anywhere below.
-
-    An empty name is an empty mask.
-    """
-    path_of = {path.rpartition("/")[2]: path for path in index.names}
-    masks = []
+    films = [name for name in index.films if not MASK_FOLDER.search(name)]
+    numbers, notes = own.locate(films)
+    paths = []
     absent = []
-    for name in names:
-        anywhere = index.root / path_of.get(Path(name).name, name)
-        places = [table.parent / name, index.root / name, anywhere]
-        found = [path for path in places if path.is_file()]
-        if not name:
-            masks.append(("boxes", (), None))
-        elif found:
-            masks.append(("file", found[0]))
+    for name, line, i in zip(own.films, own.lines, numbers, strict=True):
+        if Path(name).is_absolute() and Path(name).is_file():
+            paths.append(Path(name))
+        elif i >= 0:
+            paths.append(index.root / films[i])
         else:
-            absent.append(name)
+            absent.append(f"{name} (line {line})")
     if absent:
         raise UserError(
-            f"{table}: {len(absent)} of the {len(names)} masks are not there, "
+            f"{own.path}: {len(absent)} of the {len(own.films)} films are not below {index.root}, "
             f"the first: {', '.join(absent[:3])}"
         )
+    others = len(films) - len(set(paths))
+    if others > 0 and own.kind != "mask":
+        notes.append(f"films: {others} below --data stand in no row that counts")
+    return paths, notes
+
+
+def find_masks(index, own, paths) -> list[tuple | None]:
+    """Find the mask files of a table beside it or below --data; an empty name is an empty mask.
+
+    paths: the films, none of which is a mask. UserError when a mask is not there or fits several.
+    """
+    films = set(paths)
+    pictures = [name for name in index.films if index.root / name not in films]
+    places = Finder(pictures).find([name or "" for name in own.masks])
+    masks = []
+    for name, line, place in zip(own.masks, own.lines, places, strict=True):
+        beside = [folder / as_path(name or "") for folder in (own.path.parent, index.root)]
+        if Path(name or "").is_absolute():
+            beside.insert(0, Path(name))
+        found = [path for path in beside if name and path.is_file() and path not in films]
+        found = found[:1] or [index.root / pictures[i] for i in place.films]
+        if name is None:
+            masks.append(None)
+        elif not name:
+            masks.append(("boxes", (), None))
+        elif len(found) == 1:
+            masks.append(("file", found[0]))
+        else:
+            what = f"fits {found[0]} and {found[1]}" if found else "is not there"
+            raise UserError(
+                f"{own.path}, line {line}: mask {name[:60]!r} {what}: pictures of masks are "
+                f"wanted, beside the table or below {index.root}"
+            )
     return masks
 
 
@@ -563,37 +519,51 @@ def find_root(name: str, data: str | None = None) -> Path:
     )
 
 
-def load_task(name, root, table=None, shots=None, column=None, cache=None) -> Splits:
+def load_task(
+    name, root, table=None, shots=None, column=None, cache=None, uncertain="ignore", trained=None
+) -> Splits:
     """Read a task under `root`: every film's file is found, none is opened.
 
-    table, column: of task csv (read_csv). shots: MedFM's own K-shot lists are taken where they lie
-    there. cache: keeps the list of files. UserError says what is missing, and where to get it.
+    table, column, uncertain, trained: of task csv (read_csv). shots: MedFM's own K-shot lists are
+    taken where they lie there. cache: keeps the list of files. UserError says what is missing, and
+    where to get it.
     """
     task = TASKS[name]
     index = Index(root, cache)
     try:
-        found = read_csv(index, table, column) if name == "csv" else task.reader(index, shots)
+        if name == "csv":
+            found = read_csv(index, table, column, uncertain, trained)
+        else:
+            found = task.reader(index, shots)
     except Absent as error:
         raise UserError(f"{root}: {error}. Expected for task {name}: {task.tree}") from None
     kind = found.kind or task.kind
     labels = found.labels or task.labels
-    length = 0 if kind == "mask" else len(labels)
-    parts = {}
-    for split, rows in found.parts.items():
-        for row in rows:
-            if len(row.target) != length:
-                raise UserError(f"{root}: {row.name} has {len(row.target)} labels, not {length}")
-        paths = index.find([row.name for row in rows], found.depth, f"the {split} list")
-        parts[split] = [
-            Example(path, row.target, row.patient or row.name, row.mask)
-            for path, row in zip(paths, rows, strict=True)
-        ]
-    parts, drawn = complete(parts, task.sizes)
+    parts = {split: examples_of(index, found, split, kind, labels) for split in found.parts}
+    drawn = []
+    if not (name == "csv" and trained):
+        parts, drawn = complete(parts, task.sizes)
     parts, dropped = disjoint(parts)
     empty = [split for split in SPLITS if not parts[split]]
-    if empty:
+    if empty and not trained:
         raise UserError(
             f"{root}: {' and '.join(empty)} is empty: too few films or patients for task {name}"
         )
     notes = [*found.notes, *drawn, *dropped]
     return Splits(name, kind, labels, **parts, notes=notes, drawn=found.drawn)
+
+
+def examples_of(index, found: Found, split: str, kind, labels) -> list[Example]:
+    """The rows of a split as examples: with their files, which are looked for below index.root."""
+    rows = found.parts[split]
+    length = 0 if kind == "mask" else len(labels)
+    for row in rows:
+        if len(row.target) != length:
+            raise UserError(f"{index.root}: {row.name} has {len(row.target)} labels, not {length}")
+    paths = [row.path for row in rows]
+    if None in paths:
+        paths = index.find([row.name for row in rows], found.depth, f"the {split} list")
+    return [
+        Example(path, row.target, row.patient or row.name, row.mask)
+        for path, row in zip(paths, rows, strict=True)
+    ]

@@ -1,10 +1,15 @@
-"""The one reader of CSV files, the words that mean "no finding", and which row is of which film."""
+"""The one reader of CSV files, what a cell may say, and which film a row means."""
 
 import csv
+import functools
 import gzip
+import io
 import re
+import unicodedata
 import zlib
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,34 +19,161 @@ from plumbing.launch import UserError
 SPLITS = ("train", "val", "test")
 
 # Labels that name no finding, in lower case. A film with one of these is negative for every class.
-NEGATIVE = ("normal", "no finding", "no_finding", "none", "negative", "0", "")
+NEGATIVE = ("normal", "no finding", "no_finding", "no findings", "none", "negative", "healthy", "0")
+
+# What a cell says that answers yes or no, in lower case; numbers may have decimals (1.0, 0,0).
+YES = 1
+NO = 0
+UNCERTAIN = -1
+MISSING = None
+OTHER = "other"  # no answer at all
+ANSWERS = dict.fromkeys("yes y true positive pos present".split(), YES)
+ANSWERS |= dict.fromkeys("no n false negative neg absent".split(), NO)
+ANSWERS |= dict.fromkeys("uncertain unsure equivocal indeterminate".split(), UNCERTAIN)
+ANSWERS |= dict.fromkeys("na n/a #n/a <na> nan null none nil - -- ? . missing unknown".split())
+ANSWERS[""] = MISSING
+
+# How files begin that are no tables of text.
+NO_TABLES = {
+    b"PK\x03\x04": "an Excel workbook or another zip file",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"PAR1": "a Parquet file",
+    b"<": "a web page or XML",
+    b"{": "JSON",
+    b"[": "JSON",
+}
 
 
 # ---------------------------------------------------------------- files
-def read_table(path, *columns: str, missing="") -> list[dict[str, str]]:
-    """Read a CSV file (.csv, or .csv.gz) with a header line into one {column: text} per row.
+def read_table(path, *columns: str) -> list[dict[str, str]]:
+    """Read a CSV file with a header line into one {column: text} per row; see read_cells.
 
-    Spaces around names and values are dropped, and so are empty lines and fields beyond the header
-    (the rows of NIH's table end with a comma); cells that a row lacks are `missing`. With `columns`
-    given, only these are kept. UserError when the file is no such table or lacks a column.
+    Cells that a row lacks are blank. With `columns` given, only these are kept. UserError when the
+    file lacks one.
     """
-    path = Path(path)
-    open_text = gzip.open if path.suffix == ".gz" else open
+    header, lines = read_cells(path)
+    require_columns(path, header, columns)
+    blank = dict.fromkeys(header, "")
+    rows = []
+    for _, cells in lines:
+        row = blank | dict(zip(header, cells, strict=False))
+        rows.append({name: row[name] for name in columns} if columns else row)
+    return rows
+
+
+def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Read a table as programs and people save it → (column names, [(line number, cells)]).
+
+    CSV with commas, semicolons or tabs, in UTF-8 or UTF-16, perhaps zipped by gzip. Spaces around
+    names and values are dropped, and so are rows without any content and empty cells beyond the
+    header (the rows of NIH's table end with a comma). A row may lack its last cells. UserError when
+    the file is no such table, or a cell belongs to no column.
+    """
+    text, separator = without_hint(read_text(Path(path)))
+    separator = separator or find_separator(path, text)
+    text = re.sub(f'" +(?=[{separator}\r\n])', '"', text)  # a space after a quotation mark
+    lines = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
+    )
+    header = []
+    rows = []
+    line = 1
     try:
-        with open_text(path, "rt", newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file, skipinitialspace=True)
-            header = [name.strip() for name in next(lines, [])]
-            require_columns(path, header, columns)
-            rows = []
-            for line in filter(None, lines):
-                row = dict.fromkeys(header, missing)
-                row.update(zip(header, map(str.strip, line), strict=False))
-                rows.append({name: row[name] for name in columns or header})
-            return rows
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+        for cells in lines:
+            cells = list(map(str.strip, cells))
+            if not header and any(cells):
+                header = cells
+                refuse_twins(path, header)
+            elif any(cells):
+                if len(cells) > len(header) or "" in header:
+                    refuse_strays(path, header, line, cells)
+                rows.append((line, cells[: len(header)]))
+            line = lines.line_num + 1
+    except csv.Error as error:
         raise UserError(
-            f"{path}: cannot be read as a table ({error}); save it as CSV, UTF-8, with commas"
+            f"{path}, line {line}: cannot be read as a table ({error}): a quotation mark is not "
+            "closed, or stands inside a cell"
         ) from None
+    return header, rows
+
+
+def read_text(path: Path) -> str:
+    """Read a file of text: UTF-8 or UTF-16, zipped or not. UserError when it is something else."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read as a table ({reason})") from None
+    advice = "save it as CSV, UTF-8"
+    for start, what in NO_TABLES.items():
+        if data.removeprefix(b"\xef\xbb\xbf").startswith(start):
+            raise UserError(f"{path}: cannot be read as a table: it is {what}; {advice}")
+    encoding = "utf-8-sig"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    elif b"\0" in data[:2]:  # without a mark, the zero byte of the first letter tells the order
+        encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}: cannot be read as a table: line {line} is no {encoding[:6].upper()}; {advice}"
+        ) from None
+    if "\0" in text:
+        raise UserError(f"{path}: cannot be read as a table: it holds zero bytes; {advice}")
+    return text
+
+
+def without_hint(text: str) -> tuple[str, str | None]:
+    """Take away the first line 'sep=;' by which Excel is told the separator. → (text, separator)"""
+    hint = re.match(r'"?sep=([,;\t])"?[ \t]*(\r\n|\r|\n)', text)
+    if not hint:
+        return text, None
+    return hint[2] + text[hint.end() :], hint[1]  # the line end stays, so that lines keep numbers
+
+
+def find_separator(path, text: str) -> str:
+    """Find what stands between the cells: comma, semicolon or tab, whichever the header has.
+
+    Where the header has several, it is the one by which the first rows are as long as the header.
+    """
+    begin = text[:1_000_000].splitlines(keepends=True)[:50]
+    lengths = {}
+    for separator in ",;\t":
+        lines = csv.reader(begin, delimiter=separator, skipinitialspace=True)
+        found = [len(cells) for cells in lines if any(cells)]
+        if found and found[0] > 1:
+            lengths[separator] = found
+    fitting = [separator for separator, found in lengths.items() if len(set(found)) == 1]
+    if len(lengths) < 2:
+        return next(iter(lengths), ",")
+    if len(fitting) == 1:
+        return fitting[0]
+    raise UserError(
+        f"{path}: its header has {' and '.join(map(repr, lengths))}: it cannot be told which of "
+        "them divides the columns; save it as CSV with commas"
+    )
+
+
+def refuse_twins(path, header):
+    """UserError when two columns have the same name."""
+    twins = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
+    if twins:
+        raise UserError(f"{path}: two columns are called {twins[0]}: rename or delete one")
+
+
+def refuse_strays(path, header, line, cells):
+    """UserError when a cell stands beyond the header, or below an empty name but in column 1."""
+    for k, cell in enumerate(cells):
+        has_name = k < len(header) and (header[k] or k == 0)  # pandas writes an index without name
+        if cell and not has_name:
+            raise UserError(
+                f"{path}, line {line}: {cell[:60]!r} is in column {k + 1}, which the header does "
+                "not name: put a cell with a comma in quotation marks, or name the column"
+            )
 
 
 def require_columns(path, header, wanted):
@@ -71,7 +203,7 @@ def read_list(path: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 # ---------------------------------------------------------------- cells
 def number(text: str) -> float:
-    """The number in a label cell; blank, 'nan' and words count as 0."""
+    """The number in a label cell of an official list; blank, 'nan' and words count as 0."""
     try:
         value = float(text or 0)
     except ValueError:
@@ -79,16 +211,27 @@ def number(text: str) -> float:
     return 0.0 if np.isnan(value) else value
 
 
-def read_findings(cells: list[str]) -> tuple[list[str], list[set[str]]]:
-    """Split label cells like 'effusion|mass' into names, without 'normal' and the like (NEGATIVE).
+@functools.lru_cache(100_000)
+def answer(cell: str):
+    """Tell what a cell answers: YES, NO, UNCERTAIN, MISSING, or OTHER for what is no answer."""
+    word = cell.strip().casefold()
+    if word in ANSWERS:
+        return ANSWERS[word]
+    if re.fullmatch(r"[+-]?\d+([.,]0*)?", word):
+        value = int(re.split("[.,]", word)[0])
+        return value if value in (YES, NO, UNCERTAIN) else OTHER
+    return OTHER
 
-    → all classes, sorted; the set of findings of each cell
-    """
-    findings = []
-    for cell in cells:
-        names = {name.strip() for name in cell.split("|")}
-        findings.append({name for name in names if name.lower() not in NEGATIVE})
-    return sorted(set().union(*findings)), findings
+
+def plain(name: str) -> str:
+    """The name without case, spaces, underscores and hyphens, by which names are compared."""
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", name.strip().casefold())
+
+
+@functools.lru_cache(100_000)
+def is_negative(name: str) -> bool:
+    """Whether a name says that nothing was found."""
+    return plain(name) in map(plain, NEGATIVE)
 
 
 # ---------------------------------------------------------------- paths
@@ -123,74 +266,104 @@ def match(names, listed) -> list[str | None]:
     return found
 
 
-# ---------------------------------------------------------------- labels
-class Labels:
-    """The table of a linear probe: a CSV `filename,label,split` and perhaps `patient_id`.
+class Place(NamedTuple):
+    """Where the film of a row lies: the numbers of all films that it may mean."""
 
-    A label is one class or several joined by |; "normal" (or another word of NEGATIVE) means none.
-    classes: their names. Row by row: names, y (n, classes) of 0 and 1, split (n,), patients.
+    films: list[int]
+    is_elsewhere: bool = False  # found by its name alone: the row says another folder
+
+
+class Finder:
+    """Finds films, a list of paths, by what a table calls them.
+
+    A row means a film when one path ends with the other, folder by folder, whatever the suffix and
+    whether letters are large or small; \\ counts as /. What fits exactly goes before what does not.
+    Where no folder fits, the name alone is enough if no other film and no other row has it.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(
-                f"--probe {path}: no such file; "
-                "a CSV with the columns filename,label,split is wanted"
-            )
-        rows = read_table(self.path, missing=None)
-        self.check(rows)
-        self.names = [row["filename"] for row in rows]
-        self.classes, findings = read_findings([row["label"] for row in rows])
-        targets = [[name in found for name in self.classes] for found in findings]
-        self.y = np.array(targets, dtype=float)
-        self.split = np.array([row["split"].lower() for row in rows])
-        self.patients = [row.get("patient_id") or row["filename"] for row in rows]
+    def __init__(self, films):
+        self.films = list(films)
+        self.parts = [len(path.split("/")) for path in self.films]
+        self.of_depth = {}  # {depth: {key of a tail: numbers of films}}
 
-    def check(self, rows):
-        """UserError when a column is absent, or a row is cut off or lacks a filename or a split."""
-        if not rows or not {"filename", "label", "split"} <= rows[0].keys():
-            found = ", ".join(rows[0]) if rows else "nothing"
-            raise UserError(
-                f"--probe {self.path}: columns filename, label and split are wanted, found {found}"
-            )
-        for line, row in enumerate(rows, start=2):
-            is_cut_off = row["label"] is None or row["split"] is None
-            if is_cut_off or not row["filename"] or row["split"].lower() not in SPLITS:
-                found = ",".join(cell or "" for cell in row.values())[:120]
-                raise UserError(
-                    f"--probe {self.path}, line {line}: a filename, a label and a split of "
-                    f"{', '.join(SPLITS)} are wanted, found {found}"
-                )
+    def tails(self, depth: int) -> dict[str, list[int]]:
+        """{the key of the last `depth` parts of a path: the films that end so}."""
+        if depth not in self.of_depth:
+            table = {}
+            for i, path in enumerate(self.films):
+                if self.parts[i] >= depth:
+                    tail = path if self.parts[i] == depth else tail_of(path, depth)
+                    table.setdefault(key_of(tail), []).append(i)
+            self.of_depth[depth] = table
+        return self.of_depth[depth]
 
-    def complete(self) -> "Labels":
-        """The table itself, when a probe can be fitted, chosen and tested on it; else UserError."""
-        if not self.classes or set(SPLITS) - set(self.split):
-            raise UserError(
-                f"--probe {self.path}: films of all three splits ({', '.join(SPLITS)}) and a class "
-                f"beside normal are wanted; found {', '.join(sorted(set(self.split)))}; "
-                f"{', '.join(self.classes) or 'no class'}"
-            )
-        return self
+    def find(self, names) -> list[Place]:
+        """Find the film of every row: none, one, or all that fit equally well."""
+        paths = [as_path(name) for name in names]
+        places = [Place(self.fitting(path)) for path in paths]
+        used = {i for place in places for i in place.films}
+        weak = {}  # row: the one film that has its name, in another folder
+        for row, (path, place) in enumerate(zip(paths, places, strict=True)):
+            if not place.films and "/" in path:
+                found = self.with_name(path)
+                if len(found) == 1:
+                    weak[row] = found[0]
+        asked = Counter(weak.values())
+        for row, i in weak.items():
+            if i not in used and asked[i] == 1:
+                places[row] = Place([i], is_elsewhere=True)
+        return places
 
-    def locate(self, films) -> np.ndarray:
-        """Find each row's film: its number in `films`, -1 where it is not there. (n,)
+    def fitting(self, path: str) -> list[int]:
+        """The films whose path ends with `path`, or with whose path `path` ends."""
+        depth = path.count("/") + 1
+        found = self.tails(depth).get(key_of(path), [])
+        if found:
+            return self.closest(found, path)
+        for shorter in range(depth - 1, 0, -1):
+            tail = tail_of(path, shorter)
+            found = self.tails(shorter).get(key_of(tail), [])
+            whole = [i for i in found if self.parts[i] == shorter]
+            if whole:
+                return self.closest(whole, tail)
+        return []
 
-        UserError when none is there, or when a row fits two films, as view1_frontal.jpg would.
-        """
-        where = {}
-        for i, name in enumerate(match(films.names, self.names)):
-            if name in where:
-                raise UserError(
-                    f"--probe {self.path}: {name} fits both {films.names[where[name]]} and "
-                    f"{films.names[i]}: write more of the path"
-                )
-            if name is not None:
-                where[name] = i
-        found = np.array([where.get(name, -1) for name in self.names])
-        if (found < 0).all():
-            raise UserError(
-                f"--probe {self.path}: none of its {len(found)} films is in the data "
-                f"(first: {self.names[0]})"
-            )
+    def with_name(self, path: str) -> list[int]:
+        """The films that have at least the last part of `path` in common with it."""
+        for depth in range(path.count("/"), 0, -1):
+            tail = tail_of(path, depth)
+            found = self.tails(depth).get(key_of(tail), [])
+            if found:
+                return self.closest(found, tail)
+        return []
+
+    def closest(self, found: list[int], tail: str) -> list[int]:
+        """Those that fit best: whole path, then name with suffix, then letters as written."""
+        for fits in (
+            lambda film: film == tail,
+            lambda film: f"/{film}".endswith(f"/{tail}"),
+            lambda film: f"/{film}".casefold().endswith(f"/{tail}".casefold()),
+            lambda film: f"/{without_suffix(film)}".endswith(f"/{without_suffix(tail)}"),
+        ):
+            best = [i for i in found if fits(self.films[i])]
+            if best:
+                return best
         return found
+
+
+def as_path(name: str) -> str:
+    """A name as it stands in a table as a path with /: of a web address without what follows ?."""
+    if "://" in name:
+        name = name.partition("://")[2].partition("?")[0]
+    parts = name.replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def tail_of(path: str, depth: int) -> str:
+    """The last `depth` parts of a path."""
+    return "/".join(path.rsplit("/", depth)[-depth:])
+
+
+def key_of(tail: str) -> str:
+    """What two spellings of a path have in common: no suffix, no case, composed letters."""
+    return unicodedata.normalize("NFC", without_suffix(tail)).casefold()

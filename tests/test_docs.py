@@ -16,6 +16,7 @@ from PIL import Image
 
 from model import ViT
 from plumbing.benchmarks import load_task
+from plumbing.own_table import Labels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy's
 PAGES = [
@@ -275,15 +276,42 @@ def csv_examples():
     return [block for kind, block in BLOCK.findall(TEXTS["docs/data.md"]) if kind == "csv"]
 
 
-@pytest.mark.parametrize("table", csv_examples())
-def test_the_example_tables_are_read(table, tmp_path):
+# Of each table in docs/data.md, in its order: labels, films that count, patients, and the sum of
+# the answers that are known; all told by the text around it.
+OUTCOMES = [
+    ("pneumonia", 5, 5, 2),
+    ("Effusion Mass", 6, 6, 6),
+    ("Cardiomegaly Emphysema", 5, 4, 5),
+    ("Atelectasis Edema", 5, 5, 4),
+    ("Cardiomegaly,Pleural Effusion", 5, 4, 3),
+    ("label", 5, 5, 2),
+    ("Effusion Mass", 5, 5, 4),
+    ("0 1 2", 6, 6, 6),
+    ("mask", 5, 5, 0),
+    ("pneumonia", 5, 5, 2),
+]
+
+
+@pytest.mark.parametrize("table, outcome", zip(csv_examples(), OUTCOMES, strict=True))
+def test_the_example_tables_are_read(table, outcome, tmp_path):
     (tmp_path / "own.csv").write_text(table)
-    for name in set(re.findall(r"[\w/]+\.png", table)):
-        path = tmp_path / ("masks" if "lungs" in name else "films") / name
+    lines = table.strip().splitlines()
+    column = next(k for k, name in enumerate(lines[0].split(",")) if name in FILM_COLUMNS)
+    names = [re.split("[,;]", line)[column] for line in lines[1:]]
+    names += [f"masks/{name}.png" for name in re.findall(r"\d+_lungs", table)]
+    for name in names:
+        path = tmp_path / "films" / (name if "." in name else f"{name}.jpg")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (32, 32)).save(path)
+    labels, films, patients, positive = outcome
     splits = load_task("csv", tmp_path, tmp_path / "own.csv")
-    rows = len(table.strip().splitlines()) - 1
-    assert len(splits.train) + len(splits.val) + len(splits.test) == rows
-    assert splits.kind == ("mask" if "mask" in table else "labels")
-    assert splits.labels
+    assert splits.labels == tuple(labels.split("," if "," in labels else None))
+    examples = splits.train + splits.val + splits.test
+    assert len(examples) == films and len({example.patient for example in examples}) == patients
+    answers = [value for example in examples for value in example.target]
+    assert sum(value or 0 for value in answers) == positive
+    if "split" in lines[0]:
+        assert Labels(tmp_path / "own.csv").classes == list(splits.labels)
+
+
+FILM_COLUMNS = ("filename", "Image Index", "dicom_id", "Path", "filename;label;patient_id;split")

@@ -12,12 +12,12 @@ from sklearn.metrics import roc_auc_score
 
 from lab import common, report
 from model import CheXWorld
-from plumbing import metrics, table
+from plumbing import metrics, own_table
 
 
 def make_labels(tmp_path, text):
     (tmp_path / "table.csv").write_text(text)
-    return table.Labels(tmp_path / "table.csv")
+    return own_table.Labels(tmp_path / "table.csv")
 
 
 class Corner(torch.nn.Module):

@@ -551,28 +551,32 @@ WRONG = [
     (
         "filename,label,split",
         ["0.png,a,train", "77.png,b,test", "1.png,b,test"],
-        "1 of the 2 films named by the test list are not there, the first: 77.png",
+        r"1 of the 3 films are not below .*, the first: 77.png \(line 3\)",
     ),
-    ("filename,label,split", ["0.png,a,train", "1.png,b,tset"], "column split must name"),
+    (
+        "filename,label,split",
+        ["0.png,a,train", "1.png,b,tset"],
+        "line 3: column split must say train, val, test, not 'tset'",
+    ),
     (
         "filename,label,patient_id,split",
         ["0.png,a,7,train", "1.png,b,7,test", "2.png,b,8,val"],
-        "patient 7 has films in test and in train",
+        "lines 2 and 3: patient 7 has films in train and in test",
     ),
     (
         "filename,label,split",
         ["0.png,a,train", "0.png,b,train", "1.png,b,test", "2.png,b,val"],
-        "stands twice in train, with different labels",
+        "lines 2 and 3: 0.png stands twice, with a different label",
     ),
     (
         "filename,mask",
         ["0.png,masks/99.png", "1.png,masks/1.png"],
-        "1 of the 2 masks are not there",
+        "line 2: mask .masks/99.png. is not there",
     ),
-    ("name,label", ["0.png,a"], "no column filename; its columns are name, label"),
-    ("filename,age", ["0.png,51"], "no column label"),
+    ("name,label", ["0.png,a"], r"no column filename \(or file, .*\); its columns are name, label"),
+    ("filename,age", ["0.png,51"], "no column label or mask, and none of 0 and 1"),
     ("filename,label", ["0.png,normal", "1.png,normal"], "names no class beside"),
-    ("filename,label", [], "no column filename"),
+    ("filename,label", [], "no row below its header"),
 ]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from plumbing.launch import UserError
+from plumbing.own_table import Labels
 from plumbing.results import describe_task, refuse_untestable
 from plumbing.splits import (
     Example,
@@ -17,7 +18,6 @@ from plumbing.splits import (
     draw_few,
     hold_out_films,
 )
-from plumbing.table import Labels
 
 
 def make_films(patients):
@@ -57,8 +57,9 @@ def test_the_test_films_of_a_table_are_held_out_and_the_table_may_know_the_patie
     known = {"a.png": "nih:1", "b.png": "nih:1", "c.png": "nih:2"}
     unknown = {name: name for name in ("d.png", "e.png", "f.png")}  # the folder knows nobody
     films = make_films(known | unknown)
-    rows = ["a.png,x,test,9", "c.png,x,train,9", "d.png,x,test,7", "e.png,normal,train,7"]
-    train, held = hold_out_films(films, [make_labels(tmp_path, rows)], holdout=2, seed=0)
+    rows = ["a.png,x,test,9", "c.png,x,train,8", "d.png,x,test,7"]
+    tables = [make_labels(tmp_path, rows), make_labels(tmp_path, ["e.png,x,train,7"])]
+    train, held = hold_out_films(films, tables, holdout=2, seed=0)
     assert [films.names[i] for i in held] == ["a.png", "d.png"]
     assert [films.names[i] for i in train] == ["c.png", "f.png"]  # b, e: of a held-out patient
 

@@ -1,19 +1,25 @@
-"""Tables: what read_table forgives and refuses, and the label tables of linear probes."""
+"""Tables: what is forgiven and what refused, what a cell answers, which film a row means."""
 
 import gzip
 import time
-from types import SimpleNamespace
 
 import pytest
 
-from plumbing import benchmarks
 from plumbing.launch import UserError
 from plumbing.table import (
+    MISSING,
     NEGATIVE,
-    Labels,
+    NO,
+    OTHER,
+    UNCERTAIN,
+    YES,
+    Finder,
+    answer,
+    is_negative,
     match,
     number,
-    read_findings,
+    plain,
+    read_cells,
     read_list,
     read_table,
     without_suffix,
@@ -41,28 +47,79 @@ def test_a_zipped_table_is_read_by_its_suffix(tmp_path):
     assert read_table(tmp_path / "t.csv.gz", "a") == [{"a": "1"}]
 
 
-@pytest.mark.parametrize("header, names", [("a;b", "a;b"), ("", "none")])
-def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, header, names):
-    (tmp_path / "t.csv").write_text(f"{header}\n1;2\n")
-    with pytest.raises(UserError, match=f"t.csv: no column b; its columns are {names}$"):
-        read_table(tmp_path / "t.csv", "b")
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
+    for header, names in (("a,c", "a, c"), ("", "none")):
+        (tmp_path / "t.csv").write_text(f"{header}\n1,2\n" if header else "")
+        with pytest.raises(UserError, match=f"t.csv: no column b; its columns are {names}$"):
+            read_table(tmp_path / "t.csv", "b")
+
+
+NAMES = "name,Erguß\nä.png,1\n"
 
 
 @pytest.mark.parametrize(
-    "name, content",
+    "data",
     [
-        ("latin.csv", "a,b\n1,Erguß".encode("cp1252")),
-        ("junk.csv.gz", b"\x1f\x8bjunk"),
-        ("plain.csv.gz", b"a,b"),
-        ("absent.csv", None),
+        NAMES.encode(),
+        NAMES.encode("utf-8-sig"),
+        NAMES.encode("utf-16"),
+        NAMES.encode("utf-16-le"),
+        b"\xfe\xff" + NAMES.encode("utf-16-be"),
+        NAMES.encode("utf-16-be"),
+        NAMES.replace(",", "\t").encode("utf-16"),  # Excel's "Unicode text"
+        NAMES.replace(",", ";").encode(),
+        NAMES.replace(",", "\t").replace("\n", "\r\n").encode(),
+        NAMES.replace("\n", "\r").encode(),  # an old Macintosh's
+        b"sep=;\r\n" + NAMES.replace(",", ";").encode(),
+        gzip.compress(NAMES.encode()),
+        b"\n,,,\n" + NAMES.replace("\n", ",,\n").encode() + b",,,\n,,,\n\n",
+        b'"name","Ergu\xc3\x9f"\r\n"\xc3\xa4.png","1"',
     ],
 )
-def test_what_is_no_table_is_one_line(tmp_path, name, content):
-    if content:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}: cannot be read as a table") as error:
-        read_table(tmp_path / name)
-    assert "\n" not in str(error.value)
+def test_a_table_is_read_however_it_is_saved(tmp_path, data):
+    (tmp_path / "t.csv").write_bytes(data)
+    assert read_table(tmp_path / "t.csv", "name", "Erguß") == [{"name": "ä.png", "Erguß": "1"}]
+
+
+def test_a_separator_that_also_stands_in_the_header_is_told_by_the_rows(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("name;size, px;b\na;1,5;2\nb;2;3\n")
+    assert read_cells(path) == (
+        ["name", "size, px", "b"],
+        [(2, ["a", "1,5", "2"]), (3, list("b23"))],
+    )
+    path.write_text("a;b,c\n1;2,3\n")
+    with pytest.raises(UserError, match="its header has ',' and ';'"):
+        read_cells(path)
+
+
+def test_quoted_line_ends_do_not_shift_the_numbers_of_lines(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b'a,b\r\n"x\ny",1\r\n\r\nz,2\r\n')
+    assert read_cells(tmp_path / "t.csv")[1] == [(2, ["x\ny", "1"]), (5, ["z", "2"])]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("a,b\n1,Erguß".encode("cp1252"), "cannot be read as a table: line 2 is no UTF-8"),
+        (b"\x1f\x8bjunk", "cannot be read as a table"),
+        (b"PK\x03\x04rest", "cannot be read as a table: it is an Excel workbook"),
+        (b"\xd0\xcf\x11\xe0rest", "it is an old Excel workbook"),
+        (b"<!DOCTYPE html><html>", "it is a web page"),
+        (b"a,b\n1,\0\n", "zero bytes"),
+        (b"a,b\n1,2,3\n", "line 2: '3' is in column 3, which the header does not name"),
+        (b"a,b,\n1,2,\n1,2,x\n", "line 3: 'x' is in column 3"),
+        (b"a,b,a\n1,2,3\n", "two columns are called a"),
+        (b'a,b\n1,2\n"3,4\n5,6\n', "line 3: cannot be read as a table"),
+        (None, "cannot be read as a table .No such file"),
+    ],
+)
+def test_what_is_no_table_is_one_line(tmp_path, data, message):
+    if data:
+        (tmp_path / "t.csv").write_bytes(data)
+    with pytest.raises(UserError, match=message) as error:
+        read_table(tmp_path / "t.csv")
+    assert "\n" not in str(error.value) and "t.csv" in str(error.value)
 
 
 def test_lists_keep_their_numbers_and_names_their_dots(tmp_path):
@@ -83,27 +140,27 @@ def test_words_and_blanks_are_the_number_0():
     assert [number(cell) for cell in cells] == [1, -1, 0, 0, 0]
 
 
-def test_every_word_of_negative_names_no_finding():
-    cells = [word.upper() for word in NEGATIVE] + ["No Finding| mass "]
-    classes, findings = read_findings(cells)
-    assert classes == ["mass"]
-    assert findings == [set()] * len(NEGATIVE) + [{"mass"}]
+def test_a_cell_answers_yes_no_perhaps_or_nothing():
+    words = {
+        YES: "1 1.0 1. 1,0 +1 yes Y TRUE positive Present",
+        NO: "0 0.0 0,00 -0.0 no N False NEGATIVE absent",
+        UNCERTAIN: "-1 -1.0 -1,0 uncertain Equivocal",
+        MISSING: "NA N/A #N/A nan NaN NULL None - ? <NA> unknown",
+        OTHER: "2 0.5 -2 10 1.5 M pneumonia 1|0 1e3 0-1",
+    }
+    for value, cells in words.items():
+        assert {cell: answer(cell) for cell in cells.split()} == dict.fromkeys(cells.split(), value)
+    assert answer("") is answer("  ") is MISSING
 
 
-def test_a_probe_and_the_csv_task_learn_the_same_targets(tmp_path):
-    words = ["normal", "pneumonia", "No Finding", "no_finding", "pneumonia", "none"]
-    rows = ["filename,label,split"]
-    for k, word in enumerate(words):
-        (tmp_path / f"{k}.png").write_bytes(b"")
-        rows.append(f"{k}.png,{word},{['train', 'val', 'test'][k % 3]}")
-    path = tmp_path / "t.csv"
-    path.write_text("\n".join(rows))
-    labels = Labels(path)
-    splits = benchmarks.load_task("csv", tmp_path, path)
-    assert labels.classes == list(splits.labels) == ["pneumonia"]
-    examples = sorted(splits.train + splits.val + splits.test)
-    assert [example.target for example in examples] == [tuple(row) for row in labels.y.tolist()]
-    assert labels.y[:, 0].tolist() == [0, 1, 0, 0, 1, 0]
+def test_words_for_no_finding_and_spellings_of_one_name():
+    for word in NEGATIVE:
+        assert is_negative(word.upper()) and is_negative(word.replace(" ", "_"))
+    assert not is_negative("") and not is_negative("Effusion")
+    same = ["Patient ID", "patient_id", "PATIENT-ID", "patientId", " patient  id "]
+    assert len(set(map(plain, same))) == 1
+    different = ["HIV", "HIV-", "HIV+", "1.5", "15"]
+    assert len(set(map(plain, different))) == 5
 
 
 # ---------------------------------------------------------------- paths
@@ -118,84 +175,51 @@ def test_a_row_matches_a_film_when_one_path_ends_with_the_other():
     assert time.time() - began < 5
 
 
-# ---------------------------------------------------------------- label tables of probes
-def make_labels(tmp_path, text):
-    (tmp_path / "table.csv").write_text(text)
-    return Labels(tmp_path / "table.csv")
+FINDS = [  # films, a row, the film that it means
+    (["a/b/1.png", "1.png"], "b/1.png", "a/b/1.png"),
+    (["a/b/1.png", "c/2.png"], "1.png", "a/b/1.png"),
+    (["a/b/1.png", "1.png"], "1.png", "1.png"),
+    (["b/1.png", "1.png"], "/home/me/a/b/1.png", "b/1.png"),
+    (["x/1.png"], "x/1", "x/1.png"),
+    (["x/1.png"], "x/1.dcm", "x/1.png"),
+    (["x/1.png", "x/1.dcm"], "1.dcm", "x/1.dcm"),
+    (["x/1.png", "y/1.PNG"], "1.PNG", "y/1.PNG"),
+    (["x/Film.PNG"], "X/film.png", "x/Film.PNG"),
+    (["x/1.png"], "C:\\data\\x\\1.png", "x/1.png"),
+    (["x/1.png"], ".\\x/1.png", "x/1.png"),
+    (["x/1.png"], "https://host/set/x/1.png?raw=1", "x/1.png"),
+    (["x/u\u0308.png"], "\u00fc.png", "x/u\u0308.png"),  # decomposed, as on macOS
+    (["1.2.840.3.dcm"], "1.2.840.3", "1.2.840.3.dcm"),
+    (["x/1.png"], "11.png", None),
+    (["x/1.png"], "x/1.npy", None),
+]
 
 
-def films_named(*names):
-    return SimpleNamespace(names=list(names))
+@pytest.mark.parametrize("films, row, film", FINDS)
+def test_a_row_finds_its_film_by_its_path(films, row, film):
+    (place,) = Finder(films).find([row])
+    assert [films[i] for i in place.films] == ([film] if film else [])
+    assert not place.is_elsewhere
 
 
-def test_labels_of_several_classes(tmp_path):
-    rows = [
-        "filename,label,patient_id,split",
-        "a.png,effusion|nodule,p1,train",
-        "b.png,normal,p2,Val",
-        "c.png, nodule ,,test",
-        "d.png,No Finding,p3,test",
-    ]
-    labels = make_labels(tmp_path, "\n".join(rows))
-    assert labels.classes == ["effusion", "nodule"]
-    assert labels.y.tolist() == [[1, 1], [0, 0], [0, 1], [0, 0]]
-    assert labels.split.tolist() == ["train", "val", "test", "test"]
-    assert labels.patients == ["p1", "p2", "c.png", "p3"]
-    assert labels.names == ["a.png", "b.png", "c.png", "d.png"]
+def test_what_may_mean_two_films_is_not_decided():
+    for films in (["x/1.png", "y/1.png"], ["1.png", "1.jpg"], ["A.png", "a.PNG"]):
+        row = {"1.png": "1.dcm", "A.png": "a.pNg"}.get(films[0], "1.png")
+        assert len(Finder(films).find([row])[0].films) == 2
 
 
-WRONG = {
-    "": ["nothing"],
-    "filename,label\na,b\n": ["filename", "split"],
-    "filename,label,split\n": ["nothing"],
-    "filename,label,split\na.png,x\n": ["line 2"],
-    "filename,split,label\na.png,train,\nb.png,train\n": ["line 3", "a label", "b.png,train,"],
-    "filename,label,split\n,x,train\n": ["line 2"],
-    "filename,label,split\na.png,x,train\nb.png,y,valid\n": ["line 3", "valid", "train, val, test"],
-}
+def test_a_film_in_another_folder_is_found_by_its_name_if_that_is_unique():
+    films = ["images/1.png", "images/2.png", "more/2.png", "p1/view.png"]
+    rows = ["old/1.png", "old/2.png", "p1/view.png", "p2/view.png", "q/view.png"]
+    places = Finder(films).find(rows)
+    assert [place.films for place in places] == [[0], [], [3], [], []]
+    assert [place.is_elsewhere for place in places] == [True, False, False, False, False]
+    assert [place.films for place in Finder(films[3:]).find(rows[3:])] == [[], []]
 
 
-@pytest.mark.parametrize("text, words", WRONG.items())
-def test_a_wrong_table_is_one_line(tmp_path, text, words):
-    with pytest.raises(UserError, match="table.csv") as error:
-        make_labels(tmp_path, text)
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words)
-
-
-def test_a_missing_table_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        Labels(tmp_path / "none.csv")
-
-
-def test_a_probe_needs_all_three_splits_and_a_class(tmp_path):
-    rows = "filename,label,split\na,x,train\nb,x,val\n"
-    with pytest.raises(UserError, match="films of all three splits"):
-        make_labels(tmp_path, rows).complete()
-    labels = make_labels(tmp_path, rows + "c,normal,test\n")
-    assert labels.complete() is labels
-    with pytest.raises(UserError, match="no class"):
-        make_labels(tmp_path, rows.replace("x", "normal") + "c,normal,test\n").complete()
-
-
-def test_rows_find_their_films_by_the_tail_of_the_path(tmp_path):
-    """CheXpert calls every film view1_frontal.jpg: a base name is not enough."""
-    rows = [
-        "filename,label,split",
-        "CheXpert/train/patient1/view1.jpg,x,train",
-        "CheXpert/train/patient2/view1.jpg,y,train",
-        "gone.jpg,x,test",
-        "plain.png,x,test",
-    ]
-    films = films_named(
-        "patient2/view1.jpg", "deep/below/plain.png", "patient1/view1.jpg", "patient3/view1.jpg"
-    )
-    assert make_labels(tmp_path, "\n".join(rows)).locate(films).tolist() == [2, 0, -1, 1]
-
-
-def test_a_row_that_fits_two_films_or_a_table_that_fits_none_is_refused(tmp_path):
-    labels = make_labels(tmp_path, "filename,label,split\nview1.jpg,x,train\n")
-    with pytest.raises(UserError, match="fits both patient1/view1.jpg and patient2/view1.jpg"):
-        labels.locate(films_named("patient1/view1.jpg", "patient2/view1.jpg"))
-    with pytest.raises(UserError, match="none of its 1 films"):
-        labels.locate(films_named("other.jpg"))
+def test_finding_many_films_takes_seconds():
+    many = [f"train/patient{k:05d}/study1/view1_frontal.jpg" for k in range(20000)]
+    began = time.process_time()
+    places = Finder(many).find([f"CheXpert-v1.0/{name}" for name in many])
+    assert [place.films for place in places] == [[k] for k in range(20000)]
+    assert time.process_time() - began < 10

@@ -1,0 +1,458 @@
+"""What the columns of a person's table ask to learn: answers of yes and no, classes, or masks.
+
+What is missing or uncertain is counted; what cannot be understood is refused with its line.
+"""
+
+import difflib
+import re
+import sys
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from plumbing.film import SUFFIXES
+from plumbing.launch import UserError
+from plumbing.table import (
+    MISSING,
+    NO,
+    OTHER,
+    UNCERTAIN,
+    YES,
+    answer,
+    as_path,
+    is_negative,
+    plain,
+    read_cells,
+)
+
+# What columns are called, as table.plain writes it; the first that is there counts.
+FILM = (
+    "filename imagefilename imagefile filepath imagepath file image path imageindex imageid "
+    "imagename img imgid imgname imgpath dicomid dicom dicomfile dicompath dcm film filmid"
+).split()
+MASK = "mask maskfile maskfilename maskpath maskname maskimage segmentation".split()
+LABEL = (
+    "label labels findinglabels findinglabel findings finding class classes classname diagnosis "
+    "diagnoses target targets pathology pathologies disease category groundtruth"
+).split()
+
+# What is no class.
+INTEGER = r"[+-]?\d+([.,]0*)?"
+NO_CLASS = {
+    "run lengths": re.compile(r"\d+(\s+\d+)+"),
+    "a date": re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b.*"),
+    "a number": re.compile(r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?"),
+    "a file": re.compile(
+        r".*\.(npy|npz|nii|gz|mat|json|xml|txt|csv|pth?|h5|hdf5|pkl|pdf|svg|zip)", re.IGNORECASE
+    ),
+}
+MAX_CODES = 20  # different numbers in a column of classes
+MAX_CLASSES = 300  # different names; PadChest has 174
+
+
+# ---------------------------------------------------------------- columns
+class Sheet:
+    """A table by columns: cells {column: one per row}, lines: where each row stands in the file."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.notes = []
+        header, rows = read_cells(path)
+        if not rows:
+            raise UserError(f"{path}: no row below its header ({', '.join(header) or 'empty'})")
+        for line, cells in rows:
+            if len(cells) < len(header):
+                raise UserError(
+                    f"{path}, line {line}: {len(cells)} cells where the header has {len(header)}: "
+                    "is the file cut off?"
+                )
+        self.lines = [line for line, _ in rows]
+        columns = zip(*(cells for _, cells in rows), strict=True)
+        self.cells = {name: cells for name, cells in zip(header, columns, strict=True) if name}
+
+    def refuse(self, row: int, message: str):
+        """Raise UserError about a row."""
+        raise UserError(f"{self.path}, line {self.lines[row]}: {message}")
+
+    def column(self, names, what: str) -> str | None:
+        """The column for `what` by the first of its usual names that is there; None without any.
+
+        UserError when two columns have that name but for case and spaces.
+        """
+        columns = {}
+        for column in self.cells:
+            columns.setdefault(plain(column), []).append(column)
+        fitting = [column for name in names for column in columns.get(name, [])]
+        if not fitting:
+            return None
+        twins = columns[plain(fitting[0])]
+        if len(twins) > 1:
+            raise UserError(
+                f"{self.path}: {' and '.join(twins)} may both be the column of the {what}: "
+                "rename or delete one"
+            )
+        if len(fitting) > 1:
+            self.notes.append(f"{what}: column {fitting[0]}, not {', '.join(fitting[1:])}")
+        return fitting[0]
+
+    def film_column(self) -> str:
+        """The column that names the films. UserError when there is none, or a row has no film."""
+        column = self.column(FILM, "film")
+        if not column:
+            if any(Path(name).suffix.lower() in SUFFIXES for name in self.cells):
+                raise UserError(
+                    f"{self.path}: its first row holds data: write the names of the columns "
+                    "above it, such as filename,label"
+                )
+            raise UserError(
+                f"{self.path}: no column filename (or file, image, path, Image Index, image_id, "
+                f"dicom_id ...); its columns are {', '.join(self.cells)}"
+            )
+        for row, cell in enumerate(self.cells[column]):
+            if answer(cell) is MISSING:
+                self.refuse(row, f"column {column} names no film ({cell!r})")
+        return column
+
+    def asked_columns(self, asked: str, taken) -> list[str]:
+        """The columns that --column names, one or several with commas between."""
+        found = []
+        for name in [asked] if plain(asked) in map(plain, self.cells) else asked.split(","):
+            column = self.column([plain(name)], "label")
+            if column is None:
+                like = difflib.get_close_matches(name, self.cells, 1)
+                mean = f"did you mean {like[0]}?" if like else ""
+                raise UserError(
+                    f"{self.path}: no column {name}; {mean or 'its columns are '}"
+                    f"{'' if mean else ', '.join(self.cells)}"
+                )
+            if column in taken:
+                raise UserError(f"{self.path}: column {column} names {taken[column]}, no label")
+            found.append(column)
+        return found
+
+
+# ---------------------------------------------------------------- what is to be learnt
+class Goal(NamedTuple):
+    """What the rows of a table ask for.
+
+    targets: 0, 1 or None (not known) per label; None for a row without any, which is left out.
+    masks: names of files, "" for an empty mask; only of kind mask.
+    """
+
+    kind: str  # labels or mask
+    labels: tuple
+    targets: list
+    masks: list | None
+    notes: list[str]
+
+
+def read_goal(sheet: Sheet, asked: str | None, taken: dict, uncertain: str) -> Goal:
+    """Find out what is to be learnt: `asked` (--column), or the column of masks, else of labels,
+    else every column that answers yes or no.
+
+    taken: {column: what it names} of the other columns. UserError when nothing can be learnt.
+    """
+    if asked:
+        columns = sheet.asked_columns(asked, taken)
+    else:
+        column = sheet.column(MASK, "mask") or sheet.column(LABEL, "label")
+        columns = [column] if column else []
+    if len(columns) != 1:
+        goal = read_answers(sheet, columns or answer_columns(sheet, taken), uncertain)
+        columns = goal.labels
+    elif is_mask_column(sheet, columns[0], asked):
+        goal = read_masks(sheet, columns[0])
+    else:
+        goal = read_label_column(sheet, columns[0], uncertain)
+    rest = [name for name in sheet.cells if name not in taken and name not in columns]
+    unused = [f"columns not learnt: {', '.join(rest)}"] if rest else []
+    return goal._replace(notes=[*goal.notes, *unused])
+
+
+def read_label_column(sheet: Sheet, column: str, uncertain: str) -> Goal:
+    """Read one column: of yes and no (one label), of numbers or of names of classes."""
+    answers = {answer_or_negative(cell) for cell in sheet.cells[column]}
+    if answers == {MISSING}:
+        raise UserError(f"{sheet.path}: column {column} is empty")
+    if answers <= {NO, MISSING}:
+        raise UserError(f"{sheet.path}: column {column} names no class beside {NO_WORDS}")
+    if OTHER in answers:
+        return read_names(sheet, column, uncertain)
+    return read_answers(sheet, [column], uncertain)
+
+
+NO_WORDS = "0, no, normal and the like"
+
+
+def answer_or_negative(cell: str):
+    """What a cell answers, where 'normal', 'No Finding' and the like answer no."""
+    value = answer(cell)
+    return NO if value == OTHER and is_negative(cell) else value
+
+
+def certain(value, uncertain: str):
+    """An answer, of UNCERTAIN what --uncertain counts it as: YES, NO, or MISSING for ignore."""
+    if value == UNCERTAIN:
+        return {"positive": YES, "negative": NO}.get(uncertain, MISSING)
+    return value
+
+
+# ---------------------------------------------------------------- columns of yes and no
+def answer_columns(sheet: Sheet, taken) -> list[str]:
+    """The columns that answer yes or no.
+
+    UserError when there is none, or when most cells of a column are such answers and others not.
+    """
+    found = []
+    for column, cells in sheet.cells.items():
+        if column in taken:
+            continue
+        count = Counter(answer_or_negative(cell) for cell in cells)
+        answers = count[YES] + count[NO] + count[UNCERTAIN]
+        if count[OTHER] and answers >= count[OTHER] and len(cells) > 1:
+            refuse_other(sheet, column)
+        if not count[OTHER] and count[YES] + count[NO]:
+            found.append(column)
+    if not found:
+        raise UserError(
+            f"{sheet.path}: no column label or mask, and none of 0 and 1; "
+            f"its columns are {', '.join(sheet.cells)}; --column NAME says what to learn"
+        )
+    return found
+
+
+def refuse_other(sheet: Sheet, column: str):
+    """UserError that names the first cell of a column that is no answer."""
+    for row, cell in enumerate(sheet.cells[column]):
+        if answer_or_negative(cell) == OTHER:
+            sheet.refuse(
+                row,
+                f"column {column} says {cell[:60]!r}, which is neither 1, 0, -1 nor empty: correct "
+                "it, or name the columns to learn: --column A,B",
+            )
+
+
+def read_answers(sheet: Sheet, columns: list[str], uncertain: str) -> Goal:
+    """Read columns of yes and no, one label each; what is missing or uncertain is counted."""
+    values = []
+    missing = Counter()
+    unsure = Counter()
+    for column in columns:
+        answers = [answer_or_negative(cell) for cell in sheet.cells[column]]
+        if OTHER in answers:
+            refuse_other(sheet, column)
+        missing[column] += answers.count(MISSING)
+        unsure[column] += answers.count(UNCERTAIN)
+        values.append([certain(value, uncertain) for value in answers])
+    targets = [None if set(row) == {MISSING} else row for row in zip(*values, strict=True)]
+    notes = [f"labels: column{'s' * (len(columns) > 1)} {', '.join(columns)}"]
+    if len(columns) > 1 and missing.total():
+        notes.append(f"missing: {counted(missing)}: they count in no loss and no AUROC")
+    if unsure.total():
+        notes.append(f"uncertain: {counted(unsure)}: {what_becomes(uncertain)}")
+    return Goal("labels", tuple(columns), targets, None, notes)
+
+
+def counted(count: Counter) -> str:
+    """How many values of which columns."""
+    each = [f"{column} {cells}" for column, cells in count.items() if cells]
+    return f"{count.total()} values ({', '.join(each)})"
+
+
+def what_becomes(uncertain: str) -> str:
+    """What --uncertain does to uncertain values."""
+    if uncertain == "ignore":
+        return "left out (--uncertain positive or negative counts them)"
+    return f"counted as {uncertain}"
+
+
+# ---------------------------------------------------------------- columns of names
+def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
+    """Read a column of classes, one or several per cell, or of numbers that stand for classes.
+
+    A cell that is missing or uncertain leaves its row out. Two names of which every row has one are
+    one question. UserError when the column cannot be classes.
+    """
+    findings, notes = read_findings(sheet, column, uncertain)
+    labels = sorted(set().union(*filter(None, findings)), key=in_order)
+    if not labels:
+        raise UserError(f"{sheet.path}: column {column} names no class beside {NO_WORDS}")
+    if len(labels) == 2 and all(found is None or len(found) == 1 for found in findings):
+        notes.append(f"{labels[1]} is learnt against {labels[0]}: each film is one of the two")
+        labels = labels[1:]
+    targets = [found if found is None else target_of(found, labels) for found in findings]
+    return Goal("labels", tuple(labels), targets, None, notes)
+
+
+def in_order(name: str) -> tuple[int, str]:
+    """Sort names by the alphabet, and before them numbers by their size."""
+    return (int(name) if name.isdecimal() else sys.maxsize), name
+
+
+def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list[str]]:
+    """Read what a column of names or numbers finds → {name} per row, None: not known; notes."""
+    cells = sheet.cells[column]
+    unsure = [row for row, cell in enumerate(cells) if answer(cell) == UNCERTAIN]
+    if unsure and uncertain != "ignore":
+        sheet.refuse(
+            unsure[0],
+            f"column {column} says {cells[unsure[0]]!r} among names of classes: nobody can tell "
+            f"which of them --uncertain {uncertain} should count; leave the cell empty",
+        )
+    notes = [f"labels: column {column}"]
+    said = {cell for cell in cells if answer(cell) not in (MISSING, UNCERTAIN)}
+    if all(re.fullmatch(INTEGER, cell) for cell in said):
+        findings = [{code_of(cell)} if cell in said else None for cell in cells]
+        refuse_no_classes(sheet, column, findings, MAX_CODES)
+        notes.append("numbers are taken as classes, 0 as one of them")
+    else:
+        findings, negatives = merge_spellings(split_names(sheet, column))
+        refuse_no_classes(sheet, column, findings, MAX_CLASSES)
+        if negatives:
+            notes.append(f"no finding: {', '.join(negatives)}")
+    if unsure:
+        notes.append(f"uncertain: {len(unsure)} rows: left out")
+    return findings, notes
+
+
+def target_of(findings, labels) -> tuple[int, ...]:
+    """One 0 or 1 per label: whether it is among the findings."""
+    return tuple(int(label in findings) for label in labels)
+
+
+def code_of(cell: str) -> str:
+    """A class that is a number as text: '2.0', as pandas writes it beside blanks, is '2'."""
+    return str(int(re.split("[.,]", cell)[0]))
+
+
+def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
+    """Divide cells like 'Effusion|Mass' into names; None where nothing is said.
+
+    | ; and line ends always divide, a comma where none of these is in the column. What else may
+    join names (/ + & and) divides where all parts stand alone elsewhere, and is part of a name
+    where none does. UserError on a cell between the two, or on a part that is no class.
+    """
+    cells = sheet.cells[column]
+    divider = r"[|;\n]" if any(re.search(r"[|;\n]", cell) for cell in cells) else ","
+    rows = [None if is_unsaid(cell) else parts_of(cell, divider) for cell in cells]
+    alone = {plain(name) for name in chain(*filter(None, rows)) if not JOINT.search(name)}
+    split = []
+    for row, names in enumerate(rows):
+        divided = names and []
+        for name in names or ():
+            parts = JOINT.split(name)
+            are_known = [plain(part) in alone for part in parts]
+            if len(parts) > 1 and any(are_known) and not all(are_known):
+                sheet.refuse(
+                    row,
+                    f"column {column} says {name!r}: one finding or several? Join several with |, "
+                    "and spell each as elsewhere",
+                )
+            divided += parts if all(are_known) else [name]
+        for name in divided or ():
+            refuse_no_name(sheet, row, column, name)
+        split.append(divided)
+    return split
+
+
+# What may join two findings, or belong to the name of one.
+JOINT = re.compile(r"\s*(?:[,/+&]|\band\b)\s*(?=\S)", re.IGNORECASE)
+
+
+def is_unsaid(cell: str) -> bool:
+    """Whether a cell of names is missing or uncertain; 'none' is a word for no finding."""
+    return answer(cell) in (MISSING, UNCERTAIN) and not is_negative(cell)
+
+
+def parts_of(cell: str, divider: str) -> list[str]:
+    """The names of a cell; of a list as Python prints it, ['Effusion', 'Mass'], too."""
+    listed = re.fullmatch(r"[\[({](.*)[\])}]", cell)
+    if listed:
+        parts = [part.strip(" '\"") for part in re.split(divider + "|,", listed[1])]
+        return list(filter(None, parts)) or ["none"]  # an empty list finds nothing
+    parts = [part.strip(" /&,") for part in re.split(divider, cell)]
+    return list(filter(None, parts))
+
+
+def refuse_no_name(sheet: Sheet, row: int, column: str, name: str):
+    """UserError when a part of a cell is no name of a class."""
+    if is_negative(name):
+        return
+    what = "an answer" if answer(name) != OTHER else ""
+    for kind, pattern in NO_CLASS.items():
+        what = what or (kind if pattern.fullmatch(name) else "")
+    if what:
+        sheet.refuse(
+            row,
+            f"column {column} says {name[:60]!r}, {what} and no class: correct it, or say with "
+            "--column what to learn",
+        )
+
+
+def merge_spellings(named) -> tuple[list[set[str] | None], list[str]]:
+    """Merge spellings that differ in case, spaces and the like; the most frequent one is kept.
+
+    → the findings of each row, without the words for no finding; those words
+    """
+    spellings = {}
+    for names in filter(None, named):
+        for name in names:
+            spellings.setdefault(plain(name), Counter())[name] += 1
+    best = {key: count.most_common(1)[0][0] for key, count in spellings.items()}
+    negatives = sorted(name for name in best.values() if is_negative(name))
+    findings = []
+    for names in named:
+        is_said = names is not None
+        findings.append({best[plain(n)] for n in names}.difference(negatives) if is_said else None)
+    return findings, negatives
+
+
+def refuse_no_classes(sheet: Sheet, column: str, findings, limit: int):
+    """UserError when a column has so many different values, or so few alike, that they are no
+    classes: ages, comments, names.
+    """
+    count = Counter(name for found in findings if found for name in found)
+    rows = sum(found is not None for found in findings)
+    seldom = sum(films == 1 for films in count.values())
+    is_mostly_seldom = len(count) >= 5 and 2 * seldom > len(count)
+    if len(count) > limit or (is_mostly_seldom and (2 * len(count) > rows or len(count) > 50)):
+        first = ", ".join(repr(name[:40]) for name in list(count)[:3])
+        raise UserError(
+            f"{sheet.path}: column {column} has {len(count)} different values in {rows} rows "
+            f"(such as {first}): these are no classes; --column NAME says what to learn"
+        )
+
+
+# ---------------------------------------------------------------- columns of masks
+def is_mask_column(sheet: Sheet, column: str, asked: str | None) -> bool:
+    """Whether a column names pictures of masks: by its name, unless asked for, or by its cells."""
+    is_called_mask = plain(column) in MASK and not asked
+    return is_called_mask or any(map(is_picture_name, sheet.cells[column]))
+
+
+def is_picture_name(cell: str) -> bool:
+    """Whether a cell names a file that is a picture by its suffix."""
+    return Path(as_path(cell)).suffix.lower() in SUFFIXES
+
+
+def read_masks(sheet: Sheet, column: str) -> Goal:
+    """Read a column of mask files; an empty cell is an empty mask, 'NA' and the like leave out.
+
+    UserError on what cannot be the name of a picture: run lengths, .npy files.
+    """
+    masks = []
+    for row, cell in enumerate(sheet.cells[column]):
+        for kind in ("run lengths", "a file"):
+            if NO_CLASS[kind].fullmatch(cell):
+                sheet.refuse(
+                    row,
+                    f"column {column} says {cell[:60]!r}, {kind} and no picture: save each mask as "
+                    "PNG and write its name",
+                )
+        masks.append(None if cell and answer(cell) is MISSING else cell)
+    targets = [None if mask is None else () for mask in masks]
+    notes = [f"masks: column {column}"]
+    if masks.count(""):
+        notes.append(f"masks: {masks.count('')} rows have none: their masks are empty")
+    return Goal("mask", (column,), targets, masks, notes)

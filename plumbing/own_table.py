@@ -1,0 +1,426 @@
+"""A table of one's own: film, label or mask, patient and split of each row that counts.
+
+finetune.py --task csv and the linear probes (Labels) read it alike. What is to be learnt is found
+out in findings.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.findings import (
+    LABEL,
+    MASK,
+    Goal,
+    Sheet,
+    answer_or_negative,
+    read_answers,
+    read_findings,
+    read_goal,
+    read_masks,
+    target_of,
+)
+from plumbing.launch import UserError
+from plumbing.splits import Example, tally
+from plumbing.table import (
+    MISSING,
+    NO,
+    OTHER,
+    SPLITS,
+    YES,
+    Finder,
+    answer,
+    as_path,
+    plain,
+    without_suffix,
+)
+
+# What columns are called, as table.plain writes it; the first that is there counts.
+PATIENT = (
+    "patientid patient subjectid subject patientnumber patientno patid pid mrn personid "
+    "participantid participant"
+).split()
+NOBODY = ("anonymous", "anonymized", "anonymised", "anon", "unnamed")
+SPLIT = "split set fold subset partition".split()
+SPLIT_WORDS = dict.fromkeys("train training tr".split(), "train")
+SPLIT_WORDS |= dict.fromkeys("val valid validate validation dev development".split(), "val")
+SPLIT_WORDS |= dict.fromkeys("test testing tst".split(), "test")
+
+# Where three sets write the patient into the path of a film; group 1 is the patient.
+PATIENT_IN_NAME = {
+    "CheXpert's patient00001/study1": re.compile(r"(?:^|/)(patient\d+)/study\d+/"),
+    "MIMIC's p10000032/s50414267": re.compile(r"(?:^|/)(p\d{8})/s\d+/"),
+    "NIH's 00000013_005": re.compile(r"(?:^|/)(\d{8})_\d{3}(?:\.\w+)?$"),
+}
+
+
+# ---------------------------------------------------------------- patients and splits
+def read_patients(sheet: Sheet, column: str) -> list[str | None]:
+    """Read the patient of every row, None where the cell says nobody ('nan', blank, anonymous).
+
+    '013', '13' and Excel's '13.0' are one patient, and so are 'P1' and 'p1'.
+    """
+    first = {}
+    patients = []
+    for row, cell in enumerate(sheet.cells[column]):
+        if answer(cell) is MISSING or plain(cell) in NOBODY:
+            patients.append(None)
+            continue
+        if re.fullmatch(r"\d[.,]\d+[eE]\+?\d+", cell):
+            sheet.refuse(row, f"column {column} says {cell}: a spreadsheet rounded the number")
+        is_number = re.fullmatch(r"0*(\d+)([.,]0*)?", cell)
+        key = is_number[1] if is_number else cell.casefold()
+        patients.append(first.setdefault(key, is_number[1] if is_number else cell))
+    return patients
+
+
+def patients_in_names(names) -> tuple[list[str] | None, str]:
+    """Read the patients from the names of films, where all are named as in one of three sets.
+
+    → patients, None where the names do not tell; a note that says so
+    """
+    for style, pattern in PATIENT_IN_NAME.items():
+        found = [pattern.search(as_path(name)) for name in names]
+        if all(found):
+            return [match[1] for match in found], f"patients: as the names say, {style}"
+        count = sum(map(bool, found))
+        if 2 * count > len(found):
+            return None, (
+                f"patients: no column patient_id, so every film counts as one, although {count} of "
+                f"{len(found)} films are named like {style}"
+            )
+    return None, (
+        "patients: no column patient_id, so every film counts as one: films of one patient may lie "
+        "on both sides of a split"
+    )
+
+
+def read_splits(sheet: Sheet, column: str) -> list[str]:
+    """Read the split of every row. UserError when a cell names none."""
+    splits = []
+    for row, cell in enumerate(sheet.cells[column]):
+        split = SPLIT_WORDS.get(plain(cell))
+        if not split:
+            sheet.refuse(row, f"column {column} must say {', '.join(SPLITS)}, not {cell!r}")
+        splits.append(split)
+    return splits
+
+
+# ---------------------------------------------------------------- the table
+@dataclass
+class OwnTable:
+    """A table whose columns are understood.
+
+    Row by row: films as written; targets: 0, 1 or None (not known) per label, () of masks; masks:
+    names of files, "" for an empty one; patients and splits, None where the table has no such
+    column; lines: where a row stands in the file.
+    """
+
+    path: Path
+    kind: str
+    labels: tuple
+    notes: list[str]
+    patient_column: str | None
+    films: list[str]
+    targets: list[tuple | None]
+    masks: list[str | None] | None
+    patients: list[str | None] | None
+    splits: list[str] | None
+    lines: list[int]
+
+    def known(self) -> "OwnTable":
+        """The table without the rows of which nothing is known. UserError when none is left."""
+        rows = [row for row, target in enumerate(self.targets) if target is not None]
+        if not rows:
+            raise UserError(
+                f"{self.path}: nothing is known of any row: all is missing or uncertain"
+            )
+        kept = {}
+        for name in ("films", "targets", "masks", "patients", "splits", "lines"):
+            values = getattr(self, name)
+            kept[name] = values and [values[row] for row in rows]
+        return replace(self, **kept)
+
+    def locate(self, films) -> tuple[np.ndarray, list[str]]:
+        """Find the film of every row: its number in `films`, a list of paths; -1: not there. (n,)
+
+        UserError when a row fits several films. Notes: what does not fit quite as it is written.
+        """
+        found = []
+        odd = {"in other folders than they say": [], "with another suffix": []}
+        odd["with other small and large letters"] = []
+        elsewhere, suffix, case = odd.values()
+        places = Finder(films).find(self.films)
+        for name, line, place in zip(self.films, self.lines, places, strict=True):
+            if len(place.films) > 1:
+                first, second = (films[i] for i in place.films[:2])
+                raise UserError(
+                    f"{self.path}, line {line}: {name} fits both {first} and {second}: write more "
+                    "of the path"
+                )
+            found.append(place.films[0] if place.films else -1)
+            if not place.films:
+                continue
+            written = as_path(name).rpartition("/")[2]
+            real = films[found[-1]].rpartition("/")[2]
+            if place.is_elsewhere:
+                elsewhere.append(f"{name} is {films[found[-1]]}")
+            elif without_suffix(written) != without_suffix(real):
+                case.append(f"{name} is {real}")
+            elif written not in (real, without_suffix(real)):
+                suffix.append(f"{name} is {real}")
+        notes = [f"{len(names)} films {how}: {names[0]}" for how, names in odd.items() if names]
+        return np.array(found, int), notes
+
+    def name_patients(self, names) -> tuple[list[str], str]:
+        """Name the patient of every row as the table says, else as the names of the films do.
+
+        names: the paths of the films. A film whose patient nobody knows is its own. → patients,
+        a note that says how they are known
+        """
+        told = self.patients
+        note = f"patients: column {self.patient_column}"
+        if told and None in told:
+            note += f"; {told.count(None)} films have none and count as one each"
+        if told is None:
+            told, note = patients_in_names(self.films)
+        if told is None:
+            told, note = patients_in_names(names)
+        return [who or name for who, name in zip(told or names, names, strict=True)], note
+
+    def refuse_contradictions(self, located, patients):
+        """UserError when two rows of one film say different things, or a patient has films in two
+        splits. located: the film of each row.
+        """
+        first = {}
+        home = {}  # patient: row
+        splits = self.splits or [None] * len(self.films)
+        masks = self.masks or splits
+        rows = zip(located, self.targets, patients, splits, masks, strict=True)
+        for row, (film, *said) in enumerate(rows):
+            before, said_before = first.setdefault(film, (row, said))
+            if said != said_before:
+                differ = zip(("label", "patient", "split", "mask"), said, said_before, strict=True)
+                what = " and ".join(name for name, one, other in differ if one != other)
+                raise UserError(
+                    f"{self.path}, lines {self.lines[before]} and {self.lines[row]}: "
+                    f"{self.films[row]} stands twice, with a different {what}: keep one row "
+                    "(several findings in one cell are joined with |)"
+                )
+            other = home.setdefault(patients[row], row)
+            if splits[other] != splits[row]:
+                raise UserError(
+                    f"{self.path}, lines {self.lines[other]} and {self.lines[row]}: patient "
+                    f"{patients[row]} has films in {splits[other]} and in {splits[row]}: patients "
+                    "must not cross splits"
+                )
+
+
+def read_own_table(path, column=None, uncertain="ignore", trained=None) -> OwnTable:
+    """Read a table of one's own: film, label or mask, and perhaps patient and split of each row.
+
+    column: what to learn, where that is not what is wanted. uncertain: what -1 counts as: ignore,
+    positive or negative. trained: (kind, labels) of a model to be tested; its labels are looked
+    for, every row is kept, and labels may be absent.
+    """
+    sheet = Sheet(path)
+    film = sheet.film_column()
+    taken = {film: "the film"}
+    patient = sheet.column(PATIENT, "patient")
+    split = sheet.column(SPLIT, "split")
+    taken |= {name: what for name, what in ((patient, "the patient"), (split, "the split")) if name}
+    if trained:
+        goal = goal_of_model(sheet, column, taken, uncertain, *trained)
+    else:
+        goal = read_goal(sheet, column, taken, uncertain)
+    films = sheet.cells[film]
+    splits = read_splits(sheet, split) if split else None
+    patients = read_patients(sheet, patient) if patient else None
+    notes = [*goal.notes, *sheet.notes, *left_out(sheet, films, goal)]
+    notes.append(f"split: column {split}" if split else "split: none in the CSV")
+    about = (sheet.path, goal.kind, goal.labels, notes, patient)
+    return OwnTable(*about, films, goal.targets, goal.masks, patients, splits, sheet.lines).known()
+
+
+def left_out(sheet: Sheet, films, goal: Goal) -> list[str]:
+    """Say how many rows are left out because nothing is known of them."""
+    rows = [row for row, target in enumerate(goal.targets) if target is None]
+    if not rows:
+        return []
+    first = f"line {sheet.lines[rows[0]]}, {films[rows[0]]}"
+    return [f"left out: {len(rows)} of {len(films)} rows, where nothing is known (first: {first})"]
+
+
+# ---------------------------------------------------------------- a table for a trained model
+def goal_of_model(sheet, asked, taken, uncertain, kind, labels) -> Goal:
+    """Find the labels of a trained model in a table: columns that are called like them, else the
+    column of labels or `asked`. What the table does not tell is not known (None).
+    """
+    if kind == "mask":
+        return masks_of_model(sheet, asked, taken, labels)
+    columns = {} if asked else columns_of_labels(sheet, taken, labels)
+    column = sheet.asked_columns(asked, taken)[0] if asked else sheet.column(LABEL, "label")
+    unknown = (None,) * len(labels)
+    if columns:
+        goal = read_answers(sheet, list(columns.values()), uncertain)
+        values = [row and dict(zip(columns, row, strict=True)) for row in goal.targets]
+        targets = [tuple(v.get(label) for label in labels) if v else unknown for v in values]
+        absent = [label for label in labels if label not in columns]
+        notes = goal.notes + ([f"not in the table: {', '.join(absent)}"] if absent else [])
+    elif column is None:
+        targets = [unknown] * len(sheet.lines)
+        notes = [f"labels: no column label or {', '.join(labels)}: nothing to compare with"]
+    elif len(labels) == 1 and OTHER not in set(map(answer_or_negative, sheet.cells[column])):
+        goal = read_answers(sheet, [column], uncertain)
+        targets = [row or unknown for row in goal.targets]
+        notes = goal.notes
+    else:
+        findings, notes = read_findings(sheet, column, uncertain)
+        targets, more = match_findings(sheet, column, findings, kind, labels)
+        notes = notes + more
+    return Goal(kind, tuple(labels), targets, None, notes)
+
+
+def columns_of_labels(sheet, taken, labels) -> dict[str, str]:
+    """The columns that are called like labels, {label: column}."""
+    found = {label: sheet.column([plain(label)], "label") for label in labels}
+    return {
+        label: column
+        for label, column in found.items()
+        if column and column not in taken and OTHER not in map(answer, sheet.cells[column])
+    }
+
+
+def match_findings(sheet, column, findings, kind, labels) -> tuple[list[tuple], list[str]]:
+    """Compare the findings of each row with a model's labels → targets, notes.
+
+    Names that the model does not know count as none of its labels; UserError when it knows none. Of
+    classes that exclude each other (kind classes) a row must have one, else it is not known.
+    """
+    label_of = {plain(label): label for label in labels}
+    count = Counter(name for found in findings if found for name in found)
+    others = {name: films for name, films in count.items() if plain(name) not in label_of}
+    if count and len(others) == len(count):
+        raise UserError(
+            f"{sheet.path}: column {column} names {', '.join(list(others)[:5])}, but none of what "
+            f"the model was trained for: {', '.join(labels)}; --column NAME says what to compare"
+        )
+    targets = []
+    for found in findings:
+        known = found and {label_of.get(plain(name)) for name in found} - {None}
+        is_known = found is not None and (kind == "labels" or len(known or ()) == 1)
+        targets.append(target_of(known, labels) if is_known else (None,) * len(labels))
+    words = ", ".join(f"{name} {films}" for name, films in others.items())
+    return targets, [f"none of the model's labels: {words}"] if others else []
+
+
+def masks_of_model(sheet, asked, taken, labels) -> Goal:
+    """The masks to compare those of a trained model with; None where the table names none."""
+    column = sheet.asked_columns(asked, taken)[0] if asked else sheet.column(MASK, "mask")
+    targets = [()] * len(sheet.lines)
+    if column is None:
+        masks = [None] * len(sheet.lines)
+        return Goal("mask", tuple(labels), targets, masks, ["masks: no column mask"])
+    return read_masks(sheet, column)._replace(labels=tuple(labels), targets=targets)
+
+
+# ---------------------------------------------------------------- linear probes
+class Labels:
+    """The table of a linear probe: a table of one's own with labels and a column split.
+
+    classes: their names. Row by row: names, y (n, classes) of 0, 1 and NaN (not known), split (n,),
+    patients. notes: what was decided and left out.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(
+                f"--probe {path}: no such file; "
+                "a CSV with the columns filename,label,split is wanted"
+            )
+        self.table = read_own_table(self.path)
+        if self.table.kind == "mask" or not self.table.splits:
+            lacks = "label" if self.table.kind == "mask" else "split"
+            raise UserError(f"--probe {path}: no column {lacks}, which a probe needs")
+        self.names = self.table.films
+        self.classes = list(self.table.labels)
+        self.y = np.array(self.table.targets, float)
+        self.split = np.array(self.table.splits)
+        self.notes = self.table.notes
+        self.located = None, None
+        self.check(list(map(as_path, self.names)), self.names)
+
+    def check(self, located, names):
+        """Name the patients by the films' paths `names`, where the table does not. UserError when
+        rows of a film (`located`) contradict each other, or a patient is in two splits.
+        """
+        self.patients, self.patient_note = self.table.name_patients(names)
+        self.table.refuse_contradictions(located, self.patients)
+
+    def by_split(self, rows) -> dict[str, list[Example]]:
+        """Some rows as examples, {split: examples}."""
+        parts = {split: [] for split in SPLITS}
+        for row in rows:
+            example = Example(Path(self.names[row]), self.table.targets[row], self.patients[row])
+            parts[self.table.splits[row]].append(example)
+        return parts
+
+    def complete(self, films) -> "Labels":
+        """The table itself, when a probe of these films can be fitted, chosen and tested on it.
+
+        UserError when a split has no film, or no class has positive and negative films to learn
+        from and to test on. Rows whose films are not there are counted in the notes.
+        """
+        parts = self.by_split(np.flatnonzero(self.locate(films) >= 0))
+        lacking = [split for split in SPLITS if not parts[split]]
+        if lacking:
+            raise UserError(f"--probe {self.path}: no film of split {' and '.join(lacking)}")
+        for split in ("train", "test"):
+            counts = [tally(parts[split], k) for k in range(len(self.classes))]
+            if not any(count[YES] and count[NO] for count in counts):
+                raise UserError(
+                    f"--probe {self.path}: no class of {', '.join(self.classes)} has positive and "
+                    f"negative films in {split}"
+                )
+        return self
+
+    def locate(self, films) -> np.ndarray:
+        """Find each row's film: its number in `films`, -1 where it is not there. (n,)
+
+        UserError when none is there, when a row fits two films, as view1_frontal.jpg would, or when
+        two rows of a film contradict each other; of equal rows the first counts.
+        """
+        known, found = self.located
+        if known is films:
+            return found
+        found, odd = self.table.locate(films.names)
+        absent = np.flatnonzero(found < 0)
+        if len(absent) == len(found):
+            raise UserError(
+                f"--probe {self.path}: none of its {len(found)} films is in the data "
+                f"(first: {self.names[0]})"
+            )
+        self.notes = [*self.table.notes, *odd]
+        if len(absent):
+            first = self.names[absent[0]]
+            self.notes.append(f"{len(absent)} of {len(found)} films are not there: {first}, ...")
+        names = list(self.names)
+        for row in np.flatnonzero(found >= 0):
+            names[row] = films.names[found[row]]
+        self.check(names, names)
+        _, first = np.unique(found, return_index=True)
+        is_repeated = (found >= 0) & ~np.isin(np.arange(len(found)), first)
+        if is_repeated.any():
+            self.notes.append(f"{is_repeated.sum()} repeated rows dropped")
+        found = np.where(is_repeated, -1, found)
+        self.located = films, found
+        return found
+
+    def describe(self) -> str:
+        """Say what was decided and left out."""
+        title = f"probe {self.path.stem}: {', '.join(self.classes)}"
+        return "\n  ".join([title, *self.notes, self.patient_note])
