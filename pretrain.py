@@ -160,6 +160,15 @@ def draw_phantoms(args, team):
     return dataclasses.replace(args, data=str(folder / "films"), probe=args.probe or str(table))
 
 
+def open_tables(args, films, team):
+    """Read the label tables of --probe, and say what counts. UserError when one cannot be used."""
+    tables = []
+    for path in args.probe.split(",") if args.probe else ():
+        tables.append(Labels(path).complete(films))
+        team.say(tables[-1].describe())
+    return tables
+
+
 def divide_batch(args, team):
     """Find the largest micro-batch within --micro that divides this rank's share of the batch.
 
@@ -379,9 +388,7 @@ def main(args=None, Model=CheXWorld):
     side = round(args.image * 320 / 224)  # films keep a short side of 320 px for crops of 224
     films = open_films(args.data, out, side, args.patients)
     team.say("\n".join(films.summary))
-    paths = args.probe.split(",") if args.probe else []
-    tables = [Labels(path).complete(films) for path in paths]  # an error where a class lacks
-    team.say("\n".join(table.describe() for table in tables))
+    tables = open_tables(args, films, team)
     train, held = hold_out_films(films, tables, args.holdout, args.seed)
     films, workers = hold_in_memory(films, args, side, team.device)
     views = Views(films, args.image, args.seed, train)

@@ -147,16 +147,17 @@ class Goal(NamedTuple):
     notes: list[str]
 
 
-def read_goal(sheet: Sheet, asked: str | None, taken: dict, uncertain: str) -> Goal:
-    """Find out what is to be learnt: `asked` (--column), or the column of masks, else of labels,
-    else every column that answers yes or no.
+def read_goal(sheet: Sheet, asked, taken: dict, uncertain: str, can_be_mask: bool) -> Goal:
+    """Find out what is to be learnt: `asked` (--column), or the column of masks, if these are
+    wanted, else of labels, else every column that answers yes or no.
 
     taken: {column: what it names} of the other columns. UserError when nothing can be learnt.
     """
     if asked:
         columns = sheet.asked_columns(asked, taken)
     else:
-        column = sheet.column(MASK, "mask") or sheet.column(LABEL, "label")
+        column = sheet.column(MASK, "mask") if can_be_mask else None
+        column = column or sheet.column(LABEL, "label")
         columns = [column] if column else []
     if len(columns) != 1:
         goal = read_answers(sheet, columns or answer_columns(sheet, taken), uncertain)
@@ -166,6 +167,8 @@ def read_goal(sheet: Sheet, asked: str | None, taken: dict, uncertain: str) -> G
     else:
         goal = read_label_column(sheet, columns[0], uncertain)
     rest = [name for name in sheet.cells if name not in taken and name not in columns]
+    if len(columns) == 1:  # where one column was wanted, only others of its kind are worth a word
+        rest = [name for name in rest if set(map(answer, sheet.cells[name])) >= {YES, NO}]
     unused = [f"columns not learnt: {', '.join(rest)}"] if rest else []
     return goal._replace(notes=[*goal.notes, *unused])
 

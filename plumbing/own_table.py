@@ -219,7 +219,9 @@ class OwnTable:
                 )
 
 
-def read_own_table(path, column=None, uncertain="ignore", trained=None) -> OwnTable:
+def read_own_table(
+    path, column=None, uncertain="ignore", trained=None, can_be_mask=True
+) -> OwnTable:
     """Read a table of one's own: film, label or mask, and perhaps patient and split of each row.
 
     column: what to learn, where that is not what is wanted. uncertain: what -1 counts as: ignore,
@@ -235,7 +237,7 @@ def read_own_table(path, column=None, uncertain="ignore", trained=None) -> OwnTa
     if trained:
         goal = goal_of_model(sheet, column, taken, uncertain, *trained)
     else:
-        goal = read_goal(sheet, column, taken, uncertain)
+        goal = read_goal(sheet, column, taken, uncertain, can_be_mask)
     films = sheet.cells[film]
     splits = read_splits(sheet, split) if split else None
     patients = read_patients(sheet, patient) if patient else None
@@ -342,7 +344,7 @@ class Labels:
                 f"--probe {path}: no such file; "
                 "a CSV with the columns filename,label,split is wanted"
             )
-        self.table = read_own_table(self.path)
+        self.table = read_own_table(self.path, can_be_mask=False)
         if self.table.kind == "mask" or not self.table.splits:
             lacks = "label" if self.table.kind == "mask" else "split"
             raise UserError(f"--probe {path}: no column {lacks}, which a probe needs")

@@ -54,7 +54,7 @@ SPLIT_ROWS = "filename,label,split\na,x,train\nb,x,val\n"
         ("", "no row below its header .empty"),
         ("filename,label,split\n", "no row below its header .filename, label, split"),
         ("filename,label\na,b\nc,normal\n", "no column split, which a probe needs"),
-        ("filename,mask,split\na,b.png,train\n", "no column label, which a probe needs"),
+        ("filename,mask,split\na,b.png,train\n", "no column label or mask, and none of 0 and 1"),
         ("filename,label,split\na.png,x\n", "line 2: 2 cells where the header has 3"),
         ("filename,label,split\n,x,train\n", "line 2: column filename names no film"),
         ("filename,label,split\na,x,train\nb,x,vaal\n", "line 3: column split must say"),
