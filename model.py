@@ -153,6 +153,12 @@ def initialise(module):
 # ---- The encoder
 
 
+def cut_patches(images, p):
+    """Cut images into patches of p × p pixels, row by row. (B, 1, H, W) → (B, N, p²)"""
+    patches = images.unfold(2, p, p).unfold(3, p, p)  # (B, 1, n, n, p, p)
+    return patches.reshape(len(images), -1, p * p)
+
+
 class ViT(nn.Module):
     """The encoder f_θ: a vision transformer without class token, fixed positions, a final norm."""
 
@@ -190,9 +196,7 @@ class ViT(nn.Module):
 
     def embed(self, images, keep=None):
         """Make a token of every patch, or of those in `keep`: its pixels, and where it lies."""
-        p = self.patch
-        patches = images.unfold(2, p, p).unfold(3, p, p)  # (B, 1, n, n, p, p)
-        patches = patches.reshape(len(images), -1, p * p)  # (B, N, p²)
+        patches = cut_patches(images, self.patch)  # (B, N, p²)
         positions = self.pos_embed.expand(len(images), -1, -1)  # (B, N, D)
         if keep is not None:
             patches = take(patches, keep)  # (B, K, p²)
@@ -209,9 +213,10 @@ class Predictor(nn.Module):
 
     It answers for any coordinates, and is told the action that changed the context. (Eq. 2, 6, 8)
     "Policy network" is the paper's name for the MLP that mixes the action into the mask tokens.
+    pixels: how many numbers a second output says of each patch; 0: there is none, as in the paper.
     """
 
-    def __init__(self, dim, width=384, depth=6, heads=12):
+    def __init__(self, dim, width=384, depth=6, heads=12, pixels=0):
         super().__init__()
         self.width = width
         self.save_memory = False
@@ -229,13 +234,20 @@ class Predictor(nn.Module):
         self.proj = nn.Linear(width, dim)
         self.apply(initialise)
         nn.init.normal_(self.mask_token, std=0.02)
+        if pixels:  # drawn last, so that all other weights start as they do without it
+            self.pixel_head = nn.Linear(width, pixels)
+            initialise(self.pixel_head)
 
     def forward(self, context, context_coords, target_coords, action):
-        """Predict the target features at `target_coords`.
+        """Predict the target features at `target_coords`. Arguments: see answer. → (B, M, D)"""
+        return self.proj(self.answer(context, context_coords, target_coords, action))
+
+    def answer(self, context, context_coords, target_coords, action):
+        """Answer for `target_coords` in the predictor's own width, for one of its heads to read.
 
         context (B, K, D) was seen at context_coords (B, K, 2); target_coords (B, M, 2);
         action (B, 4): brightness, contrast, gamma, blur sigma, as augment.sample_actions draws it;
-        None says that nothing was done → (B, M, D)
+        None says that nothing was done → (B, M, d)
         """
         seen = self.embed(context) + sincos(context_coords, self.width)  # (B, K, d)
         queries = self.mask_token + sincos(target_coords, self.width)  # (B, M, d): m + p
@@ -251,8 +263,7 @@ class Predictor(nn.Module):
         # needs one type, and the narrower one is faster.
         tokens = torch.cat([seen.to(queries.dtype), queries], 1)  # (B, K + M, d)
         tokens = run_blocks(self.blocks, tokens, self.save_memory)
-        answers = tokens[:, seen.shape[1] :]  # only the mask tokens leave
-        return self.proj(self.norm(answers))
+        return self.norm(tokens[:, seen.shape[1] :])  # only the mask tokens leave
 
     def action_code(self, action):
         """Encode an action so that the identity becomes zeros. (B, 4) → (B, 4)
@@ -267,7 +278,10 @@ class Predictor(nn.Module):
 
 
 class CheXWorld(nn.Module):
-    """The world model: a context encoder, its moving average as target encoder, and a predictor."""
+    """The world model: a context encoder, its moving average as target encoder, and a predictor.
+
+    pixels: the weight W of a second loss that asks for pixels, not features; 0 is the paper.
+    """
 
     LOSSES = ("l11", "l22", "l12", "l21")
 
@@ -281,11 +295,13 @@ class CheXWorld(nn.Module):
         predictor_dim=384,
         predictor_depth=6,
         predictor_heads=12,
+        pixels=0.0,
     ):
         super().__init__()
         self.encoder = ViT(image, patch, dim, depth, heads)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.predictor = Predictor(dim, predictor_dim, predictor_depth, predictor_heads)
+        outputs = patch**2 if pixels else 0  # of the pixel head
+        self.predictor = Predictor(dim, predictor_dim, predictor_depth, predictor_heads, outputs)
         own_coords = grid_coords(self.encoder.grid)
         self.register_buffer("own_coords", own_coords, persistent=False)  # (N, 2)
         self.config = self.encoder.config | dict(
@@ -293,35 +309,51 @@ class CheXWorld(nn.Module):
             predictor_depth=predictor_depth,
             predictor_heads=predictor_heads,
         )
+        self.pixels = pixels
+        if pixels:
+            self.config["pixels"] = pixels
+            self.LOSSES = (*self.LOSSES, "pixels")
 
     def forward(self, y, x, keep, masked, coords, action):
         """Compute the four losses of both views of B films.
 
         y (2B, 1, H, W): target images.  x (2B, 1, H, W): the same views after T_a.
-        keep (2B, K): indices of the patches of x that are seen.
-        masked (2B, M): indices of the patches of y that each view must describe of itself.
+        keep (2B, K), masked (2B, M): patches of x that are seen, of y that are to be described.
         coords (2B, N, 2): φ of Eq. (5), where the *other* view's patches lie in this view's grid.
         action (2B, 4): what T_a did to x: brightness, contrast, gamma, blur sigma.
         → losses {l11, l22, l12, l21, loss}: l12 is view 1's error in describing view 2;
-        → target features averaged over their patches (2B, D), whose spread shows collapse
+        → target features averaged over patches (2B, D), whose spread shows collapse
         """
-        own_coords = self.own_coords.expand(len(y), -1, -1)  # (2B, N, 2)
-        seen_at = take(own_coords, keep)
-        masked_at = take(own_coords, masked)
-
+        grid = self.own_coords.expand(len(y), -1, -1)  # (2B, N, 2)
+        seen_at = take(grid, keep)
         target = self.targets(y)  # (2B, N, D): f_θ̄, layer-normed
         context = self.encoder(x, keep)  # (2B, K, D): f_θ on what is visible of T_a(y)
 
         # Local + domain, Eq. (10): each view describes its masked patches as they were before T_a.
-        own = self.predictor(context, seen_at, masked_at, action)  # (2B, M, D)
-        l11, l22 = error_per_view(own, take(target, masked))
+        own = self.predictor.answer(context, seen_at, take(grid, masked), action)  # (2B, M, d)
+        l11, l22 = error_per_view(self.predictor.proj(own), take(target, masked))
 
         # Global + domain, Eq. (11): each view describes every patch of the other view, at φ.
-        other = self.predictor(context, seen_at, coords, action)  # (2B, N, D)
-        l12, l21 = error_per_view(other, swap_views(target))
+        other = self.predictor.answer(context, seen_at, coords, action)  # (2B, N, d)
+        l12, l21 = error_per_view(self.predictor.proj(other), swap_views(target))
 
-        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (12) is the sum; the authors' code takes the mean
-        return dict(l11=l11, l22=l22, l12=l12, l21=l21, loss=loss), target.mean(1)
+        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (12) sums, the authors' code averages
+        losses = dict(l11=l11, l22=l22, l12=l12, l21=l21, loss=loss)
+        if self.pixels:  # not the paper's
+            losses |= self.mix_in_pixels(loss, y, masked, own, other)
+        return losses, target.mean(1)
+
+    def mix_in_pixels(self, loss, y, masked, own, other):
+        """Ask both answers for the target's pixels, too. loss: of features, the mean of four terms.
+
+        → {loss: (1 - W) · loss + W · pixels, pixels: the same four terms with pixels as targets}
+        """
+        head = self.predictor.pixel_head
+        target = pixel_targets(y, self.encoder.patch)  # (2B, N, p²)
+        within = error_per_view(head(own), take(target, masked))  # l11, l22
+        between = error_per_view(head(other), swap_views(target))  # l12, l21
+        pixels = (within.mean() + between.mean()) / 2
+        return dict(loss=(1 - self.pixels) * loss + self.pixels * pixels, pixels=pixels)
 
     @torch.no_grad()
     def targets(self, images):
@@ -351,6 +383,16 @@ class CheXWorld(nn.Module):
 def error_per_view(guess, target):
     """Squared error of each view, averaged over films, tokens and width. (2B, M, D) twice → (2,)"""
     return (guess.float() - target).square().mean((1, 2)).view(2, -1).mean(1)
+
+
+def pixel_targets(images, patch):
+    """Give every patch mean 0 and standard deviation 1: the pixels that MAE predicts. → (B, N, p²)
+
+    MAE (He et al., CVPR 2022): norm_pix_loss, with the unbiased variance of the network's input.
+    """
+    pixels = (cut_patches(images, patch) - MEAN) / STD
+    variance, mean = torch.var_mean(pixels, -1, keepdim=True)
+    return (pixels - mean) / (variance + 1e-6).sqrt()
 
 
 def swap_views(both):

@@ -84,6 +84,11 @@ class Config(launch.TrainFlags):
         "momentum with which the target encoder follows the encoder, at the start; it rises to 1 "
         "[demo 0.99, paper 0.996]",
     )
+    pixels: float = flag(
+        0.0,
+        "weight W of a baseline that is not in the paper: loss = (1 - W) · features + W · pixels; "
+        "1 predicts nothing but the target's normalised pixels, as MAE does",
+    )
     probe: str = flag(
         None,
         "CSV tables filename,label,split joined by commas: a linear probe on each at the end; "
@@ -128,6 +133,8 @@ def fill_in(args):
             f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}: "
             "the learning rate would not come to its peak and down again"
         )
+    if not 0 <= args.pixels <= 1:
+        raise UserError(f"--pixels {args.pixels}: a weight from 0 to 1 is wanted")
     if args.image % args.patch:
         raise UserError(f"--image {args.image} is not a multiple of --patch {args.patch}")
     grid = args.image // args.patch
@@ -288,6 +295,8 @@ def parameter_groups(world, weight_decay):
 def recipe_of(args, names):
     """Name all that must stay when a run goes on: settings that change its numbers, the films."""
     recipe = {key: value for key, value in vars(args).items() if key not in FREE}
+    if args.pixels == 0:
+        del recipe["pixels"]  # so that runs go on which began before there was this flag
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     return recipe | {"films": len(names), "names": digest}
 
@@ -401,7 +410,8 @@ def main(args=None, Model=CheXWorld):
     warmup_steps = round(args.warmup * steps_per_epoch)
 
     # ---- 5. Model and optimizer.
-    world = Model(args.image, args.patch, **SIZES[args.size]).to(team.device)
+    sizes = SIZES[args.size]
+    world = Model(args.image, args.patch, **sizes, pixels=args.pixels).to(team.device)
     world.encoder.save_memory = args.checkpointing
     world.predictor.save_memory = args.checkpointing
     groups = parameter_groups(world, args.weight_decay)

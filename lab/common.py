@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 import augment
 from data import open_films
+from model import CheXWorld
 from plumbing import phantom, pictures
-from plumbing.checkpoint import newest_run, write_json, write_text
+from plumbing.checkpoint import BadCheckpoint, newest_run, write_json, write_text
 from plumbing.film import UnreadableFilm
 from plumbing.launch import UserError, flag, parse, start_team
 from plumbing.table import match, read_table, require_columns
+from plumbing.weights import load_world
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
 
@@ -82,6 +84,17 @@ def find_weights(weights: str | None) -> Path:
         path = last if last.is_file() else path / "encoder.pt"
     print(f"weights {path}", flush=True)
     return path
+
+
+def load_predictions(path) -> CheXWorld:
+    """Load a world model whose predictions of features are asked for. Raises BadCheckpoint."""
+    world = load_world(path)
+    if world.pixels == 1:
+        raise BadCheckpoint(
+            f"{path}: trained with --pixels 1, so it never learnt to predict features; its encoder "
+            "serves finetune.py, lab.features, lab.health and lab.correspondence"
+        )
+    return world
 
 
 @torch.no_grad()

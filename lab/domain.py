@@ -22,12 +22,11 @@ import torch
 from tqdm import tqdm
 
 import augment
-from lab.common import Common, find_weights, finish, open_set, some_films, start
+from lab.common import Common, find_weights, finish, load_predictions, open_set, some_films, start
 from plumbing import pictures
 from plumbing.keys import DOMAIN_TEST, torch_generator
 from plumbing.launch import run_script
 from plumbing.metrics import recall_at_k
-from plumbing.weights import load_world
 
 GREEN = "#37d67a"
 KS = (1, 3, 5)  # of Recall@k
@@ -36,7 +35,7 @@ WAYS = {"action": "with the action", "no_action": "without", "random": "chance"}
 
 def main(argv=None):
     args, device = start(Common, __doc__, "domain", argv)
-    world = load_world(find_weights(args.weights)).to(device).eval()
+    world = load_predictions(find_weights(args.weights)).to(device).eval()
     films, table = open_set(args, 7 * args.films)  # a fifth, by patient, is the test split
     images = some_films(films, table, args.films, world.encoder.image)
     result = domain_test(world, images, args.seed)

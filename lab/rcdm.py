@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import augment
 from data import Batches, Views, open_films
-from lab.common import find_weights, read_whole
+from lab.common import find_weights, load_predictions, read_whole
 from masks import blocks, mask_sizes
 from model import grid_coords, take
 from plumbing import pictures
@@ -54,7 +54,6 @@ from plumbing.launch import (
 from plumbing.own_table import Labels
 from plumbing.splits import hold_out_films, patients_of
 from plumbing.table import match
-from plumbing.weights import load_world
 
 CODE = 512  # width of the projected prediction (Sec. B.2)
 SHOWN = 160  # px of a view in the pictures
@@ -589,7 +588,7 @@ def main(argv=None):
     out = Path(args.out)
 
     # ---- 2. World model and films: those to learn from, and those to show.
-    world = load_world(args.weights).to(device).eval().requires_grad_(False)
+    world = load_predictions(args.weights).to(device).eval().requires_grad_(False)
     films = open_films(args.data, out, side=max(320, 2 * args.size), patients=args.patients)
     train, shown = choose_films(films, args, run)
     shape = (world.encoder.image, world.encoder.grid)

@@ -33,7 +33,6 @@ from plumbing.keys import SURPRISE, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import auroc
 from plumbing.table import NEGATIVE
-from plumbing.weights import load_world
 
 PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")  # kinds of wrong
 FEWEST = 40  # reference films: half of them calibrate, and p is never below 1 / (half + 1)
@@ -50,7 +49,7 @@ class Config(common.Common):
 
 def main(argv=None):
     args, device = common.start(Config, __doc__, "surprise", argv)
-    world = load_world(common.find_weights(args.weights)).to(device).eval()
+    world = common.load_predictions(common.find_weights(args.weights)).to(device).eval()
     args = args if args.data else planted(args)
 
     # ---- 1. The films to judge, and those that say what is usual.

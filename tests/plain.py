@@ -139,10 +139,11 @@ def policy_input(action):
     return np.array([brightness - 1, contrast - 1, np.log(gamma), blur])
 
 
-def predictor(h, context_coords, target_coords, code, state, heads):
+def predictor(h, context_coords, target_coords, code, state, heads, head="proj"):
     """Our g_φ for one image: what it says of the target patches.
 
-    h (K, D) at context_coords (K, 2); target_coords (M, 2); code (4,): policy_input → (M, D)
+    h (K, D) at context_coords (K, 2); target_coords (M, 2); code (4,): policy_input;
+    head: proj for features, pixel_head for pixels → (M, D or p²)
     """
     width = state["mask_token"].size
     context = linear(h, state, "embed") + positions(context_coords, width)
@@ -150,7 +151,7 @@ def predictor(h, context_coords, target_coords, code, state, heads):
     x = np.concatenate([context, tokens])
     for i in range(depth_of(state, "blocks")):
         x = block(x, state, f"blocks.{i}", heads)
-    return linear(layer_norm(x[len(h) :], state, "norm"), state, "proj")
+    return linear(layer_norm(x[len(h) :], state, "norm"), state, head)
 
 
 # ---------------------------------------------------------------- losses
@@ -185,6 +186,40 @@ def losses(state, batch, config):
             terms.setdefault(name, []).append(value)
     means = {name: np.mean(values) for name, values in terms.items()}
     return means | {"loss": np.mean(list(means.values()))}
+
+
+def normalised_patches(image, p):
+    """What MAE predicts: each patch less its mean, over its standard deviation (of n - 1).
+
+    image (1, H, W), as the network sees it → (N, p²)
+    """
+    n = image.shape[-1] // p
+    patches = []
+    for k in range(n * n):
+        r, c = divmod(k, n)
+        patch = image[0, r * p : (r + 1) * p, c * p : (c + 1) * p].ravel()
+        variance = ((patch - patch.mean()) ** 2).sum() / (p * p - 1)
+        patches.append((patch - patch.mean()) / np.sqrt(variance + 1e-6))
+    return np.stack(patches)
+
+
+def pixel_loss(state, batch, config):
+    """The four terms of Eq. (10, 11) with normalised pixels instead of features. → their mean"""
+    films = len(batch["y"]) // 2
+    own = grid(config["image"] // config["patch"])
+    encoder, guesser = sub(state, "encoder."), sub(state, "predictor.")
+    goals = [normalised_patches(normalised(image), config["patch"]) for image in batch["y"]]
+    errors = []
+    for k in range(2 * films):
+        seen, hidden = batch["keep"][k], batch["masked"][k]
+        h = vit(normalised(batch["x"][k]), encoder, config["heads"], seen)
+        code = policy_input(batch["action"][k])
+        other = goals[(k + films) % (2 * films)]
+        for at, goal in ((own[hidden], goals[k][hidden]), (batch["coords"][k], other)):
+            heads = config["predictor_heads"]
+            guess = predictor(h, own[seen], at, code, guesser, heads, "pixel_head")
+            errors.append(((guess - goal) ** 2).mean())
+    return np.mean(errors)
 
 
 def one_view(k, state, batch, config):

@@ -19,6 +19,7 @@ from model import (
     ViT,
     attend,
     grid_coords,
+    pixel_targets,
     sincos,
 )
 from plumbing.weights import resized
@@ -233,6 +234,85 @@ def test_the_identity_action_is_what_the_policy_sees_without_action():
     images = torch.rand(2, 1, 32, 32)
     identity = torch.tensor([[1.0, 1, 1, 0]]).expand(2, 4)
     assert torch.equal(world.predict(images, identity), world.predict(images, None))
+
+
+# ---------------------------------------------------------------- the pixel baseline
+def test_pixel_targets_are_maes():
+    images = make_batch()["y"]
+    images[0, 0, :8, :8] = 0  # a black corner: no grey value to divide by
+    truth = np.stack([plain.normalised_patches(image, 8) for image in plain.normalised(images)])
+    assert np.abs(pixel_targets(torch.from_numpy(images), 8).numpy() - truth).max() < 1e-9
+    assert (truth[0, 0] == 0).all() and abs(truth[0, 1].std(ddof=1) - 1) < 1e-3
+
+
+@pytest.mark.parametrize("weight", [0.3, 1])
+def test_the_pixel_loss_equals_the_plain_equations(weight):
+    world = shaken(CheXWorld(**TINY, pixels=weight))
+    batch = make_batch()
+    state = plain.arrays(world)
+    features = plain.losses(state, batch, world.config)
+    pixels = plain.pixel_loss(state, batch, world.config)
+    terms, _ = world.double()(**tensors(batch, torch.float64))
+    assert list(terms) == ["l11", "l22", "l12", "l21", "loss", "pixels"]
+    assert terms["pixels"].item() == pytest.approx(pixels, rel=1e-6)
+    mixed = (1 - weight) * features["loss"] + weight * pixels
+    assert terms["loss"].item() == pytest.approx(mixed, rel=1e-6)
+    for name in CheXWorld.LOSSES:
+        assert terms[name].item() == pytest.approx(features[name], rel=1e-6)
+
+
+def test_without_pixels_there_is_no_second_head_and_with_it_all_else_starts_alike():
+    worlds = []
+    for weight in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        worlds.append(CheXWorld(**TINY, pixels=weight))
+    paper, *others = worlds
+    assert "pixels" not in paper.config and paper.LOSSES == CheXWorld.LOSSES
+    assert not any("pixel" in name for name in paper.state_dict())
+    for world in others:
+        state = world.state_dict()
+        assert set(state) - set(paper.state_dict()) == {
+            "predictor.pixel_head.weight",
+            "predictor.pixel_head.bias",
+        }
+        assert all(torch.equal(v, state[k]) for k, v in paper.state_dict().items())
+        assert world.LOSSES == (*CheXWorld.LOSSES, "pixels")
+        assert world.config == paper.config | {"pixels": world.pixels}
+        again = CheXWorld(**world.config)
+        again.load_state_dict(state)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_gradients_of_the_pixel_loss_reach_every_weight_that_counts(weight):
+    """With W = 1 the head of the features has a gradient of zero: DistributedDataParallel waits
+    for every weight's gradient."""
+    world = shaken(CheXWorld(**TINY, pixels=weight))
+    losses, _ = world(**tensors(make_batch()))
+    losses["loss"].backward()
+    for name, p in world.named_parameters():
+        if p.requires_grad:
+            is_idle = weight == 1 and name.startswith("predictor.proj")
+            assert (p.grad.abs().max() == 0) if is_idle else (p.grad.abs().max() > 1e-8), name
+        else:
+            assert name.startswith("target_encoder.") and p.grad is None
+
+
+def test_with_weight_1_the_model_learns_the_pixels_of_a_batch():
+    torch.manual_seed(0)
+    world = CheXWorld(**TINY, pixels=1.0)
+    batch = tensors(make_batch(films=2))
+    smooth = interpolate(torch.rand(4, 1, 5, 5), (32, 32), mode="bicubic").clamp(0, 1)
+    batch |= {"y": smooth, "x": smooth}
+    optimizer = torch.optim.AdamW([p for p in world.parameters() if p.requires_grad], lr=3e-3)
+    course = []
+    for _ in range(80):
+        losses, _ = world(**batch)
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        course.append(losses["pixels"].item())
+    assert course[0] > 0.9  # 1 is what a guess of zeros costs
+    assert course[-1] < 0.7
 
 
 # ---------------------------------------------------------------- learning

@@ -24,10 +24,12 @@ import augment
 import pretrain
 from lab import bench
 from lab.ablation import AblatedCheXWorld
+from lab.common import load_predictions
 from model import SIZES, CheXWorld
 from plumbing import launch, phantom
 from plumbing.keys import STEP, torch_generator
 from plumbing.launch import UserError
+from plumbing.weights import load_encoder, load_world
 
 SMALL = (
     "--size tiny --image 32 --patch 8 --batch 8 --epochs 2 --warmup 0.5 --lr 2e-4 --ema 0.9 "
@@ -178,6 +180,54 @@ def test_sigterm_saves_and_the_same_command_goes_on(films, tmp_path):
 
 
 # ---- Another model in the same loop
+# ---- The pixel baseline
+@pytest.mark.slow
+def test_pixels_on_two_ranks_and_in_two_parts_are_those_of_one_run(films, tmp_path):
+    """Also: the loss falls, and the domain test, which asks for features, is left out."""
+    flags = ["--pixels", "1", "--lr", "3e-3"]
+    said = run(films, tmp_path / "one", *flags).stdout
+    assert "no domain sensitivity test" in said
+    rows = log(tmp_path / "one")
+    assert list(rows[0]) == [*COLUMNS[:8], "pixels", *COLUMNS[8:]]
+    assert all(row["loss"] == row["pixels"] and float(row["l11"]) > 0 for row in rows)
+    assert float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
+    result = json.loads((tmp_path / "one" / "result.json").read_text())
+    assert result == {"domain": {}, "probe": {}}
+
+    run(films, tmp_path / "two", *flags, "--micro", "2", ranks=2)
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-4
+
+    run(films, tmp_path / "parts", *flags, "--max_steps", "3")
+    run(films, tmp_path / "parts", *flags)
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "parts")) == 0
+    assert [row["pixels"] for row in log(tmp_path / "parts")] == [row["pixels"] for row in rows]
+    other = run(films, tmp_path / "parts", "--lr", "3e-3", ok=False)
+    refused(other, "another recipe", "pixels 1.0 → None")
+
+    path = tmp_path / "one" / "last.pt"
+    assert load_world(path).pixels == 1 and load_encoder(path).dim == 128
+    with pytest.raises(UserError, match="--pixels 1.*lab.features"):
+        load_predictions(path)
+
+
+def test_a_run_of_the_paper_knows_nothing_of_pixels():
+    """Its recipe is what it was before there was this flag, so that old runs go on."""
+    args = pretrain.fill_in(pretrain.Config(data="x"))
+    assert "pixels" not in pretrain.recipe_of(args, ["a.png"])
+    args = dataclasses.replace(args, pixels=0.5)
+    assert pretrain.recipe_of(args, ["a.png"])["pixels"] == 0.5
+
+
+@pytest.mark.slow
+def test_half_of_both_is_a_world_for_every_analysis(films, tmp_path):
+    run(films, tmp_path / "half", "--pixels", "0.5", "--max_steps", "2")
+    world = load_predictions(tmp_path / "half" / "last.pt")
+    images = torch.rand(2, 1, 32, 32)
+    assert world.pixels == 0.5 and world.predict(images).shape == (2, 16, 128)
+    result = json.loads((tmp_path / "half" / "result.json").read_text())
+    assert result["domain"]["four_parameters"]["candidates"] == 64
+
+
 def small_config(data, out, **more):
     return dataclasses.replace(
         launch.parse(pretrain.Config, "", SMALL), data=str(data), out=str(out), **more
@@ -320,6 +370,8 @@ def test_ten_epochs_of_the_films_recipe_come_to_their_peak_and_down_again(films,
         (dict(image=24), "at least 4 × 4"),
         (dict(data="films", epochs=10, warmup=40), "--warmup 40 must be less than --epochs 10"),
         (dict(epochs=2, warmup=2), "--warmup 2 must be less than --epochs 2"),
+        (dict(pixels=1.5), "--pixels 1.5: a weight from 0 to 1"),
+        (dict(pixels=float("nan")), "--pixels nan"),
     ],
 )
 def test_settings_that_cannot_work(setting, words):

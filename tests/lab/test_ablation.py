@@ -65,6 +65,7 @@ def test_ablation_table_by_hand(tmp_path):
         (["--probe", "a/t.csv,b/t.csv", "--data", "films"], "two tables of one name"),
         (["trian"], "say train or compare"),
         (["train", "--tasks", "locall"], "any of local,global,domain"),
+        (["train", "--pixels", "1"], "only pretrain.py has it"),
         (["compare", "--data", "films"], "are needed"),
         (["compare", *"--data d --tables t --weights w --rows frozen".split()], "any of scratch"),
         (["compare", *"--data d --tables t --weights nowhere.pt".split()], "no such checkpoint"),
