@@ -410,8 +410,7 @@ def main(args=None, Model=CheXWorld):
     warmup_steps = round(args.warmup * steps_per_epoch)
 
     # ---- 5. Model and optimizer.
-    sizes = SIZES[args.size]
-    world = Model(args.image, args.patch, **sizes, pixels=args.pixels).to(team.device)
+    world = Model(args.image, args.patch, pixels=args.pixels, **SIZES[args.size]).to(team.device)
     world.encoder.save_memory = args.checkpointing
     world.predictor.save_memory = args.checkpointing
     groups = parameter_groups(world, args.weight_decay)
