@@ -7,7 +7,7 @@ Results are fractions, not percent.
 
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import softplus
 
 L2_GRID = tuple(np.logspace(-3, 3, 7))  # strengths of the probe's penalty, as 1 / C in scikit-learn
 L2_FALLBACK = 1.0  # where validation cannot choose because it lacks a class
@@ -119,97 +119,188 @@ def rankme(features) -> float:
 
 
 # ---------------------------------------------------------------- linear probe
-def column_scale(train) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and 1 / standard deviation of each column of train (n, d); 0 where it is constant."""
-    train = to_array(train)
-    mean = train.mean(0)
-    std = train.std(0)
-    varies = std > 1e-9 * (1 + np.abs(mean))
-    return mean, np.where(varies, 1 / np.maximum(std, 1e-300), 0.0)
+class Standardised:
+    """Features (n, d), each scaled to mean 0 and deviation 1, turned onto their main directions.
 
-
-def fit_logistic(x, y, l2, start=None) -> torch.Tensor:
-    """Logistic regression of y (n,) on x (n, d) by full-batch L-BFGS → (d + 1,) weights, bias last.
-
-    Minimises the sum of the log losses + l2 / 2 · |w|²; the bias is not penalised.
+    With more dimensions than films there are only n directions, k in all: the solution lies in the
+    span of the films. The n × k numbers are never made: every product goes through the raw
+    features, block by block, so that 100,000 films take little more memory than their features.
+    Weights (k + 1, c) of c regressions have the bias last. squares (k + 1,): sums of the squares.
     """
-    weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64) if start is None else start.clone()
-    weights.requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [weights],
-        max_iter=300,
-        history_size=20,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
 
-    def closure():
-        optimizer.zero_grad()
-        logits = x @ weights[:-1] + weights[-1]
-        penalty = l2 / (2 * len(y)) * weights[:-1].square().sum()
-        loss = binary_cross_entropy_with_logits(logits, y) + penalty
-        loss.backward()
-        return loss
+    def __init__(self, features):
+        features = torch.as_tensor(features).detach().cpu()
+        self.features = features
+        self.mean = sum(block.sum(0) for (block,) in self.blocks()) / len(features)
+        squared = sum((block - self.mean).square().sum(0) for (block,) in self.blocks())
+        deviation = (squared / len(features)).sqrt()
+        varies = deviation > 1e-9 * (1 + self.mean.abs())
+        self.scale = torch.where(varies, 1 / deviation.clamp(min=1e-300), 0.0)
+        self.basis, squares = self.directions()
+        self.squares = torch.cat([squares, torch.tensor([float(len(features))])])
 
-    optimizer.step(closure)
-    return weights.detach()
+    def blocks(self, *others):
+        """Yield (features in float64, others...) of 4,096 films at a time."""
+        for features, *rest in zip(*(x.split(4096) for x in (self.features, *others)), strict=True):
+            yield features.double(), *rest
+
+    def directions(self):
+        """The right singular vectors (d, k) of the scaled features, their squared values (k,)."""
+        count, dim = self.features.shape
+        if dim > count:
+            x = (self.features.double() - self.mean) * self.scale
+            _, values, basis = torch.linalg.svd(x, full_matrices=False)
+            return basis.mT, values.square()
+        gram = torch.zeros(dim, dim, dtype=torch.float64)
+        for (block,) in self.blocks():
+            x = (block - self.mean) * self.scale
+            gram += x.mT @ x
+        squares, basis = torch.linalg.eigh(gram)
+        return basis, squares.clamp(min=0)
+
+    def for_raw(self, weights):
+        """Turn weights (k + 1, c) into those of the raw features. → weight (d, c), bias (c,)"""
+        weight = self.scale[:, None] * (self.basis @ weights[:-1])
+        return weight, weights[-1] - self.mean @ weight
+
+    def logits(self, weights):
+        """The logits (n, c) of all films."""
+        weight, bias = self.for_raw(weights)
+        return torch.cat([block @ weight + bias for (block,) in self.blocks()])
+
+    def gradient(self, residual):
+        """Sum residual (n, c) times feature over the films. → (k + 1, c)"""
+        raw = sum(block.mT @ rows for block, rows in self.blocks(residual))
+        return self.turn(raw, residual.sum(0))
+
+    def hessian(self, curvature, weights):
+        """Multiply weights by c Hessians, films counting as their curvature (n, c). → (k + 1, c)"""
+        weight, bias = self.for_raw(weights)
+        raw = 0
+        total = 0
+        for block, rows in self.blocks(curvature):
+            change = rows * (block @ weight + bias)
+            raw = raw + block.mT @ change
+            total = total + change.sum(0)
+        return self.turn(raw, total)
+
+    def turn(self, raw, total):
+        """Turn a gradient of raw weights (d, c) and bias (c,) into one of weights. → (k + 1, c)"""
+        centred = raw - self.mean[:, None] * total
+        return torch.cat([self.basis.mT @ (self.scale[:, None] * centred), total[None]])
 
 
-def fit_best_logistic(train_x, train_y, val_x, val_y) -> np.ndarray:
-    """Logistic regression of one label at the strength of L2 that is best on validation.
+def fit_logistic(x: Standardised, y, l2) -> torch.Tensor:
+    """Fit c logistic regressions at once, so that they share the products. → (k + 1, c), bias last
 
-    The strengths are tried from strong to weak, each fit starting from the last. Where validation
-    lacks a class, L2_FALLBACK is taken. Films whose label is not known (nan) are left out; where it
-    is known of none, nothing is learnt. → weights (d + 1,)
+    Minimises, for each column of y (n, c) of 0, 1 and nan (not known: no loss), the sum of the log
+    losses + l2 / 2 · |w|², l2 (c,); the bias is not penalised. By Newton's method, until a step
+    gains less than a billionth of a millionth per film.
     """
-    is_known = ~train_y.isnan()
-    train_x = train_x[is_known]
-    train_y = train_y[is_known]
-    is_known = ~np.isnan(val_y)
-    val_x = val_x[is_known]
-    val_y = val_y[is_known]
-    if not len(train_y):
-        return np.zeros(train_x.shape[1] + 1)
-    if np.isnan(auroc(np.zeros(len(val_y)), val_y)):
-        return fit_logistic(train_x, train_y, L2_FALLBACK).numpy()
-    weights = None
-    best = None
-    best_auroc = -1.0
-    for l2 in sorted(L2_GRID, reverse=True):
-        weights = fit_logistic(train_x, train_y, l2, weights)
-        value = auroc(val_x @ weights[:-1], val_y)
-        if value > best_auroc:  # a tie keeps the stronger penalty
-            best = weights
-            best_auroc = value
-    return best.numpy()
+    penalty = l2.repeat(len(x.squares), 1)
+    penalty[-1] = 0
+    weights = torch.zeros_like(penalty)
+    logits = torch.zeros_like(y)
+    fitted = torch.zeros_like(penalty)
+    columns = torch.arange(len(l2))  # those that have not converged
+    for _ in range(100):
+        share = logits.sigmoid()
+        gradient = x.gradient((share - y).nan_to_num(0)) + penalty * weights
+        curvature = share * (1 - share) * ~y.isnan()
+        step = newton_step(x, curvature, gradient, penalty)
+        gain = -(gradient * step).sum(0)
+        change = x.logits(step)
+        size = step_size((y, logits, weights, penalty), step, change, gain)
+        weights = weights + size * step
+        logits = logits + size * change
+        fitted[:, columns] = weights
+        going_on = gain > 1e-15 * len(y)
+        if not going_on.any():
+            break
+        columns = columns[going_on]
+        y = y[:, going_on]
+        penalty = penalty[:, going_on]
+        weights = weights[:, going_on]
+        logits = logits[:, going_on]
+    return fitted
+
+
+def newton_step(x: Standardised, curvature, gradient, penalty):
+    """Solve Hessian · step = -gradient (k + 1, c) by conjugate gradients, the nearer to the optimum
+    the more exactly. They take few turns, since in the main directions the Hessian is almost
+    diagonal: the squares, times the mean curvature.
+    """
+    diagonal = curvature.mean(0) * x.squares[:, None] + penalty
+    scaling = 1 / diagonal.clamp(min=1e-10)
+    step = torch.zeros_like(gradient)
+    residual = -gradient
+    direction = scaling * residual
+    norm = (residual * direction).sum(0)
+    goal = norm * (norm / len(curvature)).sqrt().clamp(max=0.01)
+    for _ in range(200):
+        going_on = norm > goal
+        if not going_on.any():
+            break
+        image = x.hessian(curvature, direction) + penalty * direction
+        length = torch.where(going_on, norm / (direction * image).sum(0), 0.0)
+        step += length * direction
+        residual = residual - length * image
+        new_norm = (residual * scaling * residual).sum(0)
+        turn = torch.where(norm > 0, new_norm / norm, 0.0)
+        direction = scaling * residual + turn * direction
+        norm = new_norm
+    return step
+
+
+def step_size(state, step, change, gain):
+    """Halve the steps (k + 1, c) that do not lower the loss as they should. → their sizes (c,)
+
+    state: y, logits, weights and penalty of fit_logistic; change (n, c): of the logits.
+    """
+    y, logits, weights, penalty = state
+
+    def loss(size):
+        z = logits + size * change
+        squares = (penalty * (weights + size * step).square()).sum(0)
+        return (softplus(z, threshold=40) - y * z).nansum(0) + squares / 2
+
+    size = torch.ones_like(gain)
+    before = loss(torch.zeros_like(gain))
+    for _ in range(50):
+        wanted = before - 1e-4 * size * gain + 1e-12 * before.abs()
+        is_long = loss(size) > wanted
+        if not is_long.any():
+            break
+        size[is_long] /= 2
+    return size
 
 
 def fit_probe(train_x, train_y, val_x, val_y) -> tuple[np.ndarray, np.ndarray]:
     """Fit a linear probe: features standardised by train, one logistic regression per label.
 
-    train_x, val_x (n, d); labels (n,) or (n, c) of 0, 1 and nan (not known); every label gets its
-    own strength of L2.
+    train_x, val_x (n, d); labels (n,) or (n, c) of 0, 1 and nan (not known). Every label gets the
+    strength of L2 that is best on validation, of equals the strongest; L2_FALLBACK where validation
+    lacks a class. Features that are not finite teach nothing: nan.
     → weight (d, c), bias (c,): the logits of raw features are x @ weight + bias
     """
-    train_y = to_array(train_y).reshape(len(train_y), -1)
+    train_y = torch.from_numpy(to_array(train_y).reshape(len(train_y), -1))
     val_y = to_array(val_y).reshape(len(val_y), -1)
-    mean, scale = column_scale(train_x)
-    train = (to_array(train_x) - mean) * scale
-    val = (to_array(val_x) - mean) * scale
-    # With more dimensions than films the solution lies in the span of the films: rotating the
-    # features into it is exact, and fast.
-    basis = np.eye(train.shape[1])
-    if train.shape[1] > len(train):
-        basis = np.linalg.svd(train, full_matrices=False)[2].T
-    train = torch.from_numpy(np.ascontiguousarray(train @ basis))
-    val = torch.from_numpy(np.ascontiguousarray(val @ basis))
-    columns = []
-    for label, val_label in zip(train_y.T, val_y.T, strict=True):
-        columns.append(fit_best_logistic(train, torch.tensor(label), val, val_label))
-    fitted = np.stack(columns, 1)  # (d + 1, c)
-    weight = scale[:, None] * (basis @ fitted[:-1])
-    return weight, fitted[-1] - mean @ weight
+    count = train_y.shape[1]
+    if not torch.as_tensor(train_x).isfinite().all():
+        return np.full((np.shape(train_x)[1], count), np.nan), np.full(count, np.nan)
+    strengths = sorted(L2_GRID, reverse=True)
+    x = Standardised(train_x)
+    l2 = torch.tensor(strengths, dtype=torch.float64).repeat_interleave(count)
+    fitted = x.for_raw(fit_logistic(x, train_y.repeat(1, len(strengths)), l2))
+    weight, bias = (values.unflatten(-1, (len(strengths), count)).numpy() for values in fitted)
+    best = []
+    for label in range(count):
+        scores = to_array(val_x) @ weight[:, :, label] + bias[:, label]  # (m, strengths)
+        values = [auroc(score, val_y[:, label]) for score in scores.T]
+        is_undefined = np.isnan(values).any()
+        best.append(strengths.index(L2_FALLBACK) if is_undefined else int(np.argmax(values)))
+    labels = range(count)
+    return weight[:, best, labels], bias[best, labels]
 
 
 def linear_probe(train_x, train_y, val_x, val_y, test_x) -> np.ndarray:

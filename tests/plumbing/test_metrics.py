@@ -157,11 +157,15 @@ def test_films_whose_label_is_not_known_count_neither_in_the_probe_nor_in_its_au
     labels = np.stack([np.where(hidden, np.nan, y), y], 1)
     val_labels = np.stack([np.where(np.arange(50) < 9, np.nan, val_y), np.full(50, np.nan)], 1)
     weight, bias = metrics.fit_probe(train, labels, val, val_labels)
-    mean, scale = metrics.column_scale(train)
-    x, val_x = (train - mean) * scale, (val - mean) * scale
-    x, seen = torch.tensor(x[~hidden]), torch.tensor(y[~hidden], dtype=torch.float64)
-    alone = metrics.fit_best_logistic(x, seen, torch.tensor(val_x[9:]), val_y[9:])
-    assert np.allclose(weight[:, 0] / scale, alone[:-1], atol=1e-4)
+    scaler = StandardScaler().fit(train)  # by all films, as a label that is not known has features
+    best = None
+    for l2 in sorted(metrics.L2_GRID, reverse=True):
+        model = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=5000)
+        model.fit(scaler.transform(train[~hidden]), y[~hidden])
+        value = roc_auc_score(val_y[9:], model.decision_function(scaler.transform(val[9:])))
+        if best is None or value > best[0] + 1e-12:
+            best = value, model.coef_[0]
+    assert np.allclose(weight[:, 0] * scaler.scale_, best[1], atol=1e-4)
     scores = test @ weight + bias
     known = np.arange(40) % 2 == 0
     truth = np.stack([np.where(known, test_y, np.nan), np.full(40, np.nan)], 1)
@@ -170,6 +174,34 @@ def test_films_whose_label_is_not_known_count_neither_in_the_probe_nor_in_its_au
     assert np.isnan(areas[1])
     nothing = metrics.linear_probe(train, np.full(90, np.nan), val, val_y, test)
     assert (nothing == 0).all()
+
+
+def test_many_regressions_at_once_are_scikit_learns_one_by_one():
+    """Rare and common labels, unknown ones, separable ones; strong, weak and hardly any penalty."""
+    x, y = blobs(150, 12, 3)
+    separable = (x[:, 1] > np.median(x[:, 1])).astype(float)
+    rare = (np.arange(150) % 30 == 0).astype(float)
+    unknown = np.where(np.arange(150) < 40, np.nan, y)
+    labels = torch.tensor(np.stack([y, separable, rare, unknown], 1))
+    features = metrics.Standardised(x)
+    for l2 in (100.0, 1.0, 1e-3):
+        fitted = metrics.fit_logistic(features, labels, torch.full((4,), l2, dtype=torch.float64))
+        weight, bias = features.for_raw(fitted)
+        scaler = StandardScaler().fit(x)
+        for k, label in enumerate(labels.T.numpy()):
+            known = ~np.isnan(label)
+            solver = dict(solver="newton-cholesky", max_iter=1000, tol=1e-12)
+            model = LogisticRegression(C=1 / l2, **solver)
+            model.fit(scaler.transform(x[known]), label[known])
+            assert np.allclose(weight[:, k] * scaler.scale_, model.coef_[0], rtol=1e-5, atol=1e-6)
+            logits = model.decision_function(scaler.transform(x))
+            assert np.allclose(x @ weight[:, k].numpy() + bias[k].item(), logits, rtol=1e-5)
+
+
+def test_a_probe_of_features_that_are_not_finite_is_nan_not_a_traceback():
+    train, y = blobs(60, 4, 0)
+    train[3, 1] = np.inf
+    assert np.isnan(metrics.linear_probe(train, y, train, y, train)).all()
 
 
 def test_constant_features_do_not_break_the_probe():
