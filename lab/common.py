@@ -8,6 +8,7 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 import csv
 import dataclasses
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from model import CheXWorld
 from plumbing import phantom, pictures
 from plumbing.checkpoint import BadCheckpoint, newest_run, write_json, write_text
 from plumbing.film import UnreadableFilm
-from plumbing.launch import UserError, flag, parse, start_team
+from plumbing.launch import UserError, count_cpus, flag, parse, start_team
 from plumbing.table import match, read_table, require_columns
 from plumbing.weights import load_world
 
@@ -168,14 +169,22 @@ def read_whole(films, numbers, size):
     images = []
     read = []
     unreadable = {}
-    for i in map(int, numbers):
+
+    def attempt(i):
         try:
             film = films[i]
         except UnreadableFilm as reason:
-            unreadable[films.names[i]] = str(reason)
-            continue
-        images.append(augment.crop(film, (0, 0, *film.shape), size))
-        read.append(i)
+            return str(reason)
+        return augment.crop(film, (0, 0, *film.shape), size)
+
+    numbers = [int(i) for i in numbers]
+    with ThreadPoolExecutor(count_cpus()) as threads:  # decoding runs beside Python
+        for i, image in zip(numbers, threads.map(attempt, numbers), strict=True):
+            if isinstance(image, str):
+                unreadable[films.names[i]] = image
+            else:
+                images.append(image)
+                read.append(i)
     images = np.stack(images) if images else np.zeros((0, size, size), np.uint8)
     images = augment.to_float(torch.from_numpy(images))[:, None]
     return images, np.array(read, int), unreadable

@@ -6,8 +6,9 @@ linear probes, in percent) and curve.png into the folder of the run, and prints 
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from lab.common import evenly, pooled, read_whole
+from lab.common import describe_films, evenly, pooled, read_whole
 from lab.domain import domain_test, result_table
 from model import ViT
 from plumbing import pictures
@@ -60,13 +61,23 @@ def probe_table(labels, films, encoders, size):
     pixels. → {name: AUROC on the test split, percent, mean over classes}
     """
     where = labels.locate(films)
-    images, read, _ = read_whole(films, where[where >= 0], size)
+    present = where[where >= 0]
+    words = f"films of {labels.path.stem}"
+    print(f"linear probe on {labels.path.stem}: {len(present):,} films", flush=True)
+
+    def describe(images):
+        return {name: pooled(encoder, images).numpy() for name, encoder in encoders.items()}
+
+    def flat(images):
+        return {"raw 64² pixels": images.flatten(1).numpy()}
+
+    features, read, _ = describe_films(describe, films, present, size, words, batch=128)
+    features |= describe_films(flat, films, read, 64, words)[0]
     keep = np.isin(where, read)
     y = labels.y[keep]
     split = labels.split[keep]
-    features = {name: pooled(encoder, images).numpy() for name, encoder in encoders.items()}
-    features["raw 64² pixels"] = read_whole(films, read, 64)[0].flatten(1).numpy()
-    return {name: probe_auroc(x, y, split) for name, x in features.items()}
+    bar = tqdm(features.items(), "probes", unit=" probe", leave=False)
+    return {name: probe_auroc(x, y, split) for name, x in bar}
 
 
 def probe_auroc(x, y, split):
