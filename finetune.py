@@ -26,7 +26,7 @@ from tqdm import tqdm
 import augment
 from data import TestExamples, TrainExamples, make_loader, open_examples
 from model import SIZES, Classifier, Segmenter, ViT
-from plumbing import launch, metrics, results, seedrun
+from plumbing import checkpoint, launch, metrics, results, seedrun
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
 from plumbing.checkpoint import Interrupted, StopRequest
 from plumbing.keys import DROP_PATH, TRAIN_JITTER, torch_generator
@@ -597,6 +597,8 @@ def main():
     check(args)
     out = seedrun.choose_out(args)
     team = launch.start_team(args.device)
+    if team.lead:
+        checkpoint.lock(out)  # refuses to start beside another run in the same folder
 
     # ---- 2. The weights, and the films of the task: no patient is in two of the three splits.
     weights, why = seedrun.choose_weights(args, out)

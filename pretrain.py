@@ -13,6 +13,7 @@ encoder.pt, curve.png, views.png and result.json.
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -145,6 +146,15 @@ def fill_in(args):
     return args
 
 
+def refuse_other_settings(args):
+    """Raise UserError when --out holds a run with other settings, before films are drawn for it."""
+    out = Path(args.out)
+    if (out / "last.pt").is_file() and (out / "config.json").is_file():
+        runs = [json.loads((out / "config.json").read_text()), vars(args)]
+        saved, wanted = ({k: v for k, v in run.items() if k not in FREE} for run in runs)
+        checkpoint.refuse_other_recipe(out, saved, wanted)
+
+
 def draw_phantoms(args, team):
     """Draw the demo's synthetic films and a table of their labels, once. → a Config that names them
 
@@ -160,6 +170,7 @@ def draw_phantoms(args, team):
                 "choose another --out, or delete the folder"
             )
     elif team.lead:
+        refuse_other_settings(args)
         team.say(f"demo: drawing {args.phantoms} synthetic films into {folder}")
         side = max(128, args.image * 3 // 2)
         phantom.write_phantoms(folder, args.phantoms, side, args.seed, launch.count_cpus())
@@ -388,7 +399,7 @@ def main(args=None, Model=CheXWorld):
     args = dataclasses.replace(args, precision=precision, micro=divide_batch(args, team))
     torch.manual_seed(args.seed)  # for the first weights; every other draw has a key of its own
     if team.lead:
-        checkpoint.remove_leftovers(out)  # half-written files of a run that was killed
+        checkpoint.lock(out)  # refuses to start beside another run in the same folder
     team.wait()
 
     # ---- 3. Films: those to train on, and those kept for the closing test.
@@ -425,7 +436,7 @@ def main(args=None, Model=CheXWorld):
     if start:
         team.say(f"going on at step {start} of {total}")
     elif team.lead:
-        pictures.save(draw_views(views, args, min(4, args.batch)), out / "views.png")
+        pictures.save_or_warn(draw_views(views, args, min(4, args.batch)), out / "views.png")
     if team.lead:
         checkpoint.write_json(out / "config.json", dataclasses.asdict(args))
 

@@ -35,6 +35,7 @@ from plumbing.checkpoint import (
     BadCheckpoint,
     brief,
     load_checkpoint,
+    lock,
     read_log,
     refuse_other_recipe,
     write_json,
@@ -170,7 +171,7 @@ class Run(NamedTuple):
 
     title: str
     command: list[str]
-    is_finished: bool
+    is_finished: Callable[[], bool]
 
 
 def run_grid(runs: Iterable[Run], write_table: Callable[[], str]) -> str:
@@ -181,18 +182,29 @@ def run_grid(runs: Iterable[Run], write_table: Callable[[], str]) -> str:
     """
     is_complete = True
     for run in runs:
-        if run.is_finished:
+        if run.is_finished():
             continue
         is_complete = False
         print(f"\n{run.title}\n{shlex.join(run.command)}", flush=True)
-        if subprocess.run(run.command).returncode:
+        if run_and_wait(run.command) or not run.is_finished():
             raise UserError(
-                f"{run.title} failed (above); finished runs are kept, the same command goes on"
+                f"{run.title} did not finish (above); what is done is kept, this command goes on"
             )
         write_table()
     if is_complete:
         print("nothing left to run")
     return write_table()
+
+
+def run_and_wait(command: list[str]) -> int:
+    """Run a command; asked to end, wait until it has saved. → its exit code"""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # SIGTERM and its like, too
+        process.terminate()  # where the signal came to this process alone
+        process.wait()
+        raise
 
 
 def keep_recipe(path: Path, recipe: dict) -> None:
@@ -330,7 +342,7 @@ def pretraining(config: Config, row: str, seed: int) -> Run:
     if config.patients:
         words += ["--patients", config.patients]
     words += shlex.split(config.flags)
-    return Run(f"{row}, seed {seed}", words, is_pretrained(config, out))
+    return Run(f"{row}, seed {seed}", words, lambda: is_pretrained(config, out))
 
 
 def finetunings(config: Config, row: str, seed: int, weights: list) -> Iterable[Run]:
@@ -342,7 +354,7 @@ def finetunings(config: Config, row: str, seed: int, weights: list) -> Iterable[
         out = folder(config, row, seed) / f"finetune_{Path(table).stem}"
         command = finetune_command(config.data, table, out, config.fraction, flags)
         title = f"{row}, seed {seed}, fine-tuned on {Path(table).stem}"
-        yield Run(title, command, (out / "result.json").is_file())
+        yield Run(title, command, (out / "result.json").is_file)
 
 
 def read_numbers(config: Config, row: str, seed: int) -> dict[str, float]:
@@ -418,6 +430,8 @@ def table3(config: Config) -> None:
             f"--seeds {config.seeds}, --fraction {config.fraction}: "
             "at least 1 seed, and a share from 0 to 1, are wanted"
         )
+    if not config.table_only:
+        lock(config.out)
     if not config.data:
         made = Path(config.out) / "phantoms"
         if not (made / "phantoms.csv").is_file():
@@ -484,8 +498,11 @@ def compare_run(config: CompareConfig, row: str, table: str, fraction: str) -> R
     flags = ["--seeds", config.seeds, *weight_flags(row, config.weights)]
     command = finetune_command(config.data, table, out, fraction, flags)
     title = f"{Path(table).stem}, {100 * float(fraction):g} % of train, {row}"
-    finished = read_json(out / "result.json").get("seeds", [])
-    return Run(title, command, len(finished) >= config.seeds)
+
+    def is_finished():
+        return len(read_json(out / "result.json").get("seeds", [])) >= config.seeds
+
+    return Run(title, command, is_finished)
 
 
 def write_comparison(config: CompareConfig, rows: list[str]) -> str:
@@ -512,6 +529,7 @@ def compare(config: CompareConfig) -> None:
     if not (config.weights and config.data and config.tables):
         raise UserError("--weights, --data and --tables are needed; --help says more")
     rows = choose_rows(config.rows, COMPARED.split(","), ",")
+    lock(config.out)
     columns = compare_columns(config)
     runs = [compare_run(config, row, *column) for column in columns for row in rows]
     digest = hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()[:16]

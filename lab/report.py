@@ -36,7 +36,8 @@ def closing(args, out, world, films, held, tables, device):
         result.setdefault("notes", {})[table.path.stem] = table.notes
         print(probe_words(table, scores))
     write_json(out / "result.json", result)
-    pictures.save(curves_picture(read_log(out / "log.csv"), world.LOSSES), out / "curve.png")
+    curves = curves_picture(read_log(out / "log.csv"), world.LOSSES)
+    pictures.save_or_warn(curves, out / "curve.png")
     print(
         f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, "
         f"all numbers {out}/result.json"

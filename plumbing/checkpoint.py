@@ -3,22 +3,56 @@
 import argparse
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
 import signal
+import socket
 import sys
+import tempfile
+import threading
+import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from plumbing import launch
 from plumbing.launch import UserError
 
-
 # ---- Files: readers see the old one or the new one, never half
+FULL = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+@contextlib.contextmanager
+def explain_writing(path):
+    """Turn what the system says against writing `path` into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save calls a full disk a RuntimeError, while it handles what the system said.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        advice = "is the folder there, and may you write into it?"
+        if reason.errno in FULL:
+            advice = "make room there; the same command then goes on from what was saved before"
+        words = reason.strerror or str(reason)
+        raise UserError(f"{path} cannot be written: {words}: {advice}") from None
+
+
+@contextlib.contextmanager
+def go_on_without(what: str):
+    """Only warn when `what` cannot be written: a run does not end for want of it."""
+    try:
+        yield
+    except UserError as error:
+        tqdm.write(f"warning: going on without {what}: {error}")
+
+
 def replace_with(path, write, sync=True):
     """Call write(temporary file name), then rename that file to `path`. Raises UserError.
 
@@ -27,15 +61,13 @@ def replace_with(path, write, sync=True):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        if sync:
-            with open(temporary, "rb+") as file:  # Windows flushes only what is open for writing
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save calls a full disk a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written: {reason}") from None
+        with explain_writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            if sync:
+                with open(temporary, "rb+") as file:  # Windows flushes only what is open to write
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -43,7 +75,12 @@ def replace_with(path, write, sync=True):
 
 def save_atomic(obj, path):
     """torch.save, atomically."""
-    replace_with(path, lambda file: torch.save(obj, file))
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # given a name, PyTorch would hide the system's reason
+            torch.save(obj, file)
+
+    replace_with(path, write)
 
 
 def write_text(path, text: str):
@@ -60,6 +97,145 @@ def remove_leftovers(folder):
     """Delete the temporary files of a run that was killed while it wrote into `folder`."""
     for path in Path(folder).glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+# ---- One run per folder
+BEAT = 15  # seconds between two signs of life
+DEAD = 120  # seconds without one after which a run on another machine counts as dead
+
+
+def began_at(process: int) -> str:
+    """When a process began, in the system's own count; "" where that is not known.
+
+    Numbers of processes are used again, with another beginning.
+    """
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def is_running(process: int) -> bool | None:
+    """Whether there is such a process on this machine; None where it cannot be asked."""
+    if os.name == "nt":  # there, os.kill would end it
+        return None
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def this_machine() -> str:
+    """Name the place where process numbers mean the same: the host, or the container in it."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+class Lock:
+    """The file run.lock of a folder in which a run is at work; it goes when the run ends.
+
+    path: the lock file. what: the folder or file that it keeps for this process. Raises UserError,
+    before anything else is touched, when another process has it. The lock of a dead one counts for
+    nothing: on this machine its process is looked for, on others it must give signs of life.
+    """
+
+    def __init__(self, path, what):
+        self.path = Path(path)
+        self.what = what
+        self.owner = {"machine": this_machine(), "process": os.getpid()}
+        self.owner |= {"began": began_at(os.getpid()), "since": time.ctime()}
+        self.new_folders = [f for f in self.path.parents if not f.exists()]
+        self.is_over = threading.Event()
+        with explain_writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.claim()
+        launch.last_acts.callback(self.release)
+        threading.Thread(target=self.beat, daemon=True).start()
+
+    def claim(self):
+        """Write the lock file, or raise UserError."""
+        text = json.dumps(self.owner)
+        try:
+            with open(self.path, "x") as file:
+                file.write(text)
+            return
+        except FileExistsError:
+            owner = self.read()
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
+        if self.is_held(owner):
+            raise UserError(self.refusal(owner))
+        write_text(self.path, text)  # over the dead run's
+        time.sleep(0.3)
+        if self.read() != self.owner:  # two came at once
+            raise UserError(self.refusal(self.read()))
+
+    def read(self) -> dict:
+        """What the lock file says; {} while it is being written."""
+        try:
+            return json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def silence(self) -> float:
+        """Seconds since the owner's last sign of life, by the clock of the disk."""
+        with tempfile.TemporaryFile(dir=self.path.parent) as file:
+            now = os.fstat(file.fileno()).st_mtime
+        return now - self.path.stat().st_mtime
+
+    def is_held(self, owner: dict) -> bool:
+        """Whether the owner is another process that lives."""
+        names = ("machine", "process", "began")
+        if all(owner.get(name) == self.owner[name] for name in names):
+            return False  # it is this process: one run after the other
+        is_here = owner.get("machine") == self.owner["machine"]
+        runs = is_running(owner["process"]) if is_here else None
+        if runs is None:
+            return self.silence() < DEAD
+        return runs and began_at(owner["process"]) == owner["began"]
+
+    def refusal(self, owner: dict) -> str:
+        """Say who has the folder, and what to do."""
+        who = f"process {owner.get('process', '?')} on {owner.get('machine', '?').split()[0]}"
+        return (
+            f"{self.what} is in use by {who} since {owner.get('since', 'just now')}, last sign of "
+            f"life {self.silence():.0f} s ago: wait for its end or choose another --out; if that "
+            f"process is surely gone, delete {self.path}"
+        )
+
+    def beat(self):
+        """Give signs of life, in a thread of its own."""
+        while not self.is_over.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def release(self):
+        """Take the lock away, and the folders that were made for it, where they are empty."""
+        self.is_over.set()
+        if self.read() != self.owner or self.owner["process"] != os.getpid():
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+            if self.new_folders and os.listdir(self.path.parent) == ["films.json"]:
+                os.unlink(self.path.with_name("films.json"))  # a refused start leaves nothing
+            for folder in self.new_folders:
+                folder.rmdir()
+
+
+def lock(folder) -> Lock:
+    """Keep a folder for this run until it ends; clear it of what a killed run left half-written.
+
+    UserError when another run is at work in it.
+    """
+    held = Lock(Path(folder) / "run.lock", folder)
+    remove_leftovers(folder)
+    return held
 
 
 # ---- Checkpoints
@@ -257,16 +433,20 @@ class StopRequest:
 
 # ---- log.csv
 class Log:
-    """log.csv, one row per logged step. Opened again at `step`, it drops the rows after it."""
+    """log.csv, one row per logged step. Opened again at `step`, it drops the rows after it.
+
+    Rows that cannot be written, as on a full disk, wait for the next row: no run ends for them.
+    """
 
     def __init__(self, path, columns, step: int = 0):
+        self.path = Path(path)
         self.columns = list(columns)
         kept = [row for row in read_log(path) if int(float(row["step"])) <= step] if step else []
         lines = [",".join(self.columns)]
         for row in kept:
             lines.append(",".join(row.get(column, "") for column in self.columns))
         write_text(path, "\n".join(lines) + "\n")
-        self.file = open(path, "a", buffering=1)  # every row is on disk at once
+        self.waiting = []  # lines
 
     def row(self, **values):
         """Append one row; floats with six significant digits."""
@@ -274,7 +454,17 @@ class Log:
         for column in self.columns:
             value = values[column]
             cells.append(f"{value:.6g}" if isinstance(value, float) else str(value))
-        self.file.write(",".join(cells) + "\n")
+        self.waiting.append(",".join(cells) + "\n")
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with open(self.path, "a") as file:  # closed again: every row is on disk at once
+                file.write("".join(self.waiting))
+            self.waiting = []
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # no half row
+            if len(self.waiting) == 1:
+                tqdm.write(f"warning: {self.path} cannot be written now: {error.strerror}")
 
 
 def read_log(path) -> list[dict]:

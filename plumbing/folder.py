@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plumbing.checkpoint import write_text
+from plumbing.checkpoint import go_on_without, write_text
 from plumbing.film import looks_like_film
 from plumbing.launch import UserError
 from plumbing.table import read_list, read_table, without_suffix
@@ -90,7 +90,8 @@ def list_below(root: Path, cache: Path | None = None) -> dict:
     others = sorted(set(files) - set(films))
     listing = {"root": str(root.resolve()), "folders": folders, "films": films, "others": others}
     if cache:
-        write_text(cache, json.dumps(listing))
+        with go_on_without("the list of the files, which is made anew next time"):
+            write_text(cache, json.dumps(listing))
     return listing
 
 

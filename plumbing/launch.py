@@ -337,7 +337,11 @@ class Team:
         return values
 
     def leave(self):
-        """Leave the group when every rank is done, so that torchrun sees a clean exit."""
+        """End the run: do its last acts, then leave the group when every rank is done.
+
+        So torchrun sees a clean exit.
+        """
+        last_acts.close()
         if self.size > 1:
             self.wait()
             dist.destroy_process_group()

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from plumbing.checkpoint import replace_with
+from plumbing.checkpoint import go_on_without, replace_with
 
 INK = "#1b1b1f"
 PALE = "#d8d8dc"
@@ -127,6 +127,12 @@ def save(picture, path):
     if getattr(picture, "mode", None) != "P":
         picture = to_picture(picture)
     replace_with(path, partial(picture.save, format="PNG", optimize=True))
+
+
+def save_or_warn(picture, path):
+    """Save a picture without which a run goes on, as where the disk is full."""
+    with go_on_without("the picture"):
+        save(picture, path)
 
 
 # ----------------------------------------------------------------------------------------- curves

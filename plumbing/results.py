@@ -143,7 +143,7 @@ def draw_cases(folder: Path, model, test_examples, rows: dict, device):
         captions.append([name, f"Dice {100 * rows[i][0]:.1f}"])
     columns = ["film", "green truth, red prediction"]
     page = pictures.grid(images, captions, columns, ["best", "median", "worst"], cell=256)
-    pictures.save(page, folder / "cases.png")
+    pictures.save_or_warn(page, folder / "cases.png")
 
 
 def summarise(out: Path, args, splits: Splits, weights, results: list[dict], team):

@@ -92,6 +92,7 @@ def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
     → result.json when this seed is over, or has come to step `end`; else None
     """
     if team.lead:
+        checkpoint.remove_leftovers(folder)
         config = folder / "config.json"
         if config.is_file():
             checkpoint.refuse_other_recipe(folder, json.loads(config.read_text()), recipe)

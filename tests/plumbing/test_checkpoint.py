@@ -1,7 +1,12 @@
 """Atomic files, the log after a crash, the newest run, another recipe, going on, SIGTERM."""
 
+import contextlib
+import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +17,28 @@ from plumbing import checkpoint, launch
 from plumbing.checkpoint import Log, StopRequest, read_log, save_atomic, write_json, write_text
 from plumbing.launch import UserError
 
+try:
+    import resource  # not on Windows
+except ImportError:
+    resource = None
+
 ALONE = launch.Team(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def full_disk():
+    """full_disk(bytes): within it no file of this process can become longer."""
+
+    @contextlib.contextmanager
+    def limit(size=20_000):
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    return limit
 
 
 # ---- Files
@@ -51,11 +77,43 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         with pytest.raises(UserError, match="cannot be written") as error:
             write(tmp_path / "file" / "out" / "last.pt")
         assert "\n" not in str(error.value)
-    if Path("/dev/full").exists():
-        with pytest.raises(UserError, match="cannot be written: No space left"):
-            checkpoint.replace_with(
-                tmp_path / "x", lambda _: open("/dev/full", "w").write("x" * 100000)
-            )
+
+
+@pytest.mark.skipif(resource is None, reason="Windows cannot limit the size of files")
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, full_disk):
+    tensor = torch.arange(100_000)
+    save_atomic({"x": tensor}, tmp_path / "last.pt")
+    write_text(tmp_path / "a.txt", "old")
+    with full_disk():
+        for write in (
+            lambda: save_atomic({"x": tensor + 1}, tmp_path / "last.pt"),
+            lambda: write_text(tmp_path / "a.txt", "x" * 100_000),
+        ):
+            with pytest.raises(UserError, match="cannot be written: File too large: make room"):
+                write()
+    assert torch.equal(torch.load(tmp_path / "last.pt", weights_only=True)["x"], tensor)
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "last.pt"]
+
+
+@pytest.mark.skipif(resource is None, reason="Windows cannot limit the size of files")
+def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path, full_disk, capsys):
+    log = Log(tmp_path / "log.csv", ["step", "note"])
+    log.row(step=1, note="x")
+    with full_disk(30):
+        log.row(step=2, note="y" * 30)
+        log.row(step=3, note="")
+        assert [row["step"] for row in read_log(tmp_path / "log.csv")] == ["1"]
+    assert capsys.readouterr().out.count("warning: ") == 1
+    log.row(step=4, note="")
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == ["1", "2", "3", "4"]
+
+
+def test_a_run_goes_on_without_a_picture(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with checkpoint.go_on_without("the picture"):
+        write_text(tmp_path / "file" / "views.png", "")
+    assert "warning: going on without the picture: " in capsys.readouterr().out
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
@@ -64,6 +122,93 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     checkpoint.remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "last.pt"]
     checkpoint.remove_leftovers(tmp_path / "nowhere")
+
+
+# ---- One run per folder
+OTHER = """import sys, time
+from plumbing import checkpoint, launch
+def main():
+    checkpoint.lock(sys.argv[1])
+    print("here", flush=True)
+    if len(sys.argv) > 2:
+        raise launch.UserError("stop")
+    time.sleep(600)
+launch.run_script(main)
+"""
+
+
+def start_other(folder, *more):
+    """Another process that locks the folder; None when it is refused."""
+    words = [sys.executable, "-c", OTHER, str(folder), *more]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, **pipes)
+    if process.stdout.readline() == "here\n":
+        return process, ""
+    return process, process.communicate()[1]
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused_until_its_run_ends(tmp_path):
+    out = tmp_path / "deep" / "run"
+    first, _ = start_other(out)
+    second, said = start_other(out)
+    assert second.returncode == 1 and said.startswith(f"error: {out} is in use by process ")
+    assert f"process {first.pid} on" in said and said.count("\n") == 1
+    with pytest.raises(UserError, match=f"delete {out}/run.lock"):
+        checkpoint.lock(out)
+    assert os.listdir(out) == ["run.lock"]  # refused before anything was touched
+    first.terminate()
+    assert first.wait() == 143
+    assert not (tmp_path / "deep").exists()  # the empty folders were made for it
+    third, _ = start_other(out)
+    third.kill()  # leaves its lock
+    third.wait()
+    assert os.listdir(out) == ["run.lock"]
+    fourth, _ = start_other(out, "UserError")
+    assert fourth.wait() == 1 and os.listdir(out) == []
+
+
+def owner(**other):
+    """A lock of this process, but for `other`."""
+    mine = {"machine": checkpoint.this_machine(), "process": os.getpid()}
+    return mine | {"began": checkpoint.began_at(os.getpid()), "since": "today"} | other
+
+
+@pytest.mark.parametrize(
+    "content, age, is_refused",
+    [
+        (owner(), 0, False),  # one run after the other in one process
+        (owner(process=os.getppid(), began=checkpoint.began_at(os.getppid())), 9999, True),
+        (owner(process=os.getppid(), began="7"), 0, not checkpoint.began_at(1)),  # number used anew
+        (owner(process=2**22 + 1), 0, False),  # no such process
+        (owner(machine="elsewhere x"), 0, True),
+        (owner(machine="elsewhere x"), checkpoint.DEAD + 60, False),
+        ({}, 0, True),  # just being written
+        ({}, checkpoint.DEAD + 60, False),
+    ],
+)
+def test_locks_of_the_living_and_the_dead(tmp_path, content, age, is_refused):
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps(content) if content else "")
+    os.utime(path, (time.time() - age, time.time() - age))
+    if is_refused:
+        with pytest.raises(UserError, match="is in use by process .* delete .*run.lock"):
+            checkpoint.lock(tmp_path)
+        assert os.listdir(tmp_path) == ["run.lock"]
+        return
+    mine = checkpoint.lock(tmp_path)
+    assert mine.read()["process"] == os.getpid()
+    mine.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_forked_process_does_not_take_the_lock_away(tmp_path):
+    mine = checkpoint.lock(tmp_path)
+    child = multiprocessing.get_context("fork").Process(target=launch.last_acts.close)
+    child.start()
+    child.join()
+    assert os.listdir(tmp_path) == ["run.lock"]
+    mine.release()
 
 
 # ---- Checkpoints
