@@ -82,7 +82,8 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         for cells in lines:
             cells = list(map(str.strip, cells))
             if not header and any(cells):
-                header = cells
+                last = max(k for k, name in enumerate(cells) if name)
+                header = cells[: last + 1]
                 refuse_twins(path, header)
             elif any(cells):
                 if len(cells) > len(header) or "" in header:

@@ -4,12 +4,19 @@ One reader serves finetune.py --task csv and the linear probes; a property test 
 known truth in random ways.
 """
 
+import csv
+import io
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from plumbing import benchmarks
+from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.own_table import Labels
+from plumbing.table import plain
 
 
 # ---------------------------------------------------------------- label tables of probes
@@ -119,3 +126,236 @@ def test_rows_that_turn_out_to_be_of_one_film_must_agree(tmp_path):
     assert "1 repeated rows dropped" in labels.describe()
     labels = make_labels(tmp_path, rows.replace("\na.png,x", "\na.png,normal"))
     refused(lambda: labels.locate(films), "lines 2 and 3: a.png stands twice")
+
+
+# ---------------------------------------------------------------- tables with a known truth
+FOLDER = [f"set/p{k // 2}/film{k:02d}.png" for k in range(24)]
+FINDINGS = ("Pleural Effusion", "Mass", "Nodule")
+SAY = {
+    1: ["1", "1.0", "yes", "Y", "TRUE", "positive", "Present", "1,0"],
+    0: ["0", "0.0", "No", "n", "false", "NEGATIVE", "absent", "0,00"],
+    -1: ["-1", "-1.0", "uncertain", "Equivocal"],
+    None: ["", "NA", "nan", "N/A", "null", "-", "?", " "],
+}
+NAMES = {
+    "film": ["filename", "Image Index", "image_id", "PATH", "image-name", "DICOM ID", "File"],
+    "patient": ["patient_id", "Patient ID", "SUBJECT-ID", "PatientID", "pid", "subject"],
+    "split": ["split", "Set", "FOLD", "subset"],
+    "label": ["label", "Finding Labels", "LABELS", "Diagnosis", "class", "findings"],
+}
+SPLIT_SAY = {
+    "train": ["train", "Training", "TRAIN"],
+    "val": ["val", "valid", "Validation", "dev", "validate"],
+    "test": ["test", "Testing", "TEST"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("films")
+    for name in FOLDER:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(root / name)
+    return root
+
+
+class Truth:
+    """What a random table is to say: values[film][label] of 1, 0, -1 and None, split, patient."""
+
+    def __init__(self, rng, style):
+        self.style = style
+        self.has_split = rng.random() < 0.7
+        self.has_patient = rng.random() < 0.7
+        p = [0.35, 0.45, 0.08, 0.12] if style == "columns" else [0.4, 0.6, 0, 0]
+        self.values = []
+        for _ in FOLDER:
+            row = [(1, 0, -1, None)[i] for i in rng.choice(4, 3, p=p)]
+            if style == "answer":
+                row = [(1, 0, -1, None)[rng.choice(4, p=[0.35, 0.45, 0.08, 0.12])]]
+            if style != "columns" and style != "answer" and rng.random() < 0.1:
+                row = [None] * 3
+            self.values.append(row)
+        for k in range(3):  # each label is known of some film either way
+            self.values[k] = [1] * len(row)
+            self.values[k + 8] = [0] * len(row)
+        self.split = [("train", "train", "val", "test")[k // 6] for k in range(len(FOLDER))]
+
+    def expected(self, uncertain):
+        """{film: (target, patient, split)} of the rows that count."""
+        result = {}
+        for k, name in enumerate(FOLDER):
+            become = {-1: {"positive": 1, "negative": 0}.get(uncertain)}
+            target = tuple(become.get(value, value) for value in self.values[k])
+            if set(target) != {None}:
+                patient = k // 2 if self.has_patient else name
+                result[name] = target, patient, self.split[k] if self.has_split else None
+        return result
+
+
+def column_name(rng, role):
+    name = rng.choice(NAMES[role])
+    cases = [str, str.lower, str.upper, str.title]
+    return cases[rng.integers(4)](str(name).replace(" ", rng.choice([" ", "_", "-", ""])))
+
+
+def film_name(rng, name):
+    spelt = [name, name.removeprefix("set/"), name.rpartition("/")[2], f"/home/x/{name}"]
+    spelt += [name.replace("/", "\\"), "C:\\a\\" + name.replace("/", "\\"), "./" + name]
+    spelt += [name.upper(), name.removesuffix(".png"), f"https://h/{name}?x=1"]
+    spelt += [name.replace(".png", ".dcm"), f"elsewhere/{name.rpartition('/')[2]}"]
+    return str(rng.choice(spelt))
+
+
+def findings_cell(rng, row, divider):
+    if row == [None] * 3:
+        return str(rng.choice(["", "NA", "nan", "-"]))
+    found = [name for name, value in zip(FINDINGS, row, strict=True) if value]
+    if not found:
+        return str(rng.choice(["No Finding", "normal", "none", "no_finding", "NEGATIVE"]))
+    spelt = [rng.choice([n, n.lower(), n.upper(), n.replace(" ", "_")]) for n in found]
+    rng.shuffle(spelt)
+    return divider.join(spelt)
+
+
+def write_randomly(rng, truth, path):
+    """Write a table that says the truth, in one of very many ways."""
+    divider = str(rng.choice(["|", ";", ",", " | ", ", ", "; ", "\n"]))
+    header = [column_name(rng, "film")]
+    columns = [[film_name(rng, name) for name in FOLDER]]
+    if truth.style == "columns":
+        header += FINDINGS
+        columns += [[str(rng.choice(SAY[row[c]])) for row in truth.values] for c in range(3)]
+    else:
+        header.append(column_name(rng, "label"))
+        if truth.style == "answer":
+            columns.append([str(rng.choice(SAY[row[0]])) for row in truth.values])
+        else:
+            columns.append([findings_cell(rng, row, divider) for row in truth.values])
+    if truth.has_patient:
+        header.append(column_name(rng, "patient"))
+        ways = ("{}", "{}.0", "{:03d}", " {} ")
+        columns.append([str(rng.choice(ways)).format(k // 2) for k in range(len(FOLDER))])
+    if truth.has_split:
+        header.append(column_name(rng, "split"))
+        columns.append([str(rng.choice(SPLIT_SAY[split])) for split in truth.split])
+    header.append("Patient Age")
+    columns.append([f"{k + 30}" for k in range(len(FOLDER))])
+    order = rng.permutation(len(header))
+    rows = [[columns[c][k] for c in order] for k in rng.permutation(len(FOLDER))]
+    lines = [[header[c] for c in order], *rows]
+    if rng.random() < 0.3:
+        lines = [[*line, "", ""] for line in lines[:-1]] + [lines[-1]]
+    lines += [[""] * len(header)] * rng.integers(3)
+    text = io.StringIO()
+    csv.writer(
+        text,
+        delimiter=str(rng.choice([",", ";", "\t"])),
+        lineterminator=str(rng.choice(["\n", "\r\n"])),
+        quoting=int(rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])),
+    ).writerows(lines)
+    path.write_bytes(text.getvalue().encode(rng.choice(["utf-8", "utf-8-sig", "utf-16"])))
+    return text.getvalue()
+
+
+def read_by_both(root, path, uncertain="ignore"):
+    """{film: (target, patient, split)} as finetune and, with splits, as a probe reads the table."""
+    index = Index(root)
+    found = benchmarks.read_csv(index, path, None, uncertain)
+    films = {}
+    for split, rows in found.parts.items():
+        for row in rows:
+            name = row.path.relative_to(root).as_posix()
+            films[name] = row.target, row.patient, None if split == "all" else split
+    if "all" not in found.parts and uncertain == "ignore":
+        labels = Labels(path)
+        where = labels.locate(films_named(*FOLDER))
+        probe = {}
+        for row, i in enumerate(where):
+            target = tuple(None if np.isnan(v) else int(v) for v in labels.y[row])
+            probe[FOLDER[i]] = target, labels.patients[row], labels.split[row]
+        assert probe == films and labels.classes == list(found.labels)
+    return films, found
+
+
+@pytest.mark.parametrize("style", ["columns", "answer", "names"])
+def test_random_tables_say_the_truth_however_they_are_written(folder, tmp_path, style):
+    for seed in range(60):
+        rng = np.random.default_rng((seed, len(style)))
+        truth = Truth(rng, style)
+        uncertain = "ignore" if style == "names" else str(rng.choice(["ignore", "positive"]))
+        text = write_randomly(rng, truth, tmp_path / "t.csv")
+        films, found = read_by_both(folder, tmp_path / "t.csv", uncertain)
+        expected = truth.expected(uncertain)
+        assert {plain(label) for label in found.labels} == (
+            {plain(label) for label in FINDINGS} if style != "answer" else {plain(found.labels[0])}
+        )
+        order = range(1)
+        if style != "answer":
+            order = [[plain(n) for n in FINDINGS].index(plain(n)) for n in found.labels]
+        assert films.keys() == expected.keys(), text
+        groups = {}
+        for name, (target, patient, split) in films.items():
+            wanted, who, where = expected[name]
+            assert target == tuple(wanted[c] for c in order), (name, text)
+            assert split == where
+            groups.setdefault(patient, set()).add(who)
+        # Patients are the same groups of films, however they are called.
+        assert all(len(group) == 1 for group in groups.values())
+        assert len(groups) == len({who for _, who, _ in expected.values()})
+        left_out = len(FOLDER) - len(expected)
+        assert any(f"left out: {left_out} of 24" in note for note in found.notes) == (left_out > 0)
+
+
+def spoil(rng, text):
+    """Spoil one place of a table that csv wrote with commas. → text"""
+    lines = text.split("\n")
+    row = int(rng.integers(1, len(FOLDER)))
+    cells = lines[row].split(",")
+    at = int(rng.integers(len(cells)))
+    way = rng.integers(8)
+    if way == 0:
+        cells[at] = str(
+            rng.choice(["maybe", "2", "0.5", "trian", "17 3 40 2", "x.npy", "2020-1-1"])
+        )
+    elif way == 1:
+        del cells[at]
+    elif way == 2:
+        cells.insert(at, "stray")
+    elif way == 3:
+        cells[at] = '"' + cells[at]
+    elif way == 4:
+        lines.insert(row, lines[row].replace("1", "0"))
+    elif way == 5:
+        lines[0] = lines[0].replace(",", ";")
+    elif way == 6:
+        lines[row] = lines[row].replace(",", ";")
+        cells = lines[row].split(",")
+    else:
+        lines[0], lines[row] = lines[row], lines[0]
+        return "\n".join(lines)
+    lines[row] = ",".join(cells) if way not in (4, 5) else lines[row]
+    return "\n".join(lines)
+
+
+def test_a_spoilt_table_is_refused_or_says_the_same_of_all_other_films(folder, tmp_path):
+    refusals = 0
+    for seed in range(150):
+        rng = np.random.default_rng((seed, 7))
+        rows = ["filename,Mass,Nodule,patient_id,split"]
+        truth = {}
+        for k, name in enumerate(FOLDER):
+            split = ("train", "train", "val", "test")[k // 6]
+            target = (int(rng.integers(2)), int(rng.integers(2)))
+            rows.append(f"{name},{target[0]},{target[1]},p{k // 2},{split}")
+            truth[name] = target, f"p{k // 2}", split
+        spoilt = spoil(rng, "\n".join(rows) + "\n")
+        (tmp_path / "t.csv").write_text(spoilt)
+        try:
+            films, found = read_by_both(folder, tmp_path / "t.csv")
+        except UserError as error:
+            refusals += 1
+            assert "\n" not in str(error) and "t.csv" in str(error)
+            continue
+        wrong = [name for name in FOLDER if films.get(name) != truth[name]]
+        assert len(wrong) <= 1 and set(found.labels) <= {"Mass", "Nodule"}, spoilt
+    assert refusals > 100
