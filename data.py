@@ -23,8 +23,8 @@ from plumbing.film import UnreadableFilm, fit, read_mask, read_shrunk
 from plumbing.folder import Index, choose_films
 from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS, numpy_rng
 from plumbing.launch import Loader, UserError, count_cpus, flag, parse, run_script
+from plumbing.own_table import read_patient_table
 from plumbing.pack import Films, InMemory, Pack, check_and_report, pack_and_report
-from plumbing.table import match, read_table
 
 
 # ---------------------------------------------------------------- films
@@ -51,12 +51,9 @@ def open_films(root, cache_dir=None, side: int = 320, patients=None, mimic_all=F
             f"--data {root}: no films to train on below it ({len(index.names):,} files; {found})"
         )
     if patients:
-        rows = read_table(patients, "filename", "patient_id")
-        told = {row["filename"]: row["patient_id"] for row in rows}
-        told_as = match(patient_of, told)  # for every film how the table spells it, or None
-        for name, spelling in zip(list(patient_of), told_as, strict=True):
-            if spelling is not None:
-                patient_of[name] = told[spelling]
+        told, note = read_patient_table(patients, list(patient_of))
+        patient_of |= told
+        summary.append(note)
     summary += [pack.summary for pack in packs.values()]
     return Films(root, patient_of, list(packs.values()), side, summary)
 

@@ -21,8 +21,10 @@ from model import CheXWorld
 from plumbing import phantom, pictures
 from plumbing.checkpoint import BadCheckpoint, newest_run, write_json, write_text
 from plumbing.film import UnreadableFilm
+from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
-from plumbing.table import match, read_table, require_columns
+from plumbing.own_table import SPLIT, SPLIT_WORDS
+from plumbing.table import match, plain
 from plumbing.weights import load_world
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
@@ -127,21 +129,27 @@ def open_set(args, count, side=320):
 
 
 def rows_of(table, films):
-    """Find the rows of a CSV with a column `filename` whose films are there; only those of the
-    split `test` where rows have one. → [(the film's number, row)]
+    """Find the rows of a CSV whose films are there; only those of the split `test` where it has
+    such. Its columns of films and splits go by any of their usual names (plumbing.findings). →
+    [(the film's number, row)]
     """
     if not Path(table).is_file():
         raise UserError(f"--table {table}: no such file")
-    rows = read_table(table)
-    require_columns(table, rows[0] if rows else [], ["filename"])
-    rows = [row for row in rows if row.get("split", "").lower() == "test"] or rows
-    by_name = {row["filename"]: row for row in rows}
+    sheet = Sheet(table)
+    film = sheet.film_column()
+    split = sheet.column(SPLIT, "split")
+    rows = [
+        dict(zip(sheet.cells, row, strict=True)) for row in zip(*sheet.cells.values(), strict=True)
+    ]
+    if split:
+        rows = [row for row in rows if SPLIT_WORDS.get(plain(row[split])) == "test"] or rows
+    by_name = {row[film]: row for row in rows}
     matches = enumerate(match(films.names, by_name))
     found = [(i, by_name[name]) for i, name in matches if name is not None]
     if not found:
         raise UserError(
             f"--table {table}: none of its {len(rows)} films is in the data "
-            f"(first: {rows[0]['filename']})"
+            f"(first: {rows[0][film]})"
         )
     return found
 

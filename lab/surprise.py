@@ -32,7 +32,7 @@ from plumbing import phantom, pictures
 from plumbing.keys import SURPRISE, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import auroc
-from plumbing.table import NEGATIVE
+from plumbing.table import MISSING, answer, is_negative
 
 PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")  # kinds of wrong
 FEWEST = 40  # reference films: half of them calibrate, and p is never below 1 / (half + 1)
@@ -291,16 +291,18 @@ def planted_film(seed, i, kind):
 
 
 def labels_of(table, films, numbers):
-    """The table's word for each film; None without a table. → (n,)"""
+    """The table's word for each film, "" where it has none; None without a table. → (n,)"""
     if not table:
         return None
     label = {i: row.get("label", "") for i, row in common.rows_of(table, films)}
-    return np.array([label[i] for i in numbers])
+    words = [label[i] for i in numbers]
+    is_said = [is_negative(word) or answer(word) is not MISSING for word in words]
+    return np.where(is_said, words, "")
 
 
 def are_normal(labels):
     """Which of the labels say that nothing is wrong. (n,) → bool (n,)"""
-    return np.array([label.lower() in NEGATIVE for label in labels])
+    return np.array([is_negative(label) for label in labels])
 
 
 def separation(labels, scores, has_reference):
@@ -318,10 +320,11 @@ def separation(labels, scores, has_reference):
             result[measure] = {"these films": 100 * auroc(np.r_[own, calibration], is_own)}
         return result
     normal = are_normal(labels)
-    if normal.all() or not normal.any():
+    is_wrong = ~normal & (labels != "")
+    if not is_wrong.any() or not normal.any():
         return {}
-    kinds = {kind: labels == kind for kind in dict.fromkeys(labels[~normal])}
-    kinds["all"] = ~normal
+    kinds = {kind: labels == kind for kind in dict.fromkeys(labels[is_wrong])}
+    kinds["all"] = is_wrong
     for measure, (_, own, _) in scores.items():
         result[measure] = {}
         for kind, mask in kinds.items():

@@ -159,6 +159,7 @@ def read_goal(sheet: Sheet, asked, taken: dict, uncertain: str, can_be_mask: boo
         column = sheet.column(MASK, "mask") if can_be_mask else None
         column = column or sheet.column(LABEL, "label")
         columns = [column] if column else []
+    is_named = len(columns) > 0
     if len(columns) != 1:
         goal = read_answers(sheet, columns or answer_columns(sheet, taken), uncertain)
         columns = goal.labels
@@ -167,7 +168,7 @@ def read_goal(sheet: Sheet, asked, taken: dict, uncertain: str, can_be_mask: boo
     else:
         goal = read_label_column(sheet, columns[0], uncertain)
     rest = [name for name in sheet.cells if name not in taken and name not in columns]
-    if len(columns) == 1:  # where one column was wanted, only others of its kind are worth a word
+    if is_named:  # only others that could be learnt as well are worth a word
         rest = [name for name in rest if set(map(answer, sheet.cells[name])) >= {YES, NO}]
     unused = [f"columns not learnt: {', '.join(rest)}"] if rest else []
     return goal._replace(notes=[*goal.notes, *unused])
@@ -308,7 +309,7 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
     if all(re.fullmatch(INTEGER, cell) for cell in said):
         findings = [{code_of(cell)} if cell in said else None for cell in cells]
         refuse_no_classes(sheet, column, findings, MAX_CODES)
-        notes.append("numbers are taken as classes, 0 as one of them")
+        notes.append("numbers are taken as classes, 0 like the others")
     else:
         findings, negatives = merge_spellings(split_names(sheet, column))
         refuse_no_classes(sheet, column, findings, MAX_CLASSES)

@@ -146,25 +146,19 @@ class Index:
         return self.by_tail[depth]
 
     def candidates(self, name: str, depth: int) -> list[str]:
-        """Films that `name` may mean by its last `depth` parts; depth 0: by as many as fit."""
-        if depth == 0 and Path(name).is_absolute() and Path(name).is_file():
-            return [name]
-        parts = name.replace("\\", "/").removeprefix("./").split("/")
-        lengths = [min(depth, len(parts))] if depth else range(len(parts), 0, -1)
-        for length in lengths:
-            tail = "/".join(parts[-length:])
-            found = self.tails(length).get(without_suffix(tail), [])
-            if found:
-                same = [path for path in found if path == tail]
-                same_suffix = [path for path in found if f"/{path}".endswith(f"/{tail}")]
-                return same or same_suffix or found
-        return []
+        """Films that `name` may mean by its last `depth` parts."""
+        parts = name.replace("\\", "/").removeprefix("./").split("/")[-depth:]
+        tail = "/".join(parts)
+        found = self.tails(len(parts)).get(without_suffix(tail), [])
+        same = [path for path in found if path == tail]
+        same_suffix = [path for path in found if f"/{path}".endswith(f"/{tail}")]
+        return same or same_suffix or found
 
     def find(self, names, depth: int = 1, what: str = "the lists") -> list[Path]:
         """Find the film of every name, with or without suffix, by its last `depth` parts.
 
-        depth 0 takes as many parts as fit, and absolute paths. UserError with the count when a film
-        is absent, or when a name fits several. what: who names the films, for the message.
+        UserError with the count when a film is absent, or when a name fits several. what: who names
+        the films, for the message.
         """
         found = [self.candidates(name, depth) for name in names]
         absent = [name for name, films in zip(names, found, strict=True) if not films]

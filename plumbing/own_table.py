@@ -98,6 +98,36 @@ def patients_in_names(names) -> tuple[list[str] | None, str]:
     )
 
 
+def read_patient_table(path, films: list[str]) -> tuple[dict[str, str], str]:
+    """Read whose films are, a table of films and patients → {film: patient}; how many it knows.
+
+    films: their paths. UserError when a row fits several films, a film has two patients, or no film
+    of the table is there.
+    """
+    sheet = Sheet(path)
+    names = sheet.cells[sheet.film_column()]
+    column = sheet.column(PATIENT, "patient")
+    if not column:
+        raise UserError(f"{path}: no column patient_id; its columns are {', '.join(sheet.cells)}")
+    patients = read_patients(sheet, column)
+    found = {}
+    for row, place in enumerate(Finder(films).find(names)):
+        if len(place.films) > 1:
+            first, second = (films[i] for i in place.films[:2])
+            sheet.refuse(
+                row, f"{names[row]} fits both {first} and {second}: write more of the path"
+            )
+        for i in place.films:
+            if found.setdefault(films[i], patients[row]) != patients[row]:
+                sheet.refuse(row, f"{names[row]} has another patient in a row above")
+    known = {film: patient for film, patient in found.items() if patient}
+    if not found:
+        raise UserError(f"{path}: none of its {len(names)} films is there (first: {names[0]})")
+    absent = len(set(names)) - len(found)
+    note = f"patients: {path} knows those of {len(known):,} of {len(films):,} films"
+    return known, note + (f"; {absent:,} of its films are not there" if absent > 0 else "")
+
+
 def read_splits(sheet: Sheet, column: str) -> list[str]:
     """Read the split of every row. UserError when a cell names none."""
     splits = []

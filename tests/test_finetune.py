@@ -110,6 +110,32 @@ def same(a, b, atol=0.0):
 
 # ---------------------------------------------------------------- whole runs
 @pytest.mark.slow
+def test_labels_that_are_missing_are_left_out_and_counted_to_the_end(films, tmp_path, capsys):
+    rows = ["Filename;Square;Dark;Patient ID;Set"]
+    for k in range(40):
+        square = "NA" if k % 5 == 0 else k % 2
+        dark = {0: "-1", 1: ""}.get(k % 7, int(k % 3 == 0))
+        rows.append(f"{k:02d};{square};{dark};{k}.0;{split_of(k)}")
+    (films / "gaps.csv").write_text("\n".join(rows))
+    result = go(films, tmp_path, "--freeze", table="gaps.csv")
+    heard = capsys.readouterr().out
+    for note in (
+        "missing: 14 values (Square 8, Dark 6): they count in no loss and no AUROC",
+        "uncertain: 6 values (Dark 6): left out",
+        "left out: 3 of 40 rows, where nothing is known (first: line 2, 00)",
+    ):
+        assert note in heard and note in "\n".join(result["notes"])
+    rows = read_rows(tmp_path / "seed0" / "predictions.csv")
+    for name in ("Square", "Dark"):
+        known = [row for row in rows if row["class"] == name and row["label"]]
+        assert len(known) < sum(row["class"] == name for row in rows)
+        area = roc_auc_score([int(r["label"]) for r in known], [float(r["score"]) for r in known])
+        assert 100 * area == pytest.approx(result["per_class"][name], abs=1e-3)
+    unknown = result["split"]["train"]["unknown"]
+    assert unknown["Square"] and unknown["Dark"]
+
+
+@pytest.mark.slow
 def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsys):
     result = go(films, tmp_path, "--seeds", "2", "--ten_crop")
     said = capsys.readouterr().out.splitlines()

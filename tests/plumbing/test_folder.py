@@ -291,7 +291,7 @@ def test_films_are_found_by_name_and_the_list_is_renewed_when_films_arrive(tmp_p
         Index(root).find(["b.png"])
     with pytest.raises(UserError, match="2 of the 3 films named by the lists are not there"):
         Index(root).find(["a.png", "c.png", "d"])
-    assert Index(root).find(["other/b.png"], depth=0) == [root / "other" / "b.png"]
+    assert Index(root).find(["other/b.png"], depth=2) == [root / "other" / "b.png"]
 
 
 def test_every_suffix_that_is_pretrained_on_is_found_by_name(tmp_path):

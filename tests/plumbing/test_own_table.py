@@ -359,3 +359,276 @@ def test_a_spoilt_table_is_refused_or_says_the_same_of_all_other_films(folder, t
         wrong = [name for name in FOLDER if films.get(name) != truth[name]]
         assert len(wrong) <= 1 and set(found.labels) <= {"Mass", "Nodule"}, spoilt
     assert refusals > 100
+
+
+# ---------------------------------------------------------------- one kind of fault each
+def read_rows(root, tmp_path, *rows, **kwargs):
+    """The films of a table by split, as finetune reads them → Found."""
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    return benchmarks.read_csv(Index(root), tmp_path / "t.csv", **kwargs)
+
+
+def said(found):
+    return "\n".join(found.notes)
+
+
+def patients_of(found):
+    return [row.patient for rows in found.parts.values() for row in rows]
+
+
+def targets_of(found):
+    return [row.target for rows in found.parts.values() for row in rows]
+
+
+SET_HEADERS = {
+    "NIH": ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age", "{},Mass,0,{},60"),
+    "MIMIC": ("subject_id,study_id,dicom_id,Mass", "{1},5,{0},1.0"),
+    "own": ("FileName,LABEL,patientID", "{},Mass,{}"),
+}
+
+
+@pytest.mark.parametrize("header, row", SET_HEADERS.values(), ids=SET_HEADERS)
+def test_the_sets_own_names_of_columns_keep_patients_on_one_side(folder, tmp_path, header, row):
+    rows = [row.format(f"film{k:02d}", k // 2 + 7) for k in range(24)]
+    rows[0] = rows[0].replace("Mass", "No Finding").replace("1.0", "0.0")
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join([header, *rows]))
+    splits = benchmarks.load_task("csv", folder, table)
+    homes = {}
+    for split in ("train", "val", "test"):
+        for example in getattr(splits, split):
+            number = int(example.path.stem.removeprefix("film"))
+            assert homes.setdefault(number // 2, split) == split
+    assert len(homes) == 12 and splits.labels == ("Mass",)
+
+
+def make_films(root, names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(root / name)
+
+
+STYLES = [
+    ("patient0000{}/study1/view{}_frontal.png", "CheXpert"),
+    ("p1000000{}/s5000000{}/abc.png", "MIMIC"),
+    ("0000000{}_00{}.png", "NIH"),
+]
+
+
+@pytest.mark.parametrize("style, title", STYLES)
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_patients_are_read_from_names_where_all_films_have_them(tmp_path, style, title, is_whole):
+    names = [style.format(k // 2, k % 2) for k in range(8)]
+    names = [name.replace("abc", f"abc{k}") for k, name in enumerate(names)]
+    make_films(tmp_path / "films", names)
+    written = names if is_whole or title == "CheXpert" else [n.rpartition("/")[2] for n in names]
+    rows = [f"{name},{k % 2}" for k, name in enumerate(written)]
+    found = read_rows(tmp_path / "films", tmp_path, "file,label", *rows)
+    patients = patients_of(found)
+    assert [patients.index(patient) // 2 for patient in patients] == [k // 2 for k in range(8)]
+    assert f"patients: as the names say, {title}" in said(found)
+    make_films(tmp_path / "films", ["other.png"])
+    found = read_rows(tmp_path / "films", tmp_path, "file,label", *rows, "other,1")
+    assert len(set(patients_of(found))) == 9
+    assert "every film counts as one, although 8 of 9 films are named like" in said(found)
+
+
+def test_without_patients_it_is_said_that_films_of_one_may_be_on_both_sides(folder, tmp_path):
+    found = read_rows(folder, tmp_path, "file,label", "film00,1", "film01,0")
+    assert "no column patient_id, so every film counts as one" in said(found)
+
+
+def test_nobody_is_no_patient_and_numbers_are_one_however_excel_wrote_them(folder, tmp_path):
+    cells = ["nan", "", "NA", "None", "-", "Anonymous", "13", "13.0", "0013", "P1", "p1"]
+    rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(cells)]
+    found = read_rows(folder, tmp_path, "file,label,patient", *rows)
+    patients = patients_of(found)
+    assert len(set(patients[:6])) == 6 and len(set(patients[6:9])) == len(set(patients[9:])) == 1
+    assert "6 films have none and count as one each" in said(found)
+    rounded = "film00,1,1.23457E+11"
+    refused(lambda: read_rows(folder, tmp_path, "file,label,patient", rounded), "line 2", "rounded")
+
+
+def test_columns_that_fit_one_role_alike_are_refused_and_others_said(folder, tmp_path):
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,label,Patient ID,patient_id", "film00,1,2,3"),
+        "Patient ID and patient_id may both be the column of the patient",
+    )
+    found = read_rows(
+        folder, tmp_path, "path,file,label,diagnosis", "x,film00,1,Mass", "y,film01,0,"
+    )
+    assert "film: column file, not path" in said(found)
+    assert "label: column label, not diagnosis" in said(found)
+
+
+LEFT_OUT = [  # header, rows, targets, notes
+    ("file,label", ["0", "1", "", "NA", "-1"], [(0,), (1,)], "left out: 3 of 5 rows"),
+    ("file,label", ["0", "1", "None"], [(0,), (1,)], "left out: 1 of 3 rows"),
+    ("file,label", ["Yes", "yes", "no"], [(1,), (1,), (0,)], "column label"),
+    ("file,label", ["Mass", "mass", "MASS", "normal"], [(1,)] * 3 + [(0,)], "column label"),
+    ("file,label", ["Mass", "nan", "-1", "None"], [(1,), (0,)], "uncertain: 1 rows: left out"),
+    (
+        "file,A,B",
+        ["1,0", "-1,1", "0,NaN"],
+        [(1, 0), (None, 1), (0, None)],
+        "missing: 1 values (B 1)",
+    ),
+    (
+        "file,A,B",
+        ["1,0", "-1,1", "0,"],
+        [(1, 0), (None, 1), (0, None)],
+        "uncertain: 1 values (A 1)",
+    ),
+    ("file,A,age", ["1,60", "0,71", "0,8"], [(1,), (0,), (0,)], "columns not learnt: age"),
+    (
+        "file,class",
+        ["0.0", "2.0", "1.0", "", "2", "0"],
+        [(1, 0, 0), (0, 0, 1), (0, 1, 0), (0, 0, 1), (1, 0, 0)],
+        "numbers are taken as classes",
+    ),
+]
+
+
+@pytest.mark.parametrize("header, cells, targets, note", LEFT_OUT)
+def test_missing_and_uncertain_values_are_left_out_and_counted(
+    folder, tmp_path, header, cells, targets, note
+):
+    rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
+    found = read_rows(folder, tmp_path, header, *rows)
+    assert targets_of(found) == targets and note in said(found)
+
+
+@pytest.mark.parametrize("uncertain, value", [("positive", 1), ("negative", 0), ("ignore", None)])
+def test_uncertain_is_what_the_flag_says(folder, tmp_path, uncertain, value):
+    rows = ["film00,1,0", "film01,0,1", "film02,-1,1"]
+    found = read_rows(folder, tmp_path, "file,A,B", *rows, uncertain=uncertain)
+    assert targets_of(found) == [(1, 0), (0, 1), (value, 1)]
+
+
+NO_LABELS = [
+    (["51", "48", "70", "35", "52", "61"], "6 different values in 6 rows"),
+    ([f"seen on day {k}" for k in range(11)], "11 different values"),
+    (["2020-01-01", "2020-02-01"], "line 2.*a date and no class"),
+    (["1 5 9 3", "4 4"], "line 2.*run lengths and no class"),
+    (["Mass", "a.npy"], "line 3.*a file and no class"),
+    (["0.37", "0.5"], "line 2.*a number and no class"),
+    (["Mass", "1", "normal"], "line 3.*'1', an answer and no class"),
+    (["Mass/Efusion", "Mass", "Effusion"], "line 2.*one finding or several"),
+    (["normal", "No Finding"], "names no class beside"),
+    (["", "NA"], "column label is empty"),
+]
+
+
+@pytest.mark.parametrize("cells, words", NO_LABELS)
+def test_a_column_that_cannot_be_classes_is_refused(folder, tmp_path, cells, words):
+    rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
+    refused(lambda: read_rows(folder, tmp_path, "file,label", *rows), words)
+
+
+def test_a_column_that_is_nearly_of_answers_is_refused_by_row(folder, tmp_path):
+    rows = ["film00,1,0", "film01,0,1", "film02,0,maybe"]
+    refused(lambda: read_rows(folder, tmp_path, "file,A,B", *rows), "line 4: column B says 'maybe'")
+    found = read_rows(folder, tmp_path, "file,A,B", *rows, column="A")
+    assert targets_of(found) == [(1,), (0,), (0,)]
+    refused(lambda: read_rows(folder, tmp_path, "file,Mass,B", *rows, column="Mas"), "mean Mass?")
+
+
+JOINED = [
+    ("Mass|Effusion", "Mass", "Effusion"),
+    ("Mass; Effusion", "Mass", "Effusion"),
+    ('"Mass, Effusion"', "Mass", "Effusion"),
+    ("Mass/Effusion", "Mass", "Effusion"),
+    ("Mass + Effusion", "mass", "EFFUSION"),
+    ("Mass and Effusion", "Mass", "Effusion"),
+    ("\"['Mass', 'Effusion']\"", "['Mass']", "['Effusion']"),
+]
+
+
+@pytest.mark.parametrize("both, mass, effusion", JOINED)
+def test_the_usual_separators_of_findings_are_understood(folder, tmp_path, both, mass, effusion):
+    rows = [f"film00,{both}", f"film01,{mass}", f"film02,{effusion}", "film03,normal"]
+    found = read_rows(folder, tmp_path, "file,label", *rows)
+    assert len(found.labels) == 2
+    assert targets_of(found) == [(1, 1), (0, 1), (1, 0), (0, 0)]
+
+
+def test_a_slash_may_belong_to_a_name(folder, tmp_path):
+    cells = ["No Lung Opacity / Not Normal", "Normal", "Lung Opacity"]
+    rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
+    assert read_rows(folder, tmp_path, "file,label", *rows).labels == (cells[2], cells[0])
+
+
+MASKS = [  # cell, name of the file that is meant; None: refused with these words
+    ("film00_mask.png", "film00_mask.png", ""),
+    ("masks\\film00_mask.png", "film00_mask.png", ""),
+    ("C:\\work\\masks\\film00_mask.png", "film00_mask.png", ""),
+    ("film00_mask", "film00_mask.png", ""),
+    ("both", None, "fits .*both.png and .*both.png"),
+    ("film00_mask.npy", None, "a file and no picture"),
+    ("3 5 20 1", None, "run lengths and no picture"),
+    ("-1", None, "'-1' is not there"),
+    ("1", None, "'1' is not there"),
+    ("Mass", None, "'Mass' is not there"),
+    ("film01.png", None, "'film01.png' is not there"),  # a film is no mask
+]
+
+
+@pytest.mark.parametrize("cell, name, words", MASKS)
+def test_masks_are_pictures_or_refused_by_row(tmp_path, cell, name, words):
+    films = ["film00.png", "film01.png"]
+    masks = ["masks/film00_mask.png", "masks/both.png", "more_masks/both.png"]
+    make_films(tmp_path / "films", [*films, *masks])
+    rows = ["file,mask", "film01,", f"film00,{cell}"]
+    if name is None:
+        refused(lambda: read_rows(tmp_path / "films", tmp_path, *rows), "line 3", words)
+        return
+    found = read_rows(tmp_path / "films", tmp_path, *rows)
+    empty, full = (row.mask for row in found.parts["all"])
+    assert empty == ("boxes", (), None) and full[1].name == name
+    assert "1 rows have none: their masks are empty" in said(found)
+
+
+def test_films_that_are_found_otherwise_than_written_are_told_and_absent_ones_refused(
+    folder, tmp_path
+):
+    rows = ["film00.dcm,1", "old/place/film01.png,0", "FILM02.png,1", "set/p1/film03.png,0"]
+    found = read_rows(folder, tmp_path, "file,label", *rows)
+    for note in (
+        "1 films with another suffix: film00.dcm is film00.png",
+        "1 films in other folders than they say: old/place/film01.png is set/p0/film01.png",
+        "1 films with other small and large letters: FILM02.png is film02.png",
+        "films: 20 below --data stand in no row that counts",
+    ):
+        assert note in said(found)
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,label", *rows, "gone.png,1", "gone2.png,0"),
+        "2 of the 6 films are not below",
+        "gone.png .line 6., gone2.png",
+    )
+
+
+MODEL = ("labels", ("Mass", "Nodule"))
+FOR_A_MODEL = [
+    ("file,mass,Age", ["1,70", ",60"], [(1, None), (None, None)], "not in the table: Nodule"),
+    ("file,age", ["1", "2"], [(None, None)] * 2, "nothing to compare with"),
+    (
+        "file,label",
+        ["nodule|Edema", ""],
+        [(0, 1), (None, None)],
+        "none of the model's labels: Edema",
+    ),
+]
+
+
+@pytest.mark.parametrize("header, cells, targets, note", FOR_A_MODEL)
+def test_a_table_for_a_trained_model_keeps_every_row(
+    folder, tmp_path, header, cells, targets, note
+):
+    rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
+    found = read_rows(folder, tmp_path, header, *rows, trained=MODEL)
+    assert list(found.parts) == ["test"] and found.labels == MODEL[1]
+    assert targets_of(found) == targets and note in said(found)
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,label", "film00,Edema", trained=MODEL),
+        "none of what the model was trained for",
+    )
