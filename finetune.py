@@ -3,7 +3,7 @@
     python finetune.py --task csv --data FOLDER --labels FILE.csv        # laptop: your own films
     python finetune.py --task shenzhen --seeds 5       # one GPU: films in $CXR/shenzhen
     torchrun --nproc_per_node=8 finetune.py --task vindr --weights FILE  # eight GPUs, same code
-    python finetune.py --task shenzhen --weights runs/shenzhen/seed0/best.pt --eval  # test again
+    python finetune.py --eval --weights runs/FILE/seed0/best.pt --data FOLDER --labels OTHER.csv
 
 Training starts from the newest pre-training run under runs/ or from --weights; --weights none is
 from scratch; --freeze trains only a head on frozen features. The model is chosen on validation
@@ -226,12 +226,11 @@ def add_head(vit, kind, labels):
     return Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))
 
 
-def load_finetuned(path, kind, labels, device):
-    """Load best.pt. UserError when it was trained for something else than `kind` and `labels`."""
-    saved = seedrun.load_best(path, kind, labels)
-    model = add_head(make_vit(saved["config"]), kind, labels)
+def make_finetuned(saved: dict, device):
+    """Make the model that a best.pt holds. saved: as seedrun.load_best gives it."""
+    model = add_head(make_vit(saved["config"]), saved["kind"], saved["labels"])
     model.load_state_dict(saved["finetuned"])
-    return model.to(device)
+    return model.to(device).eval()
 
 
 def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
@@ -272,6 +271,8 @@ class TaskData:
     in_memory: bool  # decode every film once and keep it
     unreadable: UnreadableFilms
     films: dict = dataclasses.field(default_factory=dict)  # {"train", "val", "test"}: their films
+    root: Path = Path()  # --data, below which films are named
+    without_truth: frozenset = frozenset()  # numbers of test films whose true mask nobody knows
 
     def open(self, split: str, examples: list):
         """Open the films of a split, unless the seed before used the same."""
@@ -335,6 +336,8 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False, stop=Non
         unreadable |= other_unreadable
     for name, reason in sorted(unreadable.items()):
         task.unreadable.note(name, reason)
+    if not rows:
+        raise UserError(f"none of the {len(films)} {split} films can be read")
     return dict(sorted(rows.items()))
 
 
@@ -353,9 +356,9 @@ def score_masks(logits, goal) -> np.ndarray:
 class Score(NamedTuple):
     """How good a model is on the films of a split."""
 
-    value: float  # the task's metric, percent
+    value: float | None  # the task's metric, percent; None where it is undefined
     loss: float
-    per_class: dict  # {class: AUROC in percent}, None where it is undefined
+    per_class: dict  # {class: AUROC in percent}
 
 
 def targets_of(films, rows) -> np.ndarray:
@@ -363,17 +366,17 @@ def targets_of(films, rows) -> np.ndarray:
     return np.array([films.examples[i].target for i in rows], float)
 
 
-def evaluate(model, task: TaskData, split, args, team, ten_crop=False, stop=None):
-    """Judge a model on the films of a split. → (Score, the rows of predict)"""
-    rows = predict(model.eval(), task, split, args, team, ten_crop, stop)
+def evaluate(model, task: TaskData, split, args, team, stop=None) -> Score:
+    """Judge a model on the films of a split. Raises Interrupted when `stop` is requested."""
+    rows = predict(model.eval(), task, split, args, team, stop=stop)
     table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
     targets = targets_of(task.films[split], rows)  # (n, c); (n, 0) of masks, which have none
     value, per_class = results.judge(task.kind, task.labels, table, targets)
     if task.kind == "mask":
-        return Score(value, table[:, 2].mean(), per_class), rows
+        return Score(value, table[:, 2].mean(), per_class)
     truth = torch.tensor(targets, dtype=torch.float32)
     loss = loss_of(task.kind, torch.tensor(table), truth).mean().item()
-    return Score(value, loss, per_class), rows
+    return Score(value, loss, per_class)
 
 
 def solve_head(model, task: TaskData, args, team):
@@ -490,7 +493,7 @@ def train(run: SeedRun, args, task: TaskData, team):
                 except Interrupted:
                     is_stopping = True
                 else:
-                    bar.set_postfix_str(f"val {score.value:.2f}, best {run.best}")
+                    bar.set_postfix_str(f"val {score.value or 0:.2f}, best {run.best}")
                     should_save = True
             if team.lead and (is_stopping or should_save):
                 run.save()
@@ -502,12 +505,13 @@ def train(run: SeedRun, args, task: TaskData, team):
 
 def validate(run: SeedRun, args, task: TaskData, team, log=None, stop=None) -> Score:
     """Judge the model on the validation films, and keep it in best.pt when none was better."""
-    score, _ = evaluate(run.model, task, "val", args, team, stop=stop)
-    is_best = run.best.update(score.value, score.loss, run.step)  # of equals, the lower loss
+    score = evaluate(run.model, task, "val", args, team, stop)
+    # Of equals the lower loss is better. Where no class has an AUROC, the loss alone decides.
+    is_best = run.best.update(score.value or 0.0, score.loss, run.step)
     if is_best and team.lead:
         run.save_best()
     if log:
-        log.row(**run.unjudged | {"val": score.value, "val_loss": score.loss})
+        log.row(**run.unjudged | {"val": score.value or 0.0, "val_loss": score.loss})
     run.unjudged = None
     return score
 
@@ -523,7 +527,8 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     steps = count_steps(args, task.kind, recipe["films"])
     result = seedrun.begin(folder, recipe, steps.end, team)
     if result:
-        team.say(f"seed {seed}: finished before, test {METRIC[task.kind]} {result['value']:.2f} %")
+        value = results.with_interval(result["value"], result.get("interval"))
+        team.say(f"seed {seed}: finished before, test {METRIC[task.kind]} {value}")
         return result
 
     # ---- 2. AdamW with a learning rate per layer; the last checkpoint, if there is one.
@@ -531,6 +536,8 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     about = {"config": model.vit.config, "task": args.task, "recipe": recipe}
     about |= {"kind": task.kind, "labels": list(task.labels)}
+    learnt_from = [*task.films["train"].examples, *task.films["val"].examples]
+    about["learnt_from"] = seedrun.fingerprints(learnt_from)
     run = SeedRun(seed, folder, steps, model, optimizer, about)
     run.resume()
     if run.step:
@@ -551,44 +558,75 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
 def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     """Test the best model of a seed and write result.json. → the result"""
     team.wait()  # until best.pt is written
-    model = load_finetuned(run.folder / "best.pt", task.kind, task.labels, team.device)
-    score = test(model, task, args, run.folder, team)
-    films = len(task.films["train"])
-    result = {"value": score.value, "per_class": score.per_class, "films": films}
+    model = make_finetuned(seedrun.load_best(run.folder / "best.pt"), team.device)
+    result = test(model, task, args, run.folder, team)
+    result["films"] = len(task.films["train"])
     result |= {"val": run.best.value, "best_step": run.best.step, "steps": run.step}
     # Not over: --max_steps ended it, and more can be trained.
     result["over"] = run.step >= run.steps.total or run.best.stale >= args.patience
-    result["bad"] = sorted(task.unreadable.reasons)
     if team.lead:
         run.save_result(result)
+    words = results.with_interval(result["value"], result["interval"])
     team.say(
-        f"seed {run.seed}: test {METRIC[task.kind]} {score.value:.2f} %, of the model at step "
+        f"seed {run.seed}: test {METRIC[task.kind]} {words}, of the model at step "
         f"{run.best.step}, the best on validation ({run.best.value:.2f} %)"
     )
     return result
 
 
-def test(model, task: TaskData, args, folder: Path, team) -> Score:
-    """Use the test films: judge the model, write predictions.csv and, of masks, cases.png."""
-    score, rows = evaluate(model, task, "test", args, team, args.ten_crop)
-    if team.lead:
+def test(model, task: TaskData, args, folder: Path, team) -> dict:
+    """Use the test films: judge the model, write predictions.csv and, of masks, cases.png.
+
+    → what result.json says of it, on every rank
+    """
+    films = task.films["test"]
+    rows = predict(model, task, "test", args, team, args.ten_crop)
+    rows |= {i: np.full(3, np.nan) for i in task.without_truth.intersection(rows)}
+    result = {}
+    if team.lead:  # the redraws of the interval take some seconds
+        result = results.judge_test(task, rows, targets_of(films, rows))
         results.write_predictions(folder, task, rows)
         if task.kind == "mask":
-            results.draw_cases(folder, model, TestExamples(task.films["test"]), rows, team.device)
-    return score
+            results.draw_cases(folder, model, TestExamples(films), rows, team.device)
+    result = team.gather_objects(result)[0]
+    unreadable = team.gather_objects(list(task.unreadable.reasons))
+    return result | {"bad": sorted(set().union(*unreadable))}
 
 
 # ---- Main
-def open_task(args: Config, splits, size, team) -> TaskData:
+def open_task(args: Config, splits, size, root, team) -> TaskData:
     """Open the test films of a task, and the validation films where something is trained."""
     total = sum(counts["films"] for counts in splits.counts().values())
     film_bytes = 1.2 * (2 * size) ** 2  # short side at most 2 · size, a bit longer than wide
     in_memory = total * film_bytes * team.size < args.memory_gb * 1e9
-    task = TaskData(splits.kind, splits.labels, size, in_memory, UnreadableFilms(total))
+    unreadable = UnreadableFilms(total)
+    task = TaskData(splits.kind, splits.labels, size, in_memory, unreadable, root=root)
     task.open("test", splits.test)
     if not args.eval:
         task.open("val", splits.val)
     return task
+
+
+def test_finished(args: Config, weights, root, out, team):
+    """--eval: test best.pt on a task's test films, on a table's, or on all films of a folder."""
+    saved = seedrun.load_best(weights)
+    cache = out / "films.json" if team.lead else None
+    trained = (saved["kind"], tuple(saved["labels"]))
+    own = (args.labels, args.shots, args.column, cache, args.uncertain)
+    splits = load_task(args.task, root, *own, trained)
+    splits, without_truth = seedrun.fit_to_model(splits, saved, weights)
+    team.say(results.describe_weights(weights, "as asked", saved["config"]))
+    team.say(results.describe_task(root, splits))
+    filled, _ = fill_in(args, splits.kind, saved["config"], len(splits.test), team)
+    task = open_task(args, splits, saved["config"]["image"], root, team)
+    task.without_truth = without_truth
+    model = make_finetuned(saved, team.device)
+    result = test(model, task, filled, out, team)
+    if task.kind == "mask":
+        results.write_masks(out, task, TestExamples(task.films["test"]), model, team)
+    recipe = saved.get("recipe", {})
+    result["films"] = recipe.get("films")
+    results.summarise(out, recipe, splits, weights, [result], team)
 
 
 def main():
@@ -600,33 +638,24 @@ def main():
     if team.lead:
         checkpoint.lock(out)  # refuses to start beside another run in the same folder
 
-    # ---- 2. The weights, and the films of the task: no patient is in two of the three splits.
+    # ---- 2. The weights, and the folder of the films; --eval only tests.
     weights, why = seedrun.choose_weights(args, out)
     root = find_root(args.task, args.data)
+    if args.eval:
+        test_finished(args, weights, root, out, team)
+        return team.leave()
+
+    # ---- 3. The films of the task: no patient is in two of the three splits.
     cache = out / "films.json" if team.lead else None
     own = (args.labels, args.shots, args.column, cache, args.uncertain)
     splits = load_task(args.task, root, *own)
-    finetuned = None
-    if args.eval:
-        finetuned = load_finetuned(weights, splits.kind, splits.labels, team.device)
-    shape = finetuned.vit.config if finetuned else encoder_shape(args, weights, team.say)
+    shape = encoder_shape(args, weights, team.say)
     team.say(results.describe_weights(weights, why, shape))
     team.say(results.describe_task(root, splits))
     results.refuse_untestable(splits)
+    task = open_task(args, splits, args.image or shape["image"], root, team)
 
-    # ---- 3. --eval only tests again.
-    if args.eval:
-        films = len(splits.train)
-        filled, _ = fill_in(args, splits.kind, shape, films, team)
-        task = open_task(args, splits, shape["image"], team)
-        score = test(finetuned, task, filled, out, team)
-        result = {"value": score.value, "per_class": score.per_class, "films": films}
-        result["bad"] = sorted(task.unreadable.reasons)
-        results.summarise(out, args, splits, weights, [result], team)
-        return team.leave()
-
-    # ---- 4. Else each seed is trained and tested, with its own draw of few training films.
-    task = open_task(args, splits, args.image or shape["image"], team)
+    # ---- 4. Each seed is trained and tested, with its own draw of few training films.
     seed_results = []
     for seed in range(args.seed, args.seed + args.seeds):
         examples = splits.train
@@ -643,7 +672,7 @@ def main():
         seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))
 
     # ---- 5. The mean over the seeds.
-    results.summarise(out, args, splits, weights, seed_results, team)
+    results.summarise(out, vars(args), splits, weights, seed_results, team)
     team.leave()
 
 

@@ -346,6 +346,7 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
             + (f"{table} is no file" if table else "none was given")
         )
     own = read_own_table(table, column, uncertain, trained)
+    own = own.to_test() if trained else own
     paths, notes = find_films(index, own)
     below = [
         path.relative_to(index.root) if path.is_relative_to(index.root) else path for path in paths
@@ -353,7 +354,7 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
     patients, patient_note = own.name_patients(list(map(str, below)))
     own.refuse_contradictions(paths, patients)
     masks = find_masks(index, own, paths) if own.masks else [None] * len(paths)
-    splits = own.splits or ["test" if trained else "all"] * len(paths)
+    splits = own.splits or ["all"] * len(paths)
     parts = {}
     for row, split in enumerate(splits):
         film = Row(own.films[row], own.targets[row], patients[row], masks[row], paths[row])
@@ -365,6 +366,15 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
         )
     notes = [*own.notes, *notes, patient_note]
     return Found(parts, notes, kind=own.kind, labels=own.labels)
+
+
+def every_film(index, kind, labels) -> Found:
+    """All films below a folder, of which nothing is known, for a finished model to predict."""
+    target = () if kind == "mask" else (None,) * len(labels)
+    films = [name for name in index.films if not MASK_FOLDER.search(name)]
+    rows = [Row(name, target, path=index.root / name) for name in films]
+    notes = [f"test: all {len(rows)} films below the folder, of which no label is known"]
+    return Found({"test": rows}, notes, kind=kind, labels=labels)
 
 
 def find_films(index, own) -> tuple[list[Path], list[str]]:
@@ -531,7 +541,9 @@ def load_task(
     task = TASKS[name]
     index = Index(root, cache)
     try:
-        if name == "csv":
+        if name == "csv" and trained and not table:
+            found = every_film(index, *trained)
+        elif name == "csv":
             found = read_csv(index, table, column, uncertain, trained)
         else:
             found = task.reader(index, shots)
@@ -539,13 +551,15 @@ def load_task(
         raise UserError(f"{root}: {error}. Expected for task {name}: {task.tree}") from None
     kind = found.kind or task.kind
     labels = found.labels or task.labels
-    parts = {split: examples_of(index, found, split, kind, labels) for split in found.parts}
+    only_test = trained and "test" in found.parts
+    wanted = ["test"] if only_test else found.parts
+    parts = {split: examples_of(index, found, split, kind, labels) for split in wanted}
     drawn = []
-    if not (name == "csv" and trained):
+    if not only_test:
         parts, drawn = complete(parts, task.sizes)
     parts, dropped = disjoint(parts)
-    empty = [split for split in SPLITS if not parts[split]]
-    if empty and not trained:
+    empty = [split for split in (["test"] if trained else SPLITS) if not parts[split]]
+    if empty:
         raise UserError(
             f"{root}: {' and '.join(empty)} is empty: too few films or patients for task {name}"
         )

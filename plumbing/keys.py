@@ -20,6 +20,7 @@ TRAIN_JITTER = 6  # (seed, step): brightness and contrast of a batch
 DROP_PATH = 8  # (seed, step): which residual branches the films of a batch skip
 DRAW_FRACTION = 11  # (seed): the training films of --fraction
 DRAW_SHOTS = 12  # (seed): the order in which --shots looks for films of every class
+BOOTSTRAP = 14  # (): the patients of every redraw that a 95 % interval is made of
 # analyses
 SURPRISE = 9  # (seed): the halves that judge each other
 RANDOM_CUT = 10  # (seed): boxes of the correspondence test

@@ -1,4 +1,4 @@
-"""Numbers that judge a model: AUROC, accuracy, Dice, Recall@k, measures of collapse, linear probe.
+"""Numbers that judge a model: AUROC, accuracy, Dice, intervals, Recall@k, collapse, linear probe.
 
 Every function takes NumPy arrays or torch tensors (any device) and computes in float64, on the CPU
 but for `spectrum`.
@@ -8,6 +8,8 @@ Results are fractions, not percent.
 import numpy as np
 import torch
 from torch.nn.functional import softplus
+
+from plumbing.keys import BOOTSTRAP, numpy_rng
 
 L2_GRID = tuple(np.logspace(-3, 3, 7))  # strengths of the probe's penalty, as 1 / C in scikit-learn
 L2_FALLBACK = 1.0  # where validation cannot choose because it lacks a class
@@ -27,20 +29,31 @@ def auroc(scores, labels) -> float:
     scores (n,), labels (n,) of 0 and 1; films whose label is not known (nan) are left out. nan when
     one class is absent or a score is nan.
     """
+    return float(weighted_auroc(scores, labels, np.ones((len(scores), 1)))[0])
+
+
+def weighted_auroc(scores, labels, weights) -> np.ndarray:
+    """AUROC when row i counts weights[i] times, for every column of weights (n, k). → (k,)
+
+    scores and labels (n,) as auroc takes them.
+    """
+    scores = to_array(scores)
     labels = to_array(labels)
-    is_known = ~np.isnan(labels)
-    scores = to_array(scores)[is_known]
-    is_positive = labels[is_known] > 0.5
-    positives = is_positive.sum()
-    negatives = (~is_positive).sum()
-    if not positives or not negatives or np.isnan(scores).any():
-        return float("nan")
-    # Every set of equal scores gets the mean of its ranks, which are counted from 1.
-    _, group, count = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(count) - (count - 1) / 2
-    rank_sum = mean_rank[group][is_positive].sum()
-    pairs_won = rank_sum - positives * (positives + 1) / 2  # a rank counts other positives, too
-    return float(pairs_won / (positives * negatives))
+    areas = np.full(weights.shape[1], np.nan)
+    if np.isnan(scores[~np.isnan(labels)]).any():
+        return areas
+    positives = np.flatnonzero(labels > 0.5)
+    negatives = np.flatnonzero(labels <= 0.5)
+    negatives = negatives[np.argsort(scores[negatives])]
+    # How much lies among the lowest 0, 1, ... negatives: (negatives + 1, k).
+    amount = np.zeros((len(negatives) + 1, len(areas)))
+    np.cumsum(weights[negatives], axis=0, out=amount[1:])
+    below = amount[np.searchsorted(scores[negatives], scores[positives], "left")]
+    not_above = amount[np.searchsorted(scores[negatives], scores[positives], "right")]
+    positive_weights = weights[positives]
+    pairs_won = (positive_weights * (below + not_above)).sum(0) / 2  # a tie is half won
+    pairs = positive_weights.sum(0) * amount[-1]
+    return np.divide(pairs_won, pairs, out=areas, where=pairs > 0)
 
 
 def mean_auroc(scores, labels) -> tuple[float, list[float]]:
@@ -50,8 +63,15 @@ def mean_auroc(scores, labels) -> tuple[float, list[float]]:
     """
     columns = zip(to_array(scores).T, to_array(labels).T, strict=True)
     values = [auroc(score, label) for score, label in columns]
-    defined = [value for value in values if not np.isnan(value)]
-    return (float(np.mean(defined)) if defined else float("nan")), values
+    return float(mean_of_defined(np.array([values]))[0]), values
+
+
+def mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """Mean of each row of values (k, c) over what is not nan; nan where all of it is. → (k,)"""
+    is_defined = ~np.isnan(values)
+    total = np.where(is_defined, values, 0.0).sum(1)
+    count = is_defined.sum(1)
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def accuracy(logits, labels) -> float:
@@ -68,6 +88,34 @@ def dice(prediction, truth) -> float:
     truth = to_array(truth) > 0.5
     total = prediction.sum() + truth.sum()
     return float(2 * (prediction & truth).sum() / total) if total else 1.0
+
+
+def bootstrap(statistic, patients, draws: int = 1000) -> np.ndarray:
+    """Say within which bounds 95 % of the values lie when the patients are drawn anew.
+
+    The percentile bootstrap: as many patients as there are, drawn with replacement, each with all
+    films. The draws are always the same, so that models can be compared on them.
+    statistic(weights (n, k)) → (k, c): its values when row i counts weights[i] times, for k draws.
+    patients (n,): whose row it is. → (c, 2); nan with fewer than three patients, and where more
+    than one draw in 20 has no value because it lacks a class.
+    """
+    _, patient_of_row = np.unique(np.asarray(patients, str), return_inverse=True)
+    count = int(patient_of_row.max()) + 1
+    rng = numpy_rng(BOOTSTRAP)
+    at_once = max(1, min(draws, 2_000_000 // len(patient_of_row)))  # bounds the memory
+    values = []
+    for start in range(0, draws, at_once):
+        times_drawn = np.zeros((count, min(at_once, draws - start)))
+        for column in times_drawn.T:
+            column[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+        values.append(statistic(times_drawn[patient_of_row]))
+    values = np.concatenate(values)  # (draws, c)
+    bounds = np.full((values.shape[1], 2), np.nan)
+    for column, bound in zip(values.T, bounds, strict=True):
+        defined = column[~np.isnan(column)]
+        if count >= 3 and len(defined) >= 0.95 * draws:
+            bound[:] = np.quantile(defined, (0.025, 0.975))
+    return bounds
 
 
 # ---------------------------------------------------------------- pre-training

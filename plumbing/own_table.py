@@ -34,6 +34,7 @@ from plumbing.table import (
     Finder,
     answer,
     as_path,
+    is_negative,
     plain,
     without_suffix,
 )
@@ -168,6 +169,27 @@ class OwnTable:
             raise UserError(
                 f"{self.path}: nothing is known of any row: all is missing or uncertain"
             )
+        return self.take(rows)
+
+    def to_test(self) -> "OwnTable":
+        """The rows that a finished model is tested on: of split test, else all.
+
+        UserError when the table has a column of splits that names no test.
+        """
+        if not self.splits:
+            note = f"test: all {len(self.films)} rows, for the table has no splits"
+            return replace(self, splits=["test"] * len(self.films), notes=[*self.notes, note])
+        rows = [row for row, split in enumerate(self.splits) if split == "test"]
+        if not rows:
+            raise UserError(
+                f"{self.path}: no row of split test, it says {', '.join(sorted(set(self.splits)))}:"
+                " without the column all rows are tested"
+            )
+        note = f"test: the {len(rows)} rows of split test, of {len(self.films)} rows"
+        return replace(self.take(rows), notes=[*self.notes, note])
+
+    def take(self, rows: list[int]) -> "OwnTable":
+        """The table with these rows only."""
         kept = {}
         for name in ("films", "targets", "masks", "patients", "splits", "lines"):
             values = getattr(self, name)
@@ -302,6 +324,8 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels) -> Goal:
         targets = [tuple(v.get(label) for label in labels) if v else unknown for v in values]
         absent = [label for label in labels if label not in columns]
         notes = goal.notes + ([f"not in the table: {', '.join(absent)}"] if absent else [])
+        rest = [name for name in sheet.cells if name not in {*taken, *columns.values()}]
+        notes += [f"columns not compared: {', '.join(rest)}"] if rest else []
     elif column is None:
         targets = [unknown] * len(sheet.lines)
         notes = [f"labels: no column label or {', '.join(labels)}: nothing to compare with"]
@@ -330,8 +354,10 @@ def match_findings(sheet, column, findings, kind, labels) -> tuple[list[tuple], 
     """Compare the findings of each row with a model's labels → targets, notes.
 
     Names that the model does not know count as none of its labels; UserError when it knows none. Of
-    classes that exclude each other (kind classes) a row must have one, else it is not known.
+    classes that exclude each other (kind classes) a row must have one, else it is not known; "no
+    finding" is one of them where the model has it.
     """
+    healthy = {label for label in labels if is_negative(label) and kind == "classes"}
     label_of = {plain(label): label for label in labels}
     count = Counter(name for found in findings if found for name in found)
     others = {name: films for name, films in count.items() if plain(name) not in label_of}
@@ -342,8 +368,8 @@ def match_findings(sheet, column, findings, kind, labels) -> tuple[list[tuple], 
         )
     targets = []
     for found in findings:
-        known = found and {label_of.get(plain(name)) for name in found} - {None}
-        is_known = found is not None and (kind == "labels" or len(known or ()) == 1)
+        known = {label_of.get(plain(name)) for name in found or healthy} - {None}
+        is_known = found is not None and (kind == "labels" or len(known) == 1)
         targets.append(target_of(known, labels) if is_known else (None,) * len(labels))
     words = ", ".join(f"{name} {films}" for name, films in others.items())
     return targets, [f"none of the model's labels: {words}"] if others else []

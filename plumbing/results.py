@@ -7,16 +7,19 @@ there is a true mask, loss).
 import csv
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from plumbing import metrics, pictures
 from plumbing.benchmarks import TASKS
-from plumbing.checkpoint import write_json, write_text
+from plumbing.checkpoint import replace_with, write_json, write_text
+from plumbing.film import film_size
 from plumbing.launch import UserError
-from plumbing.splits import Splits, class_warnings, tally
+from plumbing.splits import SPLITS, Splits, class_warnings, tally
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
 
@@ -34,6 +37,8 @@ def describe_task(root: Path, splits: Splits) -> str:
     metric = METRIC[splits.kind]
     lines = [f"data: {root}, task {splits.task}: {metric} of {', '.join(splits.labels)}"]
     for split, counts in splits.counts().items():
+        if not counts["films"]:  # a finished model is only tested
+            continue
         line = f"{split}: {counts['films']} films of {counts['patients']} patients"
         unknown = counts.get("unknown", {})
         positive = []
@@ -43,7 +48,8 @@ def describe_task(root: Path, splits: Splits) -> str:
         if positive:
             line += f" ({', '.join(positive)})"
         lines.append(line)
-    return "\n  ".join([*lines, *splits.notes, *class_warnings(splits)])
+    asked = [split for split in SPLITS if getattr(splits, split)]
+    return "\n  ".join([*lines, *splits.notes, *class_warnings(splits, asked)])
 
 
 def refuse_untestable(splits: Splits):
@@ -79,46 +85,123 @@ def describe_recipe(args, films: int, steps, reasons: list[str]) -> str:
     return "\n  ".join([recipe, *reasons])
 
 
-def judge(kind: str, labels, table, targets) -> tuple[float, dict]:
+def measure(kind: str, table, targets, weights) -> np.ndarray:
+    """Compute a task's metric and its parts when film i counts weights[i] times, as fractions.
+
+    table, targets: as judge takes them. weights (n, k): k times as many results.
+    → (k, 1 + parts): the metric; then the AUROC of each class or, of masks, the mean Dice over all
+    films and over those that have a mask. nan where undefined.
+    """
+    if kind == "mask":
+        is_known = ~np.isnan(table[:, 0])
+        dice, has_mask, _ = table[is_known].T
+        means = [weighted_mean(dice, weights[is_known])]
+        means.append(weighted_mean(dice, weights[is_known] * has_mask[:, None]))
+        return np.stack([means[0], *means], 1)
+    columns = zip(table.T, targets.T, strict=True)
+    areas = [metrics.weighted_auroc(scores, truth, weights) for scores, truth in columns]
+    areas = np.stack(areas, 1)  # (k, c)
+    value = metrics.mean_of_defined(areas)
+    if kind == "classes":
+        is_known = ~np.isnan(targets).any(1)
+        is_right = table[is_known].argmax(1) == targets[is_known].argmax(1)
+        value = weighted_mean(is_right, weights[is_known])
+    return np.column_stack([value, areas])
+
+
+def weighted_mean(values, weights) -> np.ndarray:
+    """Mean of values (n,) by each column of weights (n, k); nan where these are all 0. → (k,)"""
+    total = weights.sum(0)
+    return np.divide(values @ weights, total, out=np.full(len(total), np.nan), where=total > 0)
+
+
+def parts_of(kind: str, labels) -> tuple:
+    """Name the parts of a task's metric, in the order of `measure`."""
+    return ("all films", "films with a mask") if kind == "mask" else tuple(labels)
+
+
+def percent(value: float) -> float | None:
+    """Turn a fraction into percent; None, JSON's null, where it is undefined (nan)."""
+    return None if np.isnan(value) else 100 * float(value)
+
+
+def judge(kind: str, labels, table, targets) -> tuple[float | None, dict]:
     """Judge the rows of finetune.predict. → (the task's metric, {class: AUROC}), percent
 
     table: the rows (n, c), or (n, 3) of masks. targets (n, c): 0, 1, or NaN: not known. A class
     without positives or without negatives has no AUROC (None) and counts in no mean. The Dice is
     also given over the films that have a mask, for where most have none an empty guess is right.
     """
-    if kind == "mask":
-        dice, has_mask, _ = table.T
-        per_class = {"all films": 100 * float(dice.mean()), "films with a mask": None}
-        if has_mask.any():
-            per_class["films with a mask"] = 100 * float(dice[has_mask > 0].mean())
-        return 100 * dice.mean(), per_class
-    value, areas = metrics.mean_auroc(table, targets)
-    if kind == "classes":
-        value = metrics.accuracy(table, targets.argmax(1))
-    percent = [None if np.isnan(area) else 100 * area for area in areas]
-    return 100 * value, dict(zip(labels, percent, strict=True))
+    value, *parts = map(percent, measure(kind, table, targets, np.ones((len(table), 1)))[0])
+    return value, dict(zip(parts_of(kind, labels), parts, strict=True))
+
+
+def judge_test(task, rows: dict, targets) -> dict:
+    """Judge the test films as `judge` does, and say how sure that is. → a part of result.json
+
+    interval, per_class_interval: [low, high], between which 95 % of the values lie when the
+    patients of the test films are drawn anew; None where that is undefined.
+    """
+    table = np.stack(list(rows.values()))
+    patients = [task.films["test"].examples[i].patient for i in rows]
+    value, per_class = judge(task.kind, task.labels, table, targets)
+    bounds = metrics.bootstrap(partial(measure, task.kind, table, targets), patients)
+    intervals = [None if np.isnan(pair).any() else (100 * pair).tolist() for pair in bounds]
+    return {
+        "value": value,
+        "interval": intervals[0],
+        "per_class": per_class,
+        "per_class_interval": dict(zip(per_class, intervals[1:], strict=True)),
+        "tested_on": len(rows),
+    }
+
+
+def with_interval(value: float | None, interval) -> str:
+    """Write a result and its 95 % interval: '91.20 % (95 % interval 88.00 to 94.10)'."""
+    if value is None:
+        return "undefined"
+    words = f"{value:.2f} %"
+    if interval:
+        words += f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+    return words
 
 
 def write_predictions(folder: Path, task, rows: dict):
-    """Write predictions.csv: film, class, label, score (logit), per test film and class.
+    """Write predictions.csv: a line per test film that could be read.
 
-    label: 0 or 1, empty when it is not known.
-
-    Segmentation: label says whether the film has a true mask, score is its Dice.
+    film (below --data), patient, the probability of each class, and what is true where it is known:
+    true_<class>. Of segmentation: dice, and has_mask, whether the film has a true mask.
     """
     text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(("film", "class", "label", "score"))
+    table = csv.writer(text, lineterminator="\n")
+    columns = ["dice", "has_mask"]
+    if task.kind != "mask":
+        columns = [*task.labels, *(f"true_{name}" for name in task.labels)]
+    table.writerow(["film", "patient", *columns])
     for i, row in rows.items():
         example = task.films["test"].examples[i]
-        targets = example.target
-        scores = row
         if task.kind == "mask":
-            targets = [int(row[1])]
-            scores = [row[0]]
-        for name, target, score in zip(task.labels, targets, scores, strict=True):
-            table.writerow((example.path.name, name, target, f"{score:.6g}"))
+            cells = ["", ""] if i in task.without_truth else [f"{row[0]:.6g}", f"{row[1]:.0f}"]
+        else:
+            # csv writes None, what is not known, as an empty cell.
+            cells = [*map("{:.9g}".format, probabilities(task.kind, row)), *example.target]
+        table.writerow([name_of(example.path, task.root), example.patient, *cells])
     write_text(folder / "predictions.csv", text.getvalue())
+
+
+def name_of(path: Path, root: Path) -> str:
+    """Name a film by its path below --data, or by the whole path when it lies elsewhere."""
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    return name.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def probabilities(kind: str, logits) -> np.ndarray:
+    """Turn the logits (c,) of a film into the probability of every class. (c,)"""
+    logits = np.asarray(logits, np.float64)
+    if kind == "classes":  # exactly one holds
+        odds = np.exp(logits - logits.max())
+        return odds / odds.sum()
+    return np.exp(-np.logaddexp(0, -logits))  # the sigmoid, without overflow
 
 
 @torch.no_grad()
@@ -128,7 +211,9 @@ def draw_cases(folder: Path, model, test_examples, rows: dict, device):
     Beside every film its true mask is tinted green and the predicted one red, so that what both
     hold is yellow.
     """
-    by_dice = sorted(rows, key=lambda i: -rows[i][0])
+    by_dice = sorted((i for i in rows if rows[i][0] >= 0), key=lambda i: -rows[i][0])
+    if not by_dice:  # no true mask is known
+        return
     images = []
     captions = []
     for i in (by_dice[0], by_dice[len(by_dice) // 2], by_dice[-1]):
@@ -146,38 +231,81 @@ def draw_cases(folder: Path, model, test_examples, rows: dict, device):
     pictures.save_or_warn(page, folder / "cases.png")
 
 
-def summarise(out: Path, args, splits: Splits, weights, results: list[dict], team):
-    """Write result.json of all seeds and print its numbers, the metric last."""
+@torch.no_grad()
+def write_masks(folder: Path, task, test_examples, model, team):
+    """Write what the model outlines on each test film: masks/<film>.png, of the film's size."""
+    root = task.root
+    for i in range(team.rank, len(test_examples), team.size):
+        item = test_examples[i]
+        if item["unreadable"]:
+            continue
+        example = task.films["test"].examples[i]
+        guess = model(torch.from_numpy(item["views"])[:, None].to(team.device) / 255) > 0
+        height, width = film_size(example.path)
+        white = np.uint8(255) * guess[0].cpu().numpy()
+        mask = Image.fromarray(white).resize((width, height), Image.Resampling.NEAREST)
+        name = name_of(example.path, root).lstrip("/").removesuffix(".png")
+        save = partial(mask.save, format="PNG")
+        replace_with(folder / "masks" / f"{name}.png", save, sync=False)
+
+
+def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[dict], team):
+    """Write result.json of all seeds and print its numbers, the metric last.
+
+    recipe: the flags of the training.
+    """
     values = [result["value"] for result in results]
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    mean, std = mean_and_std(values)
     per_class = {}
     for name in results[0]["per_class"]:
-        each = [result["per_class"][name] for result in results]
-        per_class[name] = None if None in each else float(np.mean(each))
+        per_class[name] = mean_and_std([result["per_class"][name] for result in results])[0]
     unreadable = set().union(*[result["bad"] for result in results])
     summary = {
-        "task": args.task,
+        "task": splits.task,
         "metric": METRIC[splits.kind],
-        "mean": float(np.mean(values)),
+        "mean": mean,
         "std": std,
         "seeds": values,
+        "intervals": [result.get("interval") for result in results],  # version 0.2 had none
         "per_class": per_class,
+        "per_class_intervals": [result.get("per_class_interval") for result in results],
         "split": splits.counts(),
         "notes": splits.notes,
         "weights": str(weights or "none"),
-        "freeze": args.freeze,
-        "fraction": args.fraction,
-        "shots": args.shots,
+        "freeze": recipe.get("freeze"),
+        "fraction": recipe.get("fraction"),
+        "shots": recipe.get("shots"),
         "trained_on": [result["films"] for result in results],
+        "tested_on": [result.get("tested_on") for result in results],
         "bad": sorted(unreadable),
     }
     if team.lead:
         write_json(out / "result.json", summary)
-    for name, value in per_class.items():
-        undefined = "undefined: test lacks its positives or negatives"
-        team.say(f"  {name:32s} {undefined if value is None else f'{value:6.2f}'}")
-    paper = TASKS[args.task].paper
+        print("\n".join(describe_summary(summary)) + f": {out}/result.json", flush=True)
+
+
+def describe_summary(summary: dict) -> list[str]:
+    """Tell what is in result.json, the metric last; intervals only of a single seed."""
+    values = summary["seeds"]
+    has_one_seed = len(values) == 1
+    intervals = summary["per_class_intervals"][0] if has_one_seed else None
+    lines = []
+    for name, value in summary["per_class"].items():
+        lines.append(f"  {name:32s} {with_interval(value, intervals and intervals[name])}")
+    paper = TASKS[summary["task"]].paper
     beside = f" (paper {paper})" if paper else ""
-    spread = f" ± {std:.2f} % over {len(values)} seeds" if len(values) > 1 else " %, one seed"
-    metric = METRIC[splits.kind]
-    team.say(f"test {metric} {summary['mean']:.2f}{spread}{beside}: {out}/result.json")
+    if summary["mean"] is None:
+        words = "undefined; predictions.csv holds what was predicted"
+    elif has_one_seed:
+        words = f"{with_interval(summary['mean'], summary['intervals'][0])}, one seed"
+    else:
+        words = f"{summary['mean']:.2f} ± {summary['std']:.2f} % over {len(values)} seeds"
+    return [*lines, f"test {summary['metric']} {words}{beside}"]
+
+
+def mean_and_std(values: list) -> tuple[float | None, float]:
+    """Mean and standard deviation over the seeds; (None, 0) when a seed has no value."""
+    if None in values:
+        return None, 0.0
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), std

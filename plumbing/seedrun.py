@@ -14,7 +14,12 @@ from pathlib import Path
 import torch
 
 from plumbing import checkpoint
+from plumbing.folder import in_threads
 from plumbing.launch import UserError
+from plumbing.splits import Splits
+from plumbing.table import plain
+
+EMPTY = ("boxes", (), None)  # a mask of no boxes, as film.read_mask takes it
 
 
 def choose_out(args) -> Path:
@@ -22,7 +27,8 @@ def choose_out(args) -> Path:
     if args.out:
         return Path(args.out)
     if args.eval:
-        return Path(args.weights).parent / "eval"
+        films = Path(args.labels).stem if args.labels else Path(args.data or args.task).name
+        return Path(args.weights).parent / f"eval-{films}"
     return Path("runs") / (Path(args.labels).stem if args.labels else args.task)
 
 
@@ -54,19 +60,73 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
     return newest, "newest pre-training run under runs/"
 
 
-def load_best(path, kind: str, labels) -> dict:
-    """Load best.pt. UserError when it was trained for something else than `kind` and `labels`."""
+def load_best(path) -> dict:
+    """Load best.pt: its weights under "finetuned", and what SeedRun.about says."""
     saved = checkpoint.load_checkpoint(path)
     if "finetuned" not in saved or "labels" not in saved:
         raise UserError(
             f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs"
         )
-    if (saved["kind"], tuple(saved["labels"])) != (kind, tuple(labels)):
-        raise UserError(
-            f"{path} was trained for {', '.join(saved['labels'])} ({saved['kind']}), "
-            f"the data asks for {', '.join(labels)} ({kind})"
-        )
     return saved
+
+
+def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:
+    """Give the test films the labels of best.pt, `saved`, in its order, matched by name.
+
+    A table of one's own is read so already; the films of a named task have the task's labels.
+    Classes that it lacks are not known (None) and are named in the notes, and so are labels that
+    the model does not have. UserError when they have none in common.
+    → only the test films; the numbers of those whose mask nobody knows, which are predicted as if
+    it were empty
+    """
+    kind = saved["kind"]
+    classes = tuple(saved["labels"])
+    notes = [*splits.notes, *warn_of_known_films(splits.test, saved)]
+    test = splits.test
+    if (kind, classes) != (splits.kind, splits.labels):
+        place_of = {plain(name): k for k, name in enumerate(splits.labels)}
+        places = [place_of.get(plain(name)) for name in classes]
+        if kind != splits.kind or set(places) == {None}:
+            raise UserError(
+                f"{path} was trained for {', '.join(classes)} ({kind}), "
+                f"the data asks for {', '.join(splits.labels)} ({splits.kind})"
+            )
+        absent = [name for name, place in zip(classes, places, strict=True) if place is None]
+        strange = [name for k, name in enumerate(splits.labels) if k not in places]
+        if absent:
+            notes.append(f"not in the data, hence not judged: {', '.join(absent)}")
+        if strange:
+            notes.append(f"labels that the model was not trained for: {', '.join(strange)}")
+        test = []
+        for example in splits.test:
+            target = tuple(None if k is None else example.target[k] for k in places)
+            test.append(example._replace(target=target))
+    unknown = frozenset(i for i, film in enumerate(test) if kind == "mask" and not film.mask)
+    test = [film._replace(mask=EMPTY) if i in unknown else film for i, film in enumerate(test)]
+    of_model = dict(kind=kind, labels=classes, notes=notes)
+    return dataclasses.replace(splits, train=[], val=[], test=test, **of_model), unknown
+
+
+def fingerprints(examples) -> list[str]:
+    """Fingerprints by which films are recognised in another folder: of their names and sizes."""
+
+    def fingerprint(example):
+        text = f"{example.path.name} {example.path.stat().st_size}"
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
+
+    return in_threads(fingerprint, list(examples))
+
+
+def warn_of_known_films(examples, saved: dict) -> list[str]:
+    """Warn when the model was trained or chosen on some of the films that it is tested on."""
+    known = set(saved.get("learnt_from", ()))
+    count = sum(name in known for name in fingerprints(examples)) if known else 0
+    if not count:
+        return []
+    return [
+        f"warning: the model was trained or chosen on {count} of these {len(examples)} films; "
+        "how it does on films it has seen says nothing about others"
+    ]
 
 
 def recipe_of(settings: dict, weights: Path | None, vit, examples) -> dict:

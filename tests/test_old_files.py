@@ -16,6 +16,7 @@ import finetune
 from lab.ablation import load_ablated
 from plumbing.checkpoint import BadCheckpoint
 from plumbing.pack import Pack
+from plumbing.seedrun import load_best
 from plumbing.weights import load_encoder, load_world
 
 OLD = TESTS / "old"
@@ -65,8 +66,9 @@ def test_an_old_ablated_run_is_told_apart(old):
 
 @pytest.mark.parametrize("kind, labels", [("labels", ("a", "b")), ("mask", ("lung",))])
 def test_old_fine_tuned_checkpoints_load(old, expected, kind, labels):
-    path = old(f"best_{kind}.pt")
-    model = finetune.load_finetuned(path, kind, labels, torch.device("cpu"))
+    saved = load_best(old(f"best_{kind}.pt"))
+    assert (saved["kind"], tuple(saved["labels"])) == (kind, labels)
+    model = finetune.make_finetuned(saved, torch.device("cpu"))
     assert_same(model(IMAGES), expected[f"best_{kind}"])
 
 

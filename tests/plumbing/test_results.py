@@ -1,4 +1,4 @@
-"""What a fine-tuning run says of its films."""
+"""What a fine-tuning run says of its films, and how a finished model is tested on others."""
 
 import numpy as np
 import pytest
