@@ -40,7 +40,6 @@ from plumbing.weights import load_encoder, make_vit, resized
 # ---- Recipe
 # plumbing/benchmarks.py (TASKS) holds the recipe of every task. It is the paper's; for tasks that
 # are not PUBLISHED the paper names no epochs and no batch, and those are ours. A flag overrides it.
-PUBLISHED = ("vindr", "chexpert")
 MIN_STEPS = 300  # of the other tasks: where films are few, epochs are raised to reach this
 # The paper's lr 1e-4 and drop path 0.6 are for ViT-Base with 12 blocks. Networks narrower than
 # ViT-Small are for few films and few steps, and have few blocks: larger steps, fewer drops.
@@ -120,15 +119,6 @@ def check(args: Config):
             raise UserError(message)
 
 
-def whose_recipe(task: str) -> str:
-    """Say how much of a task's recipe is the paper's."""
-    if not TASKS[task].paper:
-        return "The recipe is that of the paper's tasks; epochs, batch and --head are ours."
-    if task not in PUBLISHED:
-        return "The recipe is the paper's, but for epochs and batch, which are ours."
-    return "The recipe is the paper's."
-
-
 def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     """Fill in every setting that the user left open. → (a filled copy of args, reasons)
 
@@ -139,7 +129,7 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     defaults = dict(SEGMENT if kind == "mask" else TASKS[args.task].recipe)
     defaults |= {"image": shape["image"], "patch": shape["patch"]}
     defaults["workers"] = 8 if team.device.type == "cuda" else 0
-    reasons = [whose_recipe(args.task)]
+    reasons = [results.whose_recipe(args.task)]
     if shape["dim"] < SIZES["small"]["dim"]:
         is_new = kind == "mask" or args.weights == "none"
         ours = SMALL_FROM_SCRATCH if is_new else SMALL_PRETRAINED
@@ -151,9 +141,9 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     filled = dataclasses.replace(args, **left_open)
     filled.precision = launch.choose_precision(args.precision, team.device)
 
-    reasons += share_batch(filled, films, team.size)
+    reasons += seedrun.share_batch(filled, films, team.size)
     per_epoch = max(1, films // filled.batch)
-    may_raise = args.epochs is None and args.task not in PUBLISHED
+    may_raise = args.epochs is None and args.task not in results.PUBLISHED
     if may_raise and filled.epochs * per_epoch < MIN_STEPS:
         filled.epochs = math.ceil(MIN_STEPS / per_epoch)
         reasons.append(f"The films are few: epochs are raised to reach {MIN_STEPS} steps.")
@@ -161,45 +151,6 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     if filled.image % filled.patch:
         raise UserError(f"--image {filled.image} is not a multiple of --patch {filled.patch}")
     return filled, reasons
-
-
-def share_batch(args: Config, films: int, processes: int) -> list[str]:
-    """Set args.batch and args.micro so that every process takes the same whole micro-batches.
-
-    → the reason why the batch is not what was wanted, if it is not
-    """
-    wanted = args.batch
-    share = max(1, min(wanted, films) // processes)
-    args.batch = share * processes
-    limit = min(args.micro or 128, share)
-    args.micro = max(size for size in range(1, limit + 1) if share % size == 0)
-    if args.batch >= wanted:
-        return []
-    if wanted > films:
-        return [f"The batch is {args.batch}, not {wanted}: there are {films} films."]
-    return [
-        f"The batch is {args.batch}, not {wanted}, so that {processes} processes can share it: "
-        "the numbers are not those of one process."
-    ]
-
-
-class Steps(NamedTuple):
-    """How many steps of the optimizer a seed takes."""
-
-    per_epoch: int
-    total: int  # of the whole schedule
-    end: int  # where this run ends: --max_steps may cut it short
-    between_validations: int  # an epoch, or a fiftieth of all, whichever is longer
-
-
-def count_steps(args: Config, kind, films: int) -> Steps:
-    """Count the steps for so many training films. An epoch has whole batches only."""
-    if args.freeze and kind != "mask":
-        return Steps(0, 0, 0, 0)  # a linear probe is computed, not trained
-    per_epoch = films // args.batch
-    total = args.epochs * per_epoch
-    end = min(total, args.max_steps or total)
-    return Steps(per_epoch, total, end, between_validations=max(per_epoch, total // 50))
 
 
 # ---- Weights and model
@@ -524,7 +475,7 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     model.vit.requires_grad_(not args.freeze)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     recipe = seedrun.recipe_of(settings, weights, model.vit, task.films["train"].examples)
-    steps = count_steps(args, task.kind, recipe["films"])
+    steps = seedrun.count_steps(args, task.kind, recipe["films"])
     result = seedrun.begin(folder, recipe, steps.end, team)
     if result:
         value = results.with_interval(result["value"], result.get("interval"))
@@ -666,7 +617,7 @@ def main():
         task.open("train", examples)
         filled, reasons = fill_in(args, splits.kind, shape, len(examples), team)
         if seed == args.seed:
-            steps = count_steps(filled, splits.kind, len(examples))
+            steps = seedrun.count_steps(filled, splits.kind, len(examples))
             team.say(results.describe_recipe(filled, len(examples), steps, reasons))
         folder = out / f"seed{seed}"
         seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))

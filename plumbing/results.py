@@ -22,6 +22,7 @@ from plumbing.launch import UserError
 from plumbing.splits import SPLITS, Splits, class_warnings, tally
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
+PUBLISHED = ("vindr", "chexpert")  # tasks of which the paper names the number of epochs
 
 
 def describe_weights(weights: Path | None, why: str, shape: dict) -> str:
@@ -69,8 +70,17 @@ def describe_draw(splits: Splits, drawn: list, seed: int) -> str:
     return "\n  ".join([line, *class_warnings(replace(splits, train=drawn), ["train"])])
 
 
+def whose_recipe(task: str) -> str:
+    """Say how much of a task's recipe is the paper's."""
+    if not TASKS[task].paper:
+        return "The recipe is that of the paper's tasks; epochs, batch and --head are ours."
+    if task not in PUBLISHED:
+        return "The recipe is the paper's, but for epochs and batch, which are ours."
+    return "The recipe is the paper's."
+
+
 def describe_recipe(args, films: int, steps, reasons: list[str]) -> str:
-    """Tell what will be trained on how many films, and why so. steps: finetune.Steps."""
+    """Tell what will be trained on how many films, and why so. steps: seedrun.Steps."""
     input_size = f"{films} films, {args.image} px in {args.patch} px patches"
     if steps.total == 0:
         return f"recipe: linear probe on {input_size}, encoder frozen, penalty chosen on validation"

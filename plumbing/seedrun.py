@@ -10,6 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -129,6 +130,45 @@ def warn_of_known_films(examples, saved: dict) -> list[str]:
     ]
 
 
+def share_batch(args, films: int, processes: int) -> list[str]:
+    """Set args.batch and args.micro so that every process takes the same whole micro-batches.
+
+    → the reason why the batch is not what was wanted, if it is not
+    """
+    wanted = args.batch
+    share = max(1, min(wanted, films) // processes)
+    args.batch = share * processes
+    limit = min(args.micro or 128, share)
+    args.micro = max(size for size in range(1, limit + 1) if share % size == 0)
+    if args.batch >= wanted:
+        return []
+    if wanted > films:
+        return [f"The batch is {args.batch}, not {wanted}: there are {films} films."]
+    return [
+        f"The batch is {args.batch}, not {wanted}, so that {processes} processes can share it: "
+        "the numbers are not those of one process."
+    ]
+
+
+class Steps(NamedTuple):
+    """How many steps of the optimizer a seed takes."""
+
+    per_epoch: int
+    total: int  # of the whole schedule
+    end: int  # where this run ends: --max_steps may cut it short
+    between_validations: int  # an epoch, or a fiftieth of all, whichever is longer
+
+
+def count_steps(args, kind, films: int) -> Steps:
+    """Count the steps for so many training films. An epoch has whole batches only."""
+    if args.freeze and kind != "mask":
+        return Steps(0, 0, 0, 0)  # a linear probe is computed, not trained
+    per_epoch = films // args.batch
+    total = args.epochs * per_epoch
+    end = min(total, args.max_steps or total)
+    return Steps(per_epoch, total, end, between_validations=max(per_epoch, total // 50))
+
+
 def recipe_of(settings: dict, weights: Path | None, vit, examples) -> dict:
     """List what must stay the same when a seed goes on.
 
@@ -192,13 +232,13 @@ class Best:
 class SeedRun:
     """One seed in training.
 
-    steps: finetune.Steps. about: what best.pt says beside the weights, such as the recipe.
+    steps: Steps. about: what best.pt says beside the weights, such as the recipe.
     unjudged: the row of log.csv of a step that is still to be validated.
     """
 
     seed: int
     folder: Path
-    steps: tuple
+    steps: Steps
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     about: dict

@@ -49,6 +49,50 @@ def test_mean_auroc_is_the_macro_average():
     assert metrics.mean_auroc(scores, labels)[0] == pytest.approx(truth)
 
 
+def test_weighted_auroc_is_that_of_repeated_rows():
+    rng = np.random.default_rng(6)
+    scores = np.round(rng.random(40) * 12)
+    labels = np.where(rng.random(40) < 0.1, np.nan, rng.integers(0, 2, 40))
+    weights = rng.integers(0, 4, (40, 7)).astype(float)
+    weights[:, 6] = labels == 0  # no positive
+    areas = metrics.weighted_auroc(scores, labels, weights)
+    for k in range(6):
+        rows = np.repeat(np.arange(40), weights[:, k].astype(int))
+        rows = rows[~np.isnan(labels[rows])]
+        assert areas[k] == pytest.approx(roc_auc_score(labels[rows], scores[rows]))
+    assert np.isnan(areas[6])
+
+
+def test_bootstrap_draws_patients_with_all_their_films():
+    rng = np.random.default_rng(7)
+    effect = rng.normal(size=30)
+    patients = np.repeat(np.arange(30), 4)
+    values = np.repeat(effect, 4) + 0.01 * rng.normal(size=120)
+
+    def mean(weights):
+        return (values @ weights / weights.sum(0))[:, None]
+
+    low, high = metrics.bootstrap(mean, [f"p{k}" for k in patients])[0]
+    slow = []
+    for _ in range(4000):
+        drawn = rng.integers(0, 30, 30)
+        slow.append(np.concatenate([values[patients == k] for k in drawn]).mean())
+    assert (low, high) == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.04)
+    assert metrics.bootstrap(mean, patients)[0] == pytest.approx([low, high], abs=0.04)
+    each_alone = metrics.bootstrap(mean, np.arange(120))[0]
+    assert each_alone[1] - each_alone[0] < 0.7 * (high - low)  # films are no patients
+
+
+def test_bootstrap_gives_no_interval_where_draws_lack_a_class_or_patients():
+    def share(weights):
+        labels = np.arange(50) < 2
+        positives = weights[labels].sum(0)
+        return np.where(positives > 0, positives, np.nan)[:, None]
+
+    assert np.isnan(metrics.bootstrap(share, np.arange(50))).all()  # 13 % of draws lack both
+    assert np.isnan(metrics.bootstrap(lambda w: w.sum(0)[:, None], [0, 1] * 25)).all()
+
+
 def test_accuracy_is_scikit_learns():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(80, 3))
