@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import errno
 import json
 import os
 import re
@@ -23,24 +22,18 @@ from tqdm import tqdm
 from plumbing import launch
 from plumbing.launch import UserError
 
+
 # ---- Files: readers see the old one or the new one, never half
-FULL = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, "EDQUOT", errno.ENOSPC)}
-
-
 @contextlib.contextmanager
 def explain_writing(path):
     """Turn what the system says against writing `path` into a UserError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # torch.save calls a full disk a RuntimeError, while it handles what the system said.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+    except OSError as error:
         advice = "is the folder there, and may you write into it?"
-        if reason.errno in FULL:
+        if error.errno in launch.FULL:
             advice = "make room there; the same command then goes on from what was saved before"
-        words = reason.strerror or str(reason)
+        words = error.strerror or str(error)
         raise UserError(f"{path} cannot be written: {words}: {advice}") from None
 
 
@@ -78,7 +71,10 @@ def save_atomic(obj, path):
 
     def write(temporary):
         with open(temporary, "wb") as file:  # given a name, PyTorch would hide the system's reason
-            torch.save(obj, file)
+            try:
+                torch.save(obj, file)
+            except RuntimeError as error:  # raised while it handles what the system said
+                raise error.__context__ or error from None
 
     replace_with(path, write)
 
@@ -373,7 +369,10 @@ def resume(path, recipe: dict | None, parts: dict) -> dict | None:
     path = Path(path)
     if not path.is_file():
         return None
-    saved = load_checkpoint(path)
+    try:
+        saved = load_checkpoint(path)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{error}; move it away to start anew") from None
     wanted = {"step", *parts}
     if recipe is not None:
         wanted.add("recipe")

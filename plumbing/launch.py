@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import inspect
 import math
 import multiprocessing
@@ -44,8 +45,37 @@ class Stopped(KeyboardInterrupt):
 # A cluster's order to end and Slurm's early warning (--signal=USR1@120), Ctrl-C, a closed terminal.
 ENDING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 ENDING = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]  # Windows has two
+FULL = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, "EDQUOT", errno.ENOSPC)}  # a disk, a quota
 last_acts = contextlib.ExitStack()  # what must be done at every end of a run, such as to unlock it
 atexit.register(last_acts.close)
+
+
+class Console:
+    """stdout or stderr of a script that goes on when nobody can read it: a closed pipe, a full
+    disk. error: what the system then said first.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.error = None
+
+    def write(self, text):
+        """Write, or drop what cannot be written."""
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        """Flush, or forget it."""
+        self.attempt(self.stream.flush)
+
+    def attempt(self, do, *words):
+        """Call do(*words); note the error where it fails."""
+        try:
+            return do(*words)
+        except OSError as error:
+            self.error = self.error or error
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def run_script(main):
@@ -53,29 +83,44 @@ def run_script(main):
 
     1 after an error; 128 + its number after a signal, 130 for Ctrl-C and 143 for SIGTERM.
     """
+    consoles = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Console, consoles)
     handlers = catch_signals()
-    code = 0
     try:
-        main()
-    except (UserError, RuntimeError) as error:
-        line = in_one_line(error)
-        if not line:
-            raise
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        code = 1
-    except KeyboardInterrupt as end:
-        stopped = end if isinstance(end, Stopped) else Stopped()
-        print(f"{stopped}: ended; what was saved is kept", file=sys.stderr, flush=True)
-        code = stopped.exit_code
+        code = exit_code_of(main)
     finally:
         last_acts.close()
         end_children()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        sys.stdout.flush()
+        lost = sys.stdout.error
+        if not lost and not sys.stderr.error:  # else Python would stumble over what is left
+            sys.stdout, sys.stderr = consoles
+    if lost and not code:
+        print(f"error: not all could be printed: {lost.strerror}", file=sys.stderr, flush=True)
+        code = 1
     if code and dist.is_initialized():
         os._exit(code)  # at once: the other processes wait for this one in a collective
     if code:
         sys.exit(code)
+
+
+def exit_code_of(main) -> int:
+    """Call `main` and say in one line why it ended before its time. → exit code"""
+    try:
+        main()
+    except (UserError, RuntimeError, OSError) as error:
+        line = in_one_line(error)
+        if not line:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt as end:
+        stopped = end if isinstance(end, Stopped) else Stopped()
+        print(f"{stopped}: ended; what was saved is kept", file=sys.stderr, flush=True)
+        return stopped.exit_code
+    return 0
 
 
 def in_one_line(error: Exception) -> str:
@@ -85,6 +130,8 @@ def in_one_line(error: Exception) -> str:
         text = text.strip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, UserError):
         return text
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error.filename or 'a file'} cannot be written: {error.strerror}: make room there"
     shared_memory = ("killed by signal: Bus error", "shared memory", "write to file </torch")
     if any(words in text for words in shared_memory):
         return (

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.checkpoint import write_text
+from plumbing.checkpoint import Lock, explain_writing, write_text
 from plumbing.film import UnreadableFilm, read_shrunk
 from plumbing.launch import Loader, UserError
 
@@ -263,6 +263,7 @@ def check_and_report(films, workers: int):
 def pack_and_report(films, out, workers: int):
     """Pack the films, unless that is done; say how fast, how big, which were left out (data.py)."""
     began = time.time()
+    lock = Lock(f"{out}.lock", out)
     if Path(out).exists():
         packed = Pack(out)
         rate = "already there"
@@ -275,6 +276,7 @@ def pack_and_report(films, out, workers: int):
         f"{out}: {len(packed):,} films, short side {packed.side}, {Path(out).stat().st_size:,} "
         f"bytes, checksums verified; {rate}"
     )
+    lock.release()
 
 
 def pack_films(films, out, workers: int = 0) -> Pack:
@@ -287,17 +289,19 @@ def pack_films(films, out, workers: int = 0) -> Pack:
     part = Path(f"{out}.part")
     journal = Path(f"{out}.journal")
     if not journal.exists() or not part.exists():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(MAGIC)
+        with explain_writing(part):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(MAGIC)
         write_text(journal, describe_films(films) + "\n")
     lines = cut_to_whole_films(part, journal, describe_films(films))
-    with open(part, "ab", buffering=0) as file, open(journal, "a", buffering=1) as log:
+    with explain_writing(part), open(part, "ab") as file, open(journal, "a", buffering=1) as log:
         for film, reason in read_all(films, len(lines), workers, "pack"):
             if film is None:
                 line = f"0 0 0 {reason}"
             else:
                 content = film.tobytes()
                 file.write(content)
+                file.flush()  # the film whole, before its line says so
                 line = f"{film.shape[0]} {film.shape[1]} {zlib.crc32(content)} "
             log.write(line + "\n")
             lines.append(line)
@@ -375,7 +379,7 @@ def append_index(part: Path, films, packed, table: np.ndarray, unreadable: list)
     np.save(stream, np.frombuffer(json.dumps(about).encode(), np.uint8))
     index = stream.getvalue()
     start = int(film_offsets(table[:, :2])[-1])
-    with open(part, "ab") as file:
+    with explain_writing(part), open(part, "ab") as file:
         file.write(index)
         file.write(FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))
         file.flush()

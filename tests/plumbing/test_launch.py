@@ -1,6 +1,7 @@
 """Command line, errors as one line, devices and precision, agreement of processes, schedules."""
 
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -144,6 +145,105 @@ def test_main_in_process(capsys):
     assert launch.run_script(lambda: None) is None
     with pytest.raises(ZeroDivisionError):
         launch.run_script(lambda: 1 / 0)
+
+
+def test_what_a_helper_process_met_is_one_line_and_its_bugs_are_not(capfd):
+    class Films(torch.utils.data.Dataset):
+        def __init__(self, error):
+            self.error = error
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            raise self.error
+
+    def read(error):
+        list(launch.Loader(Films(error), num_workers=1))
+
+    with pytest.raises(SystemExit):
+        launch.run_script(lambda: read(UserError("4 films: cannot be read")))
+    assert capfd.readouterr().err == "error: 4 films: cannot be read\n"
+    with pytest.raises(ZeroDivisionError, match="Original Traceback"):
+        launch.run_script(lambda: read(ZeroDivisionError("ours")))
+
+
+def test_a_killed_helper_process_is_one_line(capfd):
+    class Films(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(SystemExit):
+        launch.run_script(lambda: list(launch.Loader(Films(), num_workers=1)))
+    said = capfd.readouterr().err
+    assert said.startswith("error: a helper process was killed") and said.count("\n") == 1
+    assert "--workers 0" in said
+    with pytest.raises(SystemExit), launch.helper_pool(2) as pool:
+        launch.run_script(lambda: list(pool.map(signal.raise_signal, [signal.SIGKILL])))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory. Please try to raise your limit.",
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\nRuntimeError: "
+        "unable to write to file </torch_12_34_0>: No space left on device (28)",
+        "unable to allocate shared memory(shm) for file </torch_1>: Resource unavailable",
+    ],
+)
+def test_full_shared_memory_names_the_flags_that_help(message, capfd):
+    def fail():
+        raise RuntimeError(message)
+
+    with pytest.raises(SystemExit):
+        launch.run_script(fail)
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    for word in ("/dev/shm", "--workers 0", "--shm-size", "--ipc=host"):
+        assert word in said
+
+
+def test_a_full_disk_in_any_place_is_one_line(capfd):
+    def fill():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere/file")
+
+    with pytest.raises(SystemExit):
+        launch.run_script(fill)
+    assert capfd.readouterr().err.startswith("error: somewhere/file cannot be written: No space")
+    with pytest.raises(FileNotFoundError):
+        launch.run_script(lambda: open("/nowhere/at/all"))
+
+
+SPEAK = """import sys
+from plumbing.launch import run_script
+def main():
+    for stream in (sys.stdout, sys.stderr, sys.stdout):
+        print("word", file=stream, flush=True)
+    open("done", "w").close()
+run_script(main)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("stream", ["stdout", "stderr", "pipe"])
+def test_a_console_that_cannot_be_written_ends_no_script(tmp_path, stream):
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full, os.fdopen(write, "w") as closed:
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        streams |= {"stdout": closed} if stream == "pipe" else {stream: full}
+        done = subprocess.run([sys.executable, "-c", SPEAK], cwd=tmp_path, text=True, **streams)
+    assert (tmp_path / "done").exists()
+    if stream == "stderr":
+        assert done.returncode == 0
+    else:
+        assert done.returncode == 1
+        first, last = done.stderr.splitlines()
+        assert first == "word" and last.startswith("error: not all could be printed: ")
 
 
 # ---- Processes and precision
