@@ -337,7 +337,7 @@ class CheXWorld(nn.Module):
         other = self.predictor.answer(context, seen_at, coords, action)  # (2B, N, d)
         l12, l21 = error_per_view(self.predictor.proj(other), swap_views(target))
 
-        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (12) sums, the authors' code averages
+        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (10–12) sum, the authors' code averages
         losses = dict(l11=l11, l22=l22, l12=l12, l21=l21, loss=loss)
         if self.pixels:  # not the paper's
             losses |= self.mix_in_pixels(loss, y, masked, own, other)

@@ -22,7 +22,10 @@ from plumbing.launch import UserError
 from plumbing.splits import SPLITS, Splits, class_warnings, tally
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
-PUBLISHED = ("vindr", "chexpert")  # tasks of which the paper names the number of epochs
+PUBLISHED = {  # tasks whose epochs are published
+    "vindr": "The recipe is the paper's; epochs and batch are those of the authors' code.",
+    "chexpert": "The recipe is the paper's; one epoch is the authors' code's, the batch is ours.",
+}
 
 
 def describe_weights(weights: Path | None, why: str, shape: dict) -> str:
@@ -74,9 +77,8 @@ def whose_recipe(task: str) -> str:
     """Say how much of a task's recipe is the paper's."""
     if not TASKS[task].paper:
         return "The recipe is that of the paper's tasks; epochs, batch and --head are ours."
-    if task not in PUBLISHED:
-        return "The recipe is the paper's, but for epochs and batch, which are ours."
-    return "The recipe is the paper's."
+    ours = "The recipe is the paper's, but for epochs and batch, which are ours."
+    return PUBLISHED.get(task, ours)
 
 
 def describe_recipe(args, films: int, steps, reasons: list[str]) -> str:

@@ -651,3 +651,36 @@ def test_run_lengths_round_trip_and_follow_the_competitions_own_loop():
         assert text == "-1" or np.array_equal(decode_rle(text, 7, 5), mask)
     with pytest.raises(UserError, match="reach pixel 40"):
         decode_rle("30 10", 7, 5)
+
+
+# ---------------------------------------------------------------- shares
+LISTED = {  # films in train, val and test of the published lists
+    "shenzhen": (463, 65, 134),
+    "chestxray14": (75312, 11212, 25596),
+    "rsna": (21295, 2680, 2709),
+    "rsna_seg": (21295, 2680, 2709),
+    "chestdr": (783, 196, 1161),
+}
+
+
+@pytest.mark.parametrize("task", benchmarks.TASKS)
+def test_validation_is_a_tenth_of_train_where_no_list_names_it(task):
+    """Sec. B.3: "10% of the training data is used for validation"; listed splits stay."""
+    train, val, test = benchmarks.TASKS[task].sizes
+    if task in LISTED:
+        assert (train, val, test) == LISTED[task]
+    else:
+        assert val / (train + val) == pytest.approx(0.1, abs=1e-4)
+
+
+def test_own_films_are_divided_72_8_20_and_those_with_a_test_column_nine_to_one(tmp_path):
+    names = [f"{k:03d}.png" for k in range(100)]
+    for name in names:
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    lines = [f"{name},{'mass' if k % 2 else 'normal'}" for k, name in enumerate(names)]
+    table = tmp_path / "own.csv"
+    table.write_text("filename,label\n" + "\n".join(lines) + "\n")
+    assert sizes(benchmarks.load_task("csv", tmp_path, table)) == [72, 8, 20]
+    lines = [f"{line},{'test' if k < 40 else 'train'}" for k, line in enumerate(lines)]
+    table.write_text("filename,label,split\n" + "\n".join(lines) + "\n")
+    assert sizes(benchmarks.load_task("csv", tmp_path, table)) == [54, 6, 40]
