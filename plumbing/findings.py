@@ -4,6 +4,7 @@ What is missing or uncertain is counted; what cannot be understood is refused wi
 """
 
 import difflib
+import functools
 import re
 import sys
 from collections import Counter
@@ -381,17 +382,23 @@ def parts_of(cell: str, divider: str) -> list[str]:
 
 def refuse_no_name(sheet: Sheet, row: int, column: str, name: str):
     """UserError when a part of a cell is no name of a class."""
-    if is_negative(name):
-        return
-    what = "an answer" if answer(name) != OTHER else ""
-    for kind, pattern in NO_CLASS.items():
-        what = what or (kind if pattern.fullmatch(name) else "")
+    what = what_instead(name)
     if what:
         sheet.refuse(
             row,
             f"column {column} says {name[:60]!r}, {what} and no class: correct it, or say with "
             "--column what to learn",
         )
+
+
+@functools.lru_cache(100_000)
+def what_instead(name: str) -> str:
+    """What a name is, where it is no name of a class; else ""."""
+    if is_negative(name):
+        return ""
+    if answer(name) != OTHER:
+        return "an answer"
+    return next((what for what, pattern in NO_CLASS.items() if pattern.fullmatch(name)), "")
 
 
 def merge_spellings(named) -> tuple[list[set[str] | None], list[str]]:

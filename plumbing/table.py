@@ -224,6 +224,7 @@ def answer(cell: str):
     return OTHER
 
 
+@functools.lru_cache(100_000)
 def plain(name: str) -> str:
     """The name without case, spaces, underscores and hyphens, by which names are compared."""
     return re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", name.strip().casefold())
