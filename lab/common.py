@@ -24,7 +24,7 @@ from plumbing.film import UnreadableFilm
 from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
 from plumbing.own_table import SPLIT, SPLIT_WORDS
-from plumbing.table import match, plain
+from plumbing.table import Finder, plain
 from plumbing.weights import load_world
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
@@ -143,15 +143,19 @@ def rows_of(table, films):
     ]
     if split:
         rows = [row for row in rows if SPLIT_WORDS.get(plain(row[split])) == "test"] or rows
-    by_name = {row[film]: row for row in rows}
-    matches = enumerate(match(films.names, by_name))
-    found = [(i, by_name[name]) for i, name in matches if name is not None]
+    found = {}
+    absent = 0
+    for row, place in zip(rows, Finder(films.names).find(row[film] for row in rows), strict=True):
+        absent += not place.films
+        found |= dict.fromkeys(place.films, row)
     if not found:
         raise UserError(
             f"--table {table}: none of its {len(rows)} films is in the data "
             f"(first: {rows[0][film]})"
         )
-    return found
+    if absent:
+        print(f"table {table}: {absent} of its {len(rows)} films are not in the data", flush=True)
+    return sorted(found.items(), key=lambda item: item[0])
 
 
 def named(table, films):

@@ -53,7 +53,7 @@ from plumbing.launch import (
 )
 from plumbing.own_table import Labels
 from plumbing.splits import hold_out_films, patients_of
-from plumbing.table import match
+from plumbing.table import Finder
 
 CODE = 512  # width of the projected prediction (Sec. B.2)
 SHOWN = 160  # px of a view in the pictures
@@ -532,7 +532,12 @@ def choose_films(films, args, run):
     seed = run.get("seed", args.seed)
     holdout = run.get("holdout", 50)
     # Of other films than the run's, its tables know nothing.
-    run_tables = [t for t in tables_of(run.get("probe")) if any(match(films.names, t.names))]
+    finder = Finder(films.names)
+    run_tables = [
+        table
+        for table in tables_of(run.get("probe"))
+        if any(place.films for place in finder.find(table.names))
+    ]
     tables = tables_of(args.split) or run_tables
     train, held = hold_out_films(films, tables, holdout, seed)
     is_own = run and Path(args.data).resolve() == Path(run["data"]).resolve()

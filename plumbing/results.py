@@ -57,14 +57,18 @@ def describe_task(root: Path, splits: Splits) -> str:
 
 
 def refuse_untestable(splits: Splits):
-    """UserError, before anything is trained, when the test films cannot give a number."""
+    """UserError, before anything is trained, when the training films can teach nothing, or the test
+    films cannot give a number.
+    """
     labels = [] if splits.kind == "mask" else splits.labels
-    counts = [tally(splits.test, k) for k in range(len(labels))]
-    if counts and not any(count[0] and count[1] for count in counts):
-        raise UserError(
-            f"no class has positive and negative films among the {len(splits.test)} test films: "
-            "AUROC is undefined; choose another split"
-        )
+    for what, examples in (("training", splits.train), ("test", splits.test)):
+        counts = [tally(examples, k) for k in range(len(labels))]
+        if counts and not any(count[0] and count[1] for count in counts):
+            then = "nothing can be learnt" if what == "training" else "AUROC is undefined"
+            raise UserError(
+                f"no class has positive and negative films among the {len(examples)} {what} films: "
+                f"{then}; choose another split"
+            )
 
 
 def describe_draw(splits: Splits, drawn: list, seed: int) -> str:

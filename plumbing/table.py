@@ -243,31 +243,6 @@ def without_suffix(name: str) -> str:
     return stem if dot and "." + suffix.lower() in SUFFIXES else name
 
 
-def tails(path: str) -> list[str]:
-    """The ends of a path, folder by folder, shortest first: 'a/b/c' → ['c', 'b/c', 'a/b/c']."""
-    parts = path.split("/")
-    return ["/".join(parts[k:]) for k in reversed(range(len(parts)))]
-
-
-def match(names, listed) -> list[str | None]:
-    """Find for each film of `names` its row among the paths `listed`; None where it has none.
-
-    They match when one path ends with the other, by whole folders (`train/p1/a.png` and `a.png`).
-    """
-    as_written = {path.replace("\\", "/").removeprefix("./"): path for path in listed}
-    by_tail = {}  # the rows whose path is the longer one
-    for path, row in as_written.items():
-        for tail in tails(path):
-            by_tail[tail] = row
-    found = []
-    for name in names:
-        row = by_tail.get(name)
-        if row is None:  # the film's path is the longer one
-            row = next((as_written[tail] for tail in tails(name) if tail in as_written), None)
-        found.append(row)
-    return found
-
-
 class Place(NamedTuple):
     """Where the film of a row lies: the numbers of all films that it may mean."""
 

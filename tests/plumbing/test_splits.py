@@ -142,6 +142,9 @@ def test_labels_that_are_not_known_are_counted_and_are_no_negatives():
     assert "train: 5 films of 5 patients (a 1 and 2 unknown, b 1 and 2 unknown)" in said
     with pytest.raises(UserError, match="among the 1 test films: AUROC is undefined"):
         refuse_untestable(splits)
+    splits = Splits("csv", "labels", ("a", "b"), films[:1], films, films, [])
+    with pytest.raises(UserError, match="among the 1 training films: nothing can be learnt"):
+        refuse_untestable(splits)
 
 
 def test_classes_without_positives_are_named():
