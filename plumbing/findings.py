@@ -43,7 +43,8 @@ INTEGER = r"[+-]?\d+([.,]0*)?"
 NO_CLASS = {
     "run lengths": re.compile(r"\d+(\s+\d+)+"),
     "a date": re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b.*"),
-    "a number": re.compile(r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?"),
+    "a number": re.compile(r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?\s*%?"),
+    "an age": re.compile(r"\d+\s*([ymd]|yrs?|years?|months?|days?)", re.IGNORECASE),
     "a file": re.compile(
         r".*\.(npy|npz|nii|gz|mat|json|xml|txt|csv|pth?|h5|hdf5|pkl|pdf|svg|zip)", re.IGNORECASE
     ),
@@ -310,6 +311,7 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
     if all(re.fullmatch(INTEGER, cell) for cell in said):
         findings = [{code_of(cell)} if cell in said else None for cell in cells]
         refuse_no_classes(sheet, column, findings, MAX_CODES)
+        refuse_odd_codes(sheet, column, findings)
         notes.append("numbers are taken as classes, 0 like the others")
     else:
         findings, negatives = merge_spellings(split_names(sheet, column))
@@ -319,6 +321,22 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
     if unsure:
         notes.append(f"uncertain: {len(unsure)} rows: left out")
     return findings, notes
+
+
+def refuse_odd_codes(sheet: Sheet, column: str, codes):
+    """UserError on a number that stands for no class: below 0, as -9 for missing, or seen once."""
+    count = Counter(code for found in codes if found for code in found)
+    odd = [
+        code for code in count if int(code) < 0 or (count[code] == 1 and len(count) <= MAX_CODES)
+    ]
+    is_classes = 2 * len(odd) < len(count) + 1
+    for row, found in enumerate(codes):
+        if is_classes and found and not found.isdisjoint(odd):
+            sheet.refuse(
+                row,
+                f"column {column} says {sheet.cells[column][row]!r}, a number below 0 or one that "
+                "no other row has: is it a class? Leave the cell empty where it is missing",
+            )
 
 
 def target_of(findings, labels) -> tuple[int, ...]:

@@ -123,6 +123,7 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path}: cannot be read as a table: line {line} is no {encoding[:6].upper()}; {advice}"
         ) from None
+    text = text.replace("\ufeff", "").replace("\u200b", "")  # invisible: marks, empty spaces
     if "\0" in text:
         raise UserError(f"{path}: cannot be read as a table: it holds zero bytes; {advice}")
     return text
@@ -215,7 +216,7 @@ def number(text: str) -> float:
 @functools.lru_cache(100_000)
 def answer(cell: str):
     """Tell what a cell answers: YES, NO, UNCERTAIN, MISSING, or OTHER for what is no answer."""
-    word = cell.strip().casefold()
+    word = cell.strip().casefold().replace("\u2212", "-")  # the minus of typesetters
     if word in ANSWERS:
         return ANSWERS[word]
     if re.fullmatch(r"[+-]?\d+([.,]0*)?", word):

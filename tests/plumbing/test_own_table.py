@@ -482,8 +482,8 @@ LEFT_OUT = [  # header, rows, targets, notes
     ("file,A,age", ["1,60", "0,71", "0,8"], [(1,), (0,), (0,)], "columns not learnt: age"),
     (
         "file,class",
-        ["0.0", "2.0", "1.0", "", "2", "0"],
-        [(1, 0, 0), (0, 0, 1), (0, 1, 0), (0, 0, 1), (1, 0, 0)],
+        ["0.0", "2.0", "1.0", "", "2", "0", "1"],
+        [(1, 0, 0), (0, 0, 1), (0, 1, 0), (0, 0, 1), (1, 0, 0), (0, 1, 0)],
         "numbers are taken as classes",
     ),
 ]
@@ -516,6 +516,10 @@ NO_LABELS = [
     (["Mass/Efusion", "Mass", "Effusion"], "line 2.*one finding or several"),
     (["normal", "No Finding"], "names no class beside"),
     (["", "NA"], "column label is empty"),
+    (["0", "1", "-9", "0", "1"], "line 4.*'-9', a number below 0 or one that no other row has"),
+    (["0", "1", "2", "0", "1"], "line 4.*'2', a number below 0 or one that no other row has"),
+    (["90%", "10%"], "line 2.*'90%', a number and no class"),
+    (["058Y", "060Y"], "line 2.*'058Y', an age and no class"),
 ]
 
 

@@ -73,6 +73,7 @@ NAMES = "name,Erguß\nä.png,1\n"
         gzip.compress(NAMES.encode()),
         b"\n,,,\n" + NAMES.replace("\n", ",,\n").encode() + b",,,\n,,,\n\n",
         b'"name","Ergu\xc3\x9f"\r\n"\xc3\xa4.png","1"',
+        ("\ufeff\ufeff" + NAMES).encode(),
     ],
 )
 def test_a_table_is_read_however_it_is_saved(tmp_path, data):
@@ -143,7 +144,7 @@ def test_a_cell_answers_yes_no_perhaps_or_nothing():
     words = {
         YES: "1 1.0 1. 1,0 +1 yes Y TRUE positive Present",
         NO: "0 0.0 0,00 -0.0 no N False NEGATIVE absent",
-        UNCERTAIN: "-1 -1.0 -1,0 uncertain Equivocal",
+        UNCERTAIN: "-1 -1.0 -1,0 \u22121 uncertain Equivocal",
         MISSING: "NA N/A #N/A nan NaN NULL None - ? <NA> unknown",
         OTHER: "2 0.5 -2 10 1.5 M pneumonia 1|0 1e3 0-1",
     }
