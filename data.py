@@ -54,7 +54,7 @@ def open_films(root, cache_dir=None, side: int = 320, patients=None, mimic_all=F
         told, note = read_patient_table(patients, list(patient_of))
         patient_of |= told
         summary.append(note)
-    summary += [pack.summary for pack in packs.values()]
+    summary += index.notes + [pack.summary for pack in packs.values()]
     return Films(root, patient_of, list(packs.values()), side, summary)
 
 

@@ -564,7 +564,7 @@ def load_task(
         raise UserError(
             f"{root}: {' and '.join(empty)} is empty: too few films or patients for task {name}"
         )
-    notes = [*found.notes, *drawn, *dropped]
+    notes = [*found.notes, *drawn, *dropped, *index.notes]
     return Splits(name, kind, labels, **parts, notes=notes, drawn=found.drawn)
 
 

@@ -67,7 +67,7 @@ def sniff(head: bytes) -> str:
 def looks_like_film(path: str) -> bool:
     """Whether a file looks like a film: by its suffix, and without one by its first bytes.
 
-    Names of DICOM files are often UIDs, so that a number is no suffix.
+    Names of DICOM files are often UIDs, so that a number is no suffix. Raises OSError.
     """
     name = os.path.basename(path)
     suffix = os.path.splitext(name)[1].lower()
@@ -75,11 +75,8 @@ def looks_like_film(path: str) -> bool:
         return suffix in SUFFIXES
     if name == "DICOMDIR":
         return False
-    try:
-        with open(path, "rb") as file:
-            return sniff(file.read(132)) != ""
-    except OSError:
-        return False
+    with open(path, "rb") as file:
+        return sniff(file.read(132)) != ""
 
 
 # ---------------------------------------------------------------- films

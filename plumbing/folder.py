@@ -1,9 +1,11 @@
 """What lies below a folder: one walk and its cache, films by name, the lists of three sets."""
 
+import errno
 import itertools
 import json
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,11 @@ from plumbing.checkpoint import go_on_without, write_text
 from plumbing.film import looks_like_film
 from plumbing.launch import UserError
 from plumbing.table import read_list, read_table, without_suffix
+
+# Folders of thumbnails and deleted files that macOS, Windows and network disks leave behind.
+NO_FILMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+
+COARSEST_CLOCK = 2_000_000_000  # ns: some disks note times to two seconds
 
 MASK_FOLDER = re.compile(r"(^|[/_])(masks?|annotations?)(_\d+)?/", re.IGNORECASE)
 
@@ -29,99 +36,204 @@ def in_threads(function, items: list) -> list:
         return list(itertools.chain.from_iterable(results))
 
 
-def look(folder: str):
-    """Look into one folder → (identity, when it was last modified in ns, [(name, is a folder)]).
+def state(folder: str) -> list[int] | None:
+    """What changes when an entry comes into a folder or leaves it: its times (ns) and its inode.
 
-    Hidden entries are left out. The identity, device and inode, is None when the folder cannot be
-    read, as lost+found on a mounted disk.
+    The second time is set by the system alone, so that a copy with old dates (rsync -a) shows, too.
+    None when the folder is gone, and on disks that keep no times: nothing equals None.
     """
     try:
         stat = os.stat(folder)
+    except OSError:
+        return None
+    return [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] if stat.st_mtime_ns else None
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """'folder', 'file', or why an entry is neither. Only links cost a look at the disk."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "link that leads nowhere" if entry.is_symlink() else "pipe, socket or device"
+    except OSError as error:
+        is_loop = error.errno == errno.ELOOP
+        return "link to itself" if is_loop else f"cannot be looked at: {error.strerror}"
+
+
+def look(folder: str):
+    """Look into one folder → (identity, state, [(name, kind)], folders that its links lead into).
+
+    Hidden entries and what systems leave behind (NO_FILMS) are left out. The identity is device and
+    inode; of a folder that cannot be read, as lost+found on a mounted disk, it is the reason.
+    """
+    kinds = []
+    targets = set()
+    now = state(folder)  # before its entries: what comes meanwhile counts as a change
+    try:
+        stat = os.stat(folder)
         with os.scandir(folder) as entries:
-            visible = [(e.name, e.is_dir()) for e in entries if not e.name.startswith(".")]
-    except (PermissionError, FileNotFoundError):
-        return None, 0, []
-    return (stat.st_dev, stat.st_ino), stat.st_mtime_ns, sorted(visible)
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in NO_FILMS:
+                    continue
+                kinds.append((entry.name, kind_of(entry)))
+                if entry.is_symlink() and kinds[-1][1] == "file":
+                    targets.add(os.path.dirname(os.path.join(folder, os.readlink(entry.path))))
+    except OSError as error:
+        return f"folder cannot be read: {error.strerror}", now, [], set()
+    return (stat.st_dev, stat.st_ino), now, sorted(kinds), targets
 
 
-def walk(root) -> tuple[list[str], dict[str, int]]:
+def walk(root):
     """Look through all folders below `root`, level by level.
 
-    → (sorted paths of the files, {folder: when it was last modified in ns}), all relative to root
+    → (sorted paths of the files, {folder: its state}, {path: why it was skipped}), all relative to
+    root. The folders have with them those that links to films lead into: these may change, too.
     """
+    root = Path(root).absolute()
     files = []
-    modified = {}
-    seen = {None}
+    folders = {}
+    skipped = {}
+    seen = set()
+    targets = set()
     level = [""]
     while level:
         next_level = []
         looks = in_threads(look, [os.path.join(root, folder) for folder in level])
-        for folder, (identity, time, entries) in zip(level, looks, strict=True):
-            if identity in seen:  # unreadable, or a link that leads back up
+        for folder, (identity, now, entries, links) in zip(level, looks, strict=True):
+            if identity in seen:  # a link leads back up
+                continue
+            folders[folder] = now
+            if isinstance(identity, str):
+                skipped[folder or "."] = identity
                 continue
             seen.add(identity)
-            modified[folder] = time
-            for name, is_folder in entries:
+            targets |= links
+            for name, kind in entries:
                 path = f"{folder}/{name}" if folder else name
-                (next_level if is_folder else files).append(path)
+                if kind == "folder":
+                    next_level.append(path)
+                elif kind == "file":
+                    files.append(path)
+                else:
+                    skipped[path] = kind
         level = next_level
-    return sorted(files), modified
+    targets = sorted(targets)
+    folders |= zip(targets, in_threads(state, targets), strict=True)
+    return sorted(files), folders, skipped
 
 
-def modified_at(folder: str) -> int:
-    """When an entry last came into a folder or left it, ns; 0 when the folder is gone."""
-    try:
-        return os.stat(folder).st_mtime_ns
-    except OSError:
-        return 0
+def look_through(root: Path) -> dict:
+    """List what lies below `root`: {"root", "folders": {folder: state}, "films": [paths],
+    "others": [the paths of all other files], "skipped": {path: why}}
+    """
+    began = time.time_ns()
+    files, folders, skipped = walk(root)
+    for folder, times in folders.items():
+        # What comes a moment after the look may bear the same time: look again at the next start.
+        if times and max(times[:2]) > began - COARSEST_CLOCK:
+            folders[folder] = None
+    listing = {"root": str(root.resolve()), "folders": folders, "films": [], "others": []}
+    answers = in_threads(is_film_or_why, [f"{root}/{name}" for name in files])
+    for name, answer in zip(files, answers, strict=True):
+        if isinstance(answer, str):
+            skipped[name] = answer
+        else:
+            listing["films" if answer else "others"].append(name)
+    return listing | {"skipped": skipped}
 
 
-def list_below(root: Path, cache: Path | None = None) -> dict:
+def list_below(root: Path, cache: Path | None = None) -> tuple[dict, list[str]]:
     """List the files below `root`, from the file `cache` unless a folder has changed since.
 
-    → {"root", "folders": {folder: when modified}, "films": [paths], "others": [all other paths]}
+    → (what look_through returns, notes: what the user should know of the cache)
     """
-    listing = read_listing(root, cache) if cache else None
-    if listing:
-        return listing
-    files, folders = walk(root)
-    is_film = in_threads(looks_like_film, [f"{root}/{name}" for name in files])
-    films = list(itertools.compress(files, is_film))
-    others = sorted(set(files) - set(films))
-    listing = {"root": str(root.resolve()), "folders": folders, "films": films, "others": others}
+    old = read_listing(root, cache) if cache else None
+    if old and is_current(root, old):
+        return old, []
+    listing = look_through(root)
+    notes = []
+    if old and old["films"] != listing["films"]:
+        new = len(set(listing["films"]) - set(old["films"]))
+        gone = len(set(old["films"]) - set(listing["films"]))
+        notes.append(f"{root} has changed since {cache} was written: {new:,} new, {gone:,} gone")
     if cache:
         with go_on_without("the list of the files, which is made anew next time"):
             write_text(cache, json.dumps(listing))
-    return listing
+    return listing, notes
+
+
+def is_film_or_why(path: str) -> bool | str:
+    """Whether a file looks like a film, or why it cannot be looked at."""
+    try:
+        return looks_like_film(path)
+    except OSError as error:
+        return f"cannot be looked at: {error.strerror}"
 
 
 def read_listing(root: Path, cache: Path) -> dict | None:
-    """The listing in the file `cache`; None without one, or when a folder has changed since."""
+    """The listing in the file `cache`; None without one of this root, or when it is damaged."""
     try:
         listing = json.loads(cache.read_text())
-        is_of_root = listing["root"] == str(root.resolve()) and "films" in listing
-        times = listing["folders"]
+        is_whole = all(isinstance(listing[name], list) for name in ("films", "others"))
+        is_whole &= all(isinstance(listing[name], dict) for name in ("folders", "skipped"))
+        return listing if is_whole and listing["root"] == str(root.resolve()) else None
     except (OSError, ValueError, KeyError, TypeError):  # no cache, or another version's
         return None
-    if not is_of_root:
-        return None
-    now = in_threads(modified_at, [f"{root}/{folder}" for folder in times])
-    return listing if now == list(times.values()) else None
+
+
+def is_current(root: Path, listing: dict) -> bool:
+    """Whether no folder has changed since it was listed, as far as times and a sample can tell."""
+    folders = listing["folders"]
+    now = in_threads(state, [os.path.join(root, folder) for folder in folders])
+    has_changed = None in now or now != list(folders.values())
+    films = listing["films"]
+    sample = films[:: len(films) // 100 + 1]
+    return not has_changed and all(os.path.isfile(f"{root}/{name}") for name in sample)
+
+
+def describe_skipped(skipped: dict[str, str]) -> list[str]:
+    """One line for every reason why entries were skipped, with the first of them."""
+    lines = []
+    for why in sorted(set(skipped.values())):
+        names = [name for name, reason in skipped.items() if reason == why]
+        more = ", …" if len(names) > 5 else ""
+        lines.append(f"skipped, {why}: {len(names):,}: {', '.join(names[:5])}{more}")
+    return lines
+
+
+def describe_odd_names(names: list[str]) -> list[str]:
+    """A line on names that are no UTF-8 (of an old system or a foreign archive): they are read."""
+    odd = []
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            odd.append(name)
+    if not odd:
+        return []
+    more = ", …" if len(odd) > 5 else ""
+    return [
+        f"names that are not UTF-8: {len(odd):,}, read and written so: {', '.join(odd[:5])}{more}"
+    ]
 
 
 # ---------------------------------------------------------------- files and films by name
 class Index:
     """The files below a folder, but for hidden ones, found by name.
 
-    names: sorted paths relative to `root`; films: those of them that look like films. cache: a JSON
-    file that spares the next walk as long as nothing changes below root.
+    names: sorted paths relative to `root`; films: those of them that look like films; notes: lines
+    on what was skipped, is odd, or has changed. cache: a JSON file that spares the next walk as
+    long as nothing changes below root.
     """
 
     def __init__(self, root, cache=None):
         self.root = Path(root)
-        listing = list_below(self.root, Path(cache) if cache else None)
+        listing, self.notes = list_below(self.root, Path(cache) if cache else None)
         self.films = listing["films"]
         self.names = sorted(self.films + listing["others"])
+        self.notes += describe_skipped(listing["skipped"]) + describe_odd_names(self.names)
         self.by_tail = {}  # {depth: table of tails()}
 
     def files(self, *names: str) -> list[Path]:

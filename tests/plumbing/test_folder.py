@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,7 @@ def test_index_is_cached_until_something_changes(tmp_path, monkeypatch):
     looked = []
     walk = folder.walk
     monkeypatch.setattr(folder, "walk", lambda root: looked.append(root) or walk(root))
+    monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))  # these films are a moment old
 
     def names(**options):
         return [Path(name).name for name in open_films(films, cache, **options).names]
@@ -302,3 +304,195 @@ def test_every_suffix_that_is_pretrained_on_is_found_by_name(tmp_path):
     index = Index(tmp_path)
     assert index.find(names) == index.find([os.path.splitext(name)[0] for name in names])
     assert index.find(["noname"]) == [tmp_path / "noname"]
+
+
+# ---------------------------------------------------------------- caches that are out of date
+@pytest.fixture
+def settled(monkeypatch):
+    """As if the films had lain there for a while."""
+    monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))
+
+
+def added(root):
+    tree(root, ["a/new.png"])
+
+
+def removed(root):
+    (root / "a/1.png").unlink()
+
+
+def renamed(root):
+    (root / "a/1.png").rename(root / "a/one.png")
+
+
+def folder_renamed(root):
+    (root / "a").rename(root / "c")
+
+
+def moved_between_folders(root):
+    (root / "a/1.png").rename(root / "b/1.png")
+
+
+def replaced_with_old_dates(root):
+    """As `rsync -a` or an archive does: other films, the same dates of the folders."""
+    times = os.stat(root / "a"), os.stat(root)
+    (root / "a").rename(root.parent / "away")
+    tree(root, ["a/7.png"])
+    os.utime(root / "a", ns=(0, times[0].st_mtime_ns))
+    os.utime(root, ns=(0, times[1].st_mtime_ns))
+
+
+def target_of_a_link_moved(root):
+    store = root.parent / "store"
+    (store / "x.png").rename(store / "y.png")
+
+
+def suffix_given(root):
+    (root / "b/noname").rename(root / "b/noname.txt")
+
+
+CHANGES = [
+    added, removed, renamed, folder_renamed, moved_between_folders, replaced_with_old_dates,
+    target_of_a_link_moved, suffix_given,
+]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_out_of_date_is_noticed(tmp_path, settled, change, monkeypatch):
+    root = tree(tmp_path / "films", ["a/1.png", "a/2.png", "b/3.png", "b/noname"])
+    store = tree(tmp_path / "store", ["x.png"])
+    (root / "b" / "link.png").symlink_to(store / "x.png")
+    cache = tmp_path / "films.json"
+    before = Index(root, cache).films
+    monkeypatch.setattr(folder, "walk", lambda root: pytest.fail("looked again"))
+    assert Index(root, cache).notes == []
+    monkeypatch.undo()
+    monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))
+    change(root)
+    index = Index(root, cache)
+    assert index.films == Index(root).films != before
+    new = len(set(index.films) - set(before))
+    gone = len(set(before) - set(index.films))
+    expected = f"{root} has changed since {cache} was written: {new} new, {gone} gone"
+    assert index.notes[0] == expected and expected in open_films(root, tmp_path).summary + [
+        expected
+    ]
+    assert [films for films in index.films if not (root / films).is_file()] == []
+    again = Index(root, cache)
+    assert again.films == index.films and not any("has changed" in line for line in again.notes)
+
+
+def test_films_that_came_a_moment_ago_or_on_disks_without_times(tmp_path, monkeypatch):
+    """Folders whose times cannot tell are looked through at every start."""
+    root = tree(tmp_path / "films", ["a/1.png"])
+    cache = tmp_path / "films.json"
+    Index(root, cache)  # the folder changed less than two seconds ago
+    monkeypatch.setattr(folder, "state", lambda path: [7, 7, 7])  # a clock that stands still
+    monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))
+    tree(root, ["a/2.png"])
+    assert Index(root, cache).films == ["a/1.png", "a/2.png"]
+    (root / "a/1.png").unlink()
+    (root / "a/2.png").rename(root / "a/3.png")
+    assert Index(root, cache).films == ["a/3.png"]  # a sample of the films was looked at
+    monkeypatch.undo()
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **kw: no_times(real(*args, **kw)))
+    Index(root, cache)
+    tree(root, ["a/4.png"])
+    assert Index(root, cache).films == ["a/3.png", "a/4.png"]
+
+
+def no_times(stat):
+    return os.stat_result([*stat[:7], 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "7", "null", '{"root": 1}', '{"films": "a", "root": "ROOT"}', "\0" * 99]
+)
+def test_damaged_caches_are_made_anew(tmp_path, text):
+    root = tree(tmp_path / "films", ["a/1.png"])
+    cache = tmp_path / "films.json"
+    cache.write_text(text.replace("ROOT", str(root)))
+    assert Index(root, cache).films == ["a/1.png"] and Index(root, cache).notes == []
+    other = tree(tmp_path / "other", ["b.png"])
+    assert Index(other, cache).films == ["b.png"]  # a cache of another folder
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    root = tree(tmp_path / "films", ["a/1.png"])
+    (tmp_path / "run").write_text("a file, no folder")
+    index = Index(root, tmp_path / "run" / "films.json")
+    assert index.films == ["a/1.png"] and "the list of files is not kept" in index.notes[0]
+
+
+# ---------------------------------------------------------------- what is no film
+posix = pytest.mark.skipif(os.name == "nt", reason="such names and links are not for Windows")
+
+
+def is_root():
+    return not hasattr(os, "geteuid") or os.geteuid() == 0
+
+
+@posix
+def test_odd_entries_are_skipped_or_read_and_named_once(tmp_path):
+    odd = ["a,b.png", 'q"uote.png', "new\nline.png", "-dash.png", "🫁 x.png", " space .png"]
+    latin = os.fsdecode(b"R\xf6ntgen/\xff.png")
+    root = tree(tmp_path / "films", [*odd, latin])
+    tree(root, ["._1.png", ".DS_Store", "__MACOSX/._1.png", "@eaDir/1.png/SYNO.jpg", ".git/2.png"])
+    tree(root, ["Thumbs.db", "desktop.ini"], b"words")
+    (root / "loop.png").symlink_to("loop.png")
+    (root / "loop").symlink_to("loop")
+    (root / "dangling.png").symlink_to("gone.png")
+    (root / "up").symlink_to(".")
+    os.mkfifo(root / "pipe.png")
+    os.mkfifo(root / "pipe")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(root / "socket.png"))
+    found = open_films(root)
+    assert found.names == sorted([*odd, latin])
+    assert all(found[i].shape == (40, 40) for i in range(len(found)))
+    said = "\n".join(found.summary)
+    for line in (
+        "skipped, link to itself: 2: loop, loop.png",
+        "skipped, link that leads nowhere: 1: dangling.png",
+        "skipped, pipe, socket or device: 3: pipe, pipe.png, socket.png",
+        f"names that are not UTF-8: 1, read and written so: {latin}",
+    ):
+        assert said.count(line) == 1, said
+    cache = tmp_path / "films.json"
+    assert Index(root, cache).names == Index(root, cache).names == Index(root).names
+
+
+@pytest.mark.skipif(is_root(), reason="root reads everything")
+def test_what_cannot_be_read_is_named(tmp_path):
+    root = tree(tmp_path / "films", ["a/1.png", "b/2.png", "noname"])
+    (root / "b").chmod(0)
+    (root / "noname").chmod(0)
+    try:
+        assert Index(root).films == ["a/1.png"]
+        said = "\n".join(Index(root).notes)
+        assert "folder cannot be read: Permission denied: 1: b" in said
+        assert "cannot be looked at: Permission denied: 1: noname" in said
+    finally:
+        (root / "b").chmod(0o700)
+
+
+@posix
+def test_a_folder_or_file_that_refuses_to_be_read_is_named(tmp_path, monkeypatch):
+    root = tree(tmp_path / "films", ["a/1.png", "b/2.png", "noname"])
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(
+        folder, "looks_like_film", lambda path: path.endswith(".png") or open("/nowhere/at/all")
+    )
+    index = Index(root)
+    assert index.films == ["a/1.png"]
+    assert "skipped, folder cannot be read: Permission denied: 1: b" in index.notes
+    assert "skipped, cannot be looked at: No such file or directory: 1: noname" in index.notes
