@@ -24,26 +24,35 @@ from plumbing.folder import Index, choose_films
 from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS, numpy_rng
 from plumbing.launch import Loader, UserError, count_cpus, flag, parse, run_script
 from plumbing.own_table import read_patient_table
-from plumbing.pack import Films, InMemory, Pack, check_and_report, pack_and_report
+from plumbing.pack import Films, InMemory, Pack, check_and_report, find_out, pack_and_report
 
 
 # ---------------------------------------------------------------- films
-def open_films(root, cache_dir=None, side: int = 320, patients=None, mimic_all=False) -> Films:
+def open_films(
+    root, cache_dir=None, side: int = 320, patients=None, mimic_all=False, without=None
+) -> Films:
     """All films below the folder `root`, or in the packed file `root` → Films.
 
     cache_dir: where the list of what lies below root is kept. side: the short side to which larger
     films are shrunk, px. patients: CSV (filename, patient_id) for films of your own; without it
     every one of them counts as a patient of its own. mimic_all: take MIMIC's validation and test
-    films, too. Raises UserError when there is no film.
+    films, too. without: a packed file below root that does not count, since it is to be made.
+    Raises UserError when there is no film.
     """
     root = Path(root).expanduser()
-    if root.is_file() and root.suffix == ".pack":
+    with_suffix = Path(f"{root}.pack")
+    if not root.exists() and with_suffix.is_file():  # as data.py pack --out names it
+        root = with_suffix
+    if root.is_file():
         pack = Pack(root)  # its patients are those of the day it was packed
         return Films(root.parent, {}, [pack], side, [pack.summary])
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
     index = Index(root, Path(cache_dir) / "films.json" if cache_dir else None)
-    packs = {name: Pack(root / name) for name in index.names if name.endswith(".pack")}
+    names = [name for name in index.names if name.endswith(".pack")]
+    if without:
+        names = [name for name in names if (root / name).resolve() != Path(without).resolve()]
+    packs = {name: Pack(root / name) for name in names}
     patient_of, summary = choose_films(index, packs, mimic_all)
     if not patient_of and not packs:
         found = "; ".join(summary) or "none looks like a film"
@@ -293,12 +302,13 @@ def main():
             "say what to do with which films: python data.py check --data DIR, "
             "or python data.py pack --data DIR --out cxr.pack"
         )
-    films = open_films(args.data, None, args.side, args.patients, args.mimic_all)
+    out = find_out(args.out) if word == "pack" else None
+    films = open_films(args.data, None, args.side, args.patients, args.mimic_all, without=out)
     print("\n".join(films.summary))
     if word == "check":
         check_and_report(films, args.workers)
     else:
-        pack_and_report(films, args.out, args.workers)
+        pack_and_report(films, out, args.workers)
 
 
 if __name__ == "__main__":

@@ -308,7 +308,8 @@ def recipe_of(args, names):
     recipe = {key: value for key, value in vars(args).items() if key not in FREE}
     if args.pixels == 0:
         del recipe["pixels"]  # so that runs go on which began before there was this flag
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    content = "\n".join(names).encode(errors="surrogateescape")  # names need not be UTF-8
+    digest = hashlib.sha256(content).hexdigest()[:16]
     return recipe | {"films": len(names), "names": digest}
 
 
@@ -412,7 +413,7 @@ def main(args=None, Model=CheXWorld):
     train, held = hold_out_films(films, tables, args.holdout, args.seed)
     films, workers = hold_in_memory(films, args, side, team.device)
     views = Views(films, args.image, args.seed, train)
-    unreadable = UnreadableFilms(len(films))  # ends the run at more than 1 % of the films
+    unreadable = UnreadableFilms(len(train))  # ends the run at more than 1 % of the films
 
     # ---- 4. Length: a step is one batch; --max_steps ends the training, not the schedules.
     steps_per_epoch = len(train) // args.batch

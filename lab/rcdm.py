@@ -558,7 +558,10 @@ def choose_films(films, args, run):
 
 def recipe_of(args, names):
     """Name all that must stay when a run goes on: settings, world model and films to learn from."""
-    sources = {"world": Path(args.weights).read_bytes(), "names": "\n".join(names).encode()}
+    sources = {
+        "world": Path(args.weights).read_bytes(),
+        "names": "\n".join(names).encode(errors="surrogateescape"),
+    }
     digests = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in sources.items()}
     return {name: getattr(args, name) for name in RECIPE} | digests
 

@@ -80,8 +80,9 @@ def save_atomic(obj, path):
 
 
 def write_text(path, text: str):
-    """Write a text file, atomically."""
-    replace_with(path, lambda file: Path(file).write_text(text))
+    """Write a text file in UTF-8, atomically; what is none, in a file name, is spelt \\udcf6."""
+    utf8 = {"encoding": "utf-8", "errors": "backslashreplace"}
+    replace_with(path, lambda file: Path(file).write_text(text, **utf8))
 
 
 def write_json(path, obj):

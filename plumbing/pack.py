@@ -5,6 +5,7 @@ the films' bytes one after the other, the index (three .npy arrays: heights and 
 checksums, JSON text), and a footer: where the index starts, its size, its checksum, MAGIC.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from plumbing.checkpoint import Lock, explain_writing, write_text
 from plumbing.film import UnreadableFilm, read_shrunk
+from plumbing.folder import in_threads
 from plumbing.launch import Loader, UserError
 
 MAGIC = b"CXRPACK1"
@@ -132,7 +134,8 @@ class UnreadableFilms:
         if is_too_many(count, self.total):
             first = ", ".join(list(self.reasons)[:3])
             raise UserError(
-                f"{count} of {self.total} films cannot be read, more than 1 %: {first} …: "
+                f"{count} of {self.total} films cannot be read, more than one and more than 1 %: "
+                f"{first} …: "
                 "python data.py check --data … names them all; mend them or take them away"
             )
 
@@ -148,8 +151,9 @@ class Pack:
     """pack[i] → uint8 (H, W), a read-only view of the mapped file.
 
     names, patients: of the films; side: their short side, px, at most; unreadable: [[name, reason]]
-    of the films that were left out; folder: name of the folder that was packed; summary: one line
-    that says what it is. Raises UserError when the file is cut short or something else.
+    of the films that were left out; folder: name of the folder that was packed; states: what file
+    each film came from, see state_of_file; summary: one line that says what it is. Raises UserError
+    when the file is cut short or something else.
     """
 
     def __init__(self, path):
@@ -165,6 +169,9 @@ class Pack:
         self.side = about["side"]
         self.unreadable = about["bad"]
         self.folder = about["folder"]
+        # Of the films and then the unreadable ones; a pack of an earlier version does not know.
+        count = len(self.names) + len(self.unreadable)
+        self.states = about.get("states", [None] * count)
         size = f"short side at most {self.side or 'as it was'}"
         self.summary = f"{path}: {len(self.names):,} packed films, {size}"
 
@@ -199,7 +206,8 @@ def read_index(path) -> bytes:
         raise UserError(f"{path}: not a packed file ({error})") from None
     if magic != MAGIC or zlib.crc32(index) != checksum:
         raise UserError(
-            f"{path}: not a packed file, or one cut short: make it again with python data.py pack"
+            f"{path}: not a packed file, or one cut short: delete it and make it again with "
+            "python data.py pack"
         )
     return index
 
@@ -240,7 +248,10 @@ def read_all(films, start: int, workers: int, task: str) -> Iterator[tuple]:
 
 
 def check_and_report(films, workers: int):
-    """Read every film; name those that cannot be read, with their reasons (data.py check)."""
+    """Read every film; name those that cannot be read, with their reasons (data.py check).
+
+    UserError when they are so many that training would stop.
+    """
     began = time.time()
     unreadable = 0
     for name, (film, reason) in zip(films.names, read_all(films, 0, workers, "check"), strict=True):
@@ -254,33 +265,127 @@ def check_and_report(films, workers: int):
         f"({share:.2%}); {rate:.0f} films/s with {workers} workers"
     )
     if is_too_many(unreadable, len(films)):
-        print(
-            "more than 1 % bad: training would stop; mend the films named above, or take them away"
+        raise UserError(
+            f"{unreadable:,} of {len(films):,} films cannot be read, more than one and more than "
+            "1 %: training would stop; mend those named above, or take them away"
         )
 
 
 # ---------------------------------------------------------------- writing it
+def find_out(out) -> Path:
+    """The file that --out names; it ends in .pack, by which packs are known below a folder."""
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: give the file to write, {out / 'cxr.pack'} say")
+    return out if out.suffix == ".pack" else out.with_name(f"{out.name}.pack")
+
+
 def pack_and_report(films, out, workers: int):
-    """Pack the films, unless that is done; say how fast, how big, which were left out (data.py)."""
+    """Pack the films; say how fast, how big, which were left out (data.py pack).
+
+    A pack that is there already is made anew where films have come or changed since; what has not
+    changed is taken over from it.
+    """
+    out = find_out(out)
     began = time.time()
     lock = Lock(f"{out}.lock", out)
-    if Path(out).exists():
-        packed = Pack(out)
+    states = states_of(films)
+    old = Pack(out) if out.exists() else None
+    renewed = renew(films, states, old) if old else films
+    if renewed is None:
+        packed = old
         rate = "already there"
     else:
-        packed = pack_films(films, out, workers)
+        packed = pack_films(renewed, out, workers, states)
         rate = f"{len(films) / (time.time() - began):.0f} films/s with {workers} workers"
     for name, reason in packed.unreadable:
         print(f"bad, left out: {name}: {reason}")
     print(
-        f"{out}: {len(packed):,} films, short side {packed.side}, {Path(out).stat().st_size:,} "
+        f"{out}: {len(packed):,} films, short side {packed.side}, {out.stat().st_size:,} "
         f"bytes, checksums verified; {rate}"
     )
     lock.release()
 
 
-def pack_films(films, out, workers: int = 0) -> Pack:
-    """Write every readable film into the packed file `out`.
+def state_of_file(path) -> list[int] | None:
+    """A file's size and when it was last modified, ns: these change when another replaces it."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def states_of(films) -> list:
+    """state_of_file of every film; None of those that come from packed files themselves."""
+    files = [f"{films.root}/{name}" for name in films.names[: films.file_count]]
+    return in_threads(state_of_file, files) + [None] * (len(films) - films.file_count)
+
+
+class Renewed:
+    """The films to pack, of which an older pack holds some: these are taken from there.
+
+    taken: {number of a film: its number in the older pack}
+    """
+
+    def __init__(self, films, old, taken):
+        vars(self).update(vars(films))
+        self.films = films
+        self.old = old
+        self.taken = taken
+
+    def __len__(self):
+        return len(self.films)
+
+    def verified(self, i):
+        """Film i, compared with its checksum where it has one."""
+        if i in self.taken:
+            with contextlib.suppress(UnreadableFilm):  # damaged there: read its file again
+                return self.old.verified(self.taken[i])
+        return self.films.verified(i)
+
+
+def renew(films, states: list, old: Pack) -> Renewed | None:
+    """What to pack when the pack `old` is there already; None when nothing has changed since.
+
+    states: of the films. UserError when `old` was made otherwise, or when films have come while
+    others have gone: what is no longer there cannot be made again, so nobody else decides.
+    """
+    if old.side != films.side:
+        raise UserError(
+            f"{old.path} was packed at --side {old.side}, not {films.side}: choose another --out, "
+            "or delete it"
+        )
+    number = {name: i for i, name in enumerate(films.names)}
+    names = old.names + [name for name, _ in old.unreadable]
+    is_there = [name in number for name in names]
+    same = {}  # {number of a film: its place in `names`}
+    for place, (name, state) in enumerate(zip(names, old.states, strict=True)):
+        i = number.get(name)
+        if i is not None and state in (None, states[i]):
+            same[i] = place
+    gone = [name for name, there in zip(names, is_there, strict=True) if not there]
+    new = len(films) - sum(is_there)
+    changed = len(films) - len(same) - new
+    if gone:
+        words = f"{len(gone):,} of the {len(names):,} films in {old.path} are no longer there"
+        if new or changed:
+            raise UserError(
+                f"{words} (first {gone[0]}), {new:,} are new: choose another --out, or delete it"
+            )
+        print(f"warning: {words}, first {gone[0]}; they stay in the pack")
+        return None
+    patients = dict(zip(films.names, films.patients, strict=True))
+    has_same_patients = [patients[name] for name in old.names] == old.patients
+    if not new and not changed and has_same_patients:
+        return None
+    print(f"{old.path} is made anew: {new:,} films are new, {changed:,} have changed since")
+    taken = {i: place for i, place in same.items() if place < len(old.names)}
+    return Renewed(films, old, taken)
+
+
+def pack_films(films, out, workers: int = 0, states: list | None = None) -> Pack:
+    """Write every readable film into the packed file `out`. states: of the films, see states_of.
 
     Killed at any moment, the same call goes on where it was: until the file is complete there is
     <out>.part, and <out>.journal with one line per film, written after the film's bytes:
@@ -288,37 +393,52 @@ def pack_films(films, out, workers: int = 0) -> Pack:
     """
     part = Path(f"{out}.part")
     journal = Path(f"{out}.journal")
-    if not journal.exists() or not part.exists():
-        with explain_writing(part):
+    states = states_of(films) if states is None else states
+    lines = write_films(films, part, journal, workers)
+    packed, unreadable, table = divide_lines(films, lines)
+    verify(part, [films.names[i] for i in packed], table)
+    state_of = dict(zip(films.names, states, strict=True))
+    with explain_writing(out):
+        append_index(part, films, packed, table, unreadable, state_of)
+        os.replace(part, out)
+        journal.unlink()
+    return Pack(out)
+
+
+def write_films(films, part: Path, journal: Path, workers: int) -> list[str]:
+    """Write the films that are not in `part` yet, and their lines into `journal` → all its lines"""
+    with explain_writing(part):
+        if not journal.exists() or not part.exists():
             part.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(MAGIC)
-        write_text(journal, describe_films(films) + "\n")
-    lines = cut_to_whole_films(part, journal, describe_films(films))
-    with explain_writing(part), open(part, "ab") as file, open(journal, "a", buffering=1) as log:
+            write_text(journal, describe_films(films) + "\n")
+        lines = cut_to_whole_films(part, journal, describe_films(films))
+    utf8 = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with open(part, "ab") as file, open(journal, "a", buffering=1, **utf8) as log:
         for film, reason in read_all(films, len(lines), workers, "pack"):
-            if film is None:
-                line = f"0 0 0 {reason}"
-            else:
-                content = film.tobytes()
-                file.write(content)
-                file.flush()  # the film whole, before its line says so
+            content = b"" if film is None else film.tobytes()
+            line = f"0 0 0 {reason}"
+            if film is not None:
                 line = f"{film.shape[0]} {film.shape[1]} {zlib.crc32(content)} "
-            log.write(line + "\n")
+            with explain_writing(part):
+                file.write(content)
+                file.flush()  # wholly, or an error: a full disk may take half a film
+                log.write(line + "\n")
             lines.append(line)
+    return lines
+
+
+def divide_lines(films, lines: list[str]) -> tuple:
+    """The journal's lines → numbers of the packed films, [[name, reason]] of the unreadable ones,
+    and (n, 3) height, width, CRC-32 of the packed ones. UserError when there is none.
+    """
     rows = [line.split(" ", 3) for line in lines]
-    is_packed = np.array([row[0] != "0" for row in rows])
-    packed = np.flatnonzero(is_packed)
-    if not len(packed):
-        raise UserError(
-            f"none of the {len(films)} films can be read, first {films.names[0]}: {rows[0][3]}"
-        )
-    table = np.array([[int(number) for number in rows[i][:3]] for i in packed])
-    verify(part, [films.names[i] for i in packed], table)
-    unreadable = [[films.names[i], rows[i][3]] for i in np.flatnonzero(~is_packed)]
-    append_index(part, films, packed, table, unreadable)
-    os.replace(part, out)
-    journal.unlink()
-    return Pack(out)
+    packed = [i for i, row in enumerate(rows) if row[0] != "0"]
+    unreadable = [[films.names[i], row[3]] for i, row in enumerate(rows) if row[0] == "0"]
+    if not packed:
+        name, reason = unreadable[0]
+        raise UserError(f"none of the {len(films)} films can be read, first {name}: {reason}")
+    return packed, unreadable, np.array([[int(word) for word in rows[i][:3]] for i in packed])
 
 
 def describe_films(films) -> str:
@@ -360,18 +480,20 @@ def verify(part: Path, names: list[str], table: np.ndarray) -> None:
             )
 
 
-def append_index(part: Path, films, packed, table: np.ndarray, unreadable: list) -> None:
+def append_index(part: Path, films, packed, table: np.ndarray, unreadable: list, state_of) -> None:
     """Append index and footer, after which the file is complete.
 
     packed: numbers of the packed films in `films`; table: theirs, (n, 3) height, width, CRC-32;
-    unreadable: [[name, reason]] of the others.
+    unreadable: [[name, reason]] of the others; state_of: {name: its file's state} of all.
     """
+    names = [films.names[i] for i in packed]
     about = {
-        "names": [films.names[i] for i in packed],
+        "names": names,
         "patients": [films.patients[i] for i in packed],
         "side": films.side,
         "folder": os.path.basename(os.path.abspath(films.root)),
         "bad": unreadable,
+        "states": [state_of[name] for name in names + [name for name, _ in unreadable]],
     }
     stream = io.BytesIO()
     np.save(stream, table[:, :2].astype(np.int32))
@@ -379,7 +501,7 @@ def append_index(part: Path, films, packed, table: np.ndarray, unreadable: list)
     np.save(stream, np.frombuffer(json.dumps(about).encode(), np.uint8))
     index = stream.getvalue()
     start = int(film_offsets(table[:, :2])[-1])
-    with explain_writing(part), open(part, "ab") as file:
+    with open(part, "ab") as file:
         file.write(index)
         file.write(FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))
         file.flush()

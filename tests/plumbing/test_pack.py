@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,17 @@ from conftest import ROOT
 from films_for_tests import film, run, tree
 from PIL import Image
 
+import plumbing.pack
 from data import Views, open_films
 from plumbing.launch import UserError
-from plumbing.pack import Pack, check_and_report, pack_films
+from plumbing.pack import (
+    Pack,
+    UnreadableFilms,
+    check_and_report,
+    find_out,
+    pack_and_report,
+    pack_films,
+)
 
 
 def big_tree(root, count=60, side=700):
@@ -111,7 +120,7 @@ def test_damaged_packs(tmp_path, capsys):
             Pack(tmp_path / f"{name}.pack")
     content[int(pack.offsets[2]) + 50] ^= 1
     (tmp_path / "b.pack").write_bytes(content)
-    check_and_report(open_films(tmp_path / "b.pack"), workers=0)
+    check_and_report(open_films(tmp_path / "b.pack"), workers=0)  # one film is no reason to stop
     said = capsys.readouterr().out
     assert "bad: 002.png: its bytes" in said and "4 of 5 films can be read" in said
 
@@ -120,3 +129,134 @@ def test_pack_of_nothing_readable(tmp_path):
     tree(tmp_path / "films", ["1.png", "2.png"], b"\x89PNG junk")
     with pytest.raises(UserError, match="none of the 2 films can be read"):
         pack_films(open_films(tmp_path / "films"), tmp_path / "a.pack")
+
+
+# ---------------------------------------------------------------- a pack that is there already
+def pack(tmp_path, **options):
+    out = options.pop("out", tmp_path / "cxr.pack")
+    films = open_films(tmp_path / "films", side=options.pop("side", 100), without=out, **options)
+    pack_and_report(films, out, workers=0)
+    return Pack(find_out(out))
+
+
+def equals_direct_reading(packed, root, side=100):
+    direct = open_films(root, side=side)
+    films = {name: direct[i] for i, name in enumerate(direct.names) if name in packed.names}
+    return all(np.array_equal(packed[i], films[name]) for i, name in enumerate(packed.names))
+
+
+@pytest.mark.parametrize("place", ["", "films/"])
+def test_films_that_came_or_changed_after_packing(tmp_path, capsys, monkeypatch, place):
+    root = big_tree(tmp_path / "films", 10, side=120)
+    out = tmp_path / f"{place}cxr.pack"
+    assert len(pack(tmp_path, out=out)) == 9
+    pack(tmp_path, out=out)
+    assert "already there" in capsys.readouterr().out.splitlines()[-1]
+    for k in range(10, 60):
+        Image.fromarray(film(k, 120, 130)).save(root / f"{k:03d}.png")
+    Image.fromarray(film(99, 130, 120)).save(root / "002.png")
+    Image.fromarray(film(98, 130, 120)).save(root / "007.png")  # it was broken
+    read = []
+    real = plumbing.pack.read_shrunk
+    monkeypatch.setattr(
+        plumbing.pack, "read_shrunk", lambda path, side: read.append(path) or real(path, side)
+    )
+    packed = pack(tmp_path, out=out)
+    said = capsys.readouterr().out
+    assert f"{out} is made anew: 50 films are new, 2 have changed since" in said
+    assert len(read) == 52  # what has not changed was not decoded again
+    assert len(packed) == 60 and not packed.unreadable and equals_direct_reading(packed, root)
+    whole = pack_films(open_films(root, side=100, without=out), tmp_path / "whole.pack")
+    assert Path(whole.path).read_bytes() == out.read_bytes()
+    pack(tmp_path, out=out)
+    assert "already there" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_film_damaged_in_the_old_pack_is_read_again(tmp_path):
+    root = big_tree(tmp_path / "films", 5, side=120)
+    packed = pack(tmp_path)
+    content = bytearray((tmp_path / "cxr.pack").read_bytes())
+    content[int(packed.offsets[2]) + 50] ^= 1
+    (tmp_path / "cxr.pack").write_bytes(content)
+    tree(root, ["9.png"])
+    packed = pack(tmp_path)
+    assert len(packed) == 6 and equals_direct_reading(packed, root)
+
+
+def test_films_that_are_gone_stay_in_the_pack_or_the_user_decides(tmp_path, capsys):
+    root = big_tree(tmp_path / "films", 5, side=120)
+    pack(tmp_path)
+    before = (tmp_path / "cxr.pack").read_bytes()
+    (root / "001.png").unlink()
+    pack(tmp_path)
+    said = capsys.readouterr().out
+    assert "warning: 1 of the 6 films in" in said and "first 001.png; they stay" in said
+    tree(root, ["new.png"])
+    with pytest.raises(UserError, match="1 of the 6 films .* 1 are new: choose another --out"):
+        pack(tmp_path)
+    with pytest.raises(UserError, match="was packed at --side 100, not 64: choose another --out"):
+        pack(tmp_path, side=64)
+    assert (tmp_path / "cxr.pack").read_bytes() == before
+
+
+def test_other_patients_and_packs_of_earlier_versions(tmp_path, capsys):
+    big_tree(tmp_path / "films", 4, side=120)
+    pack(tmp_path)
+    (tmp_path / "people.csv").write_text("filename,patient_id\n001.png,anna\n002.png,anna\n")
+    packed = pack(tmp_path, patients=tmp_path / "people.csv")
+    assert packed.patients == ["000.png", "anna", "anna", "003.png"]
+    old = ROOT / "tests" / "old" / "films.pack"
+    assert set(Pack(old).states) == {None}  # nothing is known of its files: they count as the same
+
+
+@pytest.mark.slow
+def test_out_without_suffix_or_in_odd_places(tmp_path):
+    big_tree(tmp_path / "films", 4, side=120)
+    done = run("pack", "--data", "films", "--out", "cxr", "--workers", 0, cwd=tmp_path)
+    assert done.returncode == 0 and "cxr.pack: 4 films" in done.stdout
+    for name in ("cxr", "cxr.pack"):
+        assert "4 of 4 films" in run("check", "--data", name, "--workers", 0, cwd=tmp_path).stdout
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    for out, line in (
+        ("folder", "is a folder: give the file to write, folder/cxr.pack say"),
+        ("file/cxr.pack", "file/cxr.pack cannot be written: File exists"),
+        ("/proc/cxr.pack", "/proc/cxr.pack cannot be written: No such file or directory"),
+    ):
+        failed = run("pack", "--data", "films", "--out", out, "--workers", 0, cwd=tmp_path)
+        assert failed.returncode == 1 and line in failed.stderr, failed.stderr
+        assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_in_one_line_and_packing_goes_on(tmp_path):
+    resource = pytest.importorskip("resource")
+    root = big_tree(tmp_path / "films", 12, side=400)
+    words = ("pack", "--data", "films", "--out", "cxr.pack", "--workers", 0)
+
+    def fill():  # no file may be larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 320 * 330, 5 * 320 * 330))
+
+    failed = run(*words, cwd=tmp_path, preexec_fn=fill)
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("error")]
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert len(lines) == 1 and "cxr.pack cannot be written: File too large" in lines[0]
+    assert not (tmp_path / "cxr.pack").exists() and (tmp_path / "cxr.pack.part").exists()
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0 and "11 films" in done.stdout
+    assert equals_direct_reading(Pack(tmp_path / "cxr.pack"), root, side=320)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cxr.pack", "films"]
+
+
+# ---------------------------------------------------------------- how many may be unreadable
+@pytest.mark.parametrize("count,bad,stops", [(15, 1, 0), (15, 2, 1), (150, 2, 1), (200, 2, 0)])
+def test_one_film_or_one_percent_may_be_unreadable(tmp_path, count, bad, stops):
+    root = tree(tmp_path / "films", [f"{k}.png" for k in range(count - bad)])
+    tree(root, [f"bad{k}.png" for k in range(bad)], b"junk")
+    films = open_films(root)
+    unreadable = UnreadableFilms(count)
+    with pytest.raises(UserError, match="training would stop") if stops else nullcontext():
+        check_and_report(films, workers=0)
+    with pytest.raises(UserError, match="more than one and more") if stops else nullcontext():
+        for k in range(bad):
+            unreadable.note(f"bad{k}.png", "junk")
