@@ -220,8 +220,8 @@ def test_out_without_suffix_or_in_odd_places(tmp_path):
     (tmp_path / "file").write_text("no folder")
     for out, line in (
         ("folder", "is a folder: give the file to write, folder/cxr.pack say"),
-        ("file/cxr.pack", "file/cxr.pack cannot be written: File exists"),
-        ("/proc/cxr.pack", "/proc/cxr.pack cannot be written: No such file or directory"),
+        ("file/cxr.pack", "file/cxr.pack.part cannot be written: File exists"),
+        ("/proc/cxr.pack", "/proc/cxr.pack.part cannot be written: No such file or directory"),
     ):
         failed = run("pack", "--data", "films", "--out", out, "--workers", 0, cwd=tmp_path)
         assert failed.returncode == 1 and line in failed.stderr, failed.stderr
@@ -240,7 +240,7 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_packing_goes_on(tmp_path):
     failed = run(*words, cwd=tmp_path, preexec_fn=fill)
     lines = [line for line in failed.stderr.splitlines() if line.startswith("error")]
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert len(lines) == 1 and "cxr.pack cannot be written: File too large" in lines[0]
+    assert len(lines) == 1 and "cxr.pack.part cannot be written: File too large" in lines[0]
     assert not (tmp_path / "cxr.pack").exists() and (tmp_path / "cxr.pack.part").exists()
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 0 and "11 films" in done.stdout
