@@ -413,19 +413,25 @@ def write_films(films, part: Path, journal: Path, workers: int) -> list[str]:
             part.write_bytes(MAGIC)
             write_text(journal, describe_films(films) + "\n")
         lines = cut_to_whole_films(part, journal, describe_films(films))
-    utf8 = {"encoding": "utf-8", "errors": "backslashreplace"}
-    with open(part, "ab") as file, open(journal, "a", buffering=1, **utf8) as log:
+    # Unbuffered, so that closing them after an error does not try again.
+    with open(part, "ab", 0) as file, open(journal, "ab", 0) as log:
         for film, reason in read_all(films, len(lines), workers, "pack"):
             content = b"" if film is None else film.tobytes()
             line = f"0 0 0 {reason}"
             if film is not None:
                 line = f"{film.shape[0]} {film.shape[1]} {zlib.crc32(content)} "
             with explain_writing(part):
-                file.write(content)
-                file.flush()  # wholly, or an error: a full disk may take half a film
-                log.write(line + "\n")
+                write_wholly(file, content)  # before its line says so
+                write_wholly(log, f"{line}\n".encode(errors="backslashreplace"))
             lines.append(line)
     return lines
+
+
+def write_wholly(file, content: bytes):
+    """Write all bytes into an unbuffered file; a disk that fills up may take a part of them."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def divide_lines(films, lines: list[str]) -> tuple:
@@ -452,7 +458,7 @@ def cut_to_whole_films(part: Path, journal: Path, first_line: str) -> list[str]:
     The kill may have cut the last line and the last film; after a power cut, the films' bytes may
     be fewer than the journal says.
     """
-    text = journal.read_text()
+    text = journal.read_text(encoding="utf-8")
     first, *lines = text[: text.rindex("\n")].split("\n")
     if first != first_line:
         raise UserError(

@@ -220,8 +220,8 @@ def test_out_without_suffix_or_in_odd_places(tmp_path):
     (tmp_path / "file").write_text("no folder")
     for out, line in (
         ("folder", "is a folder: give the file to write, folder/cxr.pack say"),
-        ("file/cxr.pack", "file/cxr.pack.part cannot be written: File exists"),
-        ("/proc/cxr.pack", "/proc/cxr.pack.part cannot be written: No such file or directory"),
+        ("file/cxr.pack", "file/cxr.pack.lock cannot be written: File exists"),
+        ("/proc/cxr.pack", "/proc/cxr.pack.lock cannot be written: No such file or directory"),
     ):
         failed = run("pack", "--data", "films", "--out", out, "--workers", 0, cwd=tmp_path)
         assert failed.returncode == 1 and line in failed.stderr, failed.stderr
