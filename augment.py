@@ -142,6 +142,15 @@ def tone(images, brightness, contrast):
     return (images * contrast + mean * (1 - contrast)).clamp(0, 1)
 
 
+def shift_tone(images, brightness, contrast):
+    """Scale the grey values by `contrast` and add brightness - 1 to them: segmentation's jitter.
+
+    images (B, H, W), brightness (B,), contrast (B,) → (B, H, W)
+    """
+    brightness = brightness.view(-1, 1, 1)
+    return (images * contrast.view(-1, 1, 1) + brightness - 1).clamp(0, 1)
+
+
 def blur(images, sigma):
     """Blur each image by its own Gaussian, in two matrix products. (B, 1, H, W), sigma (B,) px"""
     height, width = images.shape[-2:]
@@ -227,21 +236,24 @@ def centre_crops(film, size, ten=False):
     return np.concatenate([crops, crops[..., ::-1]]) if ten else crops
 
 
-def shift_scale_flip(film, mask, rng):
+def shift_scale_turn_flip(film, mask, rng):
     """Move a film and its mask together; black comes in from outside.
 
-    With probability ½ both are shifted by up to a sixteenth and scaled by up to a tenth; with
-    probability ½ both are flipped. film uint8, mask bool, both (size, size) → the same
+    With probability ½ both are shifted by up to a sixteenth, scaled by up to a tenth and turned by
+    up to 10°; with probability ½ both are flipped. film uint8, mask bool, both (size, size) → same
     """
-    size = len(film)
-    u = rng.random(5)
+    centre = len(film) / 2
+    u = rng.random(6)
     if u[0] < 0.5:
         zoom = 1 + 0.2 * (u[1] - 0.5)
-        shift = (u[2:4] - 0.5) * size / 8  # (down, right), px of the input
-        # Output pixel p shows input pixel p / zoom + start; without a shift the centre stays.
-        start = size / 2 - size / (2 * zoom) - shift
-        top, left = start
-        matrix = (1 / zoom, 0, left, 0, 1 / zoom, top)
+        down, right = (u[2:4] - 0.5) * len(film) / 8  # px of the input
+        angle = math.radians(20 * (u[5] - 0.5))
+        # Output pixel p shows input pixel R (p - centre) / zoom + centre - shift.
+        cos = math.cos(angle) / zoom
+        sin = math.sin(angle) / zoom
+        left = centre - right - (cos + sin) * centre
+        top = centre - down - (cos - sin) * centre
+        matrix = (cos, sin, left, -sin, cos, top)
         film = warp(film, matrix, Image.Resampling.BICUBIC)
         mask = warp(mask.astype(np.uint8), matrix, Image.Resampling.NEAREST).astype(bool)
     if u[4] < 0.5:

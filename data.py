@@ -236,7 +236,7 @@ class TrainExamples(torch.utils.data.Dataset):
             view = augment.train_crop(film, rng, size)
             goal = self.films.examples[number].target
         else:
-            view, goal = augment.shift_scale_flip(augment.whole_crop(film, size), mask, rng)
+            view, goal = augment.shift_scale_turn_flip(augment.whole_crop(film, size), mask, rng)
         return {"view": np.array(view), "goal": np.asarray(goal, np.float32), **replaced}
 
 

@@ -126,8 +126,10 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     A batch is never larger than the films, and warm-up never longer than a tenth of the epochs.
     shape: encoder_shape. films: number of training films.
     """
-    defaults = dict(SEGMENT if kind == "mask" else TASKS[args.task].recipe)
-    defaults |= {"image": shape["image"], "patch": shape["patch"]}
+    is_own_masks = kind == "mask" and args.task == "csv"
+    defaults = dict(SEGMENT if is_own_masks else TASKS[args.task].recipe)
+    defaults["image"] = args.image or shape["image"]
+    defaults["patch"] = usual_patch(defaults, shape)
     defaults["workers"] = 8 if team.device.type == "cuda" else 0
     reasons = [results.whose_recipe(args.task)]
     if shape["dim"] < SIZES["small"]["dim"]:
@@ -151,6 +153,16 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
     if filled.image % filled.patch:
         raise UserError(f"--image {filled.image} is not a multiple of --patch {filled.patch}")
     return filled, reasons
+
+
+def usual_patch(defaults: dict, shape: dict) -> int:
+    """The side of a patch, px: as pre-trained, or the task's finer one where it divides the image.
+
+    Of a film of 224 px, patches of 16 px leave a map of 14 × 14: too coarse for small masks.
+    """
+    own = shape["patch"]
+    finer = defaults.get("patch", own)
+    return finer if finer < own and defaults["image"] % finer == 0 else own
 
 
 # ---- Weights and model
@@ -180,7 +192,13 @@ def add_head(vit, kind, labels):
 def make_finetuned(saved: dict, device):
     """Make the model that a best.pt holds. saved: as seedrun.load_best gives it."""
     model = add_head(make_vit(saved["config"]), saved["kind"], saved["labels"])
-    model.load_state_dict(saved["finetuned"])
+    try:
+        model.load_state_dict(saved["finetuned"])
+    except RuntimeError:
+        raise UserError(
+            f"{saved['path']} holds another network than today's, as segmentation of version 0.2.0 "
+            "does: fine-tune it anew, into another --out"
+        ) from None
     return model.to(device).eval()
 
 
@@ -360,7 +378,8 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
     jitter = augment.sample_jitter(batch, generator, probability, (0.8, 1.2))  # (B, 2)
     jitter = jitter[batch_positions].to(device)
     images = augment.to_float(item["view"].to(device, non_blocking=True))
-    images = augment.tone(images, jitter[:, 0], jitter[:, 1])[:, None]
+    change = augment.shift_tone if kind == "mask" else augment.tone
+    images = change(images, jitter[:, 0], jitter[:, 1])[:, None]
     return images, item["goal"].to(device, non_blocking=True)
 
 

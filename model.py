@@ -428,16 +428,18 @@ def norm(channels):
 
 
 class SimpleFPN(nn.Module):
-    """Make maps of strides 4, 8, 16, 32 px from the ViT's one map (Li et al. 2022).
+    """Make maps of strides 2, 4, 8, 16 px from the ViT's one map (Li et al. 2022).
 
     The ViT's map is doubled or halved in size until its stride is nearest; each time its channels
     are halved, but never below the wanted number. (B, D, n, n) → four maps
     """
 
+    STRIDES = (2, 4, 8, 16)
+
     def __init__(self, dim, patch, channels):
         super().__init__()
         self.levels = nn.ModuleList()
-        for stride, out in zip((4, 8, 16, 32), channels, strict=True):
+        for stride, out in zip(self.STRIDES, channels, strict=True):
             doublings = round(math.log2(patch / stride))  # below 0: halvings
             layers = []
             width = dim
@@ -471,28 +473,28 @@ def two_convolutions(inputs, outputs):
 class Segmenter(nn.Module):
     """SimpleFPN, then a U-Net decoder from coarse to fine. (B, 1, H, W) → logits (B, H, W)
 
-    channels: of the maps of strides 4, 8, 16 and 32, as in the paper.
+    stages: channels of the decoder's four stages, as in the paper, at strides 1, 2, 4, 8. Each
+    joins the coarser map, which has twice as many, and a map of its own stride: the ViT's, and at
+    stride 1 the film's own pixels, which alone know where an edge lies to the pixel.
     """
 
-    def __init__(self, vit, channels=(8, 16, 32, 64)):
+    def __init__(self, vit, stages=(8, 16, 32, 64)):
         super().__init__()
         self.vit = vit
-        self.fpn = SimpleFPN(vit.dim, vit.patch, channels)
-        pairs = zip(channels[:-1], channels[1:], strict=True)
+        self.pixels = two_convolutions(1, stages[0])
+        self.fpn = SimpleFPN(vit.dim, vit.patch, [2 * channels for channels in stages])
         self.decoder = nn.ModuleList(
-            two_convolutions(fine + coarse, fine) for fine, coarse in pairs
+            two_convolutions(3 * channels, channels) for channels in stages
         )
-        self.head = nn.Conv2d(channels[0], 1, 1)
+        self.head = nn.Conv2d(stages[0], 1, 1)
 
     def forward(self, images, draws=None):
         n = self.vit.grid
         tokens = self.vit(images, draws=draws)  # (B, N, D)
         maps = self.fpn(tokens.transpose(1, 2).reshape(len(images), -1, n, n))
-        x = maps.pop()  # stride 32; the loop takes it to 16, 8 and 4
-        for skip, block in zip(reversed(maps), reversed(self.decoder), strict=True):
+        x = maps.pop()  # stride 16; the loop takes it to 8, 4, 2 and 1
+        skips = [self.pixels((images - MEAN) / STD), *maps]
+        for skip, block in zip(reversed(skips), reversed(self.decoder), strict=True):
             x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
             x = block(torch.cat([skip, x], 1))
-        logits = F.interpolate(
-            self.head(x), images.shape[-2:], mode="bilinear", align_corners=False
-        )
-        return logits[:, 0]
+        return self.head(x)[:, 0]

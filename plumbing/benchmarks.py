@@ -496,13 +496,13 @@ TASKS = {
     ),
     "siim": Task(
         read_siim, "mask", ("pneumothorax",), sizes=(9608, 1067, 1372), paper="84.58",
-        recipe=SEGMENT,
+        recipe=SEGMENT | dict(patch=8),  # as the authors' instructions have it
         tree="dicom-images-train/**/<ImageId>.dcm and stage_2_train.csv or train-rle.csv, "
         "from kaggle.com/c/siim-acr-pneumothorax-segmentation",
     ),
     "rsna_seg": Task(
         read_rsna_seg, "mask", ("opacity",), sizes=(21295, 2680, 2709), paper="79.02",
-        recipe=SEGMENT,
+        recipe=SEGMENT | dict(patch=8),  # as the authors' instructions have it
         tree="stage_2_train_images/<id>.dcm and stage_2_train_labels.csv, "
         "from kaggle.com/c/rsna-pneumonia-detection-challenge",
     ),

@@ -384,7 +384,13 @@ def resume(path, recipe: dict | None, parts: dict) -> dict | None:
     if recipe is not None:
         refuse_other_recipe(path.parent, saved["recipe"], recipe)
     for name, part in parts.items():
-        part.load_state_dict(saved[name])
+        try:
+            part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError):  # of a module, of an optimizer
+            raise UserError(
+                f"{path} holds another network than today's, perhaps an earlier version's: "
+                "choose another --out, or delete it to start anew"
+            ) from None
     return saved
 
 

@@ -62,13 +62,13 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
 
 
 def load_best(path) -> dict:
-    """Load best.pt: its weights under "finetuned", and what SeedRun.about says."""
+    """Load best.pt: its weights under "finetuned", what SeedRun.about says, and its path."""
     saved = checkpoint.load_checkpoint(path)
     if "finetuned" not in saved or "labels" not in saved:
         raise UserError(
             f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs"
         )
-    return saved
+    return saved | {"path": path}
 
 
 def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:

@@ -24,6 +24,7 @@ import finetune
 from model import Classifier, Segmenter, ViT
 from plumbing import benchmarks, checkpoint, launch
 from plumbing.film import fit
+from plumbing.keys import TRAIN_JITTER, torch_generator
 from plumbing.metrics import linear_probe
 from plumbing.pack import UnreadableFilms
 from plumbing.splits import Example
@@ -619,6 +620,14 @@ def test_filled_in_recipes_are_the_papers_where_published():
     assert (chexpert.drop_path, chexpert.epochs, chexpert.warmup) == (0.1, 1, 0.1)
     siim = fill_in(9303, kind="mask", task="siim")
     assert (siim.lr, siim.layer_decay, siim.drop_path) == (2e-4, 0.8, 0.1)
+    assert siim.patch == 8
+    assert fill_in(9303, kind="mask", task="siim", patch=16).patch == 16
+    assert fill_in(9303, kind="mask", task="rsna_seg", image=448).patch == 8
+    fine = dict(image=518, patch=14, dim=768)  # RAD-DINO's: 8 does not divide 518
+    assert fill_in(9303, fine, kind="mask", task="siim").patch == 14
+    assert fill_in(9303, fine, kind="mask", task="siim", image=224).patch == 8
+    assert fill_in(9303, dict(BASE, patch=4), kind="mask", task="siim").patch == 4
+    assert fill_in(9303, kind="labels", task="vindr").patch == 16
 
 
 def test_few_films_get_more_epochs_and_smaller_batches_unless_told():
@@ -778,12 +787,58 @@ def test_film_and_mask_move_together():
     film[20:40, 10:30] = 255
     moved = 0
     for k in range(20):
-        out, mask = augment.shift_scale_flip(film, film > 0, np.random.default_rng(k))
-        again, _ = augment.shift_scale_flip(film, film > 0, np.random.default_rng(k))
+        out, mask = augment.shift_scale_turn_flip(film, film > 0, np.random.default_rng(k))
+        again, _ = augment.shift_scale_turn_flip(film, film > 0, np.random.default_rng(k))
         assert np.array_equal(out, again)
         assert ((out > 127) != mask).sum() <= 84  # a pixel along the square's edge
         moved += not np.array_equal(out, film)
     assert moved > 10
+
+
+class Numbers:
+    """A generator that gives these numbers."""
+
+    def __init__(self, *numbers):
+        self.numbers = np.array(numbers)
+
+    def random(self, count):
+        assert count == len(self.numbers)
+        return self.numbers
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("zoom, down, right", [(0.5, 0.5, 0.5), (1.0, 0.5, 0.5), (0.2, 1.0, 0.1)])
+def test_films_are_turned_scaled_and_shifted_as_a_rotation_matrix_says(turn, zoom, down, right):
+    """Where a bright blob lands, against the forward map of its centre."""
+    film = np.zeros((96, 96), np.uint8)
+    film[60:65, 20:25] = 255  # its centre lies at (62.5, 22.5) from the corner
+    numbers = Numbers(0.1, zoom, down, right, 0.9, turn)
+    out, mask = augment.shift_scale_turn_flip(film, film > 0, numbers)
+    rows, cols = np.nonzero(mask)
+    angle = np.radians(20 * (turn - 0.5))
+    scale = 1 + 0.2 * (zoom - 0.5)
+    shift = 96 / 8 * (np.array([down, right]) - 0.5)
+    y, x = np.array([62.5, 22.5]) - 48 + shift
+    there = 48 + scale * np.array(
+        [np.sin(angle) * x + np.cos(angle) * y, np.cos(angle) * x - np.sin(angle) * y]
+    )
+    assert np.abs([rows.mean() + 0.5, cols.mean() + 0.5] - there).max() < 0.6
+    weight = out.astype(float)
+    at = [(weight * axis).sum() / weight.sum() + 0.5 for axis in np.indices((96, 96))]
+    assert np.abs(at - there).max() < 0.3
+
+
+def test_segmentation_adds_brightness_and_scales_contrast():
+    """As the authors' library does by default: v · (1 + c) + b, cut to the range."""
+    films = np.random.default_rng(0).integers(0, 256, (4, 16, 16))
+    item = {"view": torch.tensor(films, dtype=torch.uint8), "goal": torch.zeros(4, 16, 16)}
+    images, _ = finetune.jitter_batch(item, "mask", (0, 3), torch.arange(4), 4, "cpu")
+    generator = torch_generator(TRAIN_JITTER, 0, 3)
+    factors = augment.sample_jitter(4, generator, 0.8, (0.8, 1.2)).numpy()
+    for film, image, (brightness, contrast) in zip(films, images[:, 0], factors, strict=True):
+        truth = np.clip(film / 255 * contrast + (brightness - 1), 0, 1)
+        assert np.abs(image.numpy() - truth).max() < 1e-6
+    assert len(np.unique(factors)) > 4
 
 
 def test_training_views_depend_on_seed_epoch_and_index_only(films):

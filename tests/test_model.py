@@ -455,13 +455,15 @@ def test_classifier_is_the_mean_token_through_a_linear_layer():
 
 
 @pytest.mark.parametrize("image, patch", [(64, 16), (64, 8), (64, 4), (56, 8), (224, 32)])
-def test_fpn_has_strides_4_to_32_and_the_segmenter_one_logit_per_pixel(image, patch):
+def test_fpn_has_strides_2_to_16_and_the_segmenter_one_logit_per_pixel(image, patch):
     vit = small_vit(image, patch, depth=1)
-    maps = SimpleFPN(16, patch, (8, 16, 32, 64))(torch.rand(1, 16, vit.grid, vit.grid))
-    for stride, channels, x in zip((4, 8, 16, 32), (8, 16, 32, 64), maps, strict=True):
+    maps = SimpleFPN(16, patch, (16, 32, 64, 128))(torch.rand(1, 16, vit.grid, vit.grid))
+    for stride, channels, x in zip((2, 4, 8, 16), (16, 32, 64, 128), maps, strict=True):
         assert x.shape[1] == channels
         assert abs(x.shape[-1] - image / stride) < 1  # odd maps round up
     model = Segmenter(vit)
+    stages = [(block[0].in_channels, block[3].out_channels) for block in model.decoder]
+    assert stages == [(8 + 16, 8), (16 + 32, 16), (32 + 64, 32), (64 + 128, 64)]
     out = model(torch.rand(2, 1, image, image))
     assert out.shape == (2, image, image)
     out.square().mean().backward()
@@ -469,6 +471,27 @@ def test_fpn_has_strides_4_to_32_and_the_segmenter_one_logit_per_pixel(image, pa
         if name != "vit.pos_embed":
             assert parameter.grad is not None
             assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_segmenter_learns_lines_of_one_pixel():
+    """Only a path from the pixels themselves can: a patch has 8 px, the ViT's finest map 2."""
+    torch.manual_seed(0)
+    masks = torch.zeros(8, 32, 32)
+    for k in range(8):
+        masks[k, 3 + k, 4:28] = 1
+        masks[k, 4:28, 20 - k] = 1
+    images = masks[:, None] * 0.5 + torch.rand(8, 1, 32, 32) * 0.3
+    model = Segmenter(small_vit())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        loss = binary_cross_entropy_with_logits(model(images), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    guess = model(images) > 0
+    overlap = 2 * (guess & (masks > 0)).sum()
+    assert overlap / (guess.sum() + masks.sum()) > 0.9
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from conftest import TESTS
 import finetune
 from lab.ablation import load_ablated
 from plumbing.checkpoint import BadCheckpoint
+from plumbing.launch import UserError
 from plumbing.pack import Pack
 from plumbing.seedrun import load_best
 from plumbing.weights import load_encoder, load_world
@@ -64,12 +65,20 @@ def test_an_old_ablated_run_is_told_apart(old):
     assert load_ablated(path).tasks == {"local", "domain"}
 
 
-@pytest.mark.parametrize("kind, labels", [("labels", ("a", "b")), ("mask", ("lung",))])
-def test_old_fine_tuned_checkpoints_load(old, expected, kind, labels):
-    saved = load_best(old(f"best_{kind}.pt"))
-    assert (saved["kind"], tuple(saved["labels"])) == (kind, labels)
+def test_an_old_classifier_loads(old, expected):
+    saved = load_best(old("best_labels.pt"))
+    assert (saved["kind"], saved["labels"]) == ("labels", ["a", "b"])
     model = finetune.make_finetuned(saved, torch.device("cpu"))
-    assert_same(model(IMAGES), expected[f"best_{kind}"])
+    assert_same(model(IMAGES), expected["best_labels"])
+
+
+def test_an_old_segmentation_is_refused_in_one_line(old):
+    """Its decoder had three stages. Its encoder can still be fine-tuned again."""
+    path = old("best_mask.pt")
+    with pytest.raises(UserError, match="best_mask.pt holds another network") as error:
+        finetune.make_finetuned(load_best(path), torch.device("cpu"))
+    assert "\n" not in str(error.value)
+    assert load_encoder(path).config["depth"] > 0
 
 
 def test_an_old_pack_opens(expected):
