@@ -89,7 +89,7 @@ class Config(launch.TrainFlags):
     shots: int = flag(None, "training films per class, drawn by seed, or MedFM's own lists")
     size: str = flag(None, "network from scratch, with --weights none [base]", list(SIZES))
     image: int = flag(None, "side of a film for the network, px [as pre-trained; scratch 224]")
-    patch: int = flag(None, "side of a patch, px [as pre-trained; scratch 16]")
+    patch: int = flag(None, "side of a patch, px [as pre-trained; scratch 16; siim and rsna_seg 8]")
     batch: int = flag(None, "films per step over all GPUs [from the task]")
     epochs: int = flag(None, "passes over the training films; sets the schedule [from the task]")
     lr: float = flag(None, "peak learning rate of the last layer [from the task]")

@@ -82,25 +82,28 @@ def load_encoder(
     Raises BadCheckpoint.
     """
     checkpoint = load_checkpoint(path)
-    tensors = tensors_in(checkpoint)
-    if "world" not in checkpoint and roots_of(tensors, [OFFICIAL]):
-        world = load_world(path)
-        encoder = world.target_encoder if which == "target" else world.encoder
-        return encoder.requires_grad_(True)
     try:
+        tensors = tensors_in(checkpoint)
+        if "world" not in checkpoint and roots_of(tensors, [OFFICIAL]):
+            world = load_world(path)
+            encoder = world.target_encoder if which == "target" else world.encoder
+            return encoder.requires_grad_(True)
         root = choose_root(roots_of(tensors, PATCH_EMBEDDING), tensors, which)
         state = part_of(tensors, root)
         config = checkpoint.get("config")
         if isinstance(config, dict) and config.keys() >= set(VIT_SIZES):
             return fill(make_vit(config), state)
-        rgb, colours = normalisation(Path(path), state)
-        vit = vit_from(state, rgb=rgb)
+        beside = settings_beside(Path(path))
+        rgb, colours = normalisation(beside, state)
+        vit = vit_from(state, beside.get("num_attention_heads"), rgb)
+    except BadCheckpoint:
+        raise
     except UNFIT as error:
         raise BadCheckpoint(
             f"{path}: these weights do not fit a ViT ({reason_of(error)})"
         ) from None
     if say:
-        say(describe_origin(root, tensors, colours))
+        say(describe_origin(root, tensors, f"{vit.config['heads']} heads, {colours}"))
     return vit
 
 
@@ -146,6 +149,8 @@ def tensors_in(checkpoint: dict) -> dict:
             inside = {"": value} if isinstance(value, torch.Tensor) else {}
         for name, tensor in inside.items():
             parts = [part for part in f"{key}.{name}".split(".") if part not in {"", *WRAPPERS}]
+            if ".".join(parts) in tensors:
+                raise Unlike(f"two tensors are called {'.'.join(parts)}")
             tensors[".".join(parts)] = tensor
     return tensors
 
@@ -191,8 +196,8 @@ def is_aside(name: str) -> bool:
     return first in ASIDE or first.startswith("decoder_")
 
 
-def describe_origin(root: str, tensors: dict, colours: str) -> str:
-    """Tell which tensors of a file were taken, how colours became grey, what was left aside."""
+def describe_origin(root: str, tensors: dict, decisions: str) -> str:
+    """Tell which tensors of a file were taken, what was decided, what was left aside."""
     depth = max(1, root.count("."))
     aside = []
     for name in tensors:
@@ -200,7 +205,7 @@ def describe_origin(root: str, tensors: dict, colours: str) -> str:
             aside.append(".".join(name.split(".")[:depth]))
         elif is_aside(name[len(root) :]):
             aside.append(root + name[len(root) :].split(".")[0])
-    line = f"encoder: {root.rstrip('.') or 'the whole file'}; {colours}"
+    line = f"encoder: {root.rstrip('.') or 'the whole file'}; {decisions}"
     aside = sorted(set(aside))
     if aside:
         line += f"; left aside: {', '.join(aside[:8])}{' ...' if aside[8:] else ''}"
@@ -364,22 +369,29 @@ def usual_heads(dim: int, is_moco: bool) -> int:
     return huge.get(dim, max(1, dim // 64))
 
 
-def normalisation(path: Path, state: dict) -> tuple:
+def settings_beside(path: Path) -> dict:
+    """Read what the folders of Hugging Face and timm say of the weights in them. → {} elsewhere"""
+    settings = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        file = path.with_name(name)
+        if file.is_file():
+            saved = json.loads(file.read_text())
+            settings |= saved | saved.get("pretrained_cfg", {})
+    return settings
+
+
+def normalisation(beside: dict, state: dict) -> tuple:
     """Find the mean and deviation of R, G, B that weights were trained with. → (them, words)
 
-    Hugging Face's and timm's folders say it beside the weights. Else timm's own ViTs, which have
-    a class head or no class token, take 0.5, and the papers' take ImageNet's.
+    beside: see settings_beside. Without them, timm's own ViTs, which have a class head or no class
+    token, take 0.5, and the papers' take ImageNet's.
     """
     if any(k.endswith("proj.weight") and v.shape[1:2] == (1,) for k, v in state.items()):
         return IMAGENET, "grey as ours"
-    for name in ("preprocessor_config.json", "config.json"):
-        file = path.with_name(name)
-        saved = json.loads(file.read_text()) if file.is_file() else {}
-        saved = saved.get("pretrained_cfg", saved)
-        mean = saved.get("image_mean", saved.get("mean"))
-        std = saved.get("image_std", saved.get("std"))
-        if mean and std:
-            return (mean, std), f"colours folded to grey, mean and std of {name}"
+    mean = beside.get("image_mean", beside.get("mean"))
+    std = beside.get("image_std", beside.get("std"))
+    if mean and std:
+        return (mean, std), f"colours folded to grey, mean {mean} and std {std} as the file beside"
     if "head.weight" in state or not any("cls_token" in name for name in state):
         return HALF, "colours folded to grey, mean and std 0.5 as timm's"
     return IMAGENET, "colours folded to grey, mean and std of ImageNet"

@@ -201,7 +201,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod.", "a."])
 def test_authors_file(tmp_path, prefix):
     official = official_state()
     path = tmp_path / "chexworld_pretrained.tar"
@@ -708,7 +708,11 @@ def test_safetensors_with_their_colours_beside_them(tmp_path, layout):
     with torch.no_grad():
         features = vit(torch.from_numpy(film).float()[None, None])[0].numpy()
     assert np.abs(features - baseline_features(film, state, 1, CHEST)).max() < 1e-4
-    assert "preprocessor_config.json" in said[0]
+    assert "mean [0.53, 0.53, 0.53] and std [0.26, 0.26, 0.26]" in said[0]
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    with torch.no_grad():
+        features = load_encoder(path)(torch.from_numpy(film).float()[None, None])[0].numpy()
+    assert np.abs(features - baseline_features(film, state, 4, CHEST)).max() < 1e-4
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BadCheckpoint, match="cut short"):
         load_encoder(path)
@@ -748,6 +752,7 @@ def test_of_several_encoders_the_teacher_is_taken_and_named(tmp_path):
         ({"blocks.0.attn.q_norm.weight": torch.ones(64)}, "q_norm"),
         ({"blocks.1.mlp.fc1.weight": torch.ones(100, 64)}, "other shapes: blocks.1.mlp.fc1.weight"),
         ({"adapter.weight": torch.ones(3)}, "adapter.weight"),
+        ({"module.norm.bias": torch.ones(64)}, "two tensors are called norm.bias"),
         ({"pos_embed": torch.ones(1, 20, 64)}, "20 positions"),
         ({"pos_embed": None}, "no pos_embed"),
         ({"cls_token": None}, "17 positions"),
