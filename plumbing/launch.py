@@ -52,10 +52,13 @@ atexit.register(last_acts.close)
 
 class Console:
     """stdout or stderr of a script that goes on when nobody can read it: a closed pipe, a full
-    disk. error: what the system then said first.
+    disk. error: what the system then said first. A letter that it lacks becomes a question mark:
+    Windows' cp1252 has no →, ≥ or θ.
     """
 
     def __init__(self, stream):
+        if hasattr(stream, "reconfigure"):  # not where a program or a test has put its own
+            stream.reconfigure(errors="replace")
         self.stream = stream
         self.error = None
 
@@ -295,10 +298,21 @@ def parse(Config, doc: str, argv: list[str] | None = None, prog: str | None = No
     for field in own_first:
         if "help" in field.metadata:
             add_flag(parser, field)
-    args = Config(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    args = Config(**{name: expand_home(value) for name, value in values.items()})
     if (getattr(args, "seed", None) or 0) < 0:  # random numbers are keyed by it, without a sign
         raise UserError(f"--seed {args.seed}: must be 0 or more")
     return args
+
+
+def expand_home(value):
+    """Put the home folder for a leading ~, as a shell does for `--data ~/cxr`, not `--data=~/cxr`.
+
+    Of tables joined by commas each. Only paths begin so; other values stay as they are.
+    """
+    if not isinstance(value, str):
+        return value
+    return ",".join(os.path.expanduser(part) for part in value.split(","))
 
 
 def add_flag(parser, field):

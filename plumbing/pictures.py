@@ -178,6 +178,10 @@ class Axes:
     def line(self, points, colour, width=1.0):
         """Connect points of (x, y), in values."""
         pixels = [tuple(self.SCALE * at for at in self.place(x, y)) for x, y in points]
+        if len(pixels) == 1:
+            radius = 1.5 * width * self.SCALE
+            left, top = pixels[0]
+            self.pen.ellipse([left - radius, top - radius, left + radius, top + radius], colour)
         self.pen.line(pixels, colour, round(width * self.SCALE), joint="curve")
 
     def text(self, at, words, size, anchor, colour=INK):
@@ -198,16 +202,22 @@ class Axes:
 
 
 def curves(series, title, x_label, y_label, log_y=False) -> Image.Image:
-    """Draw a line chart of {name: (x, y)}, with axes, round ticks and a legend; NaN is left out."""
+    """Draw a line chart of {name: (x, y)}, with axes, round ticks and a legend; NaN is left out.
+
+    A single value is a dot; without any the chart is empty.
+    """
     lines = {}
     for name, (x, y) in series.items():
         y = np.asarray(y, float)
         if log_y:
             y = np.log10(np.maximum(y, 1e-12))
         lines[name] = np.asarray(x, float), y
-    xs = np.concatenate([x for x, _ in lines.values()])
-    ys = np.concatenate([y for _, y in lines.values()])
-    axes = Axes((640, 320), xs, ys[np.isfinite(ys)], has_zero=not log_y)
+    xs = np.concatenate([[], *(x for x, _ in lines.values())])
+    ys = np.concatenate([[], *(y for _, y in lines.values())])
+    points = np.stack([xs, ys], 1)[np.isfinite(ys)]
+    if not len(points):
+        points = np.zeros((1, 2))
+    axes = Axes((640, 320), *points.T, has_zero=not log_y)
     axes.scales(log_y)
     axes.text((axes.left, 10), f"{title}  ({y_label} by {x_label})", 13, "la")
     for k, (name, (x, y)) in enumerate(lines.items()):

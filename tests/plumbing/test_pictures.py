@@ -79,6 +79,15 @@ def test_curves_survive_nan_and_single_points():
     assert pictures.curves({"flat": ([3], [2.0])}, "t", "x", "y").size == (640, 320)
 
 
+def test_curves_of_one_row_show_a_dot_and_of_none_an_empty_chart():
+    colour = np.array([0x3B, 0x6F, 0xB6])
+    nothing = ({"a": ([], [])}, {}, {"a": ([1, 2], [float("nan"), float("inf")])})
+    for series, is_seen in ({"a": ([20], [1.5])}, True), *((each, False) for each in nothing):
+        page = np.asarray(pictures.curves(series, "t", "x", "y")).astype(int)
+        assert page.shape == (320, 640, 3)
+        assert ((np.abs(page - colour).sum(2) < 60).sum() > 10) == is_seen
+
+
 def test_overlay_and_boxes():
     film = np.full((90, 90), 100, np.uint8)
     half = np.asarray(pictures.overlay(film, np.zeros((3, 3, 3), np.uint8), 0.5))
