@@ -163,7 +163,7 @@ def draw_phantoms(args, team):
     folder = Path(args.out) / "phantoms"
     table = folder / "phantoms.csv"
     if table.is_file():
-        drawn = len(table.read_text().splitlines()) - 1
+        drawn = len(table.read_text(encoding="utf-8").splitlines()) - 1
         if drawn != args.phantoms:
             raise UserError(
                 f"{folder} holds {drawn} phantoms, not {args.phantoms}: "

@@ -211,13 +211,13 @@ def keep_recipe(path: Path, recipe: dict) -> None:
     """Write down what all runs of a grid rest on. UserError when the folder holds another grid."""
     recipe = {key: str(value) for key, value in recipe.items()}
     if path.is_file():
-        refuse_other_recipe(path.parent, json.loads(path.read_text()), recipe)
+        refuse_other_recipe(path.parent, json.loads(path.read_text(encoding="utf-8")), recipe)
     write_json(path, recipe)
 
 
 def read_json(path: Path) -> dict:
     """A JSON file, or an empty dict where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def finetune_command(data, table, out, fraction, flags) -> list[str]:
@@ -288,7 +288,7 @@ class Config:
     flags: str = flag(SMALL, "flags for every pre-training run, in quotes")
     fraction: float = flag(0.1, "share of the training films to fine-tune on; 0 = no fine-tuning")
     finetune: str = flag("", "more flags for every run of finetune.py, in quotes")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
     table_only: bool = flag(False, "run nothing: the table of what is finished")
 
 

@@ -38,7 +38,7 @@ class Common:
     table: str = flag(None, "CSV about the films: only those it names are used, or its test split")
     films: int = flag(50, "films to look at, evenly from all")
     seed: int = flag(0, "of everything random")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
 
 
 def start(Config, doc, name, argv=None):
@@ -85,6 +85,11 @@ def find_weights(weights: str | None) -> Path:
     if path.is_dir():
         last = path / "last.pt"
         path = last if last.is_file() else path / "encoder.pt"
+        if not path.is_file():
+            raise UserError(
+                f"--weights {weights}: holds neither last.pt nor encoder.pt: give the folder of a "
+                "pre-training run (pretrain.py --out), or a file of weights"
+            )
     print(f"weights {path}", flush=True)
     return path
 

@@ -38,7 +38,7 @@ class Config:
     docs: str = flag("docs", "folder of the pictures")
     steps: int = flag(None, "training steps of each of the two RCDM decoders [lab.rcdm's]")
     seed: int = flag(0, "of everything random")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
 
 
 def main(argv=None):

@@ -80,7 +80,7 @@ class Config:
     ddim: int = flag(25, "steps of DDIM sampling")
     seed: int = flag(0, "of everything random but the run's hold-out")
     precision: str = flag("auto", "as in pretrain.py", ["auto", "float32", "bfloat16"])
-    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
     workers: int = flag(None, "loader processes [0 on a CPU, 8 on a GPU]")
     log_every: int = flag(20, "steps between rows of log.csv")
     save_every: int = flag(500, "steps between checkpoints")
@@ -482,7 +482,7 @@ def run_of(weights):
     path = Path(weights).parent / "config.json"
     if not path.is_file():
         return {}
-    run = json.loads(path.read_text())
+    run = json.loads(path.read_text(encoding="utf-8"))
     phantoms = Path(run["out"]) / "phantoms"
     if run["probe"] is None and Path(run["data"]) == phantoms / "films":
         run["probe"] = str(phantoms / "phantoms.csv")  # version 0.1 did not write down the demo's

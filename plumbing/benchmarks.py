@@ -518,7 +518,7 @@ TASKS = {
 # ---------------------------------------------------------------- from a name to films
 def find_root(name: str, data: str | None = None) -> Path:
     """The folder of a task: --data, or $CXR/<task>, or ./data/<task>; both RSNA tasks share one."""
-    parents = filter(None, [os.environ.get("CXR"), "data"])
+    parents = filter(None, [os.path.expanduser(os.environ.get("CXR", "")), "data"])
     names = dict.fromkeys([name, name.removesuffix("_seg")])
     tried = [Path(data)] if data else [Path(*parts) for parts in product(parents, names)]
     for folder in tried:

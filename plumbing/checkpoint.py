@@ -81,7 +81,7 @@ def save_atomic(obj, path):
 
 def write_text(path, text: str):
     """Write a text file in UTF-8, atomically; what is none, in a file name, is spelt \\udcf6."""
-    utf8 = {"encoding": "utf-8", "errors": "backslashreplace"}
+    utf8 = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     replace_with(path, lambda file: Path(file).write_text(text, **utf8))
 
 
@@ -477,7 +477,7 @@ def read_log(path) -> list[dict]:
     """Read a log.csv into {column: text} per row; a last row cut by a crash is left out."""
     if not Path(path).is_file():
         return []
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     whole_lines = text[: text.rfind("\n") + 1].splitlines()
     rows = []
     for row in csv.DictReader(whole_lines):

@@ -100,7 +100,7 @@ def walk(root):
     level = [""]
     while level:
         next_level = []
-        looks = in_threads(look, [os.path.join(root, folder) for folder in level])
+        looks = in_threads(look, [f"{root}/{folder}" for folder in level])
         for folder, (identity, now, entries, links) in zip(level, looks, strict=True):
             if identity in seen:  # a link leads back up
                 continue
@@ -175,7 +175,7 @@ def is_film_or_why(path: str) -> bool | str:
 def read_listing(root: Path, cache: Path) -> dict | None:
     """The listing in the file `cache`; None without one of this root, or when it is damaged."""
     try:
-        listing = json.loads(cache.read_text())
+        listing = json.loads(cache.read_text(encoding="utf-8"))
         is_whole = all(isinstance(listing[name], list) for name in ("films", "others"))
         is_whole &= all(isinstance(listing[name], dict) for name in ("folders", "skipped"))
         return listing if is_whole and listing["root"] == str(root.resolve()) else None
@@ -487,7 +487,7 @@ def read_stems(paths: list[Path]) -> set[str]:
     """The file names in some lists of one name per line, without suffix."""
     stems = set()
     for path in paths:
-        words = path.read_text(errors="replace").split()
+        words = path.read_text(encoding="utf-8", errors="replace").split()
         stems.update(os.path.splitext(word)[0] for word in words)
     return stems
 
@@ -536,7 +536,7 @@ def packed_paths(path: str, pack) -> set[str]:
     """
     folder = os.path.dirname(path)
     paths = set(pack.names)
-    for place in (folder, os.path.join(folder, pack.folder)):
+    for place in (folder, f"{folder}/{pack.folder}" if folder else pack.folder):
         paths.update(f"{place}/{name}" for name in pack.names)
     return paths
 

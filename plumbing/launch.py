@@ -261,7 +261,7 @@ class TrainFlags:
         ["auto", "float32", "bfloat16"],
     )
     compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
-    device: str = flag("auto", "auto, cpu, cuda or cuda:1")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, or mps (Apple's GPUs, untested)")
     workers: int = flag(
         None,
         "loader processes [8 per GPU; on a CPU 0, in pretrain.py 1 unless films fit in memory]",
@@ -414,7 +414,8 @@ class Team:
 def start_team(name: str = "auto") -> Team:
     """Join torchrun's processes where there are any: by nccl on GPUs, by gloo on CPUs.
 
-    name: auto, cpu, cuda (the local rank's GPU) or cuda:1. Raises UserError when it is not there.
+    name: auto, cpu, cuda (the local rank's GPU), cuda:1 or mps. Raises UserError when it is not
+    there. auto never takes mps, which nobody has tested.
     """
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -437,12 +438,16 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
             "--device cuda, but this PyTorch sees no GPU: "
             "use --device cpu or install a CUDA build of torch"
         )
+    if name.startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError("--device mps, but this PyTorch sees no Apple GPU: use --device cpu")
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: wanted auto, cpu, cuda or cuda:1") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: wanted auto, cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(f"--device {device}, but this PyTorch sees {count} GPU(s)")
@@ -464,6 +469,8 @@ def choose_precision(name: str, device: torch.device) -> str:
         has_bfloat16 = torch.cuda.is_bf16_supported()
     elif device.type == "cuda":  # is_bf16_supported is true of V100 and T4, too: they emulate it
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "mps":  # untested
+        has_bfloat16 = False
     else:  # a CPU without these instructions emulates it, slower than float32
         ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         has_bfloat16 = ask is not None and ask()

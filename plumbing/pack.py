@@ -458,7 +458,7 @@ def cut_to_whole_films(part: Path, journal: Path, first_line: str) -> list[str]:
     The kill may have cut the last line and the last film; after a power cut, the films' bytes may
     be fewer than the journal says.
     """
-    text = journal.read_text(encoding="utf-8")
+    text = journal.read_text(encoding="utf-8", errors="replace")  # a kill may cut a letter
     first, *lines = text[: text.rindex("\n")].split("\n")
     if first != first_line:
         raise UserError(

@@ -182,7 +182,8 @@ class Axes:
             radius = 1.5 * width * self.SCALE
             left, top = pixels[0]
             self.pen.ellipse([left - radius, top - radius, left + radius, top + radius], colour)
-        self.pen.line(pixels, colour, round(width * self.SCALE), joint="curve")
+        if len(pixels) > 1:
+            self.pen.line(pixels, colour, round(width * self.SCALE), joint="curve")
 
     def text(self, at, words, size, anchor, colour=INK):
         """Write at (left, top), px on the finished page."""

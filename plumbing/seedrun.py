@@ -50,7 +50,7 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
         return path, "as asked"
     begun = out / f"seed{args.seed}" / "config.json"
     if begun.is_file():  # a newer pre-training run must not change what this run started from
-        path = json.loads(begun.read_text())["weights"]
+        path = json.loads(begun.read_text(encoding="utf-8"))["weights"]
         return (None if path == "none" else Path(path)), f"as in the run in {out}"
     newest = checkpoint.newest_run()
     if newest is None:
@@ -195,12 +195,14 @@ def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
         checkpoint.remove_leftovers(folder)
         config = folder / "config.json"
         if config.is_file():
-            checkpoint.refuse_other_recipe(folder, json.loads(config.read_text()), recipe)
+            checkpoint.refuse_other_recipe(
+                folder, json.loads(config.read_text(encoding="utf-8")), recipe
+            )
         checkpoint.write_json(config, recipe)
     path = folder / "result.json"
     if not path.is_file():
         return None
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     return result if result["over"] or result["steps"] >= end else None
 
 

@@ -32,6 +32,11 @@ def test_read_whole_names_the_unreadable_films():
         common.some_films(Films({"b": None}), None, 1, 8)
 
 
+def test_a_folder_without_weights_is_one_line_that_says_what_to_give(tmp_path):
+    with pytest.raises(UserError, match="holds neither last.pt nor encoder.pt: give the folder"):
+        common.find_weights(str(tmp_path))
+
+
 def test_pooled_is_the_mean_token_whatever_the_batch():
     torch.manual_seed(0)
     vit = ViT(32, 8, 32, 1, 4)

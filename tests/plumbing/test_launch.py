@@ -40,6 +40,20 @@ def test_defaults_and_values():
     assert kinds == (float, int, int)
 
 
+def test_a_leading_tilde_is_the_home_folder_in_every_flag(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("USERPROFILE", "/home/ada")
+    for words, path in {
+        "--data=~/x": "/home/ada/x",
+        "--data ~/x": "/home/ada/x",
+        "--data=~": "/home/ada",
+        "--data=~/a.csv,~/b~.csv,c.csv": "/home/ada/a.csv,/home/ada/b~.csv,c.csv",
+        "--data=x/~y": "x/~y",
+        "--data=none": "none",
+    }.items():
+        assert parse(Config, "", words.split()).data == path
+
+
 WRONG = {
     "--lrr 1": ["--lrr", "did you mean --lr?"],
     "--lrr=1": ["--lrr", "did you mean --lr?"],
@@ -249,12 +263,24 @@ def test_a_console_that_cannot_be_written_ends_no_script(tmp_path, stream):
 # ---- Processes and precision
 @pytest.mark.parametrize(
     "device",
-    ["gpu", "cpuu", "", "cuda:x"] + ([] if torch.cuda.is_available() else ["cuda", "cuda:1"]),
+    ["gpu", "cpuu", "", "cuda:x", "meta"]
+    + ([] if torch.cuda.is_available() else ["cuda", "cuda:1"]),
 )
 def test_a_device_that_is_not_there(device):
     with pytest.raises(UserError, match="--device") as error:
         launch.start_team(device)
     assert "\n" not in str(error.value)
+
+
+def test_apples_gpu_is_taken_when_asked_for_and_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="^--device mps, but this PyTorch sees no Apple GPU"):
+        launch.start_team("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert launch.start_team("mps").device == torch.device("mps")
+    assert launch.start_team("auto").device == torch.device("cpu")  # nobody has tested it
+    assert launch.choose_precision("auto", torch.device("mps")) == "float32"
 
 
 def test_a_team_of_one(monkeypatch, capsys):
