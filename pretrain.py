@@ -150,7 +150,7 @@ def refuse_other_settings(args):
     """Raise UserError when --out holds a run with other settings, before films are drawn for it."""
     out = Path(args.out)
     if (out / "last.pt").is_file() and (out / "config.json").is_file():
-        runs = [json.loads((out / "config.json").read_text()), vars(args)]
+        runs = [json.loads((out / "config.json").read_text(encoding="utf-8")), vars(args)]
         saved, wanted = ({k: v for k, v in run.items() if k not in FREE} for run in runs)
         checkpoint.refuse_other_recipe(out, saved, wanted)
 

@@ -107,9 +107,10 @@ def began_at(process: int) -> str:
     Numbers of processes are used again, with another beginning.
     """
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+    return status.rpartition(")")[2].split()[19]
 
 
 def is_running(process: int) -> bool | None:
@@ -158,7 +159,7 @@ class Lock:
         """Write the lock file, or raise UserError."""
         text = json.dumps(self.owner)
         try:
-            with open(self.path, "x") as file:
+            with open(self.path, "x", encoding="utf-8") as file:
                 file.write(text)
             return
         except FileExistsError:
@@ -176,7 +177,7 @@ class Lock:
     def read(self) -> dict:
         """What the lock file says; {} while it is being written."""
         try:
-            return json.loads(self.path.read_text())
+            return json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
 
@@ -463,7 +464,9 @@ class Log:
         self.waiting.append(",".join(cells) + "\n")
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
-            with open(self.path, "a") as file:  # closed again: every row is on disk at once
+            with open(
+                self.path, "a", encoding="utf-8"
+            ) as file:  # closed again: every row is on disk at once
                 file.write("".join(self.waiting))
             self.waiting = []
         except OSError as error:

@@ -144,7 +144,7 @@ def test_main_in_process(capsys):
         raise KeyboardInterrupt
 
     def terminate():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         time.sleep(60)
 
     before = signal.getsignal(signal.SIGTERM)
