@@ -464,9 +464,8 @@ class Log:
         self.waiting.append(",".join(cells) + "\n")
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
-            with open(
-                self.path, "a", encoding="utf-8"
-            ) as file:  # closed again: every row is on disk at once
+            # closed again: every row is on disk at once
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(self.waiting))
             self.waiting = []
         except OSError as error:
