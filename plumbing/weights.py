@@ -375,7 +375,7 @@ def settings_beside(path: Path) -> dict:
     for name in ("config.json", "preprocessor_config.json"):
         file = path.with_name(name)
         if file.is_file():
-            saved = json.loads(file.read_text())
+            saved = json.loads(file.read_text(encoding="utf-8"))
             settings |= saved | saved.get("pretrained_cfg", {})
     return settings
 
