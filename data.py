@@ -29,7 +29,13 @@ from plumbing.pack import Films, InMemory, Pack, check_and_report, find_out, pac
 
 # ---------------------------------------------------------------- films
 def open_films(
-    root, cache_dir=None, side: int = 320, patients=None, mimic_all=False, without=None
+    root,
+    cache_dir=None,
+    side: int = 320,
+    patients=None,
+    mimic_all=False,
+    without=None,
+    should_crop=False,
 ) -> Films:
     """All films below the folder `root`, or in the packed file `root` → Films.
 
@@ -37,7 +43,7 @@ def open_films(
     films are shrunk, px. patients: CSV (filename, patient_id) for films of your own; without it
     every one of them counts as a patient of its own. mimic_all: take MIMIC's validation and test
     films, too. without: a packed file below root that does not count, since it is to be made.
-    Raises UserError when there is no film.
+    should_crop: without large black borders. Raises UserError when there is no film.
     """
     root = Path(root).expanduser()
     with_suffix = Path(f"{root}.pack")
@@ -64,7 +70,7 @@ def open_films(
         patient_of |= told
         summary.append(note)
     summary += index.notes + [pack.summary for pack in packs.values()]
-    return Films(root, patient_of, list(packs.values()), side, summary)
+    return Films(root, patient_of, list(packs.values()), side, summary, should_crop)
 
 
 # ---------------------------------------------------------------- pre-training
@@ -289,6 +295,7 @@ class Config:
     side: int = flag(320, "pack: short side in px; larger films are shrunk, 0 keeps them")
     workers: int = flag(count_cpus(), "reading processes")
     patients: str = flag(None, "CSV with columns filename,patient_id for films of your own")
+    crop_borders: bool = flag(False, "pack: cut off black borders where they are large")
     mimic_all: bool = flag(False, "take MIMIC's validation and test films, too")
 
 
@@ -303,7 +310,8 @@ def main():
             "or python data.py pack --data DIR --out cxr.pack"
         )
     out = find_out(args.out) if word == "pack" else None
-    films = open_films(args.data, None, args.side, args.patients, args.mimic_all, without=out)
+    choice = dict(mimic_all=args.mimic_all, without=out, should_crop=args.crop_borders)
+    films = open_films(args.data, None, args.side, args.patients, **choice)
     print("\n".join(films.summary))
     if word == "check":
         check_and_report(films, args.workers)

@@ -35,13 +35,15 @@ class Films:
     """films[i] → uint8 (H, W), short side at most `side` px (0 = as stored); raises UnreadableFilm.
 
     The files below `root` come first, then what packed files hold. names: paths below the root;
-    patients: who is on each film; summary: lines that say what was recognised.
+    patients: who is on each film; summary: lines that say what was recognised; should_crop: whether
+    files are read without their black borders.
     """
 
-    def __init__(self, root, patient_of, packs, side, summary):
+    def __init__(self, root, patient_of, packs, side, summary, should_crop=False):
         self.root = str(root)
         self.packs = packs
         self.side = side
+        self.should_crop = should_crop
         self.summary = summary
         self.names = list(patient_of)
         self.patients = list(patient_of.values())
@@ -57,7 +59,7 @@ class Films:
 
     def __getitem__(self, i):
         if i < self.file_count:
-            return read_shrunk(f"{self.root}/{self.names[i]}", self.side)
+            return read_shrunk(f"{self.root}/{self.names[i]}", self.side, self.should_crop)
         pack, k = self.find_packed(i)
         return pack[k]
 
@@ -172,7 +174,9 @@ class Pack:
         # Of the films and then the unreadable ones; a pack of an earlier version does not know.
         count = len(self.names) + len(self.unreadable)
         self.states = about.get("states", [None] * count)
+        self.should_crop = about.get("cropped", False)
         size = f"short side at most {self.side or 'as it was'}"
+        size += ", black borders cropped" if self.should_crop else ""
         self.summary = f"{path}: {len(self.names):,} packed films, {size}"
 
     def __len__(self):
@@ -356,6 +360,11 @@ def renew(films, states: list, old: Pack) -> Renewed | None:
             f"{old.path} was packed at --side {old.side}, not {films.side}: choose another --out, "
             "or delete it"
         )
+    if old.should_crop != films.should_crop:
+        words = "with" if old.should_crop else "without"
+        raise UserError(
+            f"{old.path} was packed {words} --crop_borders: choose another --out, or delete it"
+        )
     number = {name: i for i, name in enumerate(films.names)}
     names = old.names + [name for name, _ in old.unreadable]
     is_there = [name in number for name in names]
@@ -449,7 +458,8 @@ def divide_lines(films, lines: list[str]) -> tuple:
 
 def describe_films(films) -> str:
     """First line of the journal: packing goes on only with the same films at the same side."""
-    return f"{films.side} {len(films)} {zlib.crc32(json.dumps(films.names).encode())}"
+    first = f"{films.side} {len(films)} {zlib.crc32(json.dumps(films.names).encode())}"
+    return first + " cropped" if films.should_crop else first
 
 
 def cut_to_whole_films(part: Path, journal: Path, first_line: str) -> list[str]:
@@ -499,6 +509,7 @@ def append_index(part: Path, films, packed, table: np.ndarray, unreadable: list,
         "side": films.side,
         "folder": os.path.basename(os.path.abspath(films.root)),
         "bad": unreadable,
+        "cropped": films.should_crop,
         "states": [state_of[name] for name in names + [name for name, _ in unreadable]],
     }
     stream = io.BytesIO()
