@@ -29,13 +29,7 @@ from plumbing.pack import Films, InMemory, Pack, check_and_report, find_out, pac
 
 # ---------------------------------------------------------------- films
 def open_films(
-    root,
-    cache_dir=None,
-    side: int = 320,
-    patients=None,
-    mimic_all=False,
-    without=None,
-    should_crop=False,
+    root, cache_dir=None, side=320, patients=None, mimic_all=False, without=None, should_crop=False
 ) -> Films:
     """All films below the folder `root`, or in the packed file `root` → Films.
 

@@ -349,12 +349,8 @@ class Renewed:
         return self.films.verified(i)
 
 
-def renew(films, states: list, old: Pack) -> Renewed | None:
-    """What to pack when the pack `old` is there already; None when nothing has changed since.
-
-    states: of the films. UserError when `old` was made otherwise, or when films have come while
-    others have gone: what is no longer there cannot be made again, so nobody else decides.
-    """
+def refuse_other_settings(films, old: Pack):
+    """UserError when the pack `old` was made with another --side or --crop_borders."""
     if old.side != films.side:
         raise UserError(
             f"{old.path} was packed at --side {old.side}, not {films.side}: choose another --out, "
@@ -365,6 +361,15 @@ def renew(films, states: list, old: Pack) -> Renewed | None:
         raise UserError(
             f"{old.path} was packed {words} --crop_borders: choose another --out, or delete it"
         )
+
+
+def renew(films, states: list, old: Pack) -> Renewed | None:
+    """What to pack when the pack `old` is there already; None when nothing has changed since.
+
+    states: of the films. UserError when `old` was made otherwise, or when films have come while
+    others have gone: what is no longer there cannot be made again, so nobody else decides.
+    """
+    refuse_other_settings(films, old)
     number = {name: i for i, name in enumerate(films.names)}
     names = old.names + [name for name, _ in old.unreadable]
     is_there = [name in number for name in names]

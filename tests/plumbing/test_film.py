@@ -4,12 +4,13 @@ import importlib.util
 import io
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 from conftest import REAL
 from films_for_tests import TINY, film, jpeg, needs_real
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, PngImagePlugin, features
 
 from plumbing.film import UnreadableFilm, crop_borders, fit, read_film, read_mask, read_shrunk
 
@@ -174,6 +175,79 @@ def test_sixteen_bits_are_spread_by_percentiles(tmp_path):
     assert np.abs(read_film(white_zero).astype(int) - picture).max() <= 2
     real = save(tmp_path, "float.tif", Image.fromarray(deep.astype(np.float32) / 7 - 3))
     assert np.abs(read_film(real).astype(int) - picture).max() <= 1
+
+
+def test_whatever_pillow_opens_is_a_film(tmp_path):
+    grey = film(5)
+    deep = grey.astype(np.uint16) * 257
+    plain = Image.fromarray(grey)
+    for name, image, options in (
+        ("film.pgm", plain, {}),
+        ("film.ppm", plain.convert("RGB"), {}),
+        ("film.dib", plain, {}),
+        ("film.dcm", plain, {"format": "PNG"}),
+        ("film", plain, {"format": "TIFF"}),
+        ("film.jp2", plain, {}),
+        ("film.j2k", plain, {}),
+        ("gamma.png", plain, {"pnginfo": gamma(0.01)}),
+        ("cmyk.jpg", plain.convert("CMYK"), {"quality": 100}),
+        ("ycbcr.tif", plain.convert("YCbCr"), {}),
+        ("apng.png", plain, {"save_all": True, "append_images": [Image.fromarray(film(6))]}),
+    ):
+        picture = read_film(save(tmp_path, name, image, **options))
+        assert np.abs(picture.astype(int) - grey).max() <= 3, name
+    if features.check("avif"):
+        picture = read_film(save(tmp_path, "film.avif", plain, quality=100))
+        assert np.abs(picture.astype(int) - grey).max() <= 6
+    spread = read_film(save(tmp_path, "deep.png", Image.fromarray(deep))).astype(int)
+    big = Image.frombytes("I;16B", plain.size, deep.astype(">u2").tobytes())
+    holes = deep.astype(np.float32)
+    holes[:5, :5] = np.nan
+    holes[5, :5] = np.inf
+    for name, image in (("big.tif", big), ("i32.tif", Image.fromarray(deep.astype(np.int32)))):
+        assert np.abs(read_film(save(tmp_path, name, image)) - spread).max() <= 1, name
+    picture = read_film(save(tmp_path, "holes.tif", Image.fromarray(holes)))
+    assert np.abs(picture.astype(int) - spread)[6:].max() <= 6 and (picture[:5, :5] == 0).all()
+    save(tmp_path, "bits.png", Image.fromarray(grey > 128))
+    with pytest.raises(UnreadableFilm, match="black-and-white"):
+        read_film(tmp_path / "bits.png")
+
+
+def gamma(value):
+    info = PngImagePlugin.PngInfo()
+    info.add(b"gAMA", int(value * 100000).to_bytes(4, "big"))
+    return info
+
+
+def png_16(colours):
+    """A PNG of 16-bit colours (H, W, 3), which Pillow cannot write."""
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + check
+
+    height, width, _ = colours.shape
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_16_bit_colour_is_read_or_refused_but_never_posterised(tmp_path):
+    grey = film(5)
+    for factor in (257, 16):
+        colours = np.dstack([grey.astype(np.uint16) * factor] * 3)
+        (tmp_path / "film.png").write_bytes(png_16(colours))
+        if factor == 257:
+            assert np.abs(read_film(tmp_path / "film.png").astype(int) - grey).max() <= 1
+        else:
+            with pytest.raises(UnreadableFilm, match="16-bit colour with few bits used"):
+                read_film(tmp_path / "film.png")
+    (tmp_path / "mask.png").write_bytes(png_16(np.dstack([LUNGS.astype(np.uint16)] * 3)))
+    with pytest.raises(UnreadableFilm, match="16-bit colour"):
+        read_mask(("file", tmp_path / "mask.png"), None)
+    (tmp_path / "mask.png").write_bytes(png_16(np.dstack([GREY[255].astype(np.uint16) * 257] * 3)))
+    assert np.array_equal(read_mask(("file", tmp_path / "mask.png"), None), LUNGS > 0)
 
 
 def test_exif_rotation_is_applied(tmp_path):
