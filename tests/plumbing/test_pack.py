@@ -159,7 +159,7 @@ def test_films_that_came_or_changed_after_packing(tmp_path, capsys, monkeypatch,
     read = []
     real = plumbing.pack.read_shrunk
     monkeypatch.setattr(
-        plumbing.pack, "read_shrunk", lambda path, side: read.append(path) or real(path, side)
+        plumbing.pack, "read_shrunk", lambda path, *how: read.append(path) or real(path, *how)
     )
     packed = pack(tmp_path, out=out)
     said = capsys.readouterr().out
