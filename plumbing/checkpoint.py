@@ -322,18 +322,20 @@ def read_safetensors(path: Path) -> dict:
     """
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
     kinds |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        data = bytearray(content[start + first : start + last])
-        if len(data) != last - first:
-            raise ValueError(f"cut short: {name} is not whole")
-        flat = torch.frombuffer(data, dtype=kinds[entry["dtype"]])
-        tensors[name] = flat.view(entry["shape"])
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            if 8 + length + last > size:
+                raise ValueError(f"cut short: {name} is not whole")
+            file.seek(8 + length + first)
+            data = bytearray(file.read(last - first))
+            flat = torch.frombuffer(data, dtype=kinds[entry["dtype"]])
+            tensors[name] = flat.view(entry["shape"])
     return tensors
 
 

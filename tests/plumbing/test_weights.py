@@ -330,9 +330,11 @@ def test_random_bytes_never_raise_anything_else(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "noise.pt"
     for k in range(400):
-        path.write_bytes(rng.bytes(1 + k % 40))
-        with pytest.raises(BadCheckpoint):
-            load_encoder(path)
+        noise = rng.bytes(1 + k % 40)
+        for content in (noise, noise[:8] + b"{" + noise[8:], noise[:2] + bytes(6) + b"{}" + noise):
+            path.write_bytes(content)
+            with pytest.raises(BadCheckpoint):
+                load_encoder(path)
 
 
 @pytest.mark.parametrize("how", ["whole", "in model", "in args", "legacy", "bare pickle"])
