@@ -192,7 +192,7 @@ def depth_of(state: dict, prefix: str = "blocks.") -> int:
 
 def is_aside(name: str) -> bool:
     """Tell whether a name is that of a head or a decoder, which an encoder does without."""
-    first = name.split(".")[0].removeprefix("embeddings.")
+    first = name.removeprefix("embeddings.").split(".")[0]
     return first in ASIDE or first.startswith("decoder_")
 
 
@@ -204,7 +204,7 @@ def describe_origin(root: str, tensors: dict, decisions: str) -> str:
         if not name.startswith(root):
             aside.append(".".join(name.split(".")[:depth]))
         elif is_aside(name[len(root) :]):
-            aside.append(root + name[len(root) :].split(".")[0])
+            aside.append(root + name[len(root) :].removeprefix("embeddings.").split(".")[0])
     line = f"encoder: {root.rstrip('.') or 'the whole file'}; {decisions}"
     aside = sorted(set(aside))
     if aside:

@@ -711,6 +711,7 @@ def test_safetensors_with_their_colours_beside_them(tmp_path, layout):
         features = vit(torch.from_numpy(film).float()[None, None])[0].numpy()
     assert np.abs(features - baseline_features(film, state, 1, CHEST)).max() < 1e-4
     assert "mean [0.53, 0.53, 0.53] and std [0.26, 0.26, 0.26]" in said[0]
+    assert ("left aside: mask_token" in said[0]) == (layout == "Dinov2Model")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     with torch.no_grad():
         features = load_encoder(path)(torch.from_numpy(film).float()[None, None])[0].numpy()
