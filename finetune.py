@@ -83,10 +83,13 @@ class Config(launch.TrainFlags):
         "with few films [probe for task csv]",
         ["random", "probe"],
     )
-    seed: int = flag(0, "first seed: of new layers, order, augmentation and draws of films")
-    seeds: int = flag(1, "number of seeds; the result is their mean and standard deviation")
-    fraction: float = flag(1.0, "share of the training films to use, drawn by seed")
-    shots: int = flag(None, "training films per class, drawn by seed, or MedFM's own lists")
+    seed: int = flag(0, "first seed: of new layers, order and augmentation")
+    seeds: int = flag(
+        1, "number of seeds, the paper's is five; the result is mean and standard deviation"
+    )
+    fraction: float = flag(1.0, "share of the training films to use, the same for all seeds")
+    shots: int = flag(None, "training films per class, or MedFM's own lists; alike for all seeds")
+    draw: int = flag(0, "another number draws other films for --fraction or --shots")
     size: str = flag(None, "network from scratch, with --weights none [base]", list(SIZES))
     image: int = flag(None, "side of a film for the network, px [as pre-trained; scratch 224]")
     patch: int = flag(None, "side of a patch, px [as pre-trained; scratch 16; siim and rsna_seg 8]")
@@ -102,6 +105,11 @@ class Config(launch.TrainFlags):
     memory_gb: float = flag(16.0, "keep the films decoded if all processes need less than this")
     log_every: int = flag(10, "steps between rows of log.csv")
     save_every: int = flag(500, "steps between checkpoints, beside those at every validation")
+    is_cut: bool = False  # no flag: whether the set has more training films than are used
+
+
+# Flags that do nothing where no step is trained.
+OF_STEPS = "epochs lr weight_decay layer_decay drop_path warmup patience max_steps head batch"
 
 
 def check(args: Config):
@@ -117,15 +125,33 @@ def check(args: Config):
     ):
         if is_wrong:
             raise UserError(message)
+    if args.eval:
+        of_training = f"{OF_STEPS} freeze seed seeds fraction shots draw size image patch"
+        seedrun.refuse_idle(args, of_training, "--eval, which trains nothing")
+    if args.task != "csv":
+        seedrun.refuse_idle(args, "labels column uncertain", f"--task {args.task}: it is for csv")
+    if args.fraction == 1 and not args.shots:
+        seedrun.refuse_idle(args, "draw", "all training films: give --fraction or --shots, too")
 
 
-def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
+def check_kind(args: Config, kind: str):
+    """Raise UserError on flags that do nothing for this kind of task."""
+    if kind == "mask":
+        seedrun.refuse_idle(args, "head ten_crop", "segmentation")
+        if args.freeze:
+            seedrun.refuse_idle(args, "drop_path layer_decay", "a frozen encoder")
+    elif args.freeze:
+        seedrun.refuse_idle(args, OF_STEPS, "--freeze, which solves a linear probe without steps")
+
+
+def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Config, list[str]]:
     """Fill in every setting that the user left open. → (a filled copy of args, reasons)
 
     What the user gave comes first, then our settings for small networks, then the task's recipe.
     A batch is never larger than the films, and warm-up never longer than a tenth of the epochs.
-    shape: encoder_shape. films: number of training films.
+    shape: encoder_shape. films: number of training films; is_cut: the set has more.
     """
+    check_kind(args, kind)
     is_own_masks = kind == "mask" and args.task == "csv"
     defaults = dict(SEGMENT if is_own_masks else TASKS[args.task].recipe)
     defaults["image"] = args.image or shape["image"]
@@ -140,12 +166,13 @@ def fill_in(args: Config, kind, shape, films, team) -> tuple[Config, list[str]]:
         if taken:
             reasons.append(f"For a small network we take {' and '.join(taken)}.")
     left_open = {name: value for name, value in defaults.items() if getattr(args, name) is None}
-    filled = dataclasses.replace(args, **left_open)
+    filled = dataclasses.replace(args, **left_open, is_cut=is_cut)
     filled.precision = launch.choose_precision(args.precision, team.device)
 
     reasons += seedrun.share_batch(filled, films, team.size)
     per_epoch = max(1, films // filled.batch)
-    may_raise = args.epochs is None and args.task not in results.PUBLISHED
+    is_published = args.task in results.PUBLISHED and not is_cut
+    may_raise = args.epochs is None and not is_published
     if may_raise and filled.epochs * per_epoch < MIN_STEPS:
         filled.epochs = math.ceil(MIN_STEPS / per_epoch)
         reasons.append(f"The films are few: epochs are raised to reach {MIN_STEPS} steps.")
@@ -232,7 +259,7 @@ def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
 # ---- Loss, prediction, judgement
 @dataclasses.dataclass
 class TaskData:
-    """The task at hand and its films. All seeds share it, but for the films to train on."""
+    """The task at hand and its films."""
 
     kind: str  # labels: none, one or several hold; classes: exactly one; mask: segmentation
     labels: tuple
@@ -244,9 +271,8 @@ class TaskData:
     without_truth: frozenset = frozenset()  # numbers of test films whose true mask nobody knows
 
     def open(self, split: str, examples: list):
-        """Open the films of a split, unless the seed before used the same."""
-        if split not in self.films or self.films[split].examples != examples:
-            self.films[split] = open_examples(examples, self.size, self.in_memory)
+        """Open the films of a split."""
+        self.films[split] = open_examples(examples, self.size, self.in_memory)
 
 
 def loss_of(kind, logits, goal):
@@ -625,23 +651,26 @@ def main():
     results.refuse_untestable(splits)
     task = open_task(args, splits, args.image or shape["image"], root, team)
 
-    # ---- 4. Each seed is trained and tested, with its own draw of few training films.
+    # ---- 4. The training films: few may be wanted, the same for all seeds. The recipe.
+    examples = splits.train
+    if not splits.drawn:  # else they are drawn already, by the set's own lists
+        examples = draw_few(splits.train, args.fraction, args.shots, args.draw)
+    if len(examples) < len(splits.train):
+        team.say(results.describe_draw(splits, examples))
+    task.open("train", examples)
+    films = len(examples)
+    is_cut = films < len(splits.train) or results.is_part(splits)
+    filled, reasons = fill_in(args, splits.kind, shape, films, team, is_cut)
+    steps = seedrun.count_steps(filled, splits.kind, films)
+    team.say(results.describe_recipe(filled, films, steps, reasons))
+
+    # ---- 5. Each seed is trained and tested.
     seed_results = []
     for seed in range(args.seed, args.seed + args.seeds):
-        examples = splits.train
-        if not splits.drawn:  # else they are drawn already, by the set's own lists
-            examples = draw_few(splits.train, args.fraction, args.shots, seed)
-        if len(examples) < len(splits.train):
-            team.say(results.describe_draw(splits, examples, seed))
-        task.open("train", examples)
-        filled, reasons = fill_in(args, splits.kind, shape, len(examples), team)
-        if seed == args.seed:
-            steps = seedrun.count_steps(filled, splits.kind, len(examples))
-            team.say(results.describe_recipe(filled, len(examples), steps, reasons))
         folder = out / f"seed{seed}"
         seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))
 
-    # ---- 5. The mean over the seeds.
+    # ---- 6. The mean over the seeds.
     results.summarise(out, vars(args), splits, weights, seed_results, team)
     team.leave()
 

@@ -372,6 +372,8 @@ def every_film(index, kind, labels) -> Found:
     """All films below a folder, of which nothing is known, for a finished model to predict."""
     target = () if kind == "mask" else (None,) * len(labels)
     films = [name for name in index.films if not MASK_FOLDER.search(name)]
+    if not films:
+        raise UserError(f"--data {index.root}: no film below it, so there is nothing to predict")
     rows = [Row(name, target, path=index.root / name) for name in films]
     notes = [f"test: all {len(rows)} films below the folder, of which no label is known"]
     return Found({"test": rows}, notes, kind=kind, labels=labels)
@@ -577,7 +579,8 @@ def examples_of(index, found: Found, split: str, kind, labels) -> list[Example]:
             raise UserError(f"{index.root}: {row.name} has {len(row.target)} labels, not {length}")
     paths = [row.path for row in rows]
     if None in paths:
-        paths = index.find([row.name for row in rows], found.depth, f"the {split} list")
+        what = "the table of labels" if split == "all" else f"the {split} list"
+        paths = index.find([row.name for row in rows], found.depth, what)
     return [
         Example(path, row.target, row.patient or row.name, row.mask)
         for path, row in zip(paths, rows, strict=True)

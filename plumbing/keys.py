@@ -18,8 +18,8 @@ STEP = 4  # (seed, step): jitter, actions and masks of a global batch
 TRAIN_VIEW = 5  # (seed, epoch, film): crop and flip of a training film
 TRAIN_JITTER = 6  # (seed, step): brightness and contrast of a batch
 DROP_PATH = 8  # (seed, step): which residual branches the films of a batch skip
-DRAW_FRACTION = 11  # (seed): the training films of --fraction
-DRAW_SHOTS = 12  # (seed): the order in which --shots looks for films of every class
+DRAW_FRACTION = 11  # (draw): the training films of --fraction
+DRAW_SHOTS = 12  # (draw): the order in which --shots looks for films of every class
 BOOTSTRAP = 14  # (): the patients of every redraw that a 95 % interval is made of
 # analyses
 SURPRISE = 9  # (seed): the halves that judge each other

@@ -71,9 +71,15 @@ def refuse_untestable(splits: Splits):
             )
 
 
-def describe_draw(splits: Splits, drawn: list, seed: int) -> str:
-    """Tell how many training films a seed draws, and what these cannot teach."""
-    line = f"seed {seed}: {len(drawn)} of the {len(splits.train)} training films drawn"
+def is_part(splits: Splits) -> bool:
+    """Whether the training films are few of those that a set of the paper has."""
+    task = TASKS[splits.task]
+    return splits.drawn or bool(task.paper and len(splits.train) < 0.9 * task.sizes[0])
+
+
+def describe_draw(splits: Splits, drawn: list) -> str:
+    """Tell how many training films are drawn, and what these cannot teach."""
+    line = f"drawn: {len(drawn)} of the {len(splits.train)} training films, for all seeds"
     return "\n  ".join([line, *class_warnings(replace(splits, train=drawn), ["train"])])
 
 

@@ -33,6 +33,14 @@ def choose_out(args) -> Path:
     return Path("runs") / (Path(args.labels).stem if args.labels else args.task)
 
 
+def refuse_idle(args, names: str, why: str):
+    """UserError when one of the flags `names` was given although it does nothing with `why`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    for name in names.split():
+        if getattr(args, name) != defaults[name]:
+            raise UserError(f"--{name} does nothing with {why}: leave it out")
+
+
 def choose_weights(args, out: Path) -> tuple[Path | None, str]:
     """Find the weights to start from. → (path, None for random weights; why these)"""
     if args.weights == "none":
@@ -156,17 +164,22 @@ class Steps(NamedTuple):
     per_epoch: int
     total: int  # of the whole schedule
     end: int  # where this run ends: --max_steps may cut it short
-    between_validations: int  # an epoch, or a fiftieth of all, whichever is longer
+    between_validations: int
 
 
 def count_steps(args, kind, films: int) -> Steps:
-    """Count the steps for so many training films. An epoch has whole batches only."""
+    """Count the steps for so many training films. An epoch has whole batches only.
+
+    Between two validations lies a fiftieth of all steps or, where that is shorter than an epoch of
+    a whole set, an epoch.
+    """
     if args.freeze and kind != "mask":
         return Steps(0, 0, 0, 0)  # a linear probe is computed, not trained
     per_epoch = films // args.batch
     total = args.epochs * per_epoch
     end = min(total, args.max_steps or total)
-    return Steps(per_epoch, total, end, between_validations=max(per_epoch, total // 50))
+    shortest = 1 if args.is_cut else per_epoch
+    return Steps(per_epoch, total, end, between_validations=max(shortest, total // 50))
 
 
 def recipe_of(settings: dict, weights: Path | None, vit, examples) -> dict:
@@ -186,6 +199,22 @@ def recipe_of(settings: dict, weights: Path | None, vit, examples) -> dict:
     }
 
 
+def refuse_other_run(folder: Path, saved: dict, recipe: dict):
+    """UserError when the run in `folder` was begun with other flags, weights or films."""
+    of_films = {"films_are", "films", "weights_are", "is_cut"}
+    flags = [{k: v for k, v in run.items() if k not in of_films} for run in (saved, recipe)]
+    checkpoint.refuse_other_recipe(folder, *flags)
+    for name, what in (
+        ("films_are", "the training films or their labels have"),
+        ("weights_are", f"what {recipe['weights']} holds has"),
+    ):
+        if saved.get(name) != recipe[name]:
+            raise UserError(
+                f"{folder} holds a run, but {what} changed since: "
+                "choose another --out, or delete it to start anew"
+            )
+
+
 def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
     """Write config.json. UserError when the folder holds a run with another recipe.
 
@@ -195,9 +224,8 @@ def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
         checkpoint.remove_leftovers(folder)
         config = folder / "config.json"
         if config.is_file():
-            checkpoint.refuse_other_recipe(
-                folder, json.loads(config.read_text(encoding="utf-8")), recipe
-            )
+            saved = json.loads(config.read_text(encoding="utf-8"))
+            refuse_other_run(folder, saved, recipe)
         checkpoint.write_json(config, recipe)
     path = folder / "result.json"
     if not path.is_file():

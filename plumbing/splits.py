@@ -204,19 +204,19 @@ def refuse_shared_patients(parts: dict):
                 )
 
 
-def draw_few(examples, fraction=1.0, shots: int | None = None, seed=0) -> list[Example]:
-    """Draw, by `seed`, the few films of --fraction (a share of all) or --shots (so many per class).
+def draw_few(examples, fraction=1.0, shots: int | None = None, draw=0) -> list[Example]:
+    """Draw the few films of --fraction (a share of all) or --shots (so many per class).
 
-    For --shots the films without any finding count as one more class, and a film that shows several
-    findings counts for each of them.
+    draw: another number draws other films. For --shots the films without any finding count as one
+    more class, and a film that shows several findings counts for each of them.
     """
     if shots is None:
         if fraction >= 1:
             return examples
         count = max(1, int(fraction * len(examples)))
-        chosen = numpy_rng(DRAW_FRACTION, seed).choice(len(examples), count, replace=False)
+        chosen = numpy_rng(DRAW_FRACTION, draw).choice(len(examples), count, replace=False)
     else:
-        order = numpy_rng(DRAW_SHOTS, seed).permutation(len(examples))
+        order = numpy_rng(DRAW_SHOTS, draw).permutation(len(examples))
         chosen = set()
         for k in range(len(examples[0].target)):
             positive = [i for i in order if examples[i].target[k]]

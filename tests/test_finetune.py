@@ -22,12 +22,12 @@ import augment
 import data
 import finetune
 from model import Classifier, Segmenter, ViT
-from plumbing import benchmarks, checkpoint, launch
+from plumbing import benchmarks, checkpoint, launch, results, seedrun
 from plumbing.film import fit
 from plumbing.keys import TRAIN_JITTER, torch_generator
 from plumbing.metrics import linear_probe
 from plumbing.pack import UnreadableFilms
-from plumbing.splits import Example
+from plumbing.splits import Example, Splits
 from plumbing.weights import load_encoder, make_vit
 
 TINY = ["--weights", "none", "--size", "tiny", "--image", "32", "--patch", "8", "--device", "cpu"]
@@ -73,11 +73,11 @@ def flags_of(films, table="labels.csv"):
     return ["--task", "csv", "--data", str(films), "--labels", str(films / table)]
 
 
-def go(films, out, *flags, table="labels.csv", base=TINY):
+def go(films, out, *flags, table="labels.csv", base=TINY, short=SHORT):
     """finetune.py in this process. → result.json"""
     old_argv = sys.argv
     handler = signal.getsignal(signal.SIGTERM)
-    sys.argv = ["finetune.py", *flags_of(films, table), "--out", str(out), *base, *SHORT, *flags]
+    sys.argv = ["finetune.py", *flags_of(films, table), "--out", str(out), *base, *short, *flags]
     try:
         finetune.main()
     finally:
@@ -118,7 +118,7 @@ def test_labels_that_are_missing_are_left_out_and_counted_to_the_end(films, tmp_
         dark = {0: "-1", 1: ""}.get(k % 7, int(k % 3 == 0))
         rows.append(f"{k:02d};{square};{dark};{k}.0;{split_of(k)}")
     (films / "gaps.csv").write_text("\n".join(rows))
-    result = go(films, tmp_path, "--freeze", table="gaps.csv")
+    result = go(films, tmp_path, "--freeze", table="gaps.csv", short=[])
     heard = capsys.readouterr().out
     for note in (
         "missing: 14 values (Square 8, Dark 6): they count in no loss and no AUROC",
@@ -177,7 +177,7 @@ def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsy
 def test_eval_gives_the_same_number_again(films, tmp_path):
     result = go(films, tmp_path)
     base = ["--weights", str(tmp_path / "seed0" / "best.pt"), "--device", "cpu", "--eval"]
-    again = go(films, tmp_path / "again", base=base)
+    again = go(films, tmp_path / "again", base=base, short=[])
     assert again["seeds"] == pytest.approx(result["seeds"])
     predictions = (tmp_path / "again" / "predictions.csv").read_text()
     assert predictions == (tmp_path / "seed0" / "predictions.csv").read_text()
@@ -279,14 +279,14 @@ def test_linear_probe_leaves_the_encoder_alone_and_takes_a_pretrained_one(films,
     encoder = {"encoder": vit.state_dict(), "config": vit.config, "step": 1}
     checkpoint.save_atomic(encoder, tmp_path / "encoder.pt")
     base = ["--weights", str(tmp_path), "--device", "cpu", "--image", "32"]
-    result = go(films, tmp_path / "out", "--freeze", base=base)
+    result = go(films, tmp_path / "out", "--freeze", base=base, short=[])
     assert result["mean"] > 75
     assert result["freeze"]
     kept = weights(tmp_path / "out")
     assert all(torch.equal(kept[f"vit.{n}"], p) for n, p in vit.named_parameters())
     assert kept["vit.pos_embed"].shape == (1, 16, 32)
-    short = ["--freeze", "--epochs", "1"]
-    masked = go(films, tmp_path / "masks", *short, base=base, table="squares.csv")
+    short = ["--epochs", "1", "--batch", "8"]
+    masked = go(films, tmp_path / "masks", "--freeze", base=base, table="squares.csv", short=short)
     kept = weights(tmp_path / "masks")
     assert masked["metric"] == "Dice"
     assert all(torch.equal(kept[f"vit.{n}"], p) for n, p in vit.named_parameters())
@@ -314,7 +314,8 @@ def test_another_papers_weights_are_trained_saved_and_tested_again(films, tmp_pa
     assert not torch.equal(kept["vit.tokens"], loaded.tokens)  # it learns
     assert not torch.equal(kept["vit.blocks.1.ls2.gamma"], loaded.blocks[1].ls2.gamma)
     best = tmp_path / "run" / "seed0" / "best.pt"
-    go(films, tmp_path / "again", "--eval", base=["--weights", str(best)], table=table)
+    base = ["--eval", "--weights", str(best)]
+    go(films, tmp_path / "again", base=base, table=table, short=[])
     tested = (tmp_path / "run" / "seed0" / "predictions.csv").read_text().splitlines()
     again = (tmp_path / "again" / "predictions.csv").read_text().splitlines()
     assert set(tested) <= set(again)  # a table without splits is tested whole
@@ -322,15 +323,18 @@ def test_another_papers_weights_are_trained_saved_and_tested_again(films, tmp_pa
 
 
 @pytest.mark.slow
-def test_fraction_and_shots_are_drawn_by_seed(films, tmp_path, capsys):
+def test_fraction_and_shots_are_the_same_films_for_all_seeds(films, tmp_path, capsys):
     result = go(films, tmp_path / "a", "--fraction", "0.25", "--seeds", "2", "--epochs", "1")
     assert result["trained_on"] == [6, 6]
-    assert "seed 1: 6 of the 24 training films drawn" in capsys.readouterr().out
+    assert "drawn: 6 of the 24 training films, for all seeds" in capsys.readouterr().out
+    again = ["--fraction", "0.25", "--draw", "1", "--epochs", "1"]
+    go(films, tmp_path / "c", *again)
     drawn = []
-    for seed in (0, 1):
-        recipe = json.loads((tmp_path / "a" / f"seed{seed}" / "config.json").read_text())
+    for folder in ("a/seed0", "a/seed1", "c/seed0"):
+        recipe = json.loads((tmp_path / folder / "config.json").read_text())
         drawn.append(recipe["films_are"])
-    assert drawn[0] != drawn[1]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert not same(weights(tmp_path / "a", 0), weights(tmp_path / "a", 1))
     assert go(films, tmp_path / "b", "--shots", "3", "--epochs", "1")["trained_on"] == [6]
 
 
@@ -507,7 +511,7 @@ def test_exactly_one_of_several_classes_is_judged_by_accuracy(films, tmp_path):
 
 
 def test_films_that_the_model_has_seen_are_counted(films, tmp_path, capsys):
-    go(films, tmp_path / "run", "--epochs", "1", "--freeze")
+    go(films, tmp_path / "run", "--freeze", short=[])
     best = tmp_path / "run" / "seed0" / "best.pt"
     base = ["--eval", "--weights", str(best), "--device", "cpu"]
     capsys.readouterr()
@@ -598,14 +602,43 @@ def test_every_flag_is_read():
     assert finetune.FREE <= flags
 
 
+def test_flags_that_do_nothing_are_refused(films, tmp_path, monkeypatch):
+    def refused(message, *flags, table="labels.csv"):
+        with pytest.raises(launch.UserError, match=message):
+            go(films, tmp_path / "out", *flags, table=table, short=[])
+
+    refused("--max_steps does nothing with --freeze", "--freeze", "--max_steps", "5")
+    refused("--lr does nothing with --freeze", "--freeze", "--lr", "0.1")
+    refused("--draw does nothing with all training films", "--draw", "1")
+    refused("--ten_crop does nothing with segmentation", "--ten_crop", table="squares.csv")
+    refused("--layer_decay .* a frozen", "--freeze", "--layer_decay", "1", table="squares.csv")
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--task", "vindr", "--labels", "a.csv"])
+    with pytest.raises(launch.UserError, match="--labels does nothing with --task vindr"):
+        finetune.main()
+    base = finished(tmp_path)
+    for flag in (["--epochs", "3"], ["--seeds", "2"], ["--freeze"], ["--image", "64"]):
+        with pytest.raises(launch.UserError, match=f"{flag[0]} does nothing with --eval"):
+            examine(films, tmp_path, None, base, *flag)
+
+
+def test_other_films_or_labels_are_refused_in_words(films, tmp_path):
+    table = tmp_path / "own.csv"
+    table.write_text((films / "labels.csv").read_text())
+    go(films, tmp_path / "run", "--freeze", table=table, short=[])
+    table.write_text(table.read_text().replace("03.png,square", "03.png,normal"))
+    message = "holds a run, but the training films or their labels have changed since"
+    with pytest.raises(launch.UserError, match=message):
+        go(films, tmp_path / "run", "--freeze", table=table, short=[])
+
+
 BASE = dict(image=224, patch=16, dim=768)
 NARROW = dict(image=64, patch=8, dim=128)
 
 
-def fill_in(films, shape=BASE, kind="labels", **flags):
+def fill_in(films, shape=BASE, kind="labels", is_cut=False, **flags):
     args = finetune.Config(**flags)
     before = dataclasses.replace(args)
-    filled, _ = finetune.fill_in(args, kind, shape, films, ALONE)
+    filled, _ = finetune.fill_in(args, kind, shape, films, ALONE, is_cut)
     assert args == before  # the user's flags are not touched
     return filled
 
@@ -631,7 +664,7 @@ def test_filled_in_recipes_are_the_papers_where_published():
 
 
 def test_few_films_get_more_epochs_and_smaller_batches_unless_told():
-    assert fill_in(40).epochs == 300
+    assert fill_in(40).epochs == finetune.MIN_STEPS
     assert fill_in(40).batch == 32
     assert fill_in(40, epochs=3).epochs == 3
     assert fill_in(19).batch == 19
@@ -648,6 +681,33 @@ def test_a_batch_that_is_not_the_wanted_one_is_said():
             assert not said
         else:
             assert said[0].startswith(f"The batch is {filled.batch}, not {batch}")
+
+
+def test_cut_sets_get_enough_steps_and_fifty_validations():
+    """Also the two tasks whose epochs are published, which hold for the whole set."""
+    floor = finetune.MIN_STEPS
+    for task, films in (("vindr", 135), ("vindr", 1350), ("chexpert", 1719), ("chexpert", 17192)):
+        filled = fill_in(films, task=task, is_cut=True)
+        steps = seedrun.count_steps(filled, "labels", films)
+        assert floor <= steps.total < floor + steps.per_epoch
+        assert steps.between_validations == steps.total // 50
+        assert fill_in(films, task=task, is_cut=True, epochs=2).epochs == 2
+    whole = seedrun.count_steps(fill_in(171924, task="chexpert"), "labels", 171924)
+    assert whole == (671, 671, 671, 671)
+    whole = seedrun.count_steps(fill_in(13500, task="vindr"), "labels", 13500)
+    assert whole == (52, 2600, 2600, 52)
+
+
+def test_a_set_that_is_there_in_part_counts_as_cut():
+    for task, films, is_part in (
+        ("vindr", 13500, False),
+        ("vindr", 100, True),
+        ("chexpert", 160000, False),
+        ("csv", 10, False),
+    ):
+        splits = Splits(task, "labels", ("a",), [None] * films, [], [])
+        assert results.is_part(splits) == is_part
+        assert results.is_part(dataclasses.replace(splits, drawn=True))
 
 
 def test_narrow_networks_get_their_own_drop_path_unless_told():

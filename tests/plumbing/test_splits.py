@@ -109,8 +109,8 @@ HUNDRED = [example(f"{k}.png", (int(k % 10 == 0), int(k % 3 == 0))) for k in ran
 
 @pytest.mark.parametrize("kind", [dict(fraction=0.1), dict(shots=4)])
 def test_draws_are_keyed_by_seed(kind):
-    drawn = draw_few(HUNDRED, seed=1, **kind)
-    assert drawn == draw_few(HUNDRED, seed=1, **kind) != draw_few(HUNDRED, seed=2, **kind)
+    drawn = draw_few(HUNDRED, draw=1, **kind)
+    assert drawn == draw_few(HUNDRED, draw=1, **kind) != draw_few(HUNDRED, draw=2, **kind)
 
 
 def test_draws_have_the_wanted_size():
