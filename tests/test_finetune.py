@@ -350,7 +350,7 @@ def test_unreadable_films_are_named_and_skipped_and_many_stop(films, tmp_path, c
     assert "bad film, skipped" in "".join(capsys.readouterr())
     (films / "empty.png").write_bytes(b"")
     table.write_text("\n".join(rows + ["broken.png,square,x,train", "empty.png,normal,y,train"]))
-    with pytest.raises(launch.UserError, match="2 of 42 films cannot be read, more than 1 %"):
+    with pytest.raises(launch.UserError, match="2 of 42 films cannot be read, more than one"):
         go(films, tmp_path / "two", table=table)
 
 
