@@ -310,7 +310,7 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False, stop=Non
     workers = 0 if task.in_memory else args.workers  # decoded films need no helpers
     rows = {}
     unreadable = {}
-    everywhere = len(films) // team.size // batch  # batches that every rank has
+    everywhere = math.ceil(len(films) // team.size / batch)  # batches that every rank has
     for k, item in enumerate(Loader(mine, batch_size=batch, num_workers=workers)):
         if stop and k < everywhere:
             stop.check(team)
