@@ -27,7 +27,7 @@ PAGES = [
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 OTHER_PROGRAMS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
-OTHER_PROGRAMS |= {"--index-url", "--check"}  # pip's and ruff's
+OTHER_PROGRAMS |= {"--index-url", "--check", "--signal"}  # pip's, ruff's and Slurm's
 
 
 def text_of(page):

@@ -301,3 +301,25 @@ def test_a_last_checkpoint_that_is_cut_short(films, tmp_path, program, size):
     with pytest.raises(UserError, match="last.pt: .*move it away to start anew") as error:
         run(program, films, out)
     assert "\n" not in str(error.value)
+
+
+LIMITED = """import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot limit the size of files")
+def test_a_pack_on_a_full_disk_goes_on_when_there_is_room(films, tmp_path):
+    pytest.importorskip("resource")
+    out = tmp_path / "films.pack"
+    words = [str(ROOT / "data.py"), "pack", "--data", films / "films", "--out", out, "--workers", 0]
+    words = [*map(str, words)]
+    full = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True)
+    line = full.stderr.strip().splitlines()[-1]
+    assert full.returncode == 1 and "Traceback" not in full.stderr, full.stderr
+    assert "films.pack" in line and "cannot be written: File too large: make room" in line
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0 and "36 films" in done.stdout, done.stdout + done.stderr
+    assert os.listdir(tmp_path) == ["films.pack"]
