@@ -37,7 +37,7 @@ from lab.common import find_weights, load_predictions, read_whole
 from masks import blocks, mask_sizes
 from model import grid_coords, take
 from plumbing import pictures
-from plumbing.checkpoint import Log, resume, save_atomic, write_json
+from plumbing.checkpoint import Log, StopRequest, lock, resume, save_atomic, write_json
 from plumbing.keys import RCDM_NOISE, RCDM_PAINT, RCDM_PLACE, RCDM_SHOWN, numpy_rng, torch_generator
 from plumbing.launch import (
     Loader,
@@ -583,6 +583,14 @@ def train_step(world, decoder, optimizer, item, step, args, device):
     return loss.detach()
 
 
+def refuse_infinite(loss: float, done: int):
+    """Raise UserError when the mean loss of the last steps is not a number."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss became NaN or infinite before step {done}: start again with a lower --lr"
+        )
+
+
 def main(argv=None):
     """Train a decoder for the predictions of one world model, then paint held-out films."""
     # ---- 1. Settings: what the user gave, over what the run that made the weights tells.
@@ -591,9 +599,11 @@ def main(argv=None):
         raise UserError("--artefacts looks at hidden blocks: it wants --mode local")
     args = dataclasses.replace(args, weights=str(find_weights(args.weights)))
     run = run_of(args.weights)
-    device = start_team(args.device).device
+    team = start_team(args.device)
+    device = team.device
     args = fill_in(args, run, device)
     out = Path(args.out)
+    lock(out)
 
     # ---- 2. World model and films: those to learn from, and those to show.
     world = load_predictions(args.weights).to(device).eval().requires_grad_(False)
@@ -632,26 +642,27 @@ def main(argv=None):
     bar = tqdm(loader, total=max(start, end), initial=start, unit="step")
     warmup = max(1, args.steps // 50)
     losses = []
-    for step, item in enumerate(bar, start):
-        lr = warmup_cosine(step, args.steps, warmup, args.lr, 0.0)
-        optimizer.param_groups[0]["lr"] = lr
-        losses.append(train_step(world, decoder, optimizer, item, step, args, device))
-        averaged.update_parameters(decoder)
-        done = step + 1
-        if done % args.log_every == 0 or done == end:
-            mean = torch.stack(losses).mean().item()
-            losses = []
-            if not math.isfinite(mean):
-                raise UserError(
-                    f"the loss became NaN or infinite before step {done}: "
-                    "start again with a lower --lr"
-                )
-            images = done * item["crops"].shape[:2].numel()
-            log.row(step=done, images=images, loss=mean, lr=lr)
-            bar.set_postfix_str(f"loss {mean:.4f}")
-        if done % args.save_every == 0 or done == end:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            save_atomic(state | {"recipe": recipe, "step": done}, out / "last.pt")
+    with StopRequest() as stop:
+        for step, item in enumerate(bar, start):
+            lr = warmup_cosine(step, args.steps, warmup, args.lr, 0.0)
+            optimizer.param_groups[0]["lr"] = lr
+            losses.append(train_step(world, decoder, optimizer, item, step, args, device))
+            averaged.update_parameters(decoder)
+            done = step + 1
+            if done % args.log_every == 0 or done == end:
+                mean = torch.stack(losses).mean().item()
+                losses = []
+                refuse_infinite(mean, done)
+                images = done * item["crops"].shape[:2].numel()
+                log.row(step=done, images=images, loss=mean, lr=lr)
+                bar.set_postfix_str(f"loss {mean:.4f}")
+            if done % args.save_every == 0 or done == end or stop.requested:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                save_atomic(state | {"recipe": recipe, "step": done}, out / "last.pt")
+            if stop.requested:
+                break
+    if stop.requested:
+        stop.end(team, f"step {done} in {out}")
 
     # ---- 6. Pictures and numbers of the films that were held out.
     result = {
@@ -666,6 +677,7 @@ def main(argv=None):
         result["artefacts"] = artefacts(world, averaged, held_out, args, device)
     write_json(out / "result.json", result)
     print(json.dumps(result, indent=1), f"pictures and numbers: {out}", sep="\n")
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """lab.rcdm: diffusion against closed forms, questions against loops, no learnt film is shown."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +316,23 @@ def test_three_steps_and_three_more_are_six(folder, tmp_path):
     assert (one / "result.json").read_text() == (two / "result.json").read_text()
     with pytest.raises(launch.UserError, match="another recipe.*channels 4 → 8"):
         run(folder, one, "--mode", "global", "--channels", 8)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_the_same_command_goes_on(folder, tmp_path, monkeypatch):
+    def train_step(*words):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return really_train(*words)
+
+    really_train = rcdm.train_step
+    monkeypatch.setattr(rcdm, "train_step", train_step)
+    with pytest.raises(SystemExit) as end:
+        run(folder, tmp_path / "stopped", "--mode", "global")
+    assert end.value.code == 0
+    assert torch.load(tmp_path / "stopped" / "last.pt", weights_only=True)["step"] == 1
+    monkeypatch.undo()
+    result = run(folder, tmp_path / "stopped", "--mode", "global")
+    assert result == run(folder, tmp_path / "whole", "--mode", "global")
 
 
 @pytest.mark.slow
