@@ -15,7 +15,6 @@ result.json.
 import dataclasses
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -108,10 +107,6 @@ class Config(launch.TrainFlags):
     is_cut: bool = False  # no flag: whether the set has more training films than are used
 
 
-# Flags that do nothing where no step is trained.
-OF_STEPS = "epochs lr weight_decay layer_decay drop_path warmup patience max_steps head batch"
-
-
 def check(args: Config):
     """Raise UserError on flags that make no sense, alone or together."""
     is_scratch = args.weights == "none"
@@ -125,23 +120,7 @@ def check(args: Config):
     ):
         if is_wrong:
             raise UserError(message)
-    if args.eval:
-        of_training = f"{OF_STEPS} freeze seed seeds fraction shots draw size image patch"
-        seedrun.refuse_idle(args, of_training, "--eval, which trains nothing")
-    if args.task != "csv":
-        seedrun.refuse_idle(args, "labels column uncertain", f"--task {args.task}: it is for csv")
-    if args.fraction == 1 and not args.shots:
-        seedrun.refuse_idle(args, "draw", "all training films: give --fraction or --shots, too")
-
-
-def check_kind(args: Config, kind: str):
-    """Raise UserError on flags that do nothing for this kind of task."""
-    if kind == "mask":
-        seedrun.refuse_idle(args, "head ten_crop", "segmentation")
-        if args.freeze:
-            seedrun.refuse_idle(args, "drop_path layer_decay", "a frozen encoder")
-    elif args.freeze:
-        seedrun.refuse_idle(args, OF_STEPS, "--freeze, which solves a linear probe without steps")
+    seedrun.refuse_idle_flags(args)
 
 
 def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Config, list[str]]:
@@ -151,7 +130,7 @@ def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Confi
     A batch is never larger than the films, and warm-up never longer than a tenth of the epochs.
     shape: encoder_shape. films: number of training films; is_cut: the set has more.
     """
-    check_kind(args, kind)
+    seedrun.refuse_idle_flags(args, kind)
     is_own_masks = kind == "mask" and args.task == "csv"
     defaults = dict(SEGMENT if is_own_masks else TASKS[args.task].recipe)
     defaults["image"] = args.image or shape["image"]
@@ -348,30 +327,26 @@ def score_masks(logits, goal) -> np.ndarray:
     return np.array([dices, truth.any((1, 2)), losses]).T
 
 
-class Score(NamedTuple):
-    """How good a model is on the films of a split."""
-
-    value: float | None  # the task's metric, percent; None where it is undefined
-    loss: float
-    per_class: dict  # {class: AUROC in percent}
-
-
 def targets_of(films, rows) -> np.ndarray:
     """The targets (n, c) of the films that have a row, in their order; NaN: not known."""
     return np.array([films.examples[i].target for i in rows], float)
 
 
-def evaluate(model, task: TaskData, split, args, team, stop=None) -> Score:
-    """Judge a model on the films of a split. Raises Interrupted when `stop` is requested."""
+def evaluate(model, task: TaskData, split, args, team, stop=None) -> tuple[float, float]:
+    """Judge a model on the films of a split. → (the task's metric in percent, the mean loss)
+
+    A metric that is undefined counts as 0, so that the loss alone tells which model is best. Raises
+    Interrupted when `stop` is requested.
+    """
     rows = predict(model.eval(), task, split, args, team, stop=stop)
     table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
     targets = targets_of(task.films[split], rows)  # (n, c); (n, 0) of masks, which have none
-    value, per_class = results.judge(task.kind, task.labels, table, targets)
-    if task.kind == "mask":
-        return Score(value, table[:, 2].mean(), per_class)
-    truth = torch.tensor(targets, dtype=torch.float32)
-    loss = loss_of(task.kind, torch.tensor(table), truth).mean().item()
-    return Score(value, loss, per_class)
+    value, _ = results.judge(task.kind, task.labels, table, targets)
+    losses = table[:, -1]
+    if task.kind != "mask":
+        truth = torch.tensor(targets, dtype=torch.float32)
+        losses = loss_of(task.kind, torch.tensor(table), truth)
+    return value or 0.0, float(losses.mean())
 
 
 def solve_head(model, task: TaskData, args, team):
@@ -485,11 +460,11 @@ def train(run: SeedRun, args, task: TaskData, team):
             is_stopping = team.any(stop.requested)
             if run.unjudged and not is_stopping:
                 try:
-                    score = validate(run, args, task, team, log, stop)
+                    value = validate(run, args, task, team, log, stop)
                 except Interrupted:
                     is_stopping = True
                 else:
-                    bar.set_postfix_str(f"val {score.value or 0:.2f}, best {run.best}")
+                    bar.set_postfix_str(f"val {value:.2f}, best {run.best}")
                     should_save = True
             if team.lead and (is_stopping or should_save):
                 run.save()
@@ -499,17 +474,16 @@ def train(run: SeedRun, args, task: TaskData, team):
         stop.end(team, f"step {run.step} in {run.folder}")
 
 
-def validate(run: SeedRun, args, task: TaskData, team, log=None, stop=None) -> Score:
+def validate(run: SeedRun, args, task: TaskData, team, log=None, stop=None) -> float:
     """Judge the model on the validation films, and keep it in best.pt when none was better."""
-    score = evaluate(run.model, task, "val", args, team, stop)
-    # Of equals the lower loss is better. Where no class has an AUROC, the loss alone decides.
-    is_best = run.best.update(score.value or 0.0, score.loss, run.step)
+    value, loss = evaluate(run.model, task, "val", args, team, stop)
+    is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
         run.save_best()
     if log:
-        log.row(**run.unjudged | {"val": score.value or 0.0, "val_loss": score.loss})
+        log.row(**run.unjudged | {"val": value, "val_loss": loss})
     run.unjudged = None
-    return score
+    return value
 
 
 def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, team):

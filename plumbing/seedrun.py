@@ -33,12 +33,31 @@ def choose_out(args) -> Path:
     return Path("runs") / (Path(args.labels).stem if args.labels else args.task)
 
 
-def refuse_idle(args, names: str, why: str):
-    """UserError when one of the flags `names` was given although it does nothing with `why`."""
+# Flags that do nothing where no step is trained, and where nothing is trained.
+OF_STEPS = "epochs lr weight_decay layer_decay drop_path warmup patience max_steps head batch"
+OF_TRAINING = f"{OF_STEPS} freeze seed seeds fraction shots draw size image patch"
+
+
+def refuse_idle_flags(args, kind: str | None = None):
+    """UserError when a flag was given that does nothing beside the others.
+
+    kind: that of the task, once it is known; some flags are for one kind only.
+    """
+    is_mask = kind == "mask"
+    is_probe = kind and args.freeze and not is_mask
+    uses_all = args.fraction == 1 and not args.shots
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    for name in names.split():
-        if getattr(args, name) != defaults[name]:
-            raise UserError(f"--{name} does nothing with {why}: leave it out")
+    for holds, names, why in (
+        (args.eval, OF_TRAINING, "--eval, which trains nothing"),
+        (args.task != "csv", "labels column uncertain", f"--task {args.task}: it is for csv"),
+        (uses_all, "draw", "all training films: give --fraction or --shots, too"),
+        (is_mask, "head ten_crop", "segmentation"),
+        (is_mask and args.freeze, "drop_path layer_decay", "a frozen encoder"),
+        (is_probe, OF_STEPS, "--freeze, which solves a linear probe without steps"),
+    ):
+        for name in names.split():
+            if holds and getattr(args, name) != defaults[name]:
+                raise UserError(f"--{name} does nothing with {why}")
 
 
 def choose_weights(args, out: Path) -> tuple[Path | None, str]:
@@ -245,11 +264,10 @@ class Best:
 
     def update(self, value: float, loss: float, step: int) -> bool:
         """Note a validation. → True if it is the best: a higher metric, or the same, lower loss"""
-        value = 0.0 if math.isnan(value) else float(value)  # NaN: no class has an AUROC
         is_best = (value, -loss) > (self.value, -self.loss)
         if is_best:
             self.value = value
-            self.loss = float(loss)
+            self.loss = loss
             self.step = step
         self.stale = 0 if is_best else self.stale + 1
         return is_best

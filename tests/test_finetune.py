@@ -824,10 +824,16 @@ def test_judgement_of_masks_tells_films_with_a_mask_apart(monkeypatch):
         monkeypatch.setattr(finetune, "predict", lambda *_, stop: rows)
         return finetune.evaluate(Segmenter(tiny()), task, "val", None, ALONE)
 
-    value, loss, each = judge({0: empty, 1: square})
-    assert (value, each["all films"], each["films with a mask"]) == (75, 75, 50)
-    assert loss == pytest.approx(0.6)
-    assert judge({0: empty}).per_class["films with a mask"] is None
+    assert judge({0: empty, 1: square}) == (75, pytest.approx(0.6))
+    table = np.stack([empty, square])
+    value, parts = results.judge("mask", ("m",), table, np.zeros((2, 0)))
+    assert (value, parts["all films"], parts["films with a mask"]) == (75, 75, 50)
+    assert results.judge("mask", ("m",), table[:1], None)[1]["films with a mask"] is None
+    one_class = finetune.TaskData("labels", ("a",), 32, False, UnreadableFilms(2))
+    one_class.films["val"] = data.TaskFilms([Example(Path("a.png"), (1,), "a")], 32)
+    monkeypatch.setattr(finetune, "predict", lambda *_, stop: {0: np.float32([0.0])})
+    value, loss = finetune.evaluate(Classifier(tiny(), 1), one_class, "val", None, ALONE)
+    assert (value, loss) == (0, pytest.approx(np.log(2)))  # no AUROC
 
 
 # ---------------------------------------------------------------- films
