@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import finetune
 import pretrain
 from plumbing import phantom
+from plumbing.benchmarks import find_root
 
 # Python reads this file before every script, and before every helper process.
 ELSEWHERE = """import multiprocessing, os, signal
@@ -83,13 +84,22 @@ def test_the_demo_and_finetuning_run_elsewhere(elsewhere, tmp_path):
     names = [line.split(",")[0] for line in lines[1:]]
     rows = [f"{name},{'é→θ' if k % 2 else 'normal'}" for k, name in enumerate(names)]
     table.write_text("\n".join(["filename,label", *rows]) + "\n", encoding="utf-8")
-    words = "--task csv --epochs 2 --batch 8 --workers 2 --memory_gb 0 --device cpu".split()
+    words = "--task csv --epochs 1 --batch 8 --workers 2 --memory_gb 0 --device cpu".split()
+    words += ["--head", "random"]
     words += ["--data", tmp_path / "demo" / "phantoms" / "films", "--labels", table]
     words += ["--weights", tmp_path / "demo", "--out", tmp_path / "tuned"]
     said = run(elsewhere, "finetune.py", *words)
     assert "é??" in said  # … but neither of these two
     predictions = tmp_path / "tuned" / "seed0" / "predictions.csv"
     assert "é→θ" in predictions.read_text(encoding="utf-8")
+
+
+def test_the_folder_of_all_sets_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    (tmp_path / "sets" / "siim").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("CXR", "~/sets")
+    assert find_root("siim") == tmp_path / "sets" / "siim"
 
 
 class NoFloat64(TorchDispatchMode):
