@@ -493,7 +493,8 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     model = make_model(args, weights, task.kind, task.labels).to(team.device)
     model.vit.requires_grad_(not args.freeze)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    recipe = seedrun.recipe_of(settings, weights, model.vit, task.films["train"].examples)
+    films = {split: films.examples for split, films in task.films.items()}
+    recipe = seedrun.recipe_of(settings, weights, model.vit, task.labels, films)
     steps = seedrun.count_steps(args, task.kind, recipe["films"])
     result = seedrun.begin(folder, recipe, steps.end, team)
     if result:

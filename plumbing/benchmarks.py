@@ -22,8 +22,13 @@ from plumbing.launch import UserError
 from plumbing.own_table import read_own_table, target_of
 from plumbing.splits import Example, Splits, complete, disjoint
 from plumbing.table import (
+    MISSING,
+    NO,
     SPLITS,
+    UNCERTAIN,
+    YES,
     Finder,
+    answer,
     as_path,
     number,
     read_list,
@@ -86,6 +91,14 @@ def find_file(index: Index, *names: str) -> Path:
     return files[0]
 
 
+def read_number(table: Path, line: dict, cell: str) -> float:
+    """The number in a cell of a line, 0 where it is missing. UserError that names the line."""
+    try:
+        return number(cell)
+    except UserError as error:
+        raise UserError(f"{table}: {next(iter(line.values()))}: {error}") from None
+
+
 def rows_of_lists(lists: dict, patient_of: Callable = str) -> dict[str, list[Row]]:
     """Turn split lists that carry labels, {split: [(name, labels)]}, into {split: rows}.
 
@@ -133,7 +146,11 @@ def read_nih(index, shots):
     rows = {}
     for line in read_table(table, "Image Index", "Finding Labels"):
         name = line["Image Index"]
-        rows[name] = Row(name, target_of(line["Finding Labels"].split("|"), NIH), nih_patient(name))
+        findings = line["Finding Labels"].split("|")
+        unknown = set(findings).difference(NIH, ["No Finding"])
+        if unknown:
+            raise UserError(f"{table}: {name}: {unknown.pop()!r} is no finding of ChestX-ray14")
+        rows[name] = Row(name, target_of(findings, NIH), nih_patient(name))
     names = {}
     for split, list_name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
         paths = index.files(list_name)
@@ -172,7 +189,8 @@ def read_vindr_table(table) -> list[Row]:
     require_columns(table, header, ["image_id", *column_of.values()])
     findings = {}
     for line in lines:
-        seen = [label for label, column in column_of.items() if number(line[column]) > 0]
+        cells = {label: line[column] for label, column in column_of.items()}
+        seen = [label for label, cell in cells.items() if read_number(table, line, cell) > 0]
         findings.setdefault(line["image_id"], set()).update(seen)
     return [Row(name, target_of(found, VINDR)) for name, found in findings.items()]
 
@@ -181,12 +199,15 @@ def read_chexpert(index, shots):
     """CheXpert: the frontal films of train.csv and, to test on, of valid.csv."""
     parts = {}
     for split, name in (("train", "train.csv"), ("test", "valid.csv")):
-        lines = read_table(find_file(index, name), "Path", "Frontal/Lateral", *CHEXPERT)
-        parts[split] = [
-            Row(line["Path"], chexpert_target(line), patient=line["Path"].split("/")[-3])
-            for line in lines
-            if line["Frontal/Lateral"] == "Frontal"
-        ]
+        table = find_file(index, name)
+        parts[split] = []
+        for line in read_table(table, "Path", "Frontal/Lateral", *CHEXPERT):
+            path = line["Path"]
+            if path.count("/") < 2:
+                raise UserError(f"{table}: Path {path!r} is not patient/study/view")
+            if line["Frontal/Lateral"] == "Frontal":
+                target = chexpert_target(table, line)
+                parts[split].append(Row(path, target, patient=path.split("/")[-3]))
     uncertain = " and ".join(UNCERTAIN_IS_POSITIVE)
     notes = [
         f"labels: uncertain is positive for {uncertain}, negative for the others",
@@ -196,11 +217,11 @@ def read_chexpert(index, shots):
     return Found(parts, notes, depth=3)
 
 
-def chexpert_target(line):
+def chexpert_target(table, line):
     """1 is positive, 0 and blank negative; -1 is uncertain and depends on the label."""
     target = []
     for label in CHEXPERT:
-        value = number(line[label])
+        value = read_number(table, line, line[label])
         is_positive = value == 1 or (value == -1 and label in UNCERTAIN_IS_POSITIVE)
         target.append(int(is_positive))
     return tuple(target)
@@ -255,7 +276,8 @@ def read_chestdr_table(index) -> list[Row]:
     for line in lines:
         cells = list(line.values())[first : first + len(CHESTDR)]
         if line["img_id"] and all(cells):
-            rows.append(Row(line["img_id"], tuple(int(number(cell)) for cell in cells)))
+            target = tuple(int(read_number(table, line, cell)) for cell in cells)
+            rows.append(Row(line["img_id"], target))
     return rows
 
 
@@ -266,8 +288,13 @@ def read_rsna_seg(index, shots):
     boxes = {}  # film: [(x, y, width, height)]
     for line in read_table(table, "patientId", "x", "y", "width", "height", "Target"):
         of_film = boxes.setdefault(line["patientId"], [])
-        if line["Target"] == "1":
-            of_film.append(tuple(number(line[key]) for key in ("x", "y", "width", "height")))
+        if answer(line["Target"]) not in (YES, NO):
+            raise UserError(
+                f"{table}: {line['patientId']}: Target is {line['Target']!r}, neither 1 nor 0"
+            )
+        if answer(line["Target"]) == YES:
+            cells = [line[key] for key in ("x", "y", "width", "height")]
+            of_film.append(tuple(read_number(table, line, cell) for cell in cells))
     every_box = list(chain.from_iterable(boxes.values()))
     right = max((x + width for x, _, width, _ in every_box), default=0)
     bottom = max((y + height for _, y, _, height in every_box), default=0)
@@ -288,8 +315,15 @@ def read_siim(index, shots):
     runs = {}  # film: [run lengths]
     for line in read_table(table, "ImageId", "EncodedPixels"):
         of_film = runs.setdefault(line["ImageId"], [])
-        if line["EncodedPixels"] not in ("-1", ""):
-            of_film.append(line["EncodedPixels"])
+        text = line["EncodedPixels"]
+        if answer(text) in (MISSING, UNCERTAIN):  # "-1": no pneumothorax
+            continue
+        if not re.fullmatch(r"\d+ +\d+( +\d+ +\d+)*", text):
+            raise UserError(
+                f"{table}: {line['ImageId']}: EncodedPixels are no pairs of run lengths: "
+                f"{text[:40]!r}"
+            )
+        of_film.append(text)
     every_run = chain.from_iterable(runs.values())
     last_pixel = max((sum(map(int, text.split())) for text in every_run), default=0)
 
@@ -389,10 +423,12 @@ def find_films(index, own) -> tuple[list[Path], list[str]]:
     paths = []
     absent = []
     for name, line, i in zip(own.films, own.lines, numbers, strict=True):
-        if Path(name).is_absolute() and Path(name).is_file():
-            paths.append(Path(name))
-        elif i >= 0:
-            paths.append(index.root / films[i])
+        below = index.root / films[i] if i >= 0 else None
+        is_elsewhere = Path(name).is_absolute() and Path(name).is_file()
+        if is_elsewhere and not (below and below.samefile(name)):  # a film has one path only
+            paths.append(Path(name).resolve())
+        elif below:
+            paths.append(below)
         else:
             absent.append(f"{name} (line {line})")
     if absent:
@@ -411,15 +447,16 @@ def find_masks(index, own, paths) -> list[tuple | None]:
 
     paths: the films, none of which is a mask. UserError when a mask is not there or fits several.
     """
-    films = set(paths)
-    pictures = [name for name in index.films if index.root / name not in films]
+    films = {path.absolute() for path in paths}
+    pictures = [name for name in index.films if index.root.absolute() / name not in films]
     places = Finder(pictures).find([name or "" for name in own.masks])
     masks = []
     for name, line, place in zip(own.masks, own.lines, places, strict=True):
         beside = [folder / as_path(name or "") for folder in (own.path.parent, index.root)]
         if Path(name or "").is_absolute():
             beside.insert(0, Path(name))
-        found = [path for path in beside if name and path.is_file() and path not in films]
+        beside = [path for path in beside if path.absolute() not in films]
+        found = [path for path in beside if name and path.is_file()]
         found = found[:1] or [index.root / pictures[i] for i in place.films]
         if name is None:
             masks.append(None)

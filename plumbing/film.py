@@ -219,9 +219,9 @@ def is_cut_to_8_bit(image) -> bool:
 def deep_values(image) -> np.ndarray:
     """The values of an open image of more than 8 bit, bright = high."""
     values = np.asarray(image)
-    # TIFF may store white as 0 (tag 262); Pillow inverts these itself, but only at 8 bit.
+    # TIFF may store white as 0 (tag 262); Pillow inverts these itself, but only up to 8 bit.
     white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0
-    return values.max() - values if white_is_zero else values
+    return values.max() - values if white_is_zero and image.mode[0] in "IF" else values
 
 
 def stretch(values: np.ndarray, used: np.ndarray | None = None) -> np.ndarray:
@@ -445,10 +445,13 @@ def open_frame(data) -> np.ndarray:
 
 
 def film_size(path) -> tuple[int, int]:
-    """(height, width) in px from the header of a film's file alone; UserError when it has none."""
+    """(height, width) in px, as the film is read, from the header of its file alone; UserError when
+    it has none.
+    """
     try:
         with Image.open(path, formats=PILLOW_FORMATS) as image:
-            return image.height, image.width
+            is_turned = image.getexif().get(274) in (5, 6, 7, 8)  # EXIF: by a quarter
+            return image.size if is_turned else image.size[::-1]
     except OSError:
         pass
     try:

@@ -38,9 +38,13 @@ LABEL = (
     "diagnoses target targets pathology pathologies disease category groundtruth"
 ).split()
 
+# What a formula leaves that failed, in any language, and a column that was too narrow.
+SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
+
 # What is no class.
 INTEGER = r"[+-]?\d+([.,]0*)?"
 NO_CLASS = {
+    "an error of the spreadsheet": SHEET_ERROR,
     "run lengths": re.compile(r"\d+(\s+\d+)+"),
     "a date": re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b.*"),
     "a number": re.compile(r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?\s*%?"),
@@ -285,6 +289,9 @@ def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
     if not labels:
         raise UserError(f"{sheet.path}: column {column} names no class beside {NO_WORDS}")
     if len(labels) == 2 and all(found is None or len(found) == 1 for found in findings):
+        denials = [word + plain(labels[0]) for word in ("no", "non", "not", "without")]
+        if plain(labels[1]) in denials:  # then other names, too, count as "no", not as "yes"
+            labels.reverse()
         notes.append(f"{labels[1]} is learnt against {labels[0]}: each film is one of the two")
         labels = labels[1:]
     targets = [found if found is None else target_of(found, labels) for found in findings]

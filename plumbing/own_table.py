@@ -14,6 +14,7 @@ import numpy as np
 from plumbing.findings import (
     LABEL,
     MASK,
+    SHEET_ERROR,
     Goal,
     Sheet,
     answer_or_negative,
@@ -70,6 +71,8 @@ def read_patients(sheet: Sheet, column: str) -> list[str | None]:
         if answer(cell) is MISSING or plain(cell) in NOBODY:
             patients.append(None)
             continue
+        if SHEET_ERROR.fullmatch(cell):
+            sheet.refuse(row, f"column {column} says {cell}, an error of the spreadsheet")
         if re.fullmatch(r"\d[.,]\d+[eE]\+?\d+", cell):
             sheet.refuse(row, f"column {column} says {cell}: a spreadsheet rounded the number")
         is_number = re.fullmatch(r"0*(\d+)([.,]0*)?", cell)
@@ -127,6 +130,34 @@ def read_patient_table(path, films: list[str]) -> tuple[dict[str, str], str]:
     absent = len(set(names)) - len(found)
     note = f"patients: {path} knows those of {len(known):,} of {len(films):,} films"
     return known, note + (f"; {absent:,} of its films are not there" if absent > 0 else "")
+
+
+def split_column(sheet: Sheet, taken) -> str | None:
+    """The column of splits: of a usual name, else the one whose cells say train, val or test.
+
+    None without any. UserError when several columns say so, or a column such as is_test does: else
+    other films would be tested than the table means.
+    """
+    column = sheet.column(SPLIT, "split")
+    if column:
+        return column
+    found = []
+    for name, cells in sheet.cells.items():
+        if name in taken:
+            continue
+        if SPLIT_WORDS.get(plain(name).removeprefix("is")) and plain(name).startswith("is"):
+            raise UserError(
+                f"{sheet.path}: column {name}: write a column split that says train, val or test"
+            )
+        said = {SPLIT_WORDS.get(plain(cell)) for cell in cells}
+        if None not in said and len(said) > 1:
+            found.append(name)
+    if len(found) > 1:
+        raise UserError(
+            f"{sheet.path}: {' and '.join(found)} may both be the column of the split: "
+            "rename or delete one"
+        )
+    return found[0] if found else None
 
 
 def read_splits(sheet: Sheet, column: str) -> list[str]:
@@ -250,7 +281,7 @@ class OwnTable:
         first = {}
         home = {}  # patient: row
         splits = self.splits or [None] * len(self.films)
-        masks = self.masks or splits
+        masks = self.masks or [None] * len(self.films)
         rows = zip(located, self.targets, patients, splits, masks, strict=True)
         for row, (film, *said) in enumerate(rows):
             before, said_before = first.setdefault(film, (row, said))
@@ -284,7 +315,7 @@ def read_own_table(
     film = sheet.film_column()
     taken = {film: "the film"}
     patient = sheet.column(PATIENT, "patient")
-    split = sheet.column(SPLIT, "split")
+    split = split_column(sheet, {film, patient})
     taken |= {name: what for name, what in ((patient, "the patient"), (split, "the split")) if name}
     if trained:
         goal = goal_of_model(sheet, column, taken, uncertain, *trained)
@@ -329,7 +360,7 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels) -> Goal:
     elif column is None:
         targets = [unknown] * len(sheet.lines)
         notes = [f"labels: no column label or {', '.join(labels)}: nothing to compare with"]
-    elif len(labels) == 1 and OTHER not in set(map(answer_or_negative, sheet.cells[column])):
+    elif is_answer_to(labels, sheet.cells[column]):
         goal = read_answers(sheet, [column], uncertain)
         targets = [row or unknown for row in goal.targets]
         notes = goal.notes
@@ -340,13 +371,26 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels) -> Goal:
     return Goal(kind, tuple(labels), targets, None, notes)
 
 
+def is_answer_to(labels, cells) -> bool:
+    """Whether a column answers yes or no to a model's one label. Where the label is a number, one
+    of two codes such as 1 and 2, it does not: 1 would be its no.
+    """
+    is_code = len(labels) == 1 and labels[0].isdecimal()
+    return len(labels) == 1 and not is_code and OTHER not in map(answer_or_negative, cells)
+
+
 def columns_of_labels(sheet, taken, labels) -> dict[str, str]:
-    """The columns that are called like labels, {label: column}."""
+    """The columns that are called like labels, {label: column}.
+
+    A column called label or class is none when it holds other names than yes and no.
+    """
     found = {label: sheet.column([plain(label)], "label") for label in labels}
     return {
         label: column
         for label, column in found.items()
-        if column and column not in taken and OTHER not in map(answer, sheet.cells[column])
+        if column
+        and column not in taken
+        and (plain(column) not in LABEL or OTHER not in map(answer, sheet.cells[column]))
     }
 
 
@@ -354,10 +398,10 @@ def match_findings(sheet, column, findings, kind, labels) -> tuple[list[tuple], 
     """Compare the findings of each row with a model's labels → targets, notes.
 
     Names that the model does not know count as none of its labels; UserError when it knows none. Of
-    classes that exclude each other (kind classes) a row must have one, else it is not known; "no
-    finding" is one of them where the model has it.
+    classes that exclude each other (kind classes) a row must have one, else it is not known. "No
+    finding" is a label where the model has it.
     """
-    healthy = {label for label in labels if is_negative(label) and kind == "classes"}
+    healthy = {label for label in labels if is_negative(label)}
     label_of = {plain(label): label for label in labels}
     count = Counter(name for found in findings if found for name in found)
     others = {name: films for name, films in count.items() if plain(name) not in label_of}

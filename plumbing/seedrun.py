@@ -201,33 +201,50 @@ def count_steps(args, kind, films: int) -> Steps:
     return Steps(per_epoch, total, end, between_validations=max(shortest, total // 50))
 
 
-def recipe_of(settings: dict, weights: Path | None, vit, examples) -> dict:
+def recipe_of(settings: dict, weights: Path | None, vit, labels, films: dict) -> dict:
     """List what must stay the same when a seed goes on.
 
-    settings: the flags that change its numbers; the weights and the training films by fingerprint.
+    settings: the flags that change its numbers; the weights and the films by fingerprint. labels:
+    their names. films: {"train", "val", "test"}: their examples.
     """
     weight_bytes = b""
     if weights:
         weight_bytes = b"".join(p.detach().cpu().numpy().tobytes() for p in vit.parameters())
-    films = [(e.path.name, e.target, e.mask and e.mask[0]) for e in examples]
+    train = [(e.path.name, e.target, e.mask and e.mask[0]) for e in films["train"]]
     return settings | {
         "weights": str(weights or "none"),
         "weights_are": hashlib.sha256(weight_bytes).hexdigest()[:16],
-        "films_are": hashlib.sha256(repr(films).encode()).hexdigest()[:16],
-        "films": len(films),
+        "films_are": hashlib.sha256(repr(train).encode()).hexdigest()[:16],
+        "table_is": table_fingerprint(labels, films),
+        "films": len(train),
     }
+
+
+def table_fingerprint(labels, films: dict) -> str:
+    """Fingerprint of all that a table says: names of labels; of each split the films, what is true
+    of them, and which belong to one patient. Old numbers are not those of a corrected table.
+    """
+    patients = {}
+    said = [tuple(labels)]
+    for split, examples in sorted(films.items()):
+        for film in examples:
+            mask = film.mask and str(getattr(film.mask[1], "name", film.mask[1]))
+            patient = patients.setdefault(film.patient, len(patients))
+            said.append((split, film.path.name, film.target, patient, mask))
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 def refuse_other_run(folder: Path, saved: dict, recipe: dict):
     """UserError when the run in `folder` was begun with other flags, weights or films."""
-    of_films = {"films_are", "films", "weights_are", "is_cut"}
+    of_films = {"films_are", "films", "table_is", "weights_are", "is_cut"}
     flags = [{k: v for k, v in run.items() if k not in of_films} for run in (saved, recipe)]
     checkpoint.refuse_other_recipe(folder, *flags)
     for name, what in (
         ("films_are", "the training films or their labels have"),
+        ("table_is", "the films or what is true of them have"),
         ("weights_are", f"what {recipe['weights']} holds has"),
     ):
-        if saved.get(name) != recipe[name]:
+        if saved.get(name, recipe[name]) != recipe[name]:  # version 0.2 had no table_is
             raise UserError(
                 f"{folder} holds a run, but {what} changed since: "
                 "choose another --out, or delete it to start anew"

@@ -11,8 +11,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from plumbing.film import SUFFIXES
 from plumbing.launch import UserError
 
@@ -30,7 +28,9 @@ OTHER = "other"  # no answer at all
 ANSWERS = dict.fromkeys("yes y true positive pos present".split(), YES)
 ANSWERS |= dict.fromkeys("no n false negative neg absent".split(), NO)
 ANSWERS |= dict.fromkeys("uncertain unsure equivocal indeterminate".split(), UNCERTAIN)
-ANSWERS |= dict.fromkeys("na n/a #n/a <na> nan null none nil - -- ? . missing unknown".split())
+ANSWERS |= dict.fromkeys("na n/a #n/a #nv <na> nan null none nil - -- ? . missing unknown".split())
+ANSWERS |= dict.fromkeys(("n.a.", "n.a", "n.d.", "not available", "not applicable", "no data"))
+ANSWERS |= dict.fromkeys(("not done", "not assessed", "not known"))
 ANSWERS[""] = MISSING
 
 # How files begin that are no tables of text.
@@ -124,6 +124,7 @@ def read_text(path: Path) -> str:
             f"{path}: cannot be read as a table: line {line} is no {encoding[:6].upper()}; {advice}"
         ) from None
     text = text.replace("\ufeff", "").replace("\u200b", "")  # invisible: marks, empty spaces
+    text = unicodedata.normalize("NFC", text)  # é as one letter, whoever wrote it
     if "\0" in text:
         raise UserError(f"{path}: cannot be read as a table: it holds zero bytes; {advice}")
     return text
@@ -205,12 +206,16 @@ def read_list(path: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 # ---------------------------------------------------------------- cells
 def number(text: str) -> float:
-    """The number in a label cell of an official list; blank, 'nan' and words count as 0."""
-    try:
-        value = float(text or 0)
-    except ValueError:
+    """The number in a cell of an official list, 0 where it is missing. UserError when it is none.
+
+    A list that a spreadsheet has saved anew may write 1,0.
+    """
+    if answer(text) is MISSING:
         return 0.0
-    return 0.0 if np.isnan(value) else value
+    try:
+        return float(text.replace(",", "."))
+    except ValueError:
+        raise UserError(f"{text[:60]!r} is no number") from None
 
 
 @functools.lru_cache(100_000)

@@ -3,6 +3,8 @@
 The labels that the readers find are compared with what was drawn.
 """
 
+import re
+
 import numpy as np
 import pytest
 from conftest import REAL
@@ -371,6 +373,25 @@ def test_rsna_boxes_are_filled_on_the_films_own_canvas(tmp_path):
             truth |= (left <= x) & (x < left + width) & (top <= y) & (y < top + height)
         assert np.array_equal(mask_of(examples[name]), truth)
     assert sizes(splits) == [24, 3, 3]
+
+
+def test_the_sets_lists_saved_anew_say_the_same_or_are_refused(tmp_path):
+    rsna_tree(tmp_path / "rsna")
+    siim_tree(tmp_path / "siim")
+    tables = (tmp_path / "rsna/stage_2_train_labels.csv", tmp_path / "siim/train-rle.csv")
+    for task, table, end, spellings, odd in (
+        ("rsna_seg", tables[0], ",1", (",1.0", ",TRUE"), ",x"),
+        ("siim", tables[1], ", -1", (", -1.0", ", nan", ", "), ", 5 6 7"),
+    ):
+        text = table.read_text()
+        masks = [example.mask for example in everything(benchmarks.load_task(task, table.parent))]
+        for other in spellings:
+            table.write_text(re.sub(f"{end}$", other, text, flags=re.MULTILINE))
+            again = everything(benchmarks.load_task(task, table.parent))
+            assert [example.mask for example in again] == masks
+        table.write_text(re.sub(f"{end}$", odd, text, flags=re.MULTILINE))
+        with pytest.raises(UserError, match=f"{table.name}: .*(neither 1 nor 0|no pairs of run)"):
+            benchmarks.load_task(task, table.parent)
 
 
 def test_rsna_boxes_of_shrunk_films_are_drawn_on_the_originals_canvas(tmp_path):

@@ -12,7 +12,15 @@ from conftest import REAL
 from films_for_tests import TINY, film, jpeg, needs_real
 from PIL import Image, ImageFilter, PngImagePlugin, features
 
-from plumbing.film import UnreadableFilm, crop_borders, fit, read_film, read_mask, read_shrunk
+from plumbing.film import (
+    UnreadableFilm,
+    crop_borders,
+    film_size,
+    fit,
+    read_film,
+    read_mask,
+    read_shrunk,
+)
 
 # ---------------------------------------------------------------- the formats, one by one
 # File, height, width, mean grey, and by how much the mediastinum is brighter than the lungs: looked
@@ -255,6 +263,7 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[274] = 6  # the camera was turned: rotate by 90° clockwise to see it upright
     (tmp_path / "turned.jpg").write_bytes(jpeg(film(6), exif=exif))
     assert np.abs(read_film(tmp_path / "turned.jpg").astype(int) - np.rot90(film(6), -1)).max() < 12
+    assert film_size(tmp_path / "turned.jpg") == (64, 80)  # as it is read
 
 
 @pytest.mark.parametrize(
@@ -728,6 +737,15 @@ def test_soft_masks_count_from_half(tmp_path):
     turned[274] = 6
     path = save(tmp_path, "turned.jpg", Image.fromarray(GREY[255]), quality=95, exif=turned)
     assert overlap(np.rot90(read_mask(("file", path), None, (64, 80)))) > 0.98
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_a_tiff_that_stores_white_as_0_is_no_inverted_mask(tmp_path, mode):
+    image = Image.fromarray(GREY[255]).convert(mode)
+    path = save(tmp_path, "mask.tif", image, tiffinfo={262: 0})
+    with Image.open(path) as stored:
+        assert stored.tag_v2[262] == 0
+    assert np.array_equal(read_mask(("file", path), None), LUNGS > 0)
 
 
 def test_an_empty_mask_is_empty(tmp_path):

@@ -636,3 +636,94 @@ def test_a_table_for_a_trained_model_keeps_every_row(
         lambda: read_rows(folder, tmp_path, "file,label", "film00,Edema", trained=MODEL),
         "none of what the model was trained for",
     )
+
+
+@pytest.mark.parametrize("header", ["file,label,dataset", "file,label,Dataset_type"])
+def test_a_column_that_says_train_and_test_is_the_split_whatever_its_name(folder, tmp_path, header):
+    rows = [f"film{k:02d},{k % 2},{('TRAIN', 'Test')[k // 2]}" for k in range(4)]
+    found = read_rows(folder, tmp_path, header, *rows)
+    assert [row.name for row in found.parts["test"]] == ["film02", "film03"]
+    two = [f"{row},{row.rpartition(',')[2]}" for row in rows]
+    refused(
+        lambda: read_rows(folder, tmp_path, f"{header},ours", *two),
+        "and ours may both be the column of the split",
+    )
+    flags = [f"film{k:02d},{k % 2},{k // 2}" for k in range(4)]
+    for label in ("label", "Mass"):
+        refused(
+            lambda label=label: read_rows(folder, tmp_path, f"file,{label},is_test", *flags),
+            "column is_test: write a column split",
+        )
+
+
+def test_what_a_spreadsheet_leaves_of_a_failed_formula_is_no_class_and_no_patient(folder, tmp_path):
+    for error in ("#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#BEZUG!", "####"):
+        rows = ["film00,normal,p1", "film01,mass,p2"]
+        refused(
+            lambda rows=[*rows, f"film02,{error},p3"]: read_rows(
+                folder, tmp_path, "file,label,patient", *rows
+            ),
+            "line 4: column label says",
+            "an error of the spreadsheet",
+        )
+        refused(
+            lambda rows=[*rows, f"film02,mass,{error}"]: read_rows(
+                folder, tmp_path, "file,label,patient", *rows
+            ),
+            "line 4: column patient says",
+            "an error of the spreadsheet",
+        )
+    rows = ["film00,normal", "film01,mass", "film02,n.a.", "film03,not available", "film04,#NV"]
+    found = read_rows(folder, tmp_path, "file,label", *rows)
+    assert targets_of(found) == [(0,), (1,)]
+
+
+def test_letters_with_accents_are_one_however_they_are_encoded(folder, tmp_path):
+    rows = ["film00,e\u0301panchement,Mu\u0308ller", "film01,\u00e9panchement,M\u00fcller"]
+    found = read_rows(folder, tmp_path, "file,label,patient", *rows, "film02,normal,Z")
+    assert found.labels == ("\u00e9panchement",)
+    assert targets_of(found) == [(1,), (1,), (0,)]
+    assert patients_of(found) == ["M\u00fcller", "M\u00fcller", "Z"]
+
+
+def test_of_a_name_and_its_denial_the_name_is_learnt(folder, tmp_path):
+    for no in ("Non-COVID", "no covid", "Not_COVID"):
+        rows = [f"film00,{no}", "film01,COVID"]
+        found = read_rows(folder, tmp_path, "file,label", *rows)
+        assert (found.labels, targets_of(found)) == (("COVID",), [(0,), (1,)])
+
+
+def test_a_model_of_one_of_two_codes_is_not_asked_yes_or_no(folder, tmp_path):
+    model = ("labels", ("2",))
+    rows = ["film00,1", "film01,2", "film02,"]
+    found = read_rows(folder, tmp_path, "file,label", *rows, trained=model)
+    assert targets_of(found) == [(0,), (1,), (None,)]
+    refused(  # 1 alone is no "yes" to 2
+        lambda: read_rows(folder, tmp_path, "file,label", "film00,1", "film01,", trained=model),
+        "names 1, but none of what the model was trained for: 2",
+    )
+
+
+def test_a_slip_in_a_column_of_a_model_is_refused_and_not_left_out(folder, tmp_path):
+    rows = ["film00,1,0", "film01,0,O"]
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,mass,nodule", *rows, trained=MODEL),
+        "line 3: column nodule says 'O'",
+    )
+
+
+def test_no_finding_is_true_of_a_model_that_has_it_as_a_label(folder, tmp_path):
+    model = ("labels", ("Mass", "No finding"))
+    rows = ["film00,Mass", "film01,No Finding", "film02,normal", "film03,Hernia"]
+    found = read_rows(folder, tmp_path, "file,label", *rows, trained=model)
+    assert targets_of(found) == [(1, 0), (0, 1), (0, 1), (0, 0)]
+
+
+def test_a_film_is_one_by_its_absolute_and_its_relative_path(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    film = next(folder.rglob("film00.png"))
+    rows = ["film00.png,1,train", f"{film},1,test", "film01.png,0,train"]
+    refused(
+        lambda: read_rows(".", tmp_path, "file,label,split", *rows),
+        "lines 2 and 3: .*film00.png stands twice, with a different split: keep one row",
+    )

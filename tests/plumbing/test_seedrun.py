@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import finetune
 from plumbing import checkpoint
 from plumbing.launch import UserError
-from plumbing.seedrun import Best, choose_weights
+from plumbing.seedrun import Best, choose_weights, recipe_of, refuse_other_run
+from plumbing.splits import Example
 
 
 def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatch):
@@ -35,3 +37,32 @@ def test_a_tie_on_validation_goes_to_the_lower_loss():
     assert best == Best(value=80.0, loss=0.6, step=5, stale=1)
     assert best.update(80.0, 0.5, 7)
     assert best == Best(value=80.0, loss=0.5, step=7, stale=0)
+
+
+def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
+    films = {}
+    for split in ("train", "val", "test"):
+        films[split] = [Example(Path(f"/a/{split}{k}.png"), (k % 2,), f"p{k}") for k in range(4)]
+    vit = torch.nn.Linear(1, 1)
+    begun = recipe_of({}, None, vit, ["mass"], films)
+    moved = {
+        split: [film._replace(path=Path("/b") / film.path.name) for film in examples]
+        for split, examples in films.items()
+    }
+    refuse_other_run(tmp_path, begun, recipe_of({}, None, vit, ["mass"], moved))
+    older = {name: value for name, value in begun.items() if name != "table_is"}
+    refuse_other_run(tmp_path, older, begun)
+    for split in ("train", "val", "test"):
+        first, *rest = films[split]
+        for other in (
+            [first._replace(target=(1,)), *rest],
+            [first._replace(target=(None,)), *rest],
+            [first._replace(patient="p1"), *rest],
+            [first._replace(mask=("file", Path("/a/mask.png"))), *rest],
+            rest,
+        ):
+            changed = recipe_of({}, None, vit, ["mass"], films | {split: other})
+            with pytest.raises(UserError, match="changed since: choose another --out"):
+                refuse_other_run(tmp_path, begun, changed)
+    with pytest.raises(UserError, match="changed since"):
+        refuse_other_run(tmp_path, begun, recipe_of({}, None, vit, ["nodule"], films))

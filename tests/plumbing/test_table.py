@@ -135,9 +135,11 @@ def test_lists_keep_their_numbers_and_names_their_dots(tmp_path):
 
 
 # ---------------------------------------------------------------- cells
-def test_words_and_blanks_are_the_number_0():
-    cells = ["1.0", "-1", "", "nan", "yes"]
-    assert [number(cell) for cell in cells] == [1, -1, 0, 0, 0]
+def test_blanks_are_the_number_0_and_words_are_none():
+    cells = ["1.0", "-1", "1,0", "", "nan"]
+    assert [number(cell) for cell in cells] == [1, -1, 1, 0, 0]
+    with pytest.raises(UserError, match="'yes' is no number"):
+        number("yes")
 
 
 def test_a_cell_answers_yes_no_perhaps_or_nothing():
