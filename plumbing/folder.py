@@ -37,15 +37,18 @@ def in_threads(function, items: list) -> list:
 
 
 def state(folder: str) -> list[int] | None:
-    """What changes when an entry comes into a folder or leaves it: its times (ns) and its inode.
-
-    The second time is set by the system alone, so that a copy with old dates (rsync -a) shows, too.
-    None when the folder is gone, and on disks that keep no times: nothing equals None.
-    """
+    """What changes when an entry comes into a folder or leaves it; None when the folder is gone."""
     try:
-        stat = os.stat(folder)
+        return times_and_inode(os.stat(folder))
     except OSError:
         return None
+
+
+def times_and_inode(stat: os.stat_result) -> list[int] | None:
+    """A folder's two times (ns) and its inode; None on disks that keep no times: it equals nothing.
+
+    The second time is set by the system alone, so that a copy with old dates (rsync -a) shows, too.
+    """
     return [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] if stat.st_mtime_ns else None
 
 
@@ -70,9 +73,8 @@ def look(folder: str):
     """
     kinds = []
     targets = set()
-    now = state(folder)  # before its entries: what comes meanwhile counts as a change
     try:
-        stat = os.stat(folder)
+        stat = os.stat(folder)  # before its entries: what comes meanwhile counts as a change
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or entry.name in NO_FILMS:
@@ -81,8 +83,8 @@ def look(folder: str):
                 if entry.is_symlink() and kinds[-1][1] == "file":
                     targets.add(os.path.dirname(os.path.join(folder, os.readlink(entry.path))))
     except OSError as error:
-        return f"folder cannot be read: {error.strerror}", now, [], set()
-    return (stat.st_dev, stat.st_ino), now, sorted(kinds), targets
+        return f"folder cannot be read: {error.strerror}", state(folder), [], set()
+    return (stat.st_dev, stat.st_ino), times_and_inode(stat), sorted(kinds), targets
 
 
 def walk(root):

@@ -388,7 +388,9 @@ def test_films_that_came_a_moment_ago_or_on_disks_without_times(tmp_path, monkey
     root = tree(tmp_path / "films", ["a/1.png"])
     cache = tmp_path / "films.json"
     Index(root, cache)  # the folder changed less than two seconds ago
-    monkeypatch.setattr(folder, "state", lambda path: [7, 7, 7])  # a clock that stands still
+    monkeypatch.setattr(
+        folder, "times_and_inode", lambda stat: [7, 7, 7]
+    )  # a clock that stands still
     monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))
     tree(root, ["a/2.png"])
     assert Index(root, cache).films == ["a/1.png", "a/2.png"]
