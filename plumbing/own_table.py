@@ -355,11 +355,11 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels) -> Goal:
         targets = [tuple(v.get(label) for label in labels) if v else unknown for v in values]
         absent = [label for label in labels if label not in columns]
         notes = goal.notes + ([f"not in the table: {', '.join(absent)}"] if absent else [])
-        rest = [name for name in sheet.cells if name not in {*taken, *columns.values()}]
-        notes += [f"columns not compared: {', '.join(rest)}"] if rest else []
+        notes += not_compared(sheet, {*taken, *columns.values()})
     elif column is None:
         targets = [unknown] * len(sheet.lines)
         notes = [f"labels: no column label or {', '.join(labels)}: nothing to compare with"]
+        notes += not_compared(sheet, taken)
     elif is_answer_to(labels, sheet.cells[column]):
         goal = read_answers(sheet, [column], uncertain)
         targets = [row or unknown for row in goal.targets]
@@ -377,6 +377,12 @@ def is_answer_to(labels, cells) -> bool:
     """
     is_code = len(labels) == 1 and labels[0].isdecimal()
     return len(labels) == 1 and not is_code and OTHER not in map(answer_or_negative, cells)
+
+
+def not_compared(sheet, taken) -> list[str]:
+    """Name the columns that a model's labels are not compared with, in a note if there are any."""
+    rest = [name for name in sheet.cells if name not in taken]
+    return [f"columns not compared: {', '.join(rest)}"] if rest else []
 
 
 def columns_of_labels(sheet, taken, labels) -> dict[str, str]:

@@ -198,7 +198,9 @@ def write_predictions(folder: Path, task, rows: dict):
     table = csv.writer(text, lineterminator="\n")
     columns = ["dice", "has_mask"]
     if task.kind != "mask":
-        columns = [*task.labels, *(f"true_{name}" for name in task.labels)]
+        taken = ("film", "patient")
+        columns = [f"class {name}" if name in taken else name for name in task.labels]
+        columns += [f"true_{name}" for name in task.labels]
     table.writerow(["film", "patient", *columns])
     for i, row in rows.items():
         example = task.films["test"].examples[i]

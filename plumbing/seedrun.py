@@ -139,7 +139,11 @@ def fingerprints(examples) -> list[str]:
     """Fingerprints by which films are recognised in another folder: of their names and sizes."""
 
     def fingerprint(example):
-        text = f"{example.path.name} {example.path.stat().st_size}"
+        try:
+            size = example.path.stat().st_size
+        except OSError:  # gone since it was listed; reading it will say so
+            size = 0
+        text = f"{example.path.name} {size}"
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
 
     return in_threads(fingerprint, list(examples))

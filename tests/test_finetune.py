@@ -487,6 +487,9 @@ def test_classes_are_matched_by_name_and_what_is_not_matched_is_named(films, tmp
     assert result["per_class"]["circle"] is None and result["per_class"]["always"] is None
     assert result["mean"] == result["per_class"]["big square"]
     assert result["split"]["test"]["unknown"] == {"circle": 12}
+    _, rows = examine(films, tmp_path, "\n".join(lines), finished(tmp_path, ("film", "other")))
+    assert "columns not compared: Big_Square, rhombus, always" in capsys.readouterr().out
+    assert list(rows[0]) == ["film", "patient", "class film", "other", "true_film", "true_other"]
     with pytest.raises(launch.UserError, match="column label names rhombus, but none of what"):
         examine(films, tmp_path, "filename,label\n00.png,rhombus\n01.png,normal", base)
 
