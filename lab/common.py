@@ -23,7 +23,7 @@ from plumbing.checkpoint import BadCheckpoint, newest_run, write_json, write_tex
 from plumbing.film import UnreadableFilm
 from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
-from plumbing.own_table import SPLIT, SPLIT_WORDS
+from plumbing.own_table import SPLIT_WORDS, split_column
 from plumbing.table import Finder, plain
 from plumbing.weights import load_world
 
@@ -133,33 +133,44 @@ def open_set(args, count, side=320):
     return open_films(folder / "films", out, side), args.table or folder / "phantoms.csv"
 
 
-def rows_of(table, films):
+def rows_of(table, films, said=lambda row: None):
     """Find the rows of a CSV whose films are there; only those of the split `test` where it has
-    such. Its columns of films and splits go by any of their usual names (plumbing.findings). →
-    [(the film's number, row)]
+    such. Its columns of films and splits go by any of their usual names (plumbing.findings). Of
+    several rows of a film the first counts. UserError when a row fits two films, or when two rows
+    of a film differ in what is wanted of them, said(row). → [(the film's number, row)]
     """
     if not Path(table).is_file():
         raise UserError(f"--table {table}: no such file")
     sheet = Sheet(table)
     film = sheet.film_column()
-    split = sheet.column(SPLIT, "split")
+    split = split_column(sheet, {film})
     rows = [
         dict(zip(sheet.cells, row, strict=True)) for row in zip(*sheet.cells.values(), strict=True)
     ]
+    numbers = range(len(rows))
     if split:
-        rows = [row for row in rows if SPLIT_WORDS.get(plain(row[split])) == "test"] or rows
+        is_test = [SPLIT_WORDS.get(plain(cell)) == "test" for cell in sheet.cells[split]]
+        numbers = [k for k in numbers if is_test[k]] or numbers
+        print(f"table {table}: {len(numbers)} of {len(rows)} rows, column {split}", flush=True)
     found = {}
     absent = 0
-    for row, place in zip(rows, Finder(films.names).find(row[film] for row in rows), strict=True):
+    places = Finder(films.names).find([rows[k][film] for k in numbers])
+    for k, place in zip(numbers, places, strict=True):
         absent += not place.films
-        found |= dict.fromkeys(place.films, row)
+        if len(place.films) > 1:
+            first, second = (films.names[i] for i in place.films[:2])
+            name = rows[k][film]
+            sheet.refuse(k, f"{name} fits both {first} and {second}: write more of the path")
+        for i in place.films:
+            if said(found.setdefault(i, rows[k])) != said(rows[k]):
+                sheet.refuse(k, f"{rows[k][film]} stands twice, and differs: keep one row")
     if not found:
         raise UserError(
             f"--table {table}: none of its {len(rows)} films is in the data "
-            f"(first: {rows[0][film]})"
+            f"(first: {rows[numbers[0]][film]})"
         )
     if absent:
-        print(f"table {table}: {absent} of its {len(rows)} films are not in the data", flush=True)
+        print(f"table {table}: {absent} of {len(numbers)} films are not in the data", flush=True)
     return sorted(found.items(), key=lambda item: item[0])
 
 

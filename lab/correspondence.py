@@ -285,7 +285,7 @@ def read_landmarks(table, films, count):
     At most `count` films, evenly from all that are there. → numbers of the films, places (n, L, 2)
     fractions, shapes (n, 2) px, names of the landmarks
     """
-    rows = rows_of(table, films)
+    rows = rows_of(table, films, said=lambda row: row)
     columns = list(rows[0][1])
     names = [column.removesuffix("_row") for column in columns if column.endswith("_row")]
     names = [name for name in names if f"{name}_col" in columns]
@@ -311,6 +311,7 @@ def read_landmarks(table, films, count):
 
 def landmarks_of(row, names, shape, table):
     """Landmarks of one film from its row: by name, or from the mask. → (L, 2) fractions, or None"""
+    first_cells = "the row of " + ", ".join(list(row.values())[:2])
     try:
         if names:
             pixels = [[float(row[f"{name}_row"]), float(row[f"{name}_col"])] for name in names]
@@ -319,11 +320,10 @@ def landmarks_of(row, names, shape, table):
             mask = read_mask(("file", Path(table).parent / row["mask"]), None, shape)
             places = from_mask(mask)
     except (UnreadableFilm, ValueError) as error:
-        where = f"--table {table}: the row of {row['filename']}"
-        raise UserError(f"{where} cannot be used: {error}") from None
-    if places is not None and places.max() > 1:
+        raise UserError(f"--table {table}: {first_cells} cannot be used: {error}") from None
+    if places is not None and not ((places >= 0) & (places <= 1)).all():
         raise UserError(
-            f"--table {table}: landmarks of {row['filename']} lie outside its {shape[0]} × "
+            f"--table {table}: landmarks of {first_cells} lie outside its {shape[0]} × "
             f"{shape[1]} px; places count pixels of the film as stored"
         )
     return places

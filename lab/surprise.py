@@ -29,10 +29,11 @@ from data import open_films
 from lab import common
 from model import take
 from plumbing import phantom, pictures
+from plumbing.findings import LABEL, Sheet, answer_or_negative, is_unsaid, merge_spellings
 from plumbing.keys import SURPRISE, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import auroc
-from plumbing.table import MISSING, answer, is_negative
+from plumbing.table import NO
 
 PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")  # kinds of wrong
 FEWEST = 40  # reference films: half of them calibrate, and p is never below 1 / (half + 1)
@@ -291,18 +292,21 @@ def planted_film(seed, i, kind):
 
 
 def labels_of(table, films, numbers):
-    """The table's word for each film, "" where it has none; None without a table. → (n,)"""
+    """What the table says of each film: "normal", what is wrong, or "" where nothing is said or it
+    is uncertain; None without a table. → (n,)
+    """
     if not table:
         return None
-    label = {i: row.get("label", "") for i, row in common.rows_of(table, films)}
-    words = [label[i] for i in numbers]
-    is_said = [is_negative(word) or answer(word) is not MISSING for word in words]
-    return np.where(is_said, words, "")
-
-
-def are_normal(labels):
-    """Which of the labels say that nothing is wrong. (n,) → bool (n,)"""
-    return np.array([is_negative(label) for label in labels])
+    sheet = Sheet(table)
+    column = sheet.column(LABEL, "label")
+    if not column:
+        print(f"table {table}: no column label, so no AUROC", flush=True)
+        return np.array([""] * len(numbers))
+    cells = dict(common.rows_of(table, films, lambda row: row[column]))
+    named = [None if is_unsaid(cells[i][column]) else [cells[i][column]] for i in numbers]
+    words = [[] if cell and answer_or_negative(cell[0]) == NO else cell for cell in named]
+    found, _ = merge_spellings(words)  # Mass and mass are one kind
+    return np.array(["" if kinds is None else "".join(kinds) or "normal" for kinds in found])
 
 
 def separation(labels, scores, has_reference):
@@ -319,7 +323,7 @@ def separation(labels, scores, has_reference):
             is_own = np.r_[np.ones(len(own)), np.zeros(len(calibration))]
             result[measure] = {"these films": 100 * auroc(np.r_[own, calibration], is_own)}
         return result
-    normal = are_normal(labels)
+    normal = labels == "normal"
     is_wrong = ~normal & (labels != "")
     if not is_wrong.any() or not normal.any():
         return {}
@@ -379,7 +383,7 @@ def choose_shown(names, labels, surprise):
     if labels is None:
         shown = np.concatenate([order[:12], order[len(order) // 2 :][:6]])
         return shown, [titles[i] for i in shown], 6
-    last = np.argsort(are_normal(labels), kind="stable")  # normal ones come last, at the right
+    last = np.argsort(labels == "normal", kind="stable")  # normal ones come last, at the right
     kinds = [order[labels[order] == kind] for kind in dict.fromkeys(labels[last])][-6:]
     shown = [films[0] for films in kinds] + [films[len(films) // 2] for films in kinds]
     words = []

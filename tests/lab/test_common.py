@@ -64,6 +64,18 @@ def test_rows_of_a_table_are_those_of_its_test_split(tmp_path):
         common.named(table, films)
 
 
+def test_a_row_that_fits_two_films_and_rows_that_differ_are_refused(tmp_path):
+    films = Films({"x/a.png": noise(0), "y/a.png": noise(1), "x/b.png": noise(2)})
+    table = tmp_path / "films.csv"
+    table.write_text("filename,label\nx/a.png,1\na.png,1\n")
+    with pytest.raises(UserError, match="line 3: a.png fits both x/a.png and y/a.png"):
+        common.named(table, films)
+    table.write_text("filename,label,reader\nb.png,1,A\nx/b.png,0,B\n")
+    assert common.named(table, films).tolist() == [2]
+    with pytest.raises(UserError, match="line 3: x/b.png stands twice, and differs"):
+        common.rows_of(table, films, said=lambda row: row["label"])
+
+
 def test_evenly():
     assert common.evenly(np.arange(10, 20), 4).tolist() == [10, 13, 16, 19]
     assert common.evenly(np.arange(3), 4).tolist() == [0, 1, 2]

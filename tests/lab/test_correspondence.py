@@ -10,6 +10,7 @@ from lab_for_tests import good, make_here, make_place  # noqa: F401 (fixtures)
 
 from lab import correspondence
 from plumbing import phantom
+from plumbing.launch import UserError
 
 
 # ---------------------------------------------------------------- features
@@ -111,6 +112,28 @@ def test_landmarks_of_a_mask():
 
 # ---------------------------------------------------------------- as a user runs it
 @pytest.mark.slow
+class Grey(list):
+    """Two grey films."""
+
+    names = ("a.png", "b.png")
+
+    def __init__(self):
+        super().__init__([np.zeros((20, 20), np.uint8)] * 2)
+
+
+def test_points_that_are_missing_are_refused_and_films_go_by_any_name(tmp_path):
+    films = Grey()
+    table = tmp_path / "points.csv"
+    table.write_text("Image Index,tip_row,tip_col\na.png,4,5\nb.png,6,7\n")
+    numbers, places, _, names = correspondence.read_landmarks(table, films, 2)
+    assert (numbers, names) == ((0, 1), ["tip"])
+    assert np.allclose(places[:, 0] * 20 - 0.5, [(4, 5), (6, 7)])
+    for cells in ("-1,-1", "nan,nan", "21,5", "na,"):
+        table.write_text(f"Image Index,tip_row,tip_col\na.png,4,5\nb.png,{cells}\n")
+        with pytest.raises(UserError, match="the row of b.png, .*(lie outside|cannot be)"):
+            correspondence.read_landmarks(table, films, 2)
+
+
 def test_correspondence_with_points_and_with_masks(place, here):
     few = ["--data", "set/films", "--films", 4, "--side", 32]
     points = ["--table", "set/phantoms.csv", "--references", 2, "--image", 96, "--out", "c"]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,27 @@ def test_good_films_are_flagged_as_often_as_promised_and_odd_ones_always(with_re
     assert (p[400:] < 0.06).all() and 0.01 < (p[:400] <= 0.05).mean() < 0.1
     assert z.shape == (408, 9) and z[400:].mean() > 3
     assert abs((scores["pixel mean and std"][2] <= 0.2).mean() - 0.2) < 0.1
+
+
+@pytest.mark.parametrize(
+    "header, cells, kinds",
+    [
+        ("filename,label", "normal mass Mass none uncertain", "normal mass mass normal -"),
+        ("Image Index,Finding Labels", "No_Finding Mass Mass NA -1", "normal Mass Mass - -"),
+        ("file,Label", "no yes YES N/A -1.0", "normal yes yes - -"),
+        ("file,class", "0.0 1.0 1.0 . uncertain", "normal 1.0 1.0 - -"),
+        ("file,remark", "normal mass mass mass mass", "- - - - -"),
+    ],
+)
+def test_labels_go_by_their_usual_names_and_spellings(tmp_path, header, cells, kinds):
+    rows = [f"{k}.png,{cell}" for k, cell in enumerate(cells.split())]
+    (tmp_path / "table.csv").write_text("\n".join([header, *rows]))
+    films = SimpleNamespace(names=[f"{k}.png" for k in range(5)])
+    labels = surprise.labels_of(tmp_path / "table.csv", films, np.arange(5))
+    assert [label or "-" for label in labels] == kinds.split()
+    scores = {"surprise": (None, np.array([1.0, 2, 3, 0, 9]), None)}
+    areas = surprise.separation(labels, scores, has_reference=False)
+    assert not areas if set(labels) == {""} else areas["surprise"]["all"] == 100
 
 
 # ---------------------------------------------------------------- errors
