@@ -123,7 +123,10 @@ def measure(kind: str, table, targets, weights) -> np.ndarray:
     columns = zip(table.T, targets.T, strict=True)
     areas = [metrics.weighted_auroc(scores, truth, weights) for scores, truth in columns]
     areas = np.stack(areas, 1)  # (k, c)
-    value = metrics.mean_of_defined(areas)
+    # The mean is always over the same classes: in a draw that lacks one of them it is undefined.
+    has_both = (targets == 1).any(0) & (targets == 0).any(0)
+    counted = np.where(has_both, areas, 0).sum(1)
+    value = counted / has_both.sum() if has_both.any() else np.full(len(areas), np.nan)
     if kind == "classes":
         is_known = ~np.isnan(targets).any(1)
         is_right = table[is_known].argmax(1) == targets[is_known].argmax(1)
@@ -207,8 +210,9 @@ def write_predictions(folder: Path, task, rows: dict):
         if task.kind == "mask":
             cells = ["", ""] if i in task.without_truth else [f"{row[0]:.6g}", f"{row[1]:.0f}"]
         else:
-            # csv writes None, what is not known, as an empty cell.
-            cells = [*map("{:.9g}".format, probabilities(task.kind, row)), *example.target]
+            # csv writes all digits, without which films near 1 would tie, and None, what is not
+            # known, as an empty cell.
+            cells = [*probabilities(task.kind, row).tolist(), *example.target]
         table.writerow([name_of(example.path, task.root), example.patient, *cells])
     write_text(folder / "predictions.csv", text.getvalue())
 

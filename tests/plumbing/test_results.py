@@ -1,11 +1,18 @@
 """What a fine-tuning run says of its films, and how a finished model is tested on others."""
 
+import csv
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from plumbing import results
 from plumbing.benchmarks import TASKS
+from plumbing.metrics import bootstrap
+from plumbing.splits import Example
 
 
 def test_judgement_of_three_classes_leaves_unread_films_out():
@@ -18,6 +25,39 @@ def test_judgement_of_three_classes_leaves_unread_films_out():
     is_b = [i % 3 == 1 for i in rows]
     area = roc_auc_score(is_b, [row[1] for row in rows.values()])
     assert per_class["b"] == pytest.approx(100 * area)
+
+
+def test_the_interval_of_a_mean_is_over_the_same_classes_in_every_draw():
+    rng = np.random.default_rng(0)
+    targets = np.zeros((60, 2))
+    targets[:30, 0] = 1
+    targets[5, 1] = 1  # a third of the draws lack it
+    table = rng.standard_normal((60, 2)) + 3 * targets * [1, -1]
+    patients = np.arange(60)
+    bounds = bootstrap(partial(results.measure, "labels", table, targets), patients)
+    assert np.isnan(bounds[0]).all() and np.isnan(bounds[2]).all()
+    assert bounds[1, 0] > 0.9
+    targets[5:25, 1] = 1
+    low, high = bootstrap(partial(results.measure, "labels", table, targets), patients)[0]
+    means = []
+    for _ in range(1000):
+        i = rng.integers(60, size=60)
+        means.append(np.mean([roc_auc_score(targets[i, k], table[i, k]) for k in (0, 1)]))
+    assert (low, high) == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.02)
+    targets[:, 1] = np.nan  # not known at all: the mean is over the other
+    value, per_class = results.judge("labels", "ab", table, targets)
+    assert value == per_class["a"] and per_class["b"] is None
+
+
+def test_predictions_keep_the_order_of_very_sure_films(tmp_path):
+    logits = np.linspace(20, 34, 50, dtype=np.float32)  # all of them are 1.00000000 to 9 digits
+    examples = [Example(Path(f"{k}.png"), (k % 2,), f"p{k}") for k in range(50)]
+    films = {"test": SimpleNamespace(examples=examples)}
+    task = SimpleNamespace(kind="labels", labels=("a",), root=Path("/"), films=films)
+    results.write_predictions(tmp_path, task, {k: logits[k : k + 1] for k in range(50)})
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    written = [float(row["a"]) for row in rows]
+    assert np.array_equal(np.argsort(written), np.arange(50)) and len(set(written)) == 50
 
 
 def test_it_is_said_whose_recipe_it_is():
