@@ -275,6 +275,11 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, missing):
     save_atomic(saved, tmp_path / "last.pt")
     with pytest.raises(UserError, match="last.pt is not a checkpoint of this program"):
         checkpoint.resume(tmp_path / "last.pt", {}, {"layer": torch.nn.Linear(2, 2)})
+    other = {"layer": torch.nn.Linear(2, 3).state_dict(), "step": 1}
+    save_atomic(other, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="holds another network than today's") as error:
+        checkpoint.resume(tmp_path / "last.pt", None, {"layer": torch.nn.Linear(2, 2)})
+    assert "\n" not in str(error.value)
 
 
 def test_junk_is_a_users_error_and_a_value_error(tmp_path):
