@@ -224,6 +224,11 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
             refuse_other(sheet, column)
         if not count[OTHER] and count[YES] + count[NO]:
             found.append(column)
+    twins = [column for column in found if [*map(plain, found)].count(plain(column)) > 1]
+    if twins:
+        raise UserError(
+            f"{sheet.path}: {' and '.join(twins)} may be one label: rename or delete one"
+        )
     if not found:
         raise UserError(
             f"{sheet.path}: no column label or mask, and none of 0 and 1; "
@@ -331,18 +336,23 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
 
 
 def refuse_odd_codes(sheet: Sheet, column: str, codes):
-    """UserError on a number that stands for no class: below 0, as -9 for missing, or seen once."""
+    """UserError on a number that stands for no class: below 0, seen once, or, as -9, 9 and 99 often
+    do, for what is missing: a code of nines or eights without the number before it.
+    """
     count = Counter(code for found in codes if found for code in found)
     odd = [
         code for code in count if int(code) < 0 or (count[code] == 1 and len(count) <= MAX_CODES)
     ]
+    gaps = [code for code in count if str(int(code) - 1) not in count]
+    odd += [code for code in gaps if re.fullmatch("9+|88+", code)]
     is_classes = 2 * len(odd) < len(count) + 1
     for row, found in enumerate(codes):
         if is_classes and found and not found.isdisjoint(odd):
             sheet.refuse(
                 row,
-                f"column {column} says {sheet.cells[column][row]!r}, a number below 0 or one that "
-                "no other row has: is it a class? Leave the cell empty where it is missing",
+                f"column {column} says {sheet.cells[column][row]!r}, a number below 0, one that no "
+                "other row has, or a code for missing: is it a class? Leave the cell empty where "
+                "it is missing",
             )
 
 

@@ -7,6 +7,7 @@ out in findings.
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,14 @@ PATIENT = (
     "patientid patient subjectid subject patientnumber patientno patid pid mrn personid "
     "participantid participant"
 ).split()
+PATIENT += map(
+    "".join,
+    product(
+        "patient patienten pat subject person participant".split(),
+        "nr num number nummer no key uid code name identifier index".split(),
+    ),
+)
+PATIENT = tuple(dict.fromkeys(PATIENT))
 NOBODY = ("anonymous", "anonymized", "anonymised", "anon", "unnamed")
 SPLIT = "split set fold subset partition".split()
 SPLIT_WORDS = dict.fromkeys("train training tr".split(), "train")
@@ -353,6 +362,9 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels) -> Goal:
         goal = read_answers(sheet, list(columns.values()), uncertain)
         values = [row and dict(zip(columns, row, strict=True)) for row in goal.targets]
         targets = [tuple(v.get(label) for label in labels) if v else unknown for v in values]
+        if kind == "classes":  # exactly one holds, else which is not known
+            is_one = [row.count(YES) == 1 or None in row for row in targets]
+            targets = [row if one else unknown for row, one in zip(targets, is_one, strict=True)]
         absent = [label for label in labels if label not in columns]
         notes = goal.notes + ([f"not in the table: {', '.join(absent)}"] if absent else [])
         notes += not_compared(sheet, {*taken, *columns.values()})

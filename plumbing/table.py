@@ -120,8 +120,9 @@ def read_text(path: Path) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
+        name = encoding.removesuffix("-sig").upper()
         raise UserError(
-            f"{path}: cannot be read as a table: line {line} is no {encoding[:6].upper()}; {advice}"
+            f"{path}: cannot be read as a table: line {line} is no {name}; {advice}"
         ) from None
     text = text.replace("\ufeff", "").replace("\u200b", "")  # invisible: marks, empty spaces
     text = unicodedata.normalize("NFC", text)  # é as one letter, whoever wrote it

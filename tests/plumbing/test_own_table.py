@@ -516,8 +516,8 @@ NO_LABELS = [
     (["Mass/Efusion", "Mass", "Effusion"], "line 2.*one finding or several"),
     (["normal", "No Finding"], "names no class beside"),
     (["", "NA"], "column label is empty"),
-    (["0", "1", "-9", "0", "1"], "line 4.*'-9', a number below 0 or one that no other row has"),
-    (["0", "1", "2", "0", "1"], "line 4.*'2', a number below 0 or one that no other row has"),
+    (["0", "1", "-9", "0", "1"], "line 4.*'-9', a number below 0, one that no other row has"),
+    (["0", "1", "2", "0", "1"], "line 4.*'2', a number below 0, one that no other row has"),
     (["90%", "10%"], "line 2.*'90%', a number and no class"),
     (["058Y", "060Y"], "line 2.*'058Y', an age and no class"),
 ]
@@ -701,6 +701,37 @@ def test_a_model_of_one_of_two_codes_is_not_asked_yes_or_no(folder, tmp_path):
     refused(  # 1 alone is no "yes" to 2
         lambda: read_rows(folder, tmp_path, "file,label", "film00,1", "film01,", trained=model),
         "names 1, but none of what the model was trained for: 2",
+    )
+
+
+def test_of_classes_that_exclude_each_other_one_column_says_yes_or_none_counts(folder, tmp_path):
+    model = ("classes", ("Normal", "Opacity", "Other"))
+    rows = ["film00,1,0,0", "film01,0,0,1", "film02,0,0,0", "film03,1,1,0", "film04,1,,0"]
+    found = read_rows(folder, tmp_path, "file,Normal,Opacity,other", *rows, trained=model)
+    unknown = (None, None, None)
+    assert targets_of(found) == [(1, 0, 0), (0, 0, 1), unknown, unknown, (1, None, 0)]
+
+
+@pytest.mark.parametrize("name", ["Patient Nr", "patient_key", "SubjectNo", "Patienten-Nummer"])
+def test_patients_go_by_other_names_as_well(folder, tmp_path, name):
+    rows = ["film00,1,7,train", "film01,0,8,train", "film02,1,7,test"]
+    refused(
+        lambda: read_rows(folder, tmp_path, f"file,label,{name},split", *rows),
+        "patient 7 has films in train and in test",
+    )
+
+
+def test_codes_for_missing_are_no_classes_and_twins_no_two_labels(folder, tmp_path):
+    for codes in ("0 1 9", "0 1 2 99", "1 2 88"):
+        rows = [f"film{k:02d},{codes.split()[k % len(codes.split())]}" for k in range(8)]
+        refused(
+            lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows), "missing: is it"
+        )
+    rows = [f"film{k:02d},{k % 10}" for k in range(20)]
+    assert len(read_rows(folder, tmp_path, "file,label", *rows).labels) == 10
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,Mass,mass", "film00,1,0", "film01,0,1"),
+        "Mass and mass may be one label",
     )
 
 
