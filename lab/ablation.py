@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import pretrain
+from lab.common import read_json
 from lab.domain import GRID
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
 from plumbing import phantom
@@ -213,11 +214,6 @@ def keep_recipe(path: Path, recipe: dict) -> None:
     if path.is_file():
         refuse_other_recipe(path.parent, json.loads(path.read_text(encoding="utf-8")), recipe)
     write_json(path, recipe)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file, or an empty dict where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def finetune_command(data, table, out, fraction, flags) -> list[str]:

@@ -8,6 +8,7 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 import csv
 import dataclasses
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def finish(args, result, words, **pages):
     files = [f"{out}/{name}.png" for name in pages] + [f"numbers {out}/result.json"]
     print(words)
     print(", ".join(files))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file, or an empty dict where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_csv(path, header, rows):

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from lab.common import Common, find_weights, finish, open_set, pooled, some_films, start
-from lab.report import curves_picture, probe_table, probe_words
+from lab.probe import judge_table, judged_words, seen_by_run
+from lab.report import curves_picture
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
 from plumbing.launch import UserError, flag, run_script
@@ -33,6 +34,7 @@ too short a training, or films unlike those of the table"""
 SUSPICIOUS = """suspicious: less variety than random weights have. \
 Normal in the first tenth of a training; later, lower --lr or raise --ema"""
 HEALTHY = "healthy: films differ in many directions"
+KNOWS_MORE = ", and a probe finds more than in random weights"
 
 
 @dataclasses.dataclass
@@ -52,12 +54,17 @@ def main(argv=None):
     features = {name: pooled(vit, images).numpy() for name, vit in encoders.items()}
     rows = {name: variety(values) for name, values in features.items()}
     result = {"films": len(images), **rows}
+    knows = None
     words = [variety_table(len(images), encoders["target encoder"].dim, rows)]
     if table:
         labels = Labels(table).complete(films)
-        result["probe"] = probe_table(labels, films, encoders, size)
-        words.append(probe_words(labels, result["probe"]))
-    result["verdict"] = verdict(rows["target encoder"], rows["random weights"], result.get("probe"))
+        judged = judge_table(labels, films, encoders, size, "random weights")
+        result["probe"] = judged["test"]["values"]
+        result["probe_intervals"] = judged
+        words.append(judged_words(labels, judged, seen_by_run(path, labels)))
+        differences = judged["test"]["differences"]["target encoder"]
+        knows = differences["random weights"]["word"]
+    result["verdict"] = verdict(rows["target encoder"], rows["random weights"], knows)
     words.append("verdict: " + result["verdict"])
     page = health_picture(features, read_log(path.with_name("log.csv")))
     finish(args, result, "\n".join(words), health=page)
@@ -111,21 +118,19 @@ def variety_table(count, dim, rows):
     return "\n".join(lines)
 
 
-def verdict(own, fresh, probe):
+def verdict(own, fresh, knows):
     """Say in one sentence what a worried user should think and do.
 
-    own, fresh: variety of the encoder and of random weights; probe: {encoder: AUROC} or None
+    own, fresh: variety of the encoder and of random weights; knows: how the encoder's probe stands
+    to that of random weights (lab.probe.word), None without a probe
     """
     if own["feature_std"] < 0.02 or own["rankme"] < 1.5:
         return COLLAPSED
-    if probe and None in probe.values():  # too few of its films could be read
-        probe = None
-    if probe and probe["target encoder"] < probe["random weights"] - 1:
+    if knows == "below":
         return IGNORANT
     if own["rankme"] < fresh["rankme"] and own["feature_std"] < fresh["feature_std"]:
         return SUSPICIOUS
-    knows_more = probe and probe["target encoder"] > probe["random weights"]
-    return HEALTHY + ", and a probe finds more than in random weights" if knows_more else HEALTHY
+    return HEALTHY + KNOWS_MORE if knows == "above" else HEALTHY
 
 
 # ---------------------------------------------------------------- picture

@@ -23,6 +23,8 @@ DRAW_SHOTS = 12  # (draw): the order in which --shots looks for films of every c
 BOOTSTRAP = 14  # (): the patients of every redraw that a 95 % interval is made of
 # analyses
 SURPRISE = 9  # (seed): the halves that judge each other
+PROBE_FOLDS = 15  # (repeat): which patients are judged together, by a probe of the others
+PROBE_PROJECTION = 16  # (dimensions): the directions onto which many films' features are cast
 RANDOM_CUT = 10  # (seed): boxes of the correspondence test
 DOMAIN_TEST = 13  # (seed, film): the actions of the domain sensitivity test
 RCDM_PLACE = 20  # (seed, epoch, film): boxes and hidden rectangles

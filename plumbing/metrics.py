@@ -1,4 +1,4 @@
-"""Numbers that judge a model: AUROC, accuracy, Dice, intervals, Recall@k, collapse, linear probe.
+"""Numbers that judge a model: AUROC, accuracy, Dice, intervals, Recall@k, collapse, linear probes.
 
 Every function takes NumPy arrays or torch tensors (any device) and computes in float64, on the CPU
 but for `spectrum`.
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.nn.functional import softplus
 
-from plumbing.keys import BOOTSTRAP, numpy_rng
+from plumbing.keys import BOOTSTRAP, PROBE_FOLDS, numpy_rng
 
 L2_GRID = tuple(np.logspace(-3, 3, 7))  # strengths of the probe's penalty, as 1 / C in scikit-learn
 L2_FALLBACK = 1.0  # where validation cannot choose because it lacks a class
+RIDGE_GRID = tuple(np.logspace(4, -3, 15))  # penalties of the judging probe, per feature
 
 
 def to_array(values) -> np.ndarray:
@@ -118,6 +119,31 @@ def bootstrap(statistic, patients, draws: int = 1000) -> np.ndarray:
     return bounds
 
 
+def compare_auroc(scores: dict, truth, patients, pairs=()) -> tuple[dict, dict]:
+    """Judge several models on the same films: AUROC, mean over the labels, and how sure it is.
+
+    scores: {model: (n, c)}, truth (n, c) of 0, 1 and nan, patients (n,). pairs: of models to be
+    compared, whose difference has an interval of its own: the redraws are the same for both, so
+    that what makes a film hard for both cancels out.
+    → {model: (value, low, high)}, {(one, other): (difference, low, high)}; nan where undefined
+    """
+    names = list(scores)
+    columns = {name: list(zip(to_array(scores[name]).T, truth.T, strict=True)) for name in names}
+
+    def statistic(weights):
+        values = {}
+        for name, labels in columns.items():
+            areas = [weighted_auroc(score, label, weights) for score, label in labels]
+            values[name] = mean_of_defined(np.stack(areas, 1))
+        values |= {(one, other): values[one] - values[other] for one, other in pairs}
+        return np.stack(list(values.values()), 1)
+
+    exact = statistic(np.ones((len(truth), 1)))[0]
+    rows = np.column_stack([exact, bootstrap(statistic, patients)]).tolist()
+    differences = dict(zip(pairs, rows[len(names) :], strict=True))
+    return dict(zip(names, rows[: len(names)], strict=True)), differences
+
+
 # ---------------------------------------------------------------- pre-training
 def recall_at_k(errors, ks=(1, 3, 5)) -> dict[int, float]:
     """Share of predictions whose true candidate is among the k best (Table 4) → {k: share}
@@ -197,14 +223,20 @@ class Standardised:
         count, dim = self.features.shape
         if dim > count:
             x = (self.features.double() - self.mean) * self.scale
-            _, values, basis = torch.linalg.svd(x, full_matrices=False)
-            return basis.mT, values.square()
+            squares, turned = torch.linalg.eigh(x @ x.mT)  # far quicker than a decomposition of x
+            is_real = squares > 1e-10 * squares.max()
+            squares = squares[is_real]
+            return x.mT @ (turned[:, is_real] / squares.sqrt()), squares
         gram = torch.zeros(dim, dim, dtype=torch.float64)
         for (block,) in self.blocks():
             x = (block - self.mean) * self.scale
             gram += x.mT @ x
         squares, basis = torch.linalg.eigh(gram)
         return basis, squares.clamp(min=0)
+
+    def coordinates(self, rows):
+        """Films of these numbers, along the main directions. → (len(rows), k)"""
+        return ((self.features[rows].double() - self.mean) * self.scale) @ self.basis
 
     def for_raw(self, weights):
         """Turn weights (k + 1, c) into those of the raw features. → weight (d, c), bias (c,)"""
@@ -356,3 +388,88 @@ def linear_probe(train_x, train_y, val_x, val_y, test_x) -> np.ndarray:
     weight, bias = fit_probe(train_x, train_y, val_x, val_y)
     scores = to_array(test_x) @ weight + bias
     return scores[:, 0] if np.ndim(train_y) == 1 else scores
+
+
+# ---------------------------------------------------------------- the probe that judges encoders
+def ridge_scores(x, y, patients, new_x) -> np.ndarray:
+    """Score new films by one ridge regression per label, fitted to other films.
+
+    x (n, d) is standardised by its own mean and deviation; y (n, c) of 0, 1 and nan (not known: the
+    film does not count); patients (n,): whose film it is. Every label gets that penalty of
+    RIDGE_GRID × d which errs least, in squares, when each patient is left out in turn; of equals
+    the strongest.
+    → (m, c) for new_x (m, d): how far above the average film of x. nan for a label that lacks a
+    class, for features that are not finite, and where fewer than two patients are known
+    """
+    y = to_array(y)
+    x = torch.as_tensor(x)
+    new_x = torch.as_tensor(new_x)
+    patients = np.asarray(patients)
+    scores = np.full((len(new_x), y.shape[1]), np.nan)
+    if not (x.isfinite().all() and new_x.isfinite().all()):
+        return scores
+    patterns, pattern_of = np.unique(~np.isnan(y.T), axis=0, return_inverse=True)
+    pattern_of = pattern_of.ravel()  # NumPy 2.0 gives it an axis more
+    for number, is_known in enumerate(patterns):  # labels that are known of the same films
+        known = y[is_known]
+        has_both = (known == 1).any(0) & (known == 0).any(0)
+        labels = np.flatnonzero((pattern_of == number) & has_both)
+        if len(labels) and len(set(patients[is_known])) > 1:
+            fit = Standardised(x if is_known.all() else x[is_known])
+            weight = solve_ridge(fit, torch.from_numpy(known[:, labels]), patients[is_known])
+            parts = [(part.double() - fit.mean) @ weight for part in new_x.split(4096)]
+            scores[:, labels] = torch.cat(parts).numpy()
+    return scores
+
+
+def solve_ridge(x: Standardised, y, patients) -> torch.Tensor:
+    """Weights (d, c) of the raw features, for y (n, c) of 0 and 1, each at its best penalty."""
+    residual = y - y.mean(0)
+    aim = x.gradient(residual)[:-1]  # (k, c)
+    penalties = torch.tensor(RIDGE_GRID) * x.features.shape[1]
+    shrink = 1 / (x.squares[:-1, None] + penalties)  # (k, penalties); aim × shrink: the solution
+    best = left_out_errors(x, residual, aim, shrink, patients).argmin(0)  # (c,)
+    weight, _ = x.for_raw(torch.cat([aim * shrink[:, best], torch.zeros(1, y.shape[1])]))
+    return weight
+
+
+def left_out_errors(x: Standardised, residual, aim, shrink, patients) -> torch.Tensor:
+    """Sum the squared errors of each patient's films under the fit to all others. → (penalties, c)
+
+    Nothing is fitted anew: if H is the matrix that turns labels into fitted ones, and r the
+    residuals of the fit to all, then the films p of a patient who is left out err by
+    (I - H_pp)⁻¹ r_p.
+    """
+    _, patient_of, films_of = np.unique(patients, return_inverse=True, return_counts=True)
+    by_patient = np.argsort(patient_of, kind="stable")
+    groups = np.split(by_patient, np.cumsum(films_of)[:-1])
+    errors = torch.zeros(shrink.shape[1], residual.shape[1], dtype=torch.float64)
+    for size in set(films_of.tolist()):
+        rows = np.stack([group for group in groups if len(group) == size])  # (patients, size)
+        for part in torch.from_numpy(rows).split(max(1, 4096 // size)):
+            z = x.coordinates(part.flatten()).unflatten(0, part.shape)  # (patients, size, k)
+            for total, factor in zip(errors, shrink.T, strict=True):
+                shrunk = z * factor
+                hat = shrunk @ z.mT + 1 / len(residual)
+                error = residual[part] - shrunk @ aim
+                left_out = torch.linalg.solve(torch.eye(size, dtype=hat.dtype) - hat, error)
+                total += left_out.square().sum((0, 1))
+    return errors
+
+
+def cross_validated(x, y, patients, folds: int = 5, repeats: int = 4) -> np.ndarray:
+    """Score every film by `ridge_scores` of other patients: `folds` parts, each in turn left out.
+
+    x (n, d), y (n, c), patients (n,). → (n, c), mean over `repeats` divisions of the patients,
+    always the same ones; nan where a label lacks a class in what remains
+    """
+    y = to_array(y)
+    patients = np.asarray(patients, str)
+    names, patient_of = np.unique(patients, return_inverse=True)
+    scores = np.zeros((repeats, *y.shape))
+    for repeat, row in enumerate(scores):
+        part_of = (numpy_rng(PROBE_FOLDS, repeat).permutation(len(names)) % folds)[patient_of]
+        for part in range(folds):
+            out = part_of == part
+            row[out] = ridge_scores(x[~out], y[~out], patients[~out], x[out])
+    return scores.mean(0)

@@ -1,0 +1,228 @@
+"""How much does an encoder know? Judged beside random weights and raw pixels, with intervals.
+
+    python -m lab.probe --weights encoder.pt --data FILMS --table pneumonia.csv,sex.csv
+    python -m lab.probe                                  # newest run, synthetic films
+
+A linear probe is fitted to the features of the films with labels: to their mean over all patches,
+and to 4 × 4 cells of the film, which keep what lies where. The same probe gets the same network
+with random weights, and raw pixels at two sizes. It is a ridge regression of standardised features;
+its penalty is chosen within the films of train and val, each patient left out in turn; the films of
+test give the AUROC. Where those are few, all films are judged, too, each by a probe of other
+patients. The 95 % interval is over patients, and two sets of features are compared on the same
+redraws of patients: above or below is said where the interval of their difference leaves out 0.
+
+Writes result.json.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lab.common import Common, describe_films, find_weights, finish, open_set, read_json, start
+from lab.features import describe
+from plumbing.keys import PROBE_PROJECTION, torch_generator
+from plumbing.launch import flag, run_script
+from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
+from plumbing.own_table import Labels
+from plumbing.weights import load_encoder, make_vit
+
+RANDOM = "random initialisation"
+PIXELS = {"raw 8² pixels": 8, "raw 64² pixels": 64}
+CELLS = ", cells"  # follows the encoder's name; its name alone stands for the mean
+FEW_TEST_FILMS = 300  # with fewer, the cross-validated figure stands beside the test split's
+MANY_FILMS = 3000  # more are described in NUMBERS numbers at most
+NUMBERS = 1024
+SEEN = "films of test were not seen in pre-training; others may have been, unlabelled"
+
+
+@dataclasses.dataclass
+class Config(Common):
+    table: str = flag(None, "CSVs filename,label,split joined by commas [that of synthetic films]")
+    films: int = flag(1000, "synthetic films to draw where no --data is given")
+
+
+def main(argv=None):
+    args, device = start(Config, __doc__, "probe", argv)
+    path = find_weights(args.weights)
+    encoder = load_encoder(path, say=print)
+    torch.manual_seed(args.seed)
+    encoders = {"encoder": encoder, RANDOM: make_vit(encoder.config)}
+    encoders = {name: vit.to(device).eval() for name, vit in encoders.items()}
+    films, tables = open_set(args, args.films)
+    tables = [Labels(table).complete(films) for table in str(tables).split(",")]
+    result = {"weights": str(path), "seed": args.seed, "tables": {}}
+    words = []
+    for table in tables:
+        seen = seen_by_run(path, table)
+        judged = judge_table(table, films, encoders, encoder.image)
+        result["tables"][table.path.stem] = {"seen": seen, **judged, "notes": table.notes}
+        words.append(judged_words(table, judged, seen))
+    finish(args, result, "\n\n".join(words))
+
+
+def seen_by_run(weights, table) -> str:
+    """Say what is known of whether an encoder saw a table's films, by its run's config.json."""
+    probed = (read_json(weights.with_name("config.json")).get("probe") or "").split(",")
+    if table.path.resolve() in [Path(name).resolve() for name in probed if name]:
+        return SEEN
+    return "films that were in the encoder's pre-training have been seen, unlabelled"
+
+
+# ---------------------------------------------------------------- features
+def judge_table(labels: Labels, films, encoders: dict, size: int, random=RANDOM) -> dict:
+    """Ask how much linear probes find in the features of each {name: ViT}, and in raw pixels.
+
+    size: pixels of the encoders' side. random: the name of the one with random weights.
+    → {"test": judged, "all": judged}, as `judge` gives it, in percent: of the films of test, and,
+    where these are few, of all films, cross-validated
+    """
+    where = labels.locate(films)
+    present = where[where >= 0]
+    print(f"linear probe on {labels.path.stem}: {len(present):,} films", flush=True)
+    features, read = describe_set(films, present, encoders, size, f"films of {labels.path.stem}")
+    row_of = {film: row for row, film in enumerate(where)}
+    rows = [row_of[film] for film in read]
+    y = labels.y[rows]
+    patients = np.array(labels.patients)[rows]
+    is_test = labels.split[rows] == "test"
+    pairs = pairs_of(list(encoders), random)
+    scores = {}
+    for name, x in features.items():
+        fit = ~is_test
+        scores[name] = ridge_scores(x[fit], y[fit], patients[fit], x[is_test])
+    judged = {"test": judge(scores, y[is_test], patients[is_test], pairs)}
+    if is_test.sum() < FEW_TEST_FILMS and len(rows) <= MANY_FILMS:
+        scores = {name: cross_validated(x, y, patients) for name, x in features.items()}
+        judged["all"] = judge(scores, y, patients, pairs)
+    return judged
+
+
+def describe_set(films, numbers, encoders, size, words):
+    """Describe films by every encoder, and by their pixels. → {name: (n, d)}, numbers read (n,)
+
+    More than MANY_FILMS are described in at most NUMBERS numbers: the features are cast onto random
+    directions, always the same, as soon as they are there, so that all fit into memory.
+    """
+    cast = project if len(numbers) > MANY_FILMS else np.asarray
+
+    def by_encoders(images):
+        found = {}
+        for name, encoder in encoders.items():
+            each = describe(encoder, images)
+            found[name] = cast(each["mean"])
+            found[name + CELLS] = cast(each["cells"].reshape(len(images), -1))
+        return found
+
+    def by_pixels(images):
+        shrunk = {
+            name: torch.nn.functional.adaptive_avg_pool2d(images, side)
+            for name, side in PIXELS.items()
+        }
+        return {name: cast(image.flatten(1).numpy()) for name, image in shrunk.items()}
+
+    features, read, _ = describe_films(by_encoders, films, numbers, size, words, batch=128)
+    largest = max(PIXELS.values())
+    return features | describe_films(by_pixels, films, read, largest, words, batch=128)[0], read
+
+
+def project(features):
+    """Cast features (n, d) onto NUMBERS random directions, if they have more dimensions."""
+    dim = features.shape[1]
+    if dim <= NUMBERS:
+        return features
+    generator = torch_generator(PROBE_PROJECTION, dim)
+    directions = torch.randn(dim, NUMBERS, generator=generator) / dim**0.5
+    return features @ directions.numpy()
+
+
+# ---------------------------------------------------------------- values, differences, words
+def pairs_of(encoders: list, random: str) -> list[tuple]:
+    """Who is compared with whom: every encoder with random weights, and all with pixels."""
+    poolings = ("", CELLS)
+    pairs = [(name + p, random + p) for name in encoders for p in poolings if name != random]
+    return pairs + [(name + p, pixels) for name in encoders for p in poolings for pixels in PIXELS]
+
+
+def judge(scores: dict, truth, patients, pairs) -> dict:
+    """Judge scores {features: (n, c)} of films, and compare pairs of them. → what is written down
+
+    films, patients: how many; values {features: percent}, intervals {features: [low, high]};
+    differences {features: {other: {difference, interval, word}}}, where of the sets of pixels only
+    the better one is kept. None where something is undefined.
+    """
+    values, differences = compare_auroc(scores, truth, patients, pairs)
+    best = max(PIXELS, key=lambda name: np.nan_to_num(values[name][0]))
+    kept = {}
+    for (one, other), row in differences.items():
+        if other not in PIXELS or other == best:
+            value, interval = in_percent(row)
+            told = {"difference": value, "interval": interval, "word": word(interval)}
+            kept.setdefault(one, {})[other] = told
+    rows = {name: in_percent(row) for name, row in values.items()}
+    return {
+        "films": len(truth),
+        "patients": len(set(patients)),
+        "values": {name: value for name, (value, _) in rows.items()},
+        "intervals": {name: interval for name, (_, interval) in rows.items()},
+        "differences": kept,
+    }
+
+
+def in_percent(row):
+    """(value, low, high) → value in percent, [low, high] in percent; None where undefined."""
+    value, low, high = (None if np.isnan(number) else 100 * number for number in row)
+    return value, None if low is None else [low, high]
+
+
+def word(interval) -> str:
+    """Say what an interval of a difference means: above, level with, below, or unknown."""
+    if interval is None:
+        return "unknown"
+    if interval[0] > 0:
+        return "above"
+    return "below" if interval[1] < 0 else "level with"
+
+
+def judged_words(table: Labels, judged: dict, seen: str) -> str:
+    """The result of `judge_table` in words. seen: what the encoders know of these films."""
+    lines = [f"linear probe on {table.path.stem} ({', '.join(table.classes)}); {seen}"]
+    words = {
+        "test": "films of test, by a probe of train and val",
+        "all": "films, all with labels, each by a probe of other patients",
+    }
+    for part, result in judged.items():
+        lines.append(f"{result['films']:,} {words[part]}; {result['patients']:,} patients")
+        heads = ["AUROC %", "95 % interval", "against random weights", "against raw pixels"]
+        lines.append(line_of("", *heads))
+        lines += [line_of(name, *cells_of(result, name)) for name in result["values"]]
+    return "\n".join(lines)
+
+
+def line_of(name, value, interval, *against) -> str:
+    """One line of the table, its cells below each other."""
+    cells = [f"{cell:31s}" for cell in against]
+    return f"  {name:28s}  {value:>7s}  {interval:13s}  {'  '.join(cells)}".rstrip()
+
+
+def cells_of(result: dict, name: str) -> list[str]:
+    """Value, interval and comparisons of one set of features, in words."""
+    value = result["values"][name]
+    cells = ["undefined" if value is None else f"{value:.1f}"]
+    cells.append(bounds(result["intervals"][name]))
+    against = {"random": "", "raw": ""}
+    for other, told in result["differences"].get(name, {}).items():
+        difference = "" if told["difference"] is None else f"{told['difference']:+.1f}, "
+        words = f"{told['word']} ({difference}{bounds(told['interval'], '+')})"
+        against["raw" if other in PIXELS else "random"] = words
+    return cells + list(against.values())
+
+
+def bounds(interval, sign="") -> str:
+    """Write an interval: '78.1 to 89.9'."""
+    return " to ".join(f"{bound:{sign}.1f}" for bound in interval) if interval else "no interval"
+
+
+if __name__ == "__main__":
+    run_script(main)
