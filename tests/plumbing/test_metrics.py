@@ -1,12 +1,14 @@
 """Metrics against scikit-learn, brute force and closed forms."""
 
+import statistics
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
 from plumbing import metrics
@@ -252,3 +254,131 @@ def test_constant_features_do_not_break_the_probe():
     train, y = blobs(60, 4, 0)
     train[:, 2] = 1e6
     assert np.isfinite(metrics.linear_probe(train, y, train, y, train)).all()
+
+
+# ---------------------------------------------------------------- the probe that judges encoders
+def of_patients(n):
+    """Patients with one to four films each, mixed up. (n,)"""
+    rng = np.random.default_rng(n)
+    of = np.repeat(np.arange(n), rng.integers(1, 5, n))[:n]
+    return np.array([f"p{k}" for k in rng.permutation(of)])
+
+
+def by_scikit_learn(x, y, patients, new_x):
+    """Ridge at the penalty that errs least with each patient left out, by fitting them all."""
+    scaler = StandardScaler().fit(x)
+    x = scaler.transform(x)
+    errors = []
+    for penalty in metrics.RIDGE_GRID:
+        model = Ridge(alpha=penalty * x.shape[1], solver="svd")
+        guess = cross_val_predict(model, x, y, groups=patients, cv=LeaveOneGroupOut())
+        errors.append(np.square(guess - y).sum())
+    best = metrics.RIDGE_GRID[int(np.argmin(errors))]
+    model = Ridge(alpha=best * x.shape[1], solver="svd").fit(x, y)
+    return model.predict(scaler.transform(new_x)) - y.mean()
+
+
+@pytest.mark.parametrize("d", [4, 200])  # 200 > 90 films
+def test_ridge_scores_are_scikit_learns_with_each_patient_left_out(d):
+    x, y = blobs(60, d, 0)
+    other = (x[:, 1] + 5 * np.random.default_rng(8).normal(size=60) > 5).astype(float)
+    new, _ = blobs(40, d, 1)
+    patients = of_patients(60)
+    unknown = np.where(np.arange(60) % 4 == 0, np.nan, other)
+    scores = metrics.ridge_scores(x, np.stack([y, other, unknown], 1), patients, new)
+    known = ~np.isnan(unknown)
+    for column, label in zip(scores.T[:2], (y, other), strict=True):
+        assert np.allclose(column, by_scikit_learn(x, label, patients, new), atol=1e-6)
+    expected = by_scikit_learn(x[known], other[known], patients[known], new)
+    assert np.allclose(scores[:, 2], expected, atol=1e-6)
+
+
+def test_ridge_scores_are_undefined_where_nothing_can_be_learnt():
+    x, y = blobs(60, 4, 0)
+    labels = np.stack([y, np.zeros(60), np.full(60, np.nan)], 1)
+    scores = metrics.ridge_scores(x, labels, of_patients(60), x)
+    assert np.isfinite(scores[:, 0]).all() and np.isnan(scores[:, 1:]).all()
+    assert np.isnan(metrics.ridge_scores(x, labels, np.full(60, "one"), x)).all()
+    blind = metrics.ridge_scores(np.full((60, 4), 7.0), labels, of_patients(60), x)
+    assert (blind[:, 0] == 0).all()
+    x[3, 1] = np.inf
+    assert np.isnan(metrics.ridge_scores(x, labels, of_patients(60), x[:2])).all()
+
+
+def test_cross_validation_keeps_a_patients_films_together():
+    """Features that name the patient, whose films have one label: they teach nothing of others."""
+    patients = np.repeat(np.arange(60), 3)
+    y = np.random.default_rng(0).permutation(np.arange(60) % 2)[patients].astype(float)[:, None]
+    names = np.eye(60)[patients]
+    scores = metrics.cross_validated(names, y, patients)
+    assert 25 < 100 * metrics.auroc(scores[:, 0], y[:, 0]) < 75
+    scores = metrics.cross_validated(names, y, np.arange(180))  # films as patients: known by heart
+    assert metrics.auroc(scores[:, 0], y[:, 0]) > 0.95
+
+
+def test_cross_validated_scores_are_of_fits_to_the_other_parts():
+    x, y = blobs(40, 5, 2)
+    patients = of_patients(40)
+    expected = np.zeros(40)
+    names = np.unique(patients)
+    for repeat in range(2):
+        part = metrics.numpy_rng(metrics.PROBE_FOLDS, repeat).permutation(len(names)) % 2
+        part = np.array([part[list(names).index(name)] for name in patients])
+        for k in range(2):
+            fit = part != k
+            expected[~fit] += by_scikit_learn(x[fit], y[fit], patients[fit], x[~fit]) / 2
+    scores = metrics.cross_validated(x, y[:, None], patients, folds=2, repeats=2)[:, 0]
+    assert np.allclose(scores, expected, atol=1e-6)
+    assert (
+        metrics.cross_validated(np.ones((40, 3)), y[:, None], patients).any() == 0
+    )  # no intercept
+
+
+def normal_scores(rng, patients, effects):
+    """Labels, and a score per effect that tells them apart by so many deviations. Films of one
+    patient are alike.
+    """
+    y = rng.integers(0, 2, patients.max() + 1)[patients].astype(float)
+    shared = rng.normal(size=(patients.max() + 1, len(effects)))[patients]
+    noise = np.sqrt(0.5) * (shared + rng.normal(size=shared.shape))
+    return y[:, None], y[:, None] * effects + noise
+
+
+def test_the_intervals_hold_the_truth_19_times_of_20():
+    """Of 200 test sets: the true AUROC of a normal score, and the true difference of two."""
+    rng = np.random.default_rng(1)
+    patients = np.repeat(np.arange(70), 2)
+    normal = statistics.NormalDist()
+    truth = {name: normal.cdf(effect / 2**0.5) for name, effect in (("a", 1.2), ("b", 0.6))}
+    inside = np.zeros(2)
+    for _ in range(200):
+        y, scores = normal_scores(rng, patients, [1.2, 0.6])
+        both = {"a": scores[:, :1], "b": scores[:, 1:]}
+        values, differences = metrics.compare_auroc(both, y, patients, [("a", "b")])
+        inside[0] += values["a"][1] <= truth["a"] <= values["a"][2]
+        _, low, high = differences["a", "b"]
+        inside[1] += low <= truth["a"] - truth["b"] <= high
+    assert (
+        (inside > 178) & (inside <= 199)
+    ).all()  # 190 expected; less of the percentile bootstrap
+
+
+def test_a_difference_is_paired():
+    rng = np.random.default_rng(2)
+    patients = np.arange(150)
+    y, scores = normal_scores(rng, patients, [1.0])
+    alike = scores + 0.1 * rng.normal(size=scores.shape)
+    sets = {
+        "one": scores,
+        "same": scores.copy(),
+        "alike": alike,
+        "noise": rng.normal(size=(150, 1)),
+    }
+    pairs = [("one", "same"), ("one", "alike"), ("one", "noise")]
+    values, differences = metrics.compare_auroc(sets, y, patients, pairs)
+    assert values["one"][0] == pytest.approx(roc_auc_score(y, scores))
+    assert differences["one", "same"] == [0, 0, 0]
+    _, low, high = differences["one", "alike"]
+    assert high - low < 0.4 * (values["one"][2] - values["one"][1])
+    value, low, high = differences["one", "noise"]
+    assert value == pytest.approx(values["one"][0] - values["noise"][0]) and 0 < low < value < high

@@ -1,0 +1,141 @@
+"""The stick for encoders: films with planted findings, against scikit-learn, and the program."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lab_for_tests import Films, good, make_place, noise  # noqa: F401 (place is a fixture)
+from sklearn.metrics import roc_auc_score
+
+from lab import common, probe
+from plumbing import metrics, own_table
+
+
+class Corner(torch.nn.Module):
+    """An "encoder" whose patches are the mean grey values of the film's quarters, as often as there
+    are `copies`; `blank` makes it blind.
+    """
+
+    grid = 2
+
+    def __init__(self, blank=False, copies=1):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.blank = blank
+        self.copies = copies
+
+    def forward(self, images):
+        features = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+        return (0 * features if self.blank else features)[:, :, None].repeat(1, 1, self.copies)
+
+
+def make_labels(tmp_path, lines):
+    (tmp_path / "table.csv").write_text(
+        "filename,label,patient_id,split\n" + "\n".join(lines) + "\n"
+    )
+    return own_table.Labels(tmp_path / "table.csv")
+
+
+def planted(tmp_path, count, step):
+    """Films with a brighter corner (by `step` of 256) and a darker opposite one, so that the mean
+    tells nothing; two per patient, one unreadable, one absent. → Films, Labels
+    """
+    rng = np.random.default_rng(0)
+    films = {}
+    lines = ["absent.png,bright,q,train"]
+    for i in range(count):
+        bright = i // 2 % 2
+        split = ("train", "train", "val", "test", "test")[i // 4 % 5]
+        film = rng.integers(90, 110, (64, 64)).astype(np.uint8)
+        film[:32, :32] += np.uint8(step * bright)
+        film[32:, 32:] -= np.uint8(step * bright)
+        films[f"x/{i}.png"] = film if i != 5 else None
+        lines.append(f"{i}.png,{'bright' if bright else 'normal'},p{i // 2},{split}")
+    order = list(films)
+    rng.shuffle(order)
+    return Films({name: films[name] for name in order}), make_labels(tmp_path, lines)
+
+
+def test_a_planted_finding_is_above_random_and_a_blind_encoder_below_pixels(tmp_path, capsys):
+    films, labels = planted(tmp_path, 120, 40)
+    encoders = {"corner": Corner(), "blind": Corner(True)}
+    judged = probe.judge_table(labels, films, encoders, 32, "blind")
+    test, every = judged["test"], judged["all"]
+    assert test["films"] == 48 and test["patients"] == 24
+    assert every["films"] == 119 and every["patients"] == 60
+    for part in (test, every):
+        assert part["values"]["corner, cells"] == 100 and part["values"]["raw 8² pixels"] > 95
+        assert part["values"]["blind"] == part["values"]["blind, cells"] == 50
+        told = part["differences"]["corner, cells"]
+        assert told["blind, cells"]["word"] == "above" and told["blind, cells"]["difference"] == 50
+        pixels = [name for name in told if name in probe.PIXELS]
+        assert len(pixels) == 1 and told[pixels[0]]["word"] == "level with"
+        assert part["differences"]["corner"]["blind"]["word"] == "level with"
+        assert part["differences"]["blind"][pixels[0]]["word"] == "below"
+        low, high = part["intervals"]["corner"]
+        assert low < part["values"]["corner"] < high
+    words = probe.judged_words(labels, judged, "seen by nobody")
+    line = next(line for line in words.splitlines() if "corner, cells" in line)
+    assert "100.0  100.0 to 100.0" in line and "above (+50.0, +50.0 to +50.0)" in line
+    assert "seen by nobody" in words and "48 films of test" in words
+
+
+def test_random_labels_are_level_and_scored_on_films_of_test_alone(tmp_path):
+    """Fitting train is easy, test must stay near chance, and equals scikit-learn's AUROC."""
+    films = Films({f"{i}.png": noise(i, (64, 64)) for i in range(120)})
+    split = np.repeat(["train", "val", "test"], [40, 20, 60])
+    y = np.random.default_rng(3).integers(0, 2, 120)
+    labels = [f"{i}.png,{'x' if y[i] else 'normal'},p{i},{split[i]}" for i in range(120)]
+    labels = make_labels(tmp_path, labels)
+    encoders = {"corner": Corner(), "blind": Corner(True)}
+    judged = probe.judge_table(labels, films, encoders, 32, "blind")["test"]
+    images, _, _ = common.read_whole(films, np.arange(120), 32)
+    x = Corner()(images).mean(1).detach().numpy()
+    guess = metrics.ridge_scores(x[:60], y[:60, None], np.arange(60), x[60:])
+    value = judged["values"]["corner"]
+    assert value == pytest.approx(100 * roc_auc_score(y[60:], guess[:, 0])) and 30 < value < 70
+    assert judged["differences"]["corner"]["blind"]["word"] == "level with"
+
+
+def test_many_films_are_cast_onto_fixed_directions_and_keep_what_they_tell(tmp_path, monkeypatch):
+    films, labels = planted(tmp_path, 120, 40)
+    monkeypatch.setattr(probe, "MANY_FILMS", 100)
+    monkeypatch.setattr(probe, "NUMBERS", 24)
+    encoders = {"corner": Corner(copies=3), "blind": Corner(True, 3)}
+    features, read = probe.describe_set(films, np.arange(120), encoders, 32, "films")
+    assert features["corner, cells"].shape == (119, 24) and features["corner"].shape == (119, 3)
+    assert features["raw 64² pixels"].shape == (119, 24)
+    again, _ = probe.describe_set(films, np.arange(120), encoders, 32, "films")
+    assert all(np.array_equal(again[name], features[name]) for name in features)
+    judged = probe.judge_table(labels, films, encoders, 32, "blind")
+    assert list(judged) == ["test"] and judged["test"]["values"]["corner, cells"] > 95
+
+
+def test_what_the_encoder_saw_is_said_from_its_runs_settings(tmp_path):
+    labels = make_labels(tmp_path, ["a.png,x,p,train", "b.png,normal,q,test"])
+    weights = tmp_path / "last.pt"
+    assert "have been seen, unlabelled" in probe.seen_by_run(weights, labels)
+    (tmp_path / "config.json").write_text(json.dumps({"probe": f"other.csv,{labels.path}"}))
+    assert "films of test were not seen" in probe.seen_by_run(weights, labels)
+    (tmp_path / "config.json").write_text(json.dumps({"probe": None}))
+    assert "have been seen, unlabelled" in probe.seen_by_run(weights, labels)
+
+
+@pytest.mark.slow
+def test_the_program_judges_on_several_tables(place):
+    lines = (place / "set" / "phantoms.csv").read_text()
+    (place / "again.csv").write_text(lines)
+    tables = "set/phantoms.csv,again.csv"
+    flags = ("--weights", "runs/tiny/encoder.pt", "--data", "set/films", "--table", tables)
+    words = good(place, "probe", *flags, "--out", "judged")
+    result = json.loads((place / "judged" / "result.json").read_text())
+    one, other = result["tables"].values()
+    assert one == other and one["test"]["values"].keys() == one["all"]["values"].keys()
+    assert list(one["all"]["values"])[:4] == [
+        "encoder",
+        "encoder, cells",
+        "random initialisation",
+        "random initialisation, cells",
+    ]
+    assert words.count("against raw pixels") == 4
