@@ -7,6 +7,7 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,9 @@ from plumbing.checkpoint import BadCheckpoint, newest_run, write_json, write_tex
 from plumbing.film import UnreadableFilm
 from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
-from plumbing.own_table import SPLIT_WORDS, split_column
-from plumbing.table import Finder, plain
+from plumbing.own_table import PATIENT, SPLIT_WORDS, Labels, read_patient_table, split_column
+from plumbing.splits import hold_out_films, patients_of
+from plumbing.table import Finder, plain, read_list
 from plumbing.weights import load_world
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
@@ -123,14 +125,14 @@ def pooled(encoder, images, batch=128):
 
 
 # ---------------------------------------------------------------- films
-def open_set(args, count, side=320):
+def open_set(args, count, side=320, patients=None):
     """Open the films of --data, or draw `count` synthetic ones, which have a table.
 
-    side: as in data.open_films. → (films, path of the table or None)
+    side, patients: as in data.open_films. → (films, path of the table or None)
     """
     out = Path(args.out)
     if args.data:
-        films = open_films(args.data, out, side)
+        films = open_films(args.data, out, side, patients)
         print("\n".join(films.summary), flush=True)
         return films, args.table
     folder = out / f"phantoms_{count}_{args.seed}"
@@ -139,8 +141,8 @@ def open_set(args, count, side=320):
     return open_films(folder / "films", out, side), args.table or folder / "phantoms.csv"
 
 
-def rows_of(table, films, said=lambda row: None):
-    """Find the rows of a CSV whose films are there; only those of the split `test` where it has
+def rows_of(table, films, said=lambda row: None, split="test"):
+    """Find the rows of a CSV whose films are there; only those of one split where it has
     such. Its columns of films and splits go by any of their usual names (plumbing.findings). Of
     several rows of a film the first counts. UserError when a row fits two films, or when two rows
     of a film differ in what is wanted of them, said(row). → [(the film's number, row)]
@@ -149,15 +151,15 @@ def rows_of(table, films, said=lambda row: None):
         raise UserError(f"--table {table}: no such file")
     sheet = Sheet(table)
     film = sheet.film_column()
-    split = split_column(sheet, {film})
+    column = split_column(sheet, {film})
     rows = [
         dict(zip(sheet.cells, row, strict=True)) for row in zip(*sheet.cells.values(), strict=True)
     ]
     numbers = range(len(rows))
-    if split:
-        is_test = [SPLIT_WORDS.get(plain(cell)) == "test" for cell in sheet.cells[split]]
-        numbers = [k for k in numbers if is_test[k]] or numbers
-        print(f"table {table}: {len(numbers)} of {len(rows)} rows, column {split}", flush=True)
+    if column and split:
+        is_wanted = [SPLIT_WORDS.get(plain(cell)) == split for cell in sheet.cells[column]]
+        numbers = [k for k in numbers if is_wanted[k]] or numbers
+        print(f"table {table}: {len(numbers)} of {len(rows)} rows, column {column}", flush=True)
     found = {}
     absent = 0
     places = Finder(films.names).find([rows[k][film] for k in numbers])
@@ -180,11 +182,19 @@ def rows_of(table, films, said=lambda row: None):
     return sorted(found.items(), key=lambda item: item[0])
 
 
-def named(table, films):
-    """Numbers of the films that the table names; of all films without a table."""
+def named(table, films, split="test"):
+    """Numbers of the films that a table names, as rows_of does, or a list (.txt), a film per line;
+    of all films without a table.
+    """
     if not table:
         return np.arange(len(films))
-    return np.array([i for i, _ in rows_of(table, films)])
+    if not str(table).endswith(".txt"):
+        return np.array([i for i, _ in rows_of(table, films, split=split)])
+    names = [name for name, _ in read_list(Path(table))] if Path(table).is_file() else []
+    found = sorted({i for place in Finder(films.names).find(names) for i in place.films})
+    if not found:
+        raise UserError(f"{table}: no list of films, or none of its {len(names)} is in the data")
+    return np.array(found)
 
 
 def evenly(numbers, count):
@@ -192,6 +202,72 @@ def evenly(numbers, count):
     if count < 1:
         raise UserError(f"{count} films asked for: at least one is needed")
     return numbers[np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)]
+
+
+def patients_with(films, tables):
+    """The patient of every film: as its folder tells, else as one of the tables does. → (n,)"""
+    patients = list(films.patients)
+    for table in tables:
+        if str(table).endswith(".txt"):
+            continue
+        sheet = Sheet(table)
+        names = sheet.cells[sheet.film_column()]
+        is_here = any(place.films for place in Finder(films.names).find(names))
+        if not is_here or not sheet.column(PATIENT, "patient"):
+            continue
+        told, _ = read_patient_table(table, films.names)
+        for i, name in enumerate(films.names):
+            if patients[i] == name:
+                patients[i] = told.get(name, name)
+    return np.array(patients)
+
+
+def run_of(weights):
+    """The settings of the run that made the weights, from config.json beside them; {} without."""
+    path = Path(weights).parent / "config.json"
+    if not path.is_file():
+        return {}
+    run = json.loads(path.read_text(encoding="utf-8"))
+    phantoms = Path(run["out"]) / "phantoms"
+    if run["probe"] is None and Path(run["data"]) == phantoms / "films":
+        run["probe"] = str(phantoms / "phantoms.csv")  # version 0.1 did not write down the demo's
+    return run
+
+
+def trained_on(weights, films):
+    """Find the films that a world model was trained on, and their patients. → two sets of names
+
+    The hold-out of its run is repeated on the films given and, when that is not it, on the run's
+    own; the list that comes out must have the digest in the checkpoint. None when nobody can tell.
+    """
+    run = run_of(weights)
+    digest = torch.load(weights, map_location="cpu", weights_only=True).get("recipe", {})
+    for data in dict.fromkeys((str(films.root), run["data"])) if run else ():
+        try:
+            own = open_films(data, patients=run["patients"])
+            paths = (run["probe"] or "").split(",")
+            tables = [Labels(path).complete(own) for path in paths if path]
+            train, _ = hold_out_films(own, tables, run["holdout"], run["seed"])
+            located = [table.locate(own) for table in tables]
+        except UserError:  # films or tables have gone
+            continue
+        names = [own.names[i] for i in train]
+        if hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == digest.get("names"):
+            patients = np.array(patients_of(own, tables, located))
+            return set(names), set(patients[train].tolist())
+    return None
+
+
+def seen_by(learnt, films, patients):
+    """Tell of which films the world model knows the film itself or its patient. → (n,) bool
+
+    learnt: what trained_on says; None counts as nothing.
+    """
+    names, others = learnt or (set(), set())
+    is_seen = np.isin(patients, list(others))
+    for place in Finder(films.names).find(sorted(names)):
+        is_seen[list(place.films)] = True
+    return is_seen
 
 
 def read_whole(films, numbers, size):

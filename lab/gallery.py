@@ -18,14 +18,15 @@ from lab.common import find_weights, start
 from plumbing import pictures
 from plumbing.launch import UserError, flag, run_script
 
-ANALYSES = ("views", "domain", "correspondence", "health", "surprise")
+ANALYSES = ("views", "domain", "correspondence", "health", "surprise", "markers")
 PAGES = {  # folder: its pictures
     "views": ["views"],
     "domain": ["choices", "errors"],
     "correspondence": ["maps"],
     "health": ["health"],
     "surprise": ["surprise"],
-    "rcdm-local": ["samples", "artefacts"],
+    "markers": ["examples"],
+    "rcdm-local": ["samples"],
     "rcdm-global": ["samples"],
 }
 
@@ -50,8 +51,6 @@ def main(argv=None):
         run(name, *common, "--out", str(out / name))
     for mode in ("local", "global"):
         words = [*common, "--mode", mode, "--out", str(out / f"rcdm-{mode}")]
-        if mode == "local":
-            words.append("--artefacts")
         if args.steps:
             words += ["--steps", str(args.steps)]
         if args.data:

@@ -1,19 +1,19 @@
-"""What does the world model expect to see? RCDM paints its predictions. (Fig. 4, 5; Sec. B.2)
+"""What does the world model expect to see? RCDM paints its predictions. (Fig. 4; Sec. B.2)
 
     python -m lab.rcdm                      # the newest pre-training run below runs/ and its films
     python -m lab.rcdm --mode global --weights runs/pretrain/last.pt
-    python -m lab.rcdm --artefacts          # Fig. 5: is a letter in a hidden block painted?
+    python -m lab.rcdm --learn nih_val.txt --show test_list.txt     # as in the paper
     python -m lab.rcdm --size 128 --channels 64 --steps 40000 --batch 32       # one GPU
 
 RCDM is a diffusion model that paints from the average of predicted features. local: it paints each
-of the four rectangles that are hidden from a view, from the prediction of its own patches.
-global: it paints the whole second crop, from what the first one tells. The world model is frozen
-and sees views that are neither mirrored nor changed by T_a.
+of the four rectangles that are hidden from a view, from the prediction of its patches. global: it
+paints the whole second crop, from what the first one tells. The world model is frozen, is asked as
+in pre-training (the same masks), and sees views that are neither mirrored nor changed by T_a.
 
-The films that are shown were held out when the world model was trained: seed, holdout, tables and
-patients are read from the run's config.json. The decoder does not learn from their patients either.
---out receives config.json, log.csv, last.pt, samples.png, result.json and artefacts.png. The same
-command again goes on where the last one stopped.
+No patient is in two of these: the films that the world model was trained on (the run's config.json
+tells), those that the decoder learns from, and those that are shown. Without --learn and --show,
+the films that the run left out are divided. --out receives config.json, log.csv, last.pt,
+samples.png and result.json. The same command again goes on where the last one stopped.
 """
 
 import dataclasses
@@ -26,15 +26,24 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import augment
 from data import Batches, Views, open_films
-from lab.common import find_weights, load_predictions, read_whole
-from masks import blocks, mask_sizes
+from lab.common import (
+    find_weights,
+    load_predictions,
+    named,
+    patients_with,
+    read_whole,
+    run_of,
+    seen_by,
+    trained_on,
+)
+from masks import TRIES, blocks, sample_masks
 from model import grid_coords, take
 from plumbing import pictures
 from plumbing.checkpoint import Log, StopRequest, lock, resume, save_atomic, write_json
@@ -51,9 +60,6 @@ from plumbing.launch import (
     start_team,
     warmup_cosine,
 )
-from plumbing.own_table import Labels
-from plumbing.splits import hold_out_films, patients_of
-from plumbing.table import Finder
 
 CODE = 512  # width of the projected prediction (Sec. B.2)
 SHOWN = 160  # px of a view in the pictures
@@ -66,8 +72,11 @@ class Config:
     data: str = flag(None, "folder of films or .pack file [that of the run]")
     out: str = flag(None, "folder of the results [runs/rcdm-MODE]")
     mode: str = flag("local", "local: hidden rectangles; global: other crop", ["local", "global"])
-    artefacts: bool = flag(False, "local: burn a letter into a hidden block: is it painted?")
-    split: str = flag(None, "CSV tables filename,label,split: show their test films [the run's]")
+    learn: str = flag(None, "list or CSV table of the decoder's films, its val split if it has one")
+    show: str = flag(None, "the same of the films to show, the test split [other films left out]")
+    allow_seen: bool = flag(
+        False, "take films that the world model was trained on, too, and say so"
+    )
     patients: str = flag(None, "CSV table filename,patient_id, as in pretrain.py [the run's]")
     size: int = flag(None, "side of what is painted, px [64 on a CPU, 128 on a GPU]")
     channels: int = flag(32, "width of the U-Net's first level")
@@ -75,7 +84,7 @@ class Config:
     max_steps: int = flag(None, "stop early after this many steps, without changing the schedules")
     batch: int = flag(None, "films per step [local 8, global 32; four times that on a GPU]")
     lr: float = flag(1e-3, "peak learning rate")
-    films: int = flag(24, "held-out films for numbers and pictures, at least two")
+    films: int = flag(24, "patients to show, one film each, at least two")
     samples: int = flag(3, "paintings of the same prediction")
     ddim: int = flag(25, "steps of DDIM sampling")
     seed: int = flag(0, "of everything random but the run's hold-out")
@@ -191,33 +200,32 @@ class Decoder(nn.Module):
 
 
 # ---------------------------------------------------------------- questions to the world model
-def hide(grid, generator, corner=None):
-    """Draw four rectangles to hide (Sec. 4.1) and as many visible patches as in pre-training.
+def training_mask(grid, *key):
+    """Draw one mask of pre-training (Sec. 4.1) and tell its rectangles.
 
-    Of eight draws, the one that leaves the fewest patches over. corner: 0 and 1 put the first
-    rectangle top left and top right.
-    → rectangles (4, 4): top, left, height, width in patches; keep (K,): the visible patches
+    key: of plumbing.keys. → rectangles (4, 4): top, left, height, width in patches; keep (K,) and
+    masked (M,): the patches that are seen and asked for, as masks.sample_masks draws them
     """
-    count, _ = mask_sizes(grid)
-    u = torch.rand(8, 4, 1, 4, generator=generator)
-    if corner is not None:
-        u[:, 0, 0, 1:3] = torch.tensor([0.0, 0.999 * corner])  # position of the first rectangle
-    each = blocks(u, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (8, 4, N)
-    spare = (~each.any(1)).sum(1) - count
-    each = each[torch.where(spare < 0, grid**2 - spare, spare).argmin()]  # (4, N)
-    rows = each.view(4, grid, grid).any(2).int()
-    cols = each.view(4, grid, grid).any(1).int()
-    rectangles = torch.stack([rows.argmax(1), cols.argmax(1), rows.sum(1), cols.sum(1)], 1)
-    order = torch.rand(grid**2, generator=generator) + each.any(0)  # hidden patches come last
-    return rectangles, order.argsort()[:count].sort().values
+    keep, masked = (drawn[0] for drawn in sample_masks(1, grid, torch_generator(*key)))
+    # sample_masks draws the same numbers first; of its tries it kept the one that hides best.
+    u = torch.rand(TRIES, 4, 1, 4, generator=torch_generator(*key))
+    each = blocks(u, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (TRIES, 4, N)
+    union = each.any(1)
+    chosen = (union[:, masked].sum(1) - union[:, keep].sum(1)).argmax()
+    each = each[chosen].view(4, grid, grid)
+    rows = each.any(2).int()
+    cols = each.any(1).int()
+    return torch.stack([rows.argmax(1), cols.argmax(1), rows.sum(1), cols.sum(1)], 1), keep, masked
 
 
 class Questions(Views):
     """Item (epoch, i): a question to the world model about film i, and the pixels of the answer.
 
-    context, target uint8 (size, size). keep (K,): the visible patches. coords (N, 2): where the
-    target's patches lie in the context's grid. rectangles (R, 4): the parts to paint, in patches of
-    the target. crops uint8 (R, pixels, pixels): those parts. R is 4 (local) or 1 (global).
+    context, target uint8 (size, size). keep (K,): the visible patches of the context. asked (M,):
+    the target's patches that are asked for, coords (M, 2): where they lie in the context's grid.
+    rectangles (R, 4): the parts to paint, in patches of the target. crops uint8 (R, pixels,
+    pixels): those parts. M and R are as many patches as in pre-training and 4 (local), or N and 1
+    (global).
     """
 
     def __init__(self, films, size, grid, args, subset):
@@ -231,18 +239,16 @@ class Questions(Views):
         film, replaced = self.read(i)
         return self.ask(film, *self.layout(epoch, i, film.shape)) | replaced
 
-    def layout(self, epoch, i, shape, corner=None):
+    def layout(self, epoch, i, shape):
         """Draw where to cut and what to hide on film i, whose shape is (H, W).
 
-        → boxes (2, 4) px (the whole film when a corner is wanted), rectangles (4, 4), keep (K,)
+        → boxes (2, 4) px, rectangles (4, 4), keep (K,), masked (M,)
         """
-        boxes, _ = augment.sample_boxes(numpy_rng(RCDM_PLACE, self.seed, epoch, i), *shape)
-        if corner is not None:
-            boxes = np.array([(0.0, 0.0, *shape)] * 2)
-        generator = torch_generator(RCDM_PLACE, self.seed, epoch, i)
-        return boxes, *hide(self.grid, generator, corner)
+        key = (RCDM_PLACE, self.seed, epoch, i)
+        boxes, _ = augment.sample_boxes(numpy_rng(*key), *shape)
+        return boxes, *training_mask(self.grid, *key)
 
-    def ask(self, film, boxes, rectangles, keep, size=None):
+    def ask(self, film, boxes, rectangles, keep, masked, size=None):
         """Cut a film as the layout says → item. size: of the views, for pictures."""
         n = self.grid
         coords = grid_coords(n)
@@ -251,7 +257,7 @@ class Questions(Views):
             coords = augment.relative_coords(*torch.from_numpy(boxes[:, None]), n)[0]
             target_box = boxes[1]
             rectangles = torch.tensor([[0, 0, n, n]])
-            keep = torch.arange(n * n)
+            masked = torch.arange(n * n)
         scale = target_box[[2, 3, 2, 3]] / n  # patches → film pixels
         parts = rectangles.numpy() * scale + (*target_box[:2], 0, 0)
         size = size or self.size
@@ -259,7 +265,8 @@ class Questions(Views):
             context=np.array(augment.crop(film, boxes[0], size)),
             target=np.array(augment.crop(film, target_box, size)),
             keep=keep,
-            coords=coords,
+            asked=masked,
+            coords=coords[masked],
             rectangles=rectangles,
             crops=np.stack([augment.crop(film, part, self.pixels) for part in parts]),
         )
@@ -268,38 +275,43 @@ class Questions(Views):
         """Item (0, i) asked of film j, at the same place: what the place alone tells."""
         film, _ = self.read(i)
         other, _ = self.read(j)
-        boxes, rectangles, keep = self.layout(0, i, film.shape)
+        boxes, *mask = self.layout(0, i, film.shape)
         scale = np.array(other.shape) / film.shape
-        return self.ask(other, boxes * scale[[0, 1, 0, 1]], rectangles, keep)
+        return self.ask(other, boxes * scale[[0, 1, 0, 1]], *mask)
 
 
-def pool(features, rectangles):
-    """Average the patches of each rectangle. (B, N, D), (B, R, 4) → (B, R, D)"""
-    at = torch.arange(math.isqrt(features.shape[1]), device=features.device)
-    top, left, height, width = rectangles.to(features.device)[..., None].unbind(2)  # (B, R, 1)
-    rows = (at >= top) & (at < top + height)  # (B, R, n)
-    cols = (at >= left) & (at < left + width)
-    inside = (rows[..., None] & cols[..., None, :]).flatten(2)  # (B, R, N)
-    return inside / (height * width) @ features
+def pool(features, asked, rectangles, grid):
+    """Average the features of each rectangle's patches, as far as they were asked for.
+
+    features (B, M, D) of the patches asked (B, M); rectangles (B, R, 4) → (B, R, D)
+    """
+    rectangles = rectangles.to(features.device)[..., None]
+    top, left, height, width = rectangles.unbind(2)  # (B, R, 1) each
+    row = asked.to(features.device)[:, None] // grid  # (B, 1, M)
+    col = asked.to(features.device)[:, None] % grid
+    inside = (row >= top) & (row < top + height) & (col >= left) & (col < left + width)
+    return inside.float() @ features / inside.sum(2, keepdim=True).clamp(min=1)
 
 
 @torch.no_grad()
 def predicted(world, item, device):
-    """What the decoder paints from: the prediction at all patches, pooled per part. → (B, R, D)
+    """What the decoder paints from: the prediction of the patches asked for, pooled per part.
 
-    The action is the identity.
+    The action is the identity. → (B, R, D)
     """
     keep = item["keep"].to(device)
     grid = world.own_coords.expand(len(keep), -1, -1)
     context = world.encoder(augment.to_float(item["context"].to(device))[:, None], keep)
     action = torch.tensor(augment.IDENTITY, device=device).expand(len(keep), 4)
     guess = world.predictor(context, take(grid, keep), item["coords"].to(device), action)
-    return pool(guess.float(), item["rectangles"])
+    return pool(guess.float(), item["asked"], item["rectangles"], world.encoder.grid)
 
 
-def observed(world, views, rectangles, device):
-    """Target features of views uint8 (B, H, W), pooled per part. → (B, R, D)"""
-    return pool(world.targets(augment.to_float(views.to(device))[:, None]), rectangles)
+def observed(world, views, asked, rectangles, device):
+    """Target features of the same patches of views uint8 (B, H, W), pooled per part. → (B, R, D)"""
+    features = world.targets(augment.to_float(views.to(device))[:, None])
+    features = take(features, asked.to(device))
+    return pool(features, asked, rectangles, world.encoder.grid)
 
 
 # ---------------------------------------------------------------- pictures and numbers
@@ -327,18 +339,24 @@ def paste(view, parts, rectangles, grid):
     return view
 
 
+def shade(view, keep, grid):
+    """A view uint8 (H, H) with the patches grey that are not among the visible ones, keep (K,)."""
+    is_seen = np.zeros(grid * grid, np.uint8)
+    is_seen[keep] = 1
+    mask = Image.fromarray(is_seen.reshape(grid, grid))
+    return np.where(mask.resize(view.shape, Image.Resampling.NEAREST), view, 110).astype(np.uint8)
+
+
 def picture_row(item, paintings, grid):
-    """One row of a picture: the context with hidden parts grey, the target, and the target with the
-    parts of each painting (R or fewer, p, p) pasted in.
+    """One row of a picture: the context with hidden patches grey, the target, and the target with
+    the parts of each painting (R, p, p) pasted in.
     """
-    rectangles = item["rectangles"][: len(paintings[0])].tolist()
+    rectangles = item["rectangles"].tolist()
     boxes = [[round(v * SHOWN / grid) for v in rectangle] for rectangle in rectangles]
-    is_hidden = len(item["rectangles"]) > 1  # global mode hides nothing
-    grey = [np.full((8, 8), 110, np.uint8)] * 4 if is_hidden else []
     views = [item["target"]]
     views += [paste(item["target"], parts, rectangles, grid) for parts in paintings]
     framed = [pictures.draw_boxes(view, boxes, [RED] * len(boxes)) for view in views]
-    return [paste(item["context"], grey, item["rectangles"], grid), *framed]
+    return [shade(item["context"], item["keep"], grid), *framed]
 
 
 def distances(world, item, painted, grid, device):
@@ -348,14 +366,16 @@ def distances(world, item, painted, grid, device):
     """
     pixel = ((painted / 255.0 - item["crops"].numpy() / 255.0) ** 2).mean((1, 2, 3))
     rectangles = item["rectangles"].flatten(0, 1)  # (B·R, 4)
-    true = observed(world, item["target"], item["rectangles"], device)  # (B, R, D)
+    asked = item["asked"]
+    true = observed(world, item["target"], asked, item["rectangles"], device)  # (B, R, D)
+    asked = asked.repeat_interleave(true.shape[1], 0)
     # One part at a time is pasted in; the rest of the view stays as it is.
     views = item["target"].repeat_interleave(true.shape[1], 0).numpy()
     parts = painted.reshape(-1, *painted.shape[2:])
     triples = zip(views, parts, rectangles, strict=True)
     pasted = np.stack([paste(view, [part], [where], grid) for view, part, where in triples])
-    seen = observed(world, torch.from_numpy(pasted), rectangles[:, None], device).view_as(true)
-    return pixel, (seen - true).square().mean((1, 2)).cpu().numpy()
+    seen = observed(world, torch.from_numpy(pasted), asked, rectangles[:, None], device)
+    return pixel, (seen.view_as(true) - true).square().mean((1, 2)).cpu().numpy()
 
 
 def summary(values):
@@ -363,9 +383,9 @@ def summary(values):
     return {"mean": float(np.mean(values)), "std": float(np.std(values))}
 
 
-def measure(world, averaged, questions, args, device):
-    """Paint held-out films from the right prediction, from wrong ones, and from the truth's own
-    features; write samples.png. → {name: numbers}
+def measure(world, averaged, questions, args, footnote, device):
+    """Paint films from the right prediction, from wrong ones, and from the truth's own features;
+    write samples.png. → {name: numbers}
     """
     count = len(questions)
     item = default_collate([questions[0, i] for i in range(count)])
@@ -375,7 +395,9 @@ def measure(world, averaged, questions, args, device):
         "prediction": told,
         "other, same place": predicted(world, other, device),
         "shuffled": told.roll(1, 0),
-        "target features": observed(world, item["target"], item["rectangles"], device),
+        "target features": observed(
+            world, item["target"], item["asked"], item["rectangles"], device
+        ),
     }
     paintings = {}
     errors = {}  # (2, B): of pixels and of features
@@ -386,10 +408,8 @@ def measure(world, averaged, questions, args, device):
         errors[name] = np.sqrt(np.mean(squares, 0))
     samples = [f"sample {s + 1}" for s in range(args.samples)]
     versions = [version for some in paintings.values() for version in some]
-    films = [questions.read(i)[0] for i in range(count)]
-    layouts = [questions.layout(0, i, film.shape) for i, film in enumerate(films)]
-    page = picture(questions, films, layouts, versions, ["target", *samples, *list(paintings)[1:]])
-    pictures.save(page, Path(args.out) / "samples.png")
+    titles = ["target", *samples, *list(paintings)[1:]]
+    pictures.save(picture(questions, versions, titles, footnote), Path(args.out) / "samples.png")
     table = {}
     for name, (pixel, feature) in errors.items():
         closer = 100 * (errors["prediction"] < errors[name]).mean(1)
@@ -401,94 +421,18 @@ def measure(world, averaged, questions, args, device):
     return table
 
 
-def picture(questions, films, layouts, versions, titles):
+def picture(questions, versions, titles, footnote):
     """Draw four films: the context, the target and, in it, every version of the painted parts."""
     rows = []
-    for i in range(min(4, len(films))):
-        item = questions.ask(films[i], *layouts[i], size=SHOWN)
+    for i in range(min(4, len(questions))):
+        film, _ = questions.read(i)
+        item = questions.ask(film, *questions.layout(0, i, film.shape), size=SHOWN)
         rows.append(picture_row(item, [version[i] for version in versions], questions.grid))
-    return pictures.grid(rows, column_titles=["context", *titles], cell=SHOWN)
-
-
-def burn(film, corner):
-    """Burn an R (corner 0) or an L (1) into the upper left or right, where technicians place it.
-
-    uint8 (H, W) → uint8 (H, W)
-    """
-    picture = Image.fromarray(film)
-    height, width = film.shape
-    side = slice(-width // 5, None) if corner else slice(width // 5)
-    ink = 245 if film[: height // 5, side].mean() < 150 else 10
-    place = (width * (0.1, 0.9)[corner], 0.1 * height)
-    font = pictures.font(round(0.13 * min(film.shape)))
-    ImageDraw.Draw(picture).text(place, "RL"[corner], ink, font, anchor="mm")
-    return np.asarray(picture)
-
-
-def strength(painted, clean, burnt):
-    """How much of the letter a painting holds: 0 as without it, 1 as burnt. uint8 (p, p) each
-
-    It is the contrast of the letter's shape within its box.
-    """
-    letter = burnt.astype(float) - clean
-    rows = np.flatnonzero(np.abs(letter).max(1) > 10)
-    cols = np.flatnonzero(np.abs(letter).max(0) > 10)
-    box = np.s_[max(0, rows[0] - 2) : rows[-1] + 3, max(0, cols[0] - 2) : cols[-1] + 3]
-    shape = letter[box] - letter[box].mean()
-    return float(((painted.astype(float) - clean)[box] * shape).sum() / (letter[box] * shape).sum())
-
-
-def artefacts(world, averaged, questions, args, device):
-    """Fig. 5: is a letter in a hidden corner painted from the prediction, and from the features of
-    the block itself? Writes artefacts.png. → numbers
-    """
-    films = [questions.read(i)[0] for i in range(len(questions))]
-    layouts = [questions.layout(0, i, film.shape, i % 2) for i, film in enumerate(films)]
-    marked = [burn(film, i % 2) for i, film in enumerate(films)]
-
-    def ask_all(some):
-        pairs = zip(some, layouts, strict=True)
-        return default_collate([questions.ask(film, *layout) for film, layout in pairs])
-
-    clean = ask_all(films)
-    burnt = ask_all(marked)
-    conditions = {
-        "prediction": predicted(world, burnt, device),
-        "features with letter": observed(world, burnt["target"], burnt["rectangles"], device),
-        "features without": observed(world, clean["target"], clean["rectangles"], device),
-    }
-    # The letter lies in the first rectangle.
-    conditions = {name: condition[:, :1] for name, condition in conditions.items()}
-    versions = {name: paint(averaged, told, args) for name, told in conditions.items()}
-    before = clean["crops"][:, 0].numpy()
-    after = burnt["crops"][:, 0].numpy()
-    table = {}
-    for name, painted in versions.items():
-        triples = zip(painted[:, 0], before, after, strict=True)
-        table[name] = summary([strength(*triple) for triple in triples])
-    titles = ["with letter", *table]
-    page = picture(questions, marked, layouts, list(versions.values()), titles)
-    pictures.save(page, Path(args.out) / "artefacts.png")
-    told, with_letter, without = (condition[:, 0] for condition in conditions.values())  # (B, D)
-    distance = (told - without).square().sum(-1)
-    is_nearer = distance < (told - with_letter).square().sum(-1)
-    percent = 100 * is_nearer.float().mean().item()
-    return {"letter_painted": table, "prediction_nearer_to_features_without_percent": percent}
+    titles = ["context", *titles]
+    return pictures.grid(rows, column_titles=titles, cell=SHOWN, footnote=footnote)
 
 
 # ---------------------------------------------------------------- the run
-def run_of(weights):
-    """The settings of the run that made the weights, from config.json beside them; {} without."""
-    path = Path(weights).parent / "config.json"
-    if not path.is_file():
-        return {}
-    run = json.loads(path.read_text(encoding="utf-8"))
-    phantoms = Path(run["out"]) / "phantoms"
-    if run["probe"] is None and Path(run["data"]) == phantoms / "films":
-        run["probe"] = str(phantoms / "phantoms.csv")  # version 0.1 did not write down the demo's
-    return run
-
-
 def fill_in(args, run, device):
     """Fill in every setting that the user left open. → a new Config
 
@@ -517,43 +461,54 @@ def fill_in(args, run, device):
     return args
 
 
-def tables_of(paths):
-    """The label tables of a flag: CSV files joined by commas, or None."""
-    return [Labels(path) for path in paths.split(",")] if paths else []
+def choose_films(films, args, run, learnt):
+    """Choose films for the decoder to learn from and films to show, of different patients.
 
-
-def choose_films(films, args, run):
-    """Choose films to learn from and films to show. → (train, shown), numbers of films
-
-    Both by pretrain.py's rule of hold-out and by the settings of the run that made the weights, so
-    the world model has learnt from no film that is shown. No patient is on both sides, and one film
-    per patient is shown. Raises UserError when too few films are left.
+    learnt: what common.trained_on says. One film per patient is shown; without --learn and --show,
+    the decoder gets all other films that the world model was not trained on. → two arrays of
+    numbers of films, and in words what the world model knows of them. Raises UserError when too few
+    films are left.
     """
-    seed = run.get("seed", args.seed)
-    holdout = run.get("holdout", 50)
-    # Of other films than the run's, its tables know nothing.
-    finder = Finder(films.names)
-    run_tables = [
-        table
-        for table in tables_of(run.get("probe"))
-        if any(place.films for place in finder.find(table.names))
-    ]
-    tables = tables_of(args.split) or run_tables
-    train, held = hold_out_films(films, tables, holdout, seed)
-    is_own = run and Path(args.data).resolve() == Path(run["data"]).resolve()
-    if args.split and is_own:  # the run may have learnt from the test films of another table
-        learnt, _ = hold_out_films(films, run_tables, holdout, seed)
-        held = np.setdiff1d(held, learnt)
-    patients = patients_of(films, tables, [table.locate(films) for table in tables])
-    one_each = list({patients[i]: i for i in held}.values())
-    order = numpy_rng(RCDM_SHOWN, args.seed).permutation(one_each)
-    _, shown, _ = read_whole(films, order[: args.films], 1)  # those that can be read
-    if len(train) < args.batch or len(shown) < 2:
+    if learnt is None and not (args.learn and args.show) and not args.allow_seen:
         raise UserError(
-            f"{len(train)} films to learn from and {len(shown)} patients to show: "
-            f"--batch {args.batch} and two are the least"
+            f"nobody can tell which films {args.weights} was trained on: name films that it has "
+            "not seen, by --learn and --show, or take any, by --allow_seen"
         )
-    return train, shown
+    probes = (run.get("probe") or "").split(",")
+    tables = [table for table in (*probes, args.learn, args.show) if table]
+    patients = patients_with(films, [table for table in tables if Path(table).is_file()])
+    is_seen = seen_by(learnt, films, patients)
+    is_usable = ~is_seen | args.allow_seen
+    learn = named(args.learn, films, "val")
+    show = named(args.show, films, "test")
+    if args.learn and not args.show:
+        show = show[~np.isin(patients[show], patients[learn])]
+    order = numpy_rng(RCDM_SHOWN, args.seed).permutation(show[is_usable[show]])
+    order = order[np.argsort(is_seen[order], kind="stable")]  # those it has not seen come first
+    _, first = np.unique(patients[order], return_index=True)  # one film per patient
+    _, shown, _ = read_whole(films, order[np.sort(first)][: args.films], 1)  # the readable ones
+    taken = show if args.show else shown
+    learn = learn[is_usable[learn] & ~np.isin(patients[learn], patients[taken])]
+    if len(learn) < args.batch or len(shown) < 2:
+        raise UserError(
+            f"{len(learn)} films to learn from and {len(shown)} patients to show: --batch "
+            f"{args.batch} and two are the least. Films that the world model was trained on do not "
+            "count: pre-train with a larger --holdout or a --probe table, name other films by "
+            "--learn and --show, or take those, too, by --allow_seen"
+        )
+    return learn, shown, overlap_words(learnt, is_seen[learn], is_seen[shown])
+
+
+def overlap_words(learnt, is_learn_seen, is_show_seen):
+    """Say in one sentence what the world model knows of the films, for every output."""
+    if learnt is None:
+        return "Nobody can tell whether the world model was trained on these films."
+    if not is_learn_seen.any() and not is_show_seen.any():
+        return "World model, decoder and pictures: three disjoint sets of patients."
+    return (
+        f"The world model was trained on patients of {is_learn_seen.sum()} of the decoder's "
+        f"{len(is_learn_seen)} films and of {is_show_seen.sum()} of the {len(is_show_seen)} shown."
+    )
 
 
 def recipe_of(args, names):
@@ -595,8 +550,6 @@ def main(argv=None):
     """Train a decoder for the predictions of one world model, then paint held-out films."""
     # ---- 1. Settings: what the user gave, over what the run that made the weights tells.
     args = parse(Config, __doc__, argv, prog="python -m lab.rcdm")
-    if args.artefacts and args.mode != "local":
-        raise UserError("--artefacts looks at hidden blocks: it wants --mode local")
     args = dataclasses.replace(args, weights=str(find_weights(args.weights)))
     run = run_of(args.weights)
     team = start_team(args.device)
@@ -608,7 +561,8 @@ def main(argv=None):
     # ---- 2. World model and films: those to learn from, and those to show.
     world = load_predictions(args.weights).to(device).eval().requires_grad_(False)
     films = open_films(args.data, out, side=max(320, 2 * args.size), patients=args.patients)
-    train, shown = choose_films(films, args, run)
+    learnt = trained_on(args.weights, films)
+    train, shown, overlap = choose_films(films, args, run, learnt)
     shape = (world.encoder.image, world.encoder.grid)
     questions = Questions(films, *shape, args, train)
     held_out = Questions(films, *shape, args, shown)
@@ -631,7 +585,7 @@ def main(argv=None):
     print(
         f"world {args.weights}, films {args.data}: {len(train)} to learn from, "
         f"{len(shown)} to show; {args.mode}, {args.size}² px, U-Net of {parameters:.1f} M "
-        f"parameters; steps {start} to {end} of {args.steps} on {device}; run in {out}",
+        f"parameters; steps {start} to {end} of {args.steps} on {device}; run in {out}\n{overlap}",
         flush=True,
     )
 
@@ -671,10 +625,10 @@ def main(argv=None):
         "steps": max(start, end),
         "films": len(shown),
         "shown": [films.names[i] for i in shown],
-        "paintings": measure(world, averaged, held_out, args, device),
+        "learnt_from": len(train),
+        "overlap": overlap,
+        "paintings": measure(world, averaged, held_out, args, overlap, device),
     }
-    if args.artefacts:
-        result["artefacts"] = artefacts(world, averaged, held_out, args, device)
     write_json(out / "result.json", result)
     print(json.dumps(result, indent=1), f"pictures and numbers: {out}", sep="\n")
     team.leave()

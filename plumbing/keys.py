@@ -31,6 +31,8 @@ RCDM_PLACE = 20  # (seed, epoch, film): boxes and hidden rectangles
 RCDM_NOISE = 21  # (seed, step): time and noise of a training step
 RCDM_PAINT = 22  # (seed, sample): the noise that a painting starts from
 RCDM_SHOWN = 23  # (seed): which held-out films are shown
+MARKER_PLACE = 24  # (seed, draw, film, setting, try): views, block and letter of a marker
+MARKER_SPLIT = 25  # (seed): the patients that the marker probe learns from
 # synthetic films: here the name comes last, as always, so that films stay what they were
 PHANTOM_LABELS = 0  # (seed, patient): what the patient has
 PHANTOM_SHAPE = 1  # (seed, patient): the anatomy, side and place of each finding

@@ -1,7 +1,9 @@
 """lab.rcdm: diffusion against closed forms, questions against loops, no learnt film is shown."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +16,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import default_collate
 
+import masks
 import pretrain
 from data import Views, open_films
-from lab import rcdm
-from masks import mask_sizes
+from lab import common, rcdm
 from model import SIZES, CheXWorld
 from plumbing import launch, phantom, weights
 from plumbing.checkpoint import save_atomic, write_json
 from plumbing.keys import torch_generator
+from plumbing.splits import hold_out_films
 
 SMALL = (
     "--size 16 --channels 4 --batch 4 --steps 6 --films 2 --samples 2 --ddim 2 --log_every 1 "
@@ -148,38 +151,42 @@ def test_the_decoder_learns_to_paint_what_the_condition_says():
 
 # ------------------------------------------------------------------ questions to the world model
 def test_pool_is_the_mean_over_each_rectangle():
-    features, rectangles = (
-        torch.randn(2, 36, 5),
-        torch.tensor([[[0, 0, 6, 6], [1, 2, 3, 4]], [[5, 5, 1, 1], [2, 0, 2, 5]]]),
-    )
-    got = rcdm.pool(features, rectangles)
+    features = torch.randn(2, 20, 5)
+    asked = torch.stack([torch.randperm(36, generator=torch_generator(b))[:20] for b in range(2)])
+    rectangles = torch.tensor([[[0, 0, 6, 6], [1, 2, 3, 4]], [[0, 3, 6, 2], [2, 0, 2, 5]]])
+    got = rcdm.pool(features, asked, rectangles, 6)
     for b in range(2):
         for r, (top, left, height, width) in enumerate(rectangles[b].tolist()):
-            inside = [
-                features[b, 6 * i + j]
-                for i in range(top, top + height)
-                for j in range(left, left + width)
-            ]
+            inside = []
+            for k, patch in enumerate(asked[b].tolist()):
+                row, col = divmod(patch, 6)
+                if row in range(top, top + height) and col in range(left, left + width):
+                    inside.append(features[b, k])
             assert torch.allclose(got[b, r], torch.stack(inside).mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [8, 14])
-def test_hidden_rectangles_and_visible_patches(grid):
+def test_the_mask_is_one_of_pretraining_and_its_rectangles_are_known(grid, monkeypatch):
+    hidden = []
+    least_lacking = masks.least_lacking
+
+    def spy(*args):
+        found = least_lacking(*args)
+        hidden.append(found[0][0].numpy())
+        return found
+
+    monkeypatch.setattr(masks, "least_lacking", spy)
     for k in range(50):
-        rectangles, keep = rcdm.hide(grid, torch_generator(k))
-        covered = np.zeros((grid, grid), bool)
+        rectangles, keep, masked = rcdm.training_mask(grid, k)
+        union = np.zeros((grid, grid), bool)
         for top, left, height, width in rectangles.tolist():
-            assert 0 <= top and top + height <= grid and 0 <= left and left + width <= grid
-            assert (
-                0.1 < height * width / grid**2 < 0.26
-            )  # 0.15 to 0.2 before the sides are rounded to patches
-            covered[top : top + height, left : left + width] = True
-        assert len(set(keep.tolist())) == len(keep) == mask_sizes(grid)[0]
-        assert not covered.flatten()[keep.numpy()].any()  # what is asked for is never seen
-        assert (~covered).sum() - len(keep) <= 0.15 * grid**2  # and nearly all else is
-    for corner in (0, 1):
-        (top, left, height, width), *_ = rcdm.hide(grid, torch_generator(3), corner)[0].tolist()
-        assert top == 0 and (left == 0, left + width == grid)[corner]
+            # 0.15 to 0.2 before the sides are rounded to patches
+            assert 0.1 < height * width / grid**2 < 0.26
+            union[top : top + height, left : left + width] = True
+        assert (union.flatten() == hidden[-1]).all()
+        expected = masks.sample_masks(1, grid, torch_generator(k))
+        assert torch.equal(keep, expected[0][0]) and torch.equal(masked, expected[1][0])
+        assert (len(keep), len(masked)) == masks.mask_sizes(grid)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +197,9 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     world = CheXWorld(32, 8, **SIZES["tiny"])
     save_atomic({"world": world.state_dict(), "config": world.config}, folder / "last.pt")
+    names = sorted(path.name for path in (folder / "films").iterdir())
+    (folder / "learn.txt").write_text("\n".join(names[:6]))  # patients 0 to 3
+    (folder / "show.txt").write_text("\n".join(names[6:]))  # patients 4 and 5
     return folder
 
 
@@ -213,12 +223,13 @@ def test_crops_are_the_rectangles_of_the_target(folder):
             ).mean()
             < 3
         )
+    assert torch.equal(item["coords"] @ torch.tensor([4.0, 1.0]), item["asked"].float())
+    assert (len(item["keep"]), len(item["asked"])) == masks.mask_sizes(4)
     item = questions_of(folder, "global", size=24)[0, 3]
-    assert (
-        item["crops"].shape == (1, 24, 24)
-        and (item["crops"][0] == item["target"]).all()
-        and item["keep"].tolist() == list(range(16))
-    )
+    assert item["crops"].shape == (1, 24, 24)
+    assert (item["crops"][0] == item["target"]).all()
+    assert len(item["keep"]) == masks.mask_sizes(4)[0]  # as many as in pre-training
+    assert item["asked"].tolist() == list(range(16))
     assert (item["context"] != item["target"]).any()
 
 
@@ -248,33 +259,32 @@ def test_the_wrong_conditions_differ_from_the_right_one(folder, mode):
     ).all()
 
 
-def test_predictions_see_nothing_of_the_hidden_blocks(folder):
-    """The letter lies within the first rectangle: it changes the target, not the prediction."""
-    questions, world = questions_of(folder, "local"), weights.load_world(folder / "last.pt").eval()
-    for i in range(4):
-        film, _ = questions.read(i)
-        place = questions.layout(0, i, film.shape, i % 2)
-        clean, burnt = (
-            default_collate([questions.ask(f, *place)]) for f in (film, rcdm.burn(film, i % 2))
-        )
-        assert torch.equal(rcdm.predicted(world, clean, "cpu"), rcdm.predicted(world, burnt, "cpu"))
-        seen = [
-            rcdm.observed(world, x["target"], x["rectangles"], "cpu")[0, 0] for x in (clean, burnt)
-        ]
-        assert (seen[0] - seen[1]).norm() > 1e-3
+def test_local_mode_predicts_as_the_local_loss_does(folder):
+    """Over a rectangle, the pooled prediction is the mean of what the loss compares by patch."""
+    questions = questions_of(folder, "local")
+    world = weights.load_world(folder / "last.pt").eval()
+    item = default_collate([questions[0, i] for i in range(3)])
+    told = rcdm.predicted(world, item, "cpu")
+    asked = []
+    world.predictor.proj.register_forward_hook(lambda _, __, answer: asked.append(answer))
+    y = item["target"][:, None] / 255
+    identity = torch.tensor([1.0, 1, 1, 0]).expand(6, 4)
+    keep, masked = (torch.cat([item[name]] * 2) for name in ("keep", "asked"))
+    with torch.no_grad():
+        world(torch.cat([y, y]), torch.cat([y, y]), keep, masked, torch.zeros(6, 16, 2), identity)
+    for b in range(3):
+        for r, (top, left, height, width) in enumerate(item["rectangles"][b].tolist()):
+            row, col = item["asked"][b] // 4, item["asked"][b] % 4
+            inside = (row >= top) & (row < top + height) & (col >= left) & (col < left + width)
+            expected = asked[0][b, inside].sum(0) / max(1, inside.sum())
+            assert torch.allclose(told[b, r], expected, atol=1e-4)
 
 
-def test_strength_of_a_letter():
-    clean = np.full((64, 64), 60, np.uint8)
-    burnt = rcdm.burn(clean, 0)
-    assert rcdm.strength(clean, clean, burnt) == 0 and rcdm.strength(
-        burnt, clean, burnt
-    ) == pytest.approx(1)
-    assert rcdm.strength((clean + 40).astype(np.uint8), clean, burnt) == pytest.approx(
-        0, abs=1e-6
-    )  # brighter is no letter
-    half = (0.5 * clean + 0.5 * burnt).astype(np.uint8)
-    assert rcdm.strength(half, clean, burnt) == pytest.approx(0.5, abs=0.02)
+def test_the_picture_greys_what_the_context_does_not_see():
+    view = np.full((160, 160), 7, np.uint8)
+    grey = rcdm.shade(view, torch.tensor([0, 5]), 4)
+    assert (grey[:40, :40] == 7).all() and (grey[40:80, 40:80] == 7).all()
+    assert (grey != 7).sum() == 14 * 40 * 40
 
 
 def test_distances_of_the_truth_and_of_something_else(folder):
@@ -294,7 +304,8 @@ def test_distances_of_the_truth_and_of_something_else(folder):
 def run(folder, out, *more):
     """main() in this process, as the command line would call it. → result.json"""
     words = ["--weights", folder / "last.pt", "--data", folder / "films"]
-    words += ["--split", folder / "phantoms.csv", "--out", out, *SMALL, *more]
+    words += ["--learn", folder / "learn.txt", "--show", folder / "show.txt"]
+    words += ["--out", out, *SMALL, *more]
     rcdm.main([str(word) for word in words])
     return json.loads((out / "result.json").read_text())
 
@@ -339,24 +350,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, tmp_path, monkeypat
 def test_the_command_writes_pictures_and_numbers(folder, tmp_path):
     out = tmp_path / "run"
     words = [sys.executable, "-m", "lab.rcdm", "--weights", folder / "last.pt"]
-    words += ["--data", folder / "films", "--split", folder / "phantoms.csv", "--out", out, *SMALL]
+    words += ["--data", folder / "films", "--out", out, *SMALL]
     words = [str(word) for word in words]
-    done = subprocess.run([*words, "--artefacts"], capture_output=True, text=True)
+    words += ["--learn", str(folder / "learn.txt")]
+    show = ["--show", str(folder / "show.txt")]
+    done = subprocess.run([*words, *show], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((out / "result.json").read_text())
     wanted = ["prediction", "other, same place", "shuffled", "target features"]
     assert list(result["paintings"]) == wanted
     for row in result["paintings"].values():
         assert row["pixel_error"]["mean"] > 0 and row["feature_distance"]["mean"] > 0
-    letters = {"prediction", "features with letter", "features without"}
-    assert set(result["artefacts"]["letter_painted"]) == letters
+    assert result["overlap"].startswith("Nobody can tell") and result["overlap"] in done.stdout
     # context, target, 2 samples, 3 others
     assert Image.open(out / "samples.png").width == 8 + 7 * (rcdm.SHOWN + 8)
-    assert Image.open(out / "artefacts.png").width == 8 + 5 * (rcdm.SHOWN + 8)
     assert len((out / "log.csv").read_text().splitlines()) == 7
-    words += ["--mode", "global", "--artefacts"]
     again = subprocess.run(words, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr.startswith("error: --artefacts")
+    assert again.returncode == 1 and again.stderr.startswith("error: nobody can tell")
     assert "Traceback" not in again.stderr
 
 
@@ -391,87 +401,154 @@ def table_of(folder):
     return {row[0]: (row[2], row[3]) for row in rows}
 
 
-def test_no_patient_is_both_learnt_from_and_shown(folder):
+def test_named_films_of_one_patient_are_not_on_both_sides(folder):
+    """One table with validation and test films, as the paper divides ChestX-ray14."""
     films = open_films(folder / "films", side=64)
-    args = rcdm.Config(split=str(folder / "phantoms.csv"), batch=1)
-    train, shown = rcdm.choose_films(films, args, {})
     table = table_of(folder)
     names = [Path(name).name for name in films.names]
-    learnt = {table[names[i]][0] for i in train}
-    patients = {table[names[i]][0] for i in shown}
-    assert not learnt & patients
-    assert {table[names[i]][1] for i in shown} == {"test"}
-    assert len(patients) == len(shown)
-    assert len(train) + sum(table[name][1] == "test" for name in names) == 9
+    patients = [table[name][0] for name in names]
+    wrong = folder / "wrong.csv"  # a patient in val and in test: the pictures keep him
+    rows = [f"{name},{patients[i]},{'test' if i < 5 else 'val'}" for i, name in enumerate(names)]
+    wrong.write_text("\n".join(["filename,patient_id,split", *rows]) + "\n")
+    args = rcdm.Config(learn=str(wrong), show=str(wrong), batch=1)
+    learn, shown, words = rcdm.choose_films(films, args, {}, None)
+    assert max(shown) < 5 <= min(learn)
+    assert not {patients[i] for i in learn} & {patients[i] for i in range(5)}
+    assert len({patients[i] for i in shown}) == len(shown)
+    assert "Nobody can tell" in words
+    (folder / "val.txt").write_text("\n".join(names[4:]) + "\n")  # NIH's lists: a name per line
+    args = rcdm.Config(learn=str(folder / "val.txt"), batch=1)
+    learn, shown, words = rcdm.choose_films(films, args, {"probe": str(wrong)}, (set(), set()))
+    assert sorted(learn) == list(range(4, 9)) and words.startswith("World model, decoder and")
+    assert not {patients[i] for i in learn} & {patients[i] for i in shown}
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Sixty phantoms, a table of their patients alone, and one in which most are test films."""
+    """Sixty phantoms, and a table of their patients alone."""
     folder = tmp_path_factory.mktemp("many")
     phantom.write_phantoms(folder, 60, size=64, seed=8)
     lines = [f"{name},{patient}" for name, (patient, _) in table_of(folder).items()]
     (folder / "patients.csv").write_text("\n".join(["filename,patient_id", *lines]) + "\n")
-    patients = sorted({patient for patient, _ in table_of(folder).values()})
-    training = set(patients[::4])
-    rows = ["filename,label,patient_id,split"]
-    for name, (patient, _) in table_of(folder).items():
-        rows.append(f"{name},normal,{patient},{'train' if patient in training else 'test'}")
-    (folder / "other.csv").write_text("\n".join(rows) + "\n")
     return folder
 
 
-SHOWN_ONLY = ["--films", "60", "--max_steps", "1"]
+def pretrained(many, folder, **settings):
+    """Pre-train for an epoch. → the run's weights, names of the films that it really read"""
+    settings = {"seed": 3, "holdout": 5, "workers": 0} | settings
+    shape = dict(size="tiny", image=32, patch=8, batch=8, epochs=1, warmup=0.0, device="cpu")
+    with reading() as learnt:
+        pretrain.main(
+            pretrain.Config(data=str(many / "films"), out=str(folder), **shape, **settings)
+        )
+    assert 10 < len(learnt["Views"]) < 60
+    return folder / "last.pt", learnt["Views"]
+
+
+@pytest.fixture(scope="module")
+def runs(many, tmp_path_factory):
+    """Two runs on the sixty phantoms: one knows their patients, one a table with test films."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "patients": pretrained(many, folder / "patients", patients=str(many / "patients.csv")),
+        "probe": pretrained(many, folder / "probe", probe=str(many / "phantoms.csv")),
+    }
+
+
+@contextlib.contextmanager
+def reading():
+    """Write down the films that are read below, by the kind of data set. → {class name: {film}}"""
+    read = {}
+    real = Views.read
+
+    def spy(self, i):
+        read.setdefault(type(self).__name__, set()).add(self.films.names[int(self.subset[i])])
+        return real(self, i)
+
+    Views.read = spy
+    try:
+        yield read
+    finally:
+        Views.read = real
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["patients", "probe", "patients, other split", "moved"])
-def test_no_shown_film_was_learnt_by_the_world_model(many, tmp_path, monkeypatch, way):
-    """The films that pre-training really reads are written down, then those that rcdm shows."""
-    learnt = set()
-    read = Views.read
-
-    def reading(self, i):
-        learnt.add(self.films.names[int(self.subset[i])])
-        return read(self, i)
-
-    monkeypatch.setattr(Views, "read", reading)
-    table = str(many / "phantoms.csv")
-    known = {"probe": table} if way == "probe" else {"patients": str(many / "patients.csv")}
-    shape = dict(size="tiny", image=32, patch=8, batch=4, epochs=2, warmup=0.0, device="cpu")
-    run_folder = tmp_path / "run"
-    args = pretrain.Config(
-        data=str(many / "films"),
-        out=str(run_folder),
-        seed=3,
-        holdout=5,
-        workers=0,
-        **shape,
-        **known,
-    )
-    pretrain.main(args)
-    assert 20 < len(learnt) < 60
-    monkeypatch.undo()
-
+@pytest.mark.parametrize("way", ["patients", "probe", "other list", "moved", "copied and renamed"])
+def test_world_decoder_and_pictures_share_no_patient(many, runs, tmp_path, way):
+    """The films that pre-training really reads are written down, then those that the decoder reads,
+    then those that are shown.
+    """
+    run_weights, learnt = runs["probe" if way == "probe" else "patients"]
     more = []
-    if way == "patients, other split":
-        more = ["--split", str(many / "other.csv")]
+    if way == "other list":  # of all films but those of one patient: most were learnt
+        films = open_films(many / "films", patients=str(many / "patients.csv"))
+        _, held = hold_out_films(films, [], 5, 3)
+        others = np.flatnonzero(np.array(films.patients) != films.patients[held[0]])
+        (tmp_path / "show.txt").write_text("\n".join(films.names[i] for i in others))
+        more = ["--show", str(tmp_path / "show.txt")]
     if way == "moved":
         (tmp_path / "elsewhere").symlink_to(many / "films")
         more = ["--data", str(tmp_path / "elsewhere")]
+    if way == "copied and renamed":  # fewer films, in a folder: another hold-out would be drawn
+        for film in sorted((many / "films").iterdir()):
+            if film.name in sorted(learnt)[:3]:
+                continue
+            copy = tmp_path / "copy" / "deep" / film.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(film.read_bytes())
+        more = ["--data", str(tmp_path / "copy")]
     out = tmp_path / "rcdm"
-    weights_file = str(run_folder / "last.pt")
-    rcdm.main(["--weights", weights_file, "--out", str(out), *SMALL, *SHOWN_ONLY, *more])
-    shown = json.loads((out / "result.json").read_text())["shown"]
+    words = ["--weights", str(run_weights), "--out", str(out), *SMALL, "--batch", "1", *more]
+    with reading() as read:
+        rcdm.main([*words, "--steps", "200", "--max_steps", "9"])
+    result = json.loads((out / "result.json").read_text())
     rows = table_of(many)
-    patients = [rows[Path(name).name][0] for name in shown]
-    assert len(shown) >= 2 and not set(shown) & learnt
-    assert not set(patients) & {rows[Path(name).name][0] for name in learnt}
-    assert len(set(patients)) == len(patients)
-    if way in ("patients", "moved"):  # what the draw of seed 3 holds out, and only that
-        assert len(shown) <= 5
-    if way == "probe":
-        assert {rows[Path(name).name][1] for name in shown} == {"test"}
+
+    def patients(names):
+        return {rows[Path(name).name][0] for name in names}
+
+    shown = set(result["shown"])
+    decoder = read["Questions"] - shown
+    assert len(shown) == 2 and decoder
+    assert not patients(decoder) & patients(shown)
+    assert not patients(decoder | shown) & patients(learnt)
+    assert len(patients(shown)) == len(shown)
+    assert (
+        result["overlap"] == "World model, decoder and pictures: three disjoint sets of patients."
+    )
+
+
+@pytest.mark.slow
+def test_too_few_films_left_out_is_said_and_can_be_overruled(many, runs, tmp_path, capsys):
+    run_weights, learnt = runs["patients"]
+    words = ["--weights", str(run_weights), "--out", str(tmp_path / "rcdm"), *SMALL]
+    words += ["--max_steps", "2", "--batch", "16"]
+    with pytest.raises(launch.UserError, match="--holdout.*--learn.*--allow_seen") as error:
+        rcdm.main(words)
+    assert "\n" not in str(error.value)
+    rcdm.main([*words, "--allow_seen"])
+    result = json.loads((tmp_path / "rcdm" / "result.json").read_text())
+    assert not set(result["shown"]) & learnt  # those that it has not seen come first
+    told = r"The world model was trained on patients of \d\d of the decoder's \d\d films and of 0"
+    assert re.match(told, result["overlap"])
+    assert result["overlap"] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_films_of_a_run_whose_list_cannot_be_repeated_are_nobodys(many, tmp_path):
+    """A film was deleted since: the hold-out would be another one, and the digest tells."""
+    data = tmp_path / "data" / "films"
+    data.mkdir(parents=True)
+    for film in (many / "films").iterdir():
+        (data / film.name).write_bytes(film.read_bytes())
+    run_weights, learnt = pretrained(tmp_path / "data", tmp_path / "run")
+    names, patients = common.trained_on(run_weights, open_films(data))
+    assert names == patients  # without a table every film is a patient of its own
+    assert names >= learnt and len(names) < len(learnt) + 8  # the last batch is dropped
+    (data / sorted(learnt)[0]).unlink()
+    assert common.trained_on(run_weights, open_films(data)) is None
+    with pytest.raises(launch.UserError, match="nobody can tell which films"):
+        rcdm.main(["--weights", str(run_weights), "--out", str(tmp_path / "rcdm"), *SMALL])
 
 
 def test_a_demo_of_an_earlier_version_held_out_the_test_films_of_its_own_table(tmp_path):
@@ -479,8 +556,8 @@ def test_a_demo_of_an_earlier_version_held_out_the_test_films_of_its_own_table(t
     films = tmp_path / "phantoms" / "films"
     write_json(tmp_path / "config.json", {"out": str(tmp_path), "data": str(films), "probe": None})
     table = str(tmp_path / "phantoms" / "phantoms.csv")
-    assert rcdm.run_of(tmp_path / "last.pt")["probe"] == table
+    assert common.run_of(tmp_path / "last.pt")["probe"] == table
     elsewhere = {"out": str(tmp_path), "data": "/cxr", "probe": None}
     write_json(tmp_path / "config.json", elsewhere)
-    assert rcdm.run_of(tmp_path / "last.pt") == elsewhere
-    assert rcdm.run_of(tmp_path / "none" / "last.pt") == {}
+    assert common.run_of(tmp_path / "last.pt") == elsewhere
+    assert common.run_of(tmp_path / "none" / "last.pt") == {}
