@@ -16,7 +16,9 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing.film import film_size
+from tqdm import tqdm
+
+from plumbing.film import UnreadableFilm, film_size, read_mask
 from plumbing.folder import MASK_FOLDER, Index
 from plumbing.launch import UserError
 from plumbing.own_table import read_own_table, target_of
@@ -388,6 +390,7 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
     patients, patient_note = own.name_patients(list(map(str, below)))
     own.refuse_contradictions(paths, patients)
     masks = find_masks(index, own, paths) if own.masks else [None] * len(paths)
+    refuse_unfit_masks(own, paths, masks)
     splits = own.splits or ["all"] * len(paths)
     parts = {}
     for row, split in enumerate(splits):
@@ -471,6 +474,28 @@ def find_masks(index, own, paths) -> list[tuple | None]:
                 f"wanted, beside the table or below {index.root}"
             )
     return masks
+
+
+def refuse_unfit_masks(own, paths, masks):
+    """Look at every mask file, so that a run does not begin with masks that would be left out.
+
+    UserError that names the row of the first that cannot be read or is not of its film's shape.
+    """
+    files = [row for row, mask in enumerate(masks) if mask and mask[0] == "file"]
+    unfit = []
+    for row in tqdm(files, "masks", leave=False, disable=not files):
+        try:
+            shape = film_size(paths[row])
+        except UserError:
+            shape = None  # what is wrong with the film is said when it is read
+        try:
+            read_mask(masks[row], paths[row], shape)
+        except UnreadableFilm as error:
+            unfit.append(f"line {own.lines[row]}, {own.films[row]}: {error}")
+    if unfit:
+        raise UserError(
+            f"{own.path}: {len(unfit)} of {len(files)} masks cannot be used, the first: {unfit[0]}"
+        )
 
 
 # ---------------------------------------------------------------- the table of tasks

@@ -553,6 +553,22 @@ def test_csv_two_exclusive_names_zero_one_columns_and_split(tmp_path):
     assert splits.labels == ("a", "b") and splits.test[1].target == (1, 1)
 
 
+def test_masks_that_cannot_be_used_are_refused_before_training_with_their_row(tmp_path):
+    rows = ["0.png,"] + [f"{k}.png,masks/{k}.png" for k in range(1, 6)]
+    table = csv_tree(tmp_path, "filename,mask", rows)
+    assert len(everything(benchmarks.load_task("csv", tmp_path, table))) == 6
+    (tmp_path / "masks" / "3.png").write_bytes(b"half a PNG")
+    picture(tmp_path / "masks" / "4.png")  # a film
+    Image.fromarray(np.zeros((16, 40), np.uint8)).save(tmp_path / "masks" / "5.png")
+    for bad in (3, 4, 5):
+        with pytest.raises(UserError, match=rf"1 of 3 masks cannot .*line {bad + 2}, {bad}.png: "):
+            kept = [row for k, row in enumerate(rows) if k not in {3, 4, 5} - {bad}]
+            lines = ["filename,mask", *kept]
+            lines[4:4] = [""] * (bad - 3)  # the row keeps its place in the file
+            write_lines(table, lines)
+            benchmarks.load_task("csv", tmp_path, table)
+
+
 def test_csv_mask_column_is_segmentation_unless_another_is_asked_for(tmp_path):
     rows = []
     for k in range(12):
