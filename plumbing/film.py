@@ -492,6 +492,8 @@ def draw_mask(kind: str, items, canvas, film_path) -> np.ndarray:
             drawn |= decode_rle(item, height, width)
         else:
             x, y, w, h = item
+            if min(item) < 0 or x + w > width or y + h > height:
+                raise UnreadableFilm(f"{item} reaches outside of {width} × {height} px")
             drawn[int(y) : int(y + h), int(x) : int(x + w)] = True
     return drawn
 

@@ -201,15 +201,17 @@ class OwnTable:
     patients: list[str | None] | None
     splits: list[str] | None
     lines: list[int]
+    unknown: "OwnTable | None" = None  # the rows that were left out: they tell patients
 
     def known(self) -> "OwnTable":
         """The table without the rows of which nothing is known. UserError when none is left."""
         rows = [row for row, target in enumerate(self.targets) if target is not None]
+        rest = [row for row, target in enumerate(self.targets) if target is None]
         if not rows:
             raise UserError(
                 f"{self.path}: nothing is known of any row: all is missing or uncertain"
             )
-        return self.take(rows)
+        return replace(self.take(rows), unknown=self.take(rest))
 
     def to_test(self) -> "OwnTable":
         """The rows that a finished model is tested on: of split test, else all.
@@ -452,7 +454,7 @@ class Labels:
     """The table of a linear probe: a table of one's own with labels and a column split.
 
     classes: their names. Row by row: names, y (n, classes) of 0, 1 and NaN (not known), split (n,),
-    patients. notes: what was decided and left out.
+    patients. others: {film: patient} of rows without a label. notes: what was decided and left out.
     """
 
     def __init__(self, path):
@@ -472,6 +474,7 @@ class Labels:
         self.split = np.array(self.table.splits)
         self.notes = self.table.notes
         self.located = None, None
+        self.others = {}
         self.check(list(map(as_path, self.names)), self.names)
 
     def check(self, located, names):
@@ -537,6 +540,10 @@ class Labels:
         if is_repeated.any():
             self.notes.append(f"{is_repeated.sum()} repeated rows dropped")
         found = np.where(is_repeated, -1, found)
+        where, _ = self.table.unknown.locate(films.names)
+        paths = [films.names[i] for i in where if i >= 0]
+        rest = self.table.unknown.take(np.flatnonzero(where >= 0))
+        self.others = dict(zip(where[where >= 0], rest.name_patients(paths)[0], strict=True))
         self.located = films, found
         return found
 

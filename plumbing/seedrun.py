@@ -130,6 +130,8 @@ def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:
             target = tuple(None if k is None else example.target[k] for k in places)
             test.append(example._replace(target=target))
     unknown = frozenset(i for i, film in enumerate(test) if kind == "mask" and not film.mask)
+    if unknown:
+        notes.append(f"masks: those of {len(unknown)} of {len(test)} films are not known: no Dice")
     test = [film._replace(mask=EMPTY) if i in unknown else film for i, film in enumerate(test)]
     of_model = dict(kind=kind, labels=classes, notes=notes)
     return dataclasses.replace(splits, train=[], val=[], test=test, **of_model), unknown

@@ -46,7 +46,8 @@ def patients_of(films, tables, located) -> list[str]:
     patients = list(films.patients)
     for table, where in zip(tables, located, strict=True):
         names = set(table.names)
-        for i, patient in zip(where, table.patients, strict=True):
+        told = [*zip(where, table.patients, strict=True), *table.others.items()]
+        for i, patient in told:
             # A film under its own name has no known patient in the folder: the table may know one.
             is_unknown = i >= 0 and patients[i] == films.names[i]
             if is_unknown and patient not in names:

@@ -539,6 +539,7 @@ def test_a_segmenter_is_tested_and_draws_what_it_sees(films, tmp_path, capsys):
     alone, predicted = examine(films, tmp_path, "filename\n01.png\n03.png", base)
     assert alone["mean"] is None
     assert [row["dice"] for row in predicted] == ["", ""]
+    assert "masks: those of 2 of 2 films are not known: no Dice" in alone["notes"]
     mask = Image.open(tmp_path / "out" / "masks" / "01.png")
     assert mask.size == Image.open(films / "01.png").size
     assert set(np.unique(np.asarray(mask))) <= {0, 255}

@@ -810,6 +810,8 @@ def test_pages_and_shapes_of_masks(tmp_path):
         read_mask(("file", tmp_path / "pages.tif"), None)
     path = write_dicom(tmp_path / "mask.dcm", LUNGS.astype(int))
     assert np.array_equal(read_mask(("file", path), None), LUNGS > 0)
+    with pytest.raises(UnreadableFilm, match="its mask .boxes.: .* outside of 8 × 8 px"):
+        read_mask(("boxes", [(0, 0, 8, 8), (4, 4, 5, 1)], (8, 8)), None)
     with pytest.raises(UnreadableFilm, match="its mask .rle.: run lengths reach pixel 90"):
         read_mask(("rle", ["0 90"], (8, 8)), None)
 

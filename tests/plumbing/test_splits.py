@@ -64,6 +64,14 @@ def test_the_test_films_of_a_table_are_held_out_and_the_table_may_know_the_patie
     assert [films.names[i] for i in train] == ["c.png", "f.png"]  # b, e: of a held-out patient
 
 
+def test_rows_without_a_label_still_tell_whose_films_are_held_out(tmp_path):
+    films = make_films({name: name for name in ("a.png", "b.png", "c.png", "d.png")})
+    rows = ["a.png,1,test,7", "b.png,NA,test,7", "c.png,-1,train,7", "d.png,0,train,8"]
+    train, held = hold_out_films(films, [make_labels(tmp_path, rows)], holdout=2, seed=0)
+    assert [films.names[i] for i in held] == ["a.png"]
+    assert [films.names[i] for i in train] == ["d.png"]
+
+
 def test_holding_everything_out_is_refused(tmp_path):
     films = make_films({"a.png": "p", "b.png": "p"})
     table = make_labels(tmp_path, ["a.png,x,test,p"])
