@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lab.common import Common, find_weights, finish, open_set, pooled, some_films, start
-from lab.probe import judge_table, judged_words, seen_by_run
+from lab.probe import judge_tables, judged_words, seen_by_run
 from lab.report import curves_picture
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
@@ -58,7 +58,7 @@ def main(argv=None):
     words = [variety_table(len(images), encoders["target encoder"].dim, rows)]
     if table:
         labels = Labels(table).complete(films)
-        judged = judge_table(labels, films, encoders, size, "random weights")
+        _, judged = next(judge_tables([labels], films, encoders, size, "random weights"))
         result["probe"] = judged["test"]["values"]
         result["probe_intervals"] = judged
         words.append(judged_words(labels, judged, seen_by_run(path, labels)))

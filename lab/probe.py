@@ -23,7 +23,7 @@ import torch
 from lab.common import Common, describe_films, find_weights, finish, open_set, read_json, start
 from lab.features import describe
 from plumbing.keys import PROBE_PROJECTION, torch_generator
-from plumbing.launch import flag, run_script
+from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
 from plumbing.own_table import Labels
 from plumbing.weights import load_encoder, make_vit
@@ -52,11 +52,12 @@ def main(argv=None):
     encoders = {name: vit.to(device).eval() for name, vit in encoders.items()}
     films, tables = open_set(args, args.films)
     tables = [Labels(table).complete(films) for table in str(tables).split(",")]
+    if len({table.path.stem for table in tables}) < len(tables):
+        raise UserError(f"--table {args.table}: two tables of one name; rename one")
     result = {"weights": str(path), "seed": args.seed, "tables": {}}
     words = []
-    for table in tables:
+    for table, judged in judge_tables(tables, films, encoders, encoder.image):
         seen = seen_by_run(path, table)
-        judged = judge_table(table, films, encoders, encoder.image)
         result["tables"][table.path.stem] = {"seen": seen, **judged, "notes": table.notes}
         words.append(judged_words(table, judged, seen))
     finish(args, result, "\n\n".join(words))
@@ -71,29 +72,40 @@ def seen_by_run(weights, table) -> str:
 
 
 # ---------------------------------------------------------------- features
-def judge_table(labels: Labels, films, encoders: dict, size: int, random=RANDOM) -> dict:
+def judge_tables(tables: list[Labels], films, encoders: dict, size: int, random=RANDOM):
     """Ask how much linear probes find in the features of each {name: ViT}, and in raw pixels.
 
-    size: pixels of the encoders' side. random: the name of the one with random weights.
-    → {"test": judged, "all": judged}, as `judge` gives it, in percent: of the films of test, and,
-    where these are few, of all films, cross-validated
+    size: pixels of the encoders' side. random: the name of the one with random weights. The films
+    of all tables are described once.
+    Yields (table, {"test": judged, "all": judged}), as `judge` gives it: of the films of test, and,
+    where these are few, of all films, cross-validated.
     """
-    where = labels.locate(films)
-    present = where[where >= 0]
-    print(f"linear probe on {labels.path.stem}: {len(present):,} films", flush=True)
-    features, read = describe_set(films, present, encoders, size, f"films of {labels.path.stem}")
-    row_of = {film: row for row, film in enumerate(where)}
-    rows = [row_of[film] for film in read]
-    y = labels.y[rows]
-    patients = np.array(labels.patients)[rows]
-    is_test = labels.split[rows] == "test"
+    if not tables:
+        return
+    places = [table.locate(films) for table in tables]
+    present = np.unique(np.concatenate(places))
+    present = present[present >= 0]
+    words = f"films of {', '.join(table.path.stem for table in tables)}"
+    print(f"linear probes: {len(present):,} {words}", flush=True)
+    features, read = describe_set(films, present, encoders, size, words)
+    row_of = {film: row for row, film in enumerate(read)}
     pairs = pairs_of(list(encoders), random)
-    scores = {}
-    for name, x in features.items():
-        fit = ~is_test
-        scores[name] = ridge_scores(x[fit], y[fit], patients[fit], x[is_test])
+    for table, where in zip(tables, places, strict=True):
+        kept = np.flatnonzero([film in row_of for film in where])  # there, and readable
+        rows = [row_of[film] for film in where[kept]]
+        about = table.y[kept], np.array(table.patients)[kept], table.split[kept] == "test"
+        yield table, judge_table({name: x[rows] for name, x in features.items()}, *about, pairs)
+
+
+def judge_table(features: dict, y, patients, is_test, pairs) -> dict:
+    """Fit and judge the probes of one table, whose films have these {name: features (n, d)}."""
+    fit = ~is_test
+    scores = {
+        name: ridge_scores(x[fit], y[fit], patients[fit], x[is_test])
+        for name, x in features.items()
+    }
     judged = {"test": judge(scores, y[is_test], patients[is_test], pairs)}
-    if is_test.sum() < FEW_TEST_FILMS and len(rows) <= MANY_FILMS:
+    if is_test.sum() < FEW_TEST_FILMS and len(y) <= MANY_FILMS:
         scores = {name: cross_validated(x, y, patients) for name, x in features.items()}
         judged["all"] = judge(scores, y, patients, pairs)
     return judged
@@ -186,7 +198,7 @@ def word(interval) -> str:
 
 
 def judged_words(table: Labels, judged: dict, seen: str) -> str:
-    """The result of `judge_table` in words. seen: what the encoders know of these films."""
+    """The result of a table in words. seen: what the encoders know of these films."""
     lines = [f"linear probe on {table.path.stem} ({', '.join(table.classes)}); {seen}"]
     words = {
         "test": "films of test, by a probe of train and val",

@@ -8,7 +8,7 @@ import torch
 
 from lab.common import evenly, read_whole
 from lab.domain import domain_test, result_table
-from lab.probe import RANDOM, SEEN, judge_table, judged_words
+from lab.probe import RANDOM, SEEN, judge_tables, judged_words
 from model import ViT
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
@@ -28,8 +28,7 @@ def closing(args, out, world, films, held, tables, device):
     torch.manual_seed(args.seed)
     fresh = ViT(**world.encoder.config).to(device).eval()
     encoders = {"pre-trained": world.target_encoder, RANDOM: fresh}
-    for table in tables:
-        judged = judge_table(table, films, encoders, args.image)
+    for table, judged in judge_tables(tables, films, encoders, args.image):
         result["probe"][table.path.stem] = judged["test"]["values"]
         result["probe_intervals"][table.path.stem] = judged
         result.setdefault("notes", {})[table.path.stem] = table.notes

@@ -37,6 +37,11 @@ def make_labels(tmp_path, lines):
     return own_table.Labels(tmp_path / "table.csv")
 
 
+def judge_one(labels, films, encoders):
+    _, judged = next(probe.judge_tables([labels], films, encoders, 32, "blind"))
+    return judged
+
+
 def planted(tmp_path, count, step):
     """Films with a brighter corner (by `step` of 256) and a darker opposite one, so that the mean
     tells nothing; two per patient, one unreadable, one absent. → Films, Labels
@@ -60,7 +65,7 @@ def planted(tmp_path, count, step):
 def test_a_planted_finding_is_above_random_and_a_blind_encoder_below_pixels(tmp_path, capsys):
     films, labels = planted(tmp_path, 120, 40)
     encoders = {"corner": Corner(), "blind": Corner(True)}
-    judged = probe.judge_table(labels, films, encoders, 32, "blind")
+    judged = judge_one(labels, films, encoders)
     test, every = judged["test"], judged["all"]
     assert test["films"] == 48 and test["patients"] == 24
     assert every["films"] == 119 and every["patients"] == 60
@@ -89,7 +94,7 @@ def test_random_labels_are_level_and_scored_on_films_of_test_alone(tmp_path):
     labels = [f"{i}.png,{'x' if y[i] else 'normal'},p{i},{split[i]}" for i in range(120)]
     labels = make_labels(tmp_path, labels)
     encoders = {"corner": Corner(), "blind": Corner(True)}
-    judged = probe.judge_table(labels, films, encoders, 32, "blind")["test"]
+    judged = judge_one(labels, films, encoders)["test"]
     images, _, _ = common.read_whole(films, np.arange(120), 32)
     x = Corner()(images).mean(1).detach().numpy()
     guess = metrics.ridge_scores(x[:60], y[:60, None], np.arange(60), x[60:])
@@ -108,7 +113,7 @@ def test_many_films_are_cast_onto_fixed_directions_and_keep_what_they_tell(tmp_p
     assert features["raw 64² pixels"].shape == (119, 24)
     again, _ = probe.describe_set(films, np.arange(120), encoders, 32, "films")
     assert all(np.array_equal(again[name], features[name]) for name in features)
-    judged = probe.judge_table(labels, films, encoders, 32, "blind")
+    judged = judge_one(labels, films, encoders)
     assert list(judged) == ["test"] and judged["test"]["values"]["corner, cells"] > 95
 
 
