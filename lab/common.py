@@ -8,7 +8,6 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ import augment
 from data import open_films
 from model import CheXWorld
 from plumbing import phantom, pictures
-from plumbing.checkpoint import BadCheckpoint, newest_run, write_json, write_text
+from plumbing.checkpoint import BadCheckpoint, newest_run, replace_with, write_json
 from plumbing.film import UnreadableFilm
 from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
@@ -72,12 +71,16 @@ def read_json(path: Path) -> dict:
 
 
 def write_csv(path, header, rows):
-    """Write a CSV file, atomically."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, buffer.getvalue())
+    """Write a CSV file, atomically, row by row. Spelling as in checkpoint.write_text."""
+
+    def write(temporary):
+        utf8 = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+        with open(temporary, "w", **utf8) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(rows)
+
+    replace_with(path, write)
 
 
 # ---------------------------------------------------------------- weights
@@ -300,24 +303,38 @@ def read_whole(films, numbers, size):
     return images, np.array(read, int), unreadable
 
 
-def describe_films(describe, films, numbers, size, words="films", batch=32):
-    """Describe many films as `read_whole` reads them, batch by batch.
+def describe_batches(describe, films, numbers, size, words="films", batch=32):
+    """Describe many films as `read_whole` reads them, batch by batch. UserError when none is read.
 
     describe: images (b, 1, size, size) → {name: array (b, …)}
-    → {name: array (n, …)}, numbers of the readable films (n,), {name of an unreadable film: reason}
+    Yields ({name: array}, numbers of the readable films, {name of an unreadable film: reason});
+    the first is empty when none of a batch can be read.
     """
-    parts = []
-    readable = []
-    unreadable = {}
+    count = 0
     for first in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
         images, read, failed = read_whole(films, numbers[first : first + batch], size)
+        count += len(read)
+        yield describe(images) if len(read) else {}, read, failed
+    require_readable(range(count), words)
+
+
+def describe_films(describe, films, numbers, size, words="films", batch=32):
+    """The same, put together; see describe_batches.
+
+    → {name: array (n, …)}, numbers of the readable films (n,), {name of an unreadable film: reason}
+    """
+    parts = {}
+    readable = []
+    unreadable = {}
+    for found, read, failed in describe_batches(describe, films, numbers, size, words, batch):
         unreadable |= failed
         readable.extend(read)
-        if len(read):
-            parts.append(describe(images))
-    require_readable(readable, words)
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return found, np.array(readable), unreadable
+        for name, array in found.items():
+            parts.setdefault(name, []).append(array)
+    whole = {}
+    for name in list(parts):  # each part is let go as soon as it has been copied
+        whole[name] = np.concatenate(parts.pop(name))
+    return whole, np.array(readable), unreadable
 
 
 def some_films(films, table, count, size):

@@ -6,14 +6,19 @@ Each film is seen whole, squeezed to a square. Writes one row per film, as
 
     features.npz   names (n,), mean (n, D): over all patches, cells (n, 16, D): over each of 4 × 4
                    cells in raster order, a cell being the patches that touch it
-    features.csv   filename, then the D numbers of the mean
+    features.csv   filename, then the D numbers of the mean: f0, f1, ...
+    cells.csv      filename, then the 16 D numbers of the cells: c0_f0, c0_f1, ...; only where these
+                   are at most 100 million numbers (a gigabyte)
     result.json    how many films, and the unreadable ones, which have no row, with their reasons
 
     features = numpy.load("features/features.npz")
+
+The films are worked through batch by batch, so that memory does not bound how many they are.
 """
 
 import dataclasses
 import functools
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +26,12 @@ import torch
 import torch.nn.functional as F
 
 from lab import common
-from plumbing.checkpoint import replace_with
+from plumbing.checkpoint import explain_writing, replace_with
 from plumbing.launch import flag, run_script
 from plumbing.weights import load_encoder
 
 CELLS = 4  # per side
+LARGEST_CSV = 100_000_000  # numbers; more are for programs, which read features.npz
 
 
 @dataclasses.dataclass
@@ -38,20 +44,61 @@ def main(argv=None):
     encoder = load_encoder(common.find_weights(args.weights), say=print).to(device).eval()
     films, _ = common.open_set(args, 20)
     numbers = common.evenly(common.named(args.table, films), args.films)
-    describe_these = functools.partial(describe, encoder)
-    found, read, unreadable = common.describe_films(describe_these, films, numbers, encoder.image)
-    names = [films.names[i] for i in read]
-    mean = found["mean"]
+    batches = common.describe_batches(
+        functools.partial(describe, encoder), films, numbers, encoder.image
+    )
     out = Path(args.out)
-    replace_with(out / "features.npz", lambda path: write_npz(path, names, found))
-    header = ["filename", *(f"f{k}" for k in range(mean.shape[1]))]
-    rows = ([name, *(f"{v:.7g}" for v in row)] for name, row in zip(names, mean, strict=True))
-    common.write_csv(out / "features.csv", header, rows)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".features", ignore_cleanup_errors=True) as at:
+        found, read, unreadable = collect(batches, Path(at))
+        names = [films.names[i] for i in read]
+        files = write_files(out, names, **found)
+        dim = found.pop("mean").shape[1]
+        found.clear()  # Windows removes only files that nobody has open
     lines = [f"unreadable: {name}: {reason}" for name, reason in unreadable.items()]
-    count = f"{len(names)} films, {len(unreadable)} unreadable; {mean.shape[1]} features each"
-    lines.append(f"{count} in {out}/features.npz and {out}/features.csv")
-    result = {"films": len(names), "unreadable": unreadable, "features": mean.shape[1]}
+    count = f"{len(names)} films, {len(unreadable)} unreadable; {dim} features each"
+    lines.append(f"{count} in {', '.join(f'{out}/{file}' for file in files)}")
+    result = {"films": len(names), "unreadable": unreadable, "features": dim}
     common.finish(args, result, "\n".join(lines))
+
+
+def collect(batches, folder: Path):
+    """Keep what describe_batches yields in files of `folder`, since memory may not hold it all.
+
+    → {name: array (n, …), read from the disk as needed}, numbers of the readable films,
+    {name of an unreadable film: reason}
+    """
+    shapes = {}
+    read = []
+    unreadable = {}
+    for found, numbers, failed in batches:
+        read.extend(numbers)
+        unreadable |= failed
+        for name, array in found.items():
+            shapes[name] = array.shape[1:]
+            with explain_writing(folder / name), open(folder / name, "ab") as file:
+                file.write(array.tobytes())  # float32
+    found = {
+        name: np.memmap(folder / name, np.float32, "r", shape=(len(read), *shape))
+        for name, shape in shapes.items()
+    }
+    return found, read, unreadable
+
+
+def write_files(out: Path, names, mean, cells) -> list[str]:
+    """Write features.npz, features.csv and, unless it grew too large, cells.csv. → their names"""
+    replace_with(out / "features.npz", lambda path: write_npz(path, names, mean, cells))
+    count, parts, dim = cells.shape
+    tables = {"features.csv": ([f"f{k}" for k in range(dim)], mean)}
+    if cells.size <= LARGEST_CSV:
+        columns = [f"c{part}_f{k}" for part in range(parts) for k in range(dim)]
+        tables["cells.csv"] = columns, cells.reshape(count, -1)
+    else:
+        (out / "cells.csv").unlink(missing_ok=True)  # of other films
+        print(f"no cells.csv, which would hold {cells.size:,} numbers: features.npz has them")
+    for file, (columns, table) in tables.items():
+        rows = ([name, *(f"{v:.7g}" for v in row)] for name, row in zip(names, table, strict=True))
+        common.write_csv(out / file, ["filename", *columns], rows)
+    return ["features.npz", *tables]
 
 
 @torch.no_grad()
@@ -66,10 +113,10 @@ def describe(encoder, images):
     return {"mean": tokens.mean(1).cpu().numpy(), "cells": cells.cpu().numpy()}
 
 
-def write_npz(path, names, found):
+def write_npz(path, names, mean, cells):
     """Write the arrays to a file of exactly this name."""
     with open(path, "wb") as file:
-        np.savez(file, names=np.array(names), **found)
+        np.savez(file, names=np.array(names), mean=mean, cells=cells)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -57,6 +58,12 @@ def test_features_of_a_folder_with_a_broken_film(place):
     arrays = np.load(place / "f" / "features.npz")
     assert sorted(arrays["names"].tolist()) == names
     assert arrays["mean"].shape == (3, 32) and arrays["cells"].shape == (3, 16, 32)
+    assert not [path for path in (place / "f").iterdir() if path.name.startswith(".features")]
+    with open(place / "f" / "cells.csv") as file:
+        of_cells = {row["filename"]: row for row in csv.DictReader(file)}
+    for name, cells in zip(arrays["names"], arrays["cells"], strict=True):
+        written = [float(of_cells[str(name)][f"c{c}_f{k}"]) for c in range(16) for k in range(32)]
+        assert np.allclose(written, cells.ravel(), rtol=1e-6)
     vit = load_encoder(place / "runs" / "tiny" / "last.pt").eval()
     with open(place / "f" / "features.csv") as file:
         rows = {
@@ -72,3 +79,30 @@ def test_features_of_a_folder_with_a_broken_film(place):
         assert np.allclose(rows[str(name)], mean, rtol=1e-6)
     result = json.loads((place / "f" / "result.json").read_text())
     assert result["films"] == 3 and list(result["unreadable"]) == ["broken.png"]
+
+
+def test_memory_does_not_grow_with_the_films(tmp_path, monkeypatch):
+    """Batches of 2 MB, 40 of them: never are more than a few held; a batch may have no film."""
+    monkeypatch.setattr(features, "LARGEST_CSV", 1000)
+
+    def batches():
+        for k in range(40):
+            if k == 7:
+                yield {}, np.array([], int), {"broken": "because"}
+                continue
+            cells = np.full((10, 16, 3200), k, np.float32)
+            yield {"mean": cells[:, 0, :5], "cells": cells}, np.arange(10) + 10 * k, {}
+
+    tracemalloc.start()
+    found, read, unreadable = features.collect(batches(), tmp_path)
+    (tmp_path / "cells.csv").touch()  # of other films
+    names = [str(i) for i in read]
+    assert features.write_files(tmp_path, names, **found) == ["features.npz", "features.csv"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 25e6 and found["cells"].nbytes == 390 * 16 * 3200 * 4
+    assert len(read) == 390 and unreadable == {"broken": "because"}
+    assert (found["mean"][:, 2] == np.array(read) // 10).all()
+    assert not (tmp_path / "cells.csv").exists()
+    with np.load(tmp_path / "features.npz") as arrays:
+        assert (arrays["mean"] == found["mean"]).all()
