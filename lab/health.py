@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lab.common import Common, find_weights, finish, open_set, pooled, some_films, start
-from lab.probe import judge_tables, judged_words, seen_by_run
+from lab.probe import films_seen, judge_tables, judged_words, seen_words
 from lab.report import curves_picture
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
@@ -61,7 +61,8 @@ def main(argv=None):
         _, judged = next(judge_tables([labels], films, encoders, size, "random weights"))
         result["probe"] = judged["test"]["values"]
         result["probe_intervals"] = judged
-        words.append(judged_words(labels, judged, seen_by_run(path, labels)))
+        seen = seen_words(films_seen(path, films, args.data), labels, films)
+        words.append(judged_words(labels, judged, seen))
         differences = judged["test"]["differences"]["target encoder"]
         knows = differences["random weights"]["word"]
     result["verdict"] = verdict(rows["target encoder"], rows["random weights"], knows)

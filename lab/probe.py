@@ -15,12 +15,20 @@ Writes result.json.
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from lab.common import Common, describe_films, find_weights, finish, open_set, read_json, start
+from lab.common import (
+    Common,
+    describe_films,
+    find_weights,
+    finish,
+    open_set,
+    seen_by,
+    start,
+    trained_on,
+)
 from lab.features import describe
 from plumbing.keys import PROBE_PROJECTION, torch_generator
 from plumbing.launch import UserError, flag, run_script
@@ -34,7 +42,6 @@ CELLS = ", cells"  # follows the encoder's name; its name alone stands for the m
 FEW_TEST_FILMS = 300  # with fewer, the cross-validated figure stands beside the test split's
 MANY_FILMS = 3000  # more are described in NUMBERS numbers at most
 NUMBERS = 1024
-SEEN = "films of test were not seen in pre-training; others may have been, unlabelled"
 
 
 @dataclasses.dataclass
@@ -56,19 +63,44 @@ def main(argv=None):
         raise UserError(f"--table {args.table}: two tables of one name; rename one")
     result = {"weights": str(path), "seed": args.seed, "tables": {}}
     words = []
+    learnt = films_seen(path, films, args.data)
     for table, judged in judge_tables(tables, films, encoders, encoder.image):
-        seen = seen_by_run(path, table)
+        seen = seen_words(learnt, table, films)
         result["tables"][table.path.stem] = {"seen": seen, **judged, "notes": table.notes}
         words.append(judged_words(table, judged, seen))
     finish(args, result, "\n\n".join(words))
 
 
-def seen_by_run(weights, table) -> str:
-    """Say what is known of whether an encoder saw a table's films, by its run's config.json."""
-    probed = (read_json(weights.with_name("config.json")).get("probe") or "").split(",")
-    if table.path.resolve() in [Path(name).resolve() for name in probed if name]:
-        return SEEN
-    return "films that were in the encoder's pre-training have been seen, unlabelled"
+def films_seen(weights, films, data):
+    """Find the films, and patients, of an encoder's pre-training. → two sets; None: not known
+
+    data: the flag --data; without it the films are synthetic, of patients that no run has seen.
+    """
+    if not data:
+        return set(), set()
+    last = weights.with_name("last.pt")  # which tells; encoder.pt beside it is from the same run
+    is_of_run = weights.name in ("last.pt", "encoder.pt") and last.is_file()
+    return trained_on(last, films) if is_of_run else None
+
+
+def seen_words(learnt, table: Labels, films) -> str:
+    """Say how many films of a table, or other films of their patients, were in pre-training.
+
+    learnt: what `films_seen` says
+    """
+    if learnt is None:
+        return "films that were in the encoder's pre-training have been seen, unlabelled"
+    where = table.locate(films)
+    is_there = where >= 0
+    patients = np.array(films.names, object)
+    patients[where[is_there]] = np.array(table.patients)[is_there]
+    is_seen = seen_by(learnt, films, patients.astype(str))[where[is_there]]
+    is_test = table.split[is_there] == "test"
+    words = [
+        f"{is_seen[part].sum():,} of {part.sum():,} films of {name}"
+        for name, part in (("test", is_test), ("train and val", ~is_test))
+    ]
+    return f"seen in pre-training, unlabelled: {', '.join(words)}"
 
 
 # ---------------------------------------------------------------- features

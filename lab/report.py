@@ -8,11 +8,12 @@ import torch
 
 from lab.common import evenly, read_whole
 from lab.domain import domain_test, result_table
-from lab.probe import RANDOM, SEEN, judge_tables, judged_words
+from lab.probe import RANDOM, judge_tables, judged_words
 from model import ViT
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
 
+SEEN = "films of test were not seen in pre-training; all others were, unlabelled"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
 
 

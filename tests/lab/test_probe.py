@@ -117,14 +117,17 @@ def test_many_films_are_cast_onto_fixed_directions_and_keep_what_they_tell(tmp_p
     assert list(judged) == ["test"] and judged["test"]["values"]["corner, cells"] > 95
 
 
-def test_what_the_encoder_saw_is_said_from_its_runs_settings(tmp_path):
-    labels = make_labels(tmp_path, ["a.png,x,p,train", "b.png,normal,q,test"])
-    weights = tmp_path / "last.pt"
-    assert "have been seen, unlabelled" in probe.seen_by_run(weights, labels)
-    (tmp_path / "config.json").write_text(json.dumps({"probe": f"other.csv,{labels.path}"}))
-    assert "films of test were not seen" in probe.seen_by_run(weights, labels)
-    (tmp_path / "config.json").write_text(json.dumps({"probe": None}))
-    assert "have been seen, unlabelled" in probe.seen_by_run(weights, labels)
+def test_how_many_films_the_encoder_saw_is_said(tmp_path):
+    """By film and by patient; b2.png, another film of b.png's patient, was in pre-training."""
+    films = Films({f"{name}.png": noise(0) for name in ("a", "b", "b2", "c", "d")})
+    lines = ["a.png,x,p,train", "b.png,normal,q,train", "c.png,x,r,val", "d.png,normal,s,test"]
+    labels = make_labels(tmp_path, lines)
+    learnt = {"b2.png", "c.png"}, {"q", "r"}
+    words = probe.seen_words(learnt, labels, films)
+    assert words.endswith("0 of 1 films of test, 2 of 3 films of train and val")
+    assert "have been seen" in probe.seen_words(None, labels, films)
+    assert probe.films_seen(tmp_path / "vit.pth", films, "folder") is None
+    assert probe.films_seen(tmp_path / "vit.pth", films, None) == (set(), set())
 
 
 @pytest.mark.slow
@@ -134,6 +137,7 @@ def test_the_program_judges_on_several_tables(place):
     tables = "set/phantoms.csv,again.csv"
     flags = ("--weights", "runs/tiny/encoder.pt", "--data", "set/films", "--table", tables)
     words = good(place, "probe", *flags, "--out", "judged")
+    assert "have been seen, unlabelled" in words  # this run has no config.json
     result = json.loads((place / "judged" / "result.json").read_text())
     one, other = result["tables"].values()
     assert one == other and one["test"]["values"].keys() == one["all"]["values"].keys()
