@@ -5,10 +5,11 @@
     torchrun --nproc_per_node=8 pretrain.py --data /cxr    # eight GPUs, the same code
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         pretrain.py --data /cxr.pack                       # four nodes, films packed by data.py
+    python pretrain.py --data /cxr --weights FILE          # few films: go on from what exists
 
-Without --data the demo's recipe counts, with it the paper's; flags override both. The same command
-again goes on where the last one stopped. The folder --out receives config.json, log.csv, last.pt,
-encoder.pt, curve.png, views.png and result.json.
+Without --data the demo's recipe counts, with it the paper's, with --weights that for continuing;
+flags override all. The same command again goes on where the last one stopped. The folder --out
+receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
 """
 
 import dataclasses
@@ -30,20 +31,29 @@ from plumbing.monitor import Monitor
 from plumbing.own_table import Labels
 from plumbing.pack import InMemory, UnreadableFilms
 from plumbing.splits import hold_out_films
+from plumbing.weights import find_origin, start_world
 
 # fmt: off
-# For both, a gradient norm of at most 1.0 and a last learning rate of 1e-6: launch.TrainFlags.
+# For all, a gradient norm of at most 1.0 and a last learning rate of 1e-6: launch.TrainFlags.
 RECIPES = {
     "demo":  dict(size="tiny", image=64,  patch=8,  batch=16,   epochs=20,  warmup=1.0,
-                  lr=1.2e-3,   ema=0.99,  save_every=200),
+                  lr=1.2e-3,   ema=0.99,  save_every=200,  out="runs/demo"),
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0,
-                  lr=2e-4,     ema=0.996, save_every=500),  # Sec. B.1
+                  lr=2e-4,     ema=0.996, save_every=500,  out="runs/pretrain"),  # Sec. B.1
+    # With --weights, for some thousand films; size, image and patch are the file's. Reasoned, not
+    # tuned: 2,000 films make 3,100 steps. Good weights are to be moved, not replaced: half of the
+    # paper's learning rate, which is what it fine-tunes with (B.3). The target encoder is good from
+    # the start and may be slow: it remembers 500 steps. All the same, after 3,100 steps only 5 % of
+    # it are what it was: exp(-0.002 · 3,100 / 2). Warm-up only fills AdamW's averages.
+    "continue": dict(batch=64, epochs=100, warmup=5.0,
+                     lr=1e-4, ema=0.998, save_every=200, out="runs/continue"),
 }
 # Settings that may change when a run goes on: they change no random number and no schedule, though
 # another device or micro-batch may round otherwise. Those that choose films may change, too, since
 # recipe_of compares the chosen films by name.
-FREE = {"data", "out", "max_steps", "probe", "patients", "device", "workers", "micro", "compile",
-        "checkpointing", "log_every", "save_every"}
+# The file of --weights is compared by its content, so it may move.
+FREE = {"data", "out", "weights", "max_steps", "probe", "patients", "device", "workers", "micro",
+        "compile", "checkpointing", "log_every", "save_every"}
 # The smallest value that each setting may have.
 LEAST = dict(batch=1, micro=1, epochs=1, max_steps=1, image=1, patch=1, phantoms=1, log_every=1,
              save_every=1, warmup=0, holdout=0, workers=0)
@@ -62,28 +72,40 @@ class Config(launch.TrainFlags):
         "folder of films, searched with all below it (MIMIC-CXR-JPG, CheXpert and ChestX-ray14 "
         "are recognised), or a .pack file; without it: the demo",
     )
-    out: str = flag(None, "folder of the run [runs/demo, or runs/pretrain with --data]")
+    out: str = flag(
+        None,
+        "folder of the run [runs/demo, runs/pretrain with --data, runs/continue with --weights]",
+    )
+    weights: str = flag(
+        None,
+        "start from these weights, not from random ones: of a run (its folder or last.pt), the "
+        "authors' file, or an encoder alone, whose new predictor first learns alone",
+    )
     size: str = flag(
         None,
         "network, width × depth: tiny 128 × 4, small 384 × 12, base 768 × 12, large 1024 × 24 "
-        "[demo tiny, paper base]",
+        "[demo tiny, paper base, continue: that of --weights, as --image and --patch]",
         list(SIZES),
     )
     image: int = flag(None, "side of the two crops of a film, px [demo 64, paper 224]")
     patch: int = flag(None, "side of a patch, px; must divide --image [demo 8, paper 16]")
-    batch: int = flag(None, "films per step, over all GPUs together [demo 16, paper 2048]")
-    epochs: int = flag(None, "passes over the films; sets the schedules [demo 20, paper 300]")
+    batch: int = flag(
+        None, "films per step, over all GPUs together [demo 16, paper 2048, continue 64]"
+    )
+    epochs: int = flag(
+        None, "passes over the films; sets the schedules [demo 20, paper 300, continue 100]"
+    )
     warmup: float = flag(
         None,
         "epochs during which the learning rate rises from 0 "
-        "[demo 1 of 20, paper 40 of 300; fewer epochs: the same share]",
+        "[demo 1 of 20, paper 40 of 300, continue 5 of 100; fewer epochs: the same share]",
     )
-    lr: float = flag(None, "peak learning rate [demo 1.2e-3, paper 2e-4]")
+    lr: float = flag(None, "peak learning rate [demo 1.2e-3, paper 2e-4, continue 1e-4]")
     weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
     ema: float = flag(
         None,
         "momentum with which the target encoder follows the encoder, at the start; it rises to 1 "
-        "[demo 0.99, paper 0.996]",
+        "[demo 0.99, paper 0.996, continue 0.998]",
     )
     pixels: float = flag(
         0.0,
@@ -105,22 +127,34 @@ class Config(launch.TrainFlags):
     )
     seed: int = flag(0, "of everything random")
     log_every: int = flag(20, "steps between rows of log.csv")
-    save_every: int = flag(None, "steps between checkpoints [demo 200, paper 500]")
+    save_every: int = flag(None, "steps between checkpoints [demo 200, paper 500, continue 200]")
 
 
 # ---- Settings and films
 def recipe_for(args):
-    """Choose the recipe: the paper's for films of the user's own, else the demo's. → {setting}"""
+    """Choose the recipe: to continue with --weights, the paper's for films of the user's own, else
+    the demo's. → {setting}
+    """
+    if args.weights is not None:
+        return RECIPES["continue"]
     return RECIPES["demo"] if args.data is None else RECIPES["paper"]
 
 
-def fill_in(args):
+def read_weights(args):
+    """Read the file of --weights, before anything else is begun. → its Origin, None without one"""
+    if args.weights is None:
+        return None
+    return find_origin(args.weights, args.out or RECIPES["continue"]["out"])
+
+
+def fill_in(args, origin=None):
     """Fill in every setting that the user left open from the recipe. → a new Config
 
-    A run of fewer epochs than the recipe's gets the same share of warm-up, so that it comes to its
-    peak and down again. Raises UserError when a setting cannot work.
+    origin: what read_weights gave; size, image and patch are then those of the file. A run of fewer
+    epochs than the recipe's gets the same share of warm-up, so that it comes to its peak and down
+    again. Raises UserError when a setting cannot work.
     """
-    recipe = dict(recipe_for(args), out="runs/demo" if args.data is None else "runs/pretrain")
+    recipe = recipe_for(args) | (origin.settings() if origin else {})
     epochs = args.epochs or recipe["epochs"]
     recipe["warmup"] *= min(1, epochs / recipe["epochs"])
     left_open = {name: value for name, value in recipe.items() if getattr(args, name) is None}
@@ -143,6 +177,8 @@ def fill_in(args):
         raise UserError(
             f"--image {args.image} is {grid} × {grid} patches: at least 4 × 4 are needed for masks"
         )
+    if origin:
+        origin.refuse_others(args.size, args.patch, args.pixels)
     return args
 
 
@@ -294,20 +330,60 @@ def train_step(forward, optimizer, batches, args, team):
 
 
 # ---- The run
-def parameter_groups(world, weight_decay):
-    """AdamW's two groups: biases, norms and the mask token, all of them vectors, do not decay."""
-    trained = [p for p in world.parameters() if p.requires_grad]
+def make_world(args, origin, Model):
+    """Make the world to be trained: a new Model, or one that starts from an Origin's weights."""
+    if origin:
+        world = start_world(origin, args.image, args.patch, args.pixels)
+    else:
+        world = Model(args.image, args.patch, pixels=args.pixels, **SIZES[args.size])
+    world.encoder.save_memory = args.checkpointing
+    world.predictor.save_memory = args.checkpointing
+    return world
+
+
+def parameter_groups(network, weight_decay):
+    """AdamW's two groups: matrices and kernels decay; biases, norms, tokens, positions do not."""
+    trained = [p for p in network.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() in (2, 4)], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() not in (2, 4)], "weight_decay": 0.0},
     ]
 
 
-def recipe_of(args, names):
-    """Name all that must stay when a run goes on: settings that change its numbers, the films."""
+def make_optimizer(world, args, origin, total):
+    """Make AdamW. Of an Origin, the encoder may begin late; last.pt keeps how many steps late."""
+    if origin is None:
+        groups = parameter_groups(world, args.weight_decay)
+    else:
+        late = origin.steps_alone(args.image, args.patch, total)
+        groups = parameter_groups(world.predictor, args.weight_decay)
+        for group in parameter_groups(world.encoder, args.weight_decay):
+            groups.append(group | {"late": late})
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+
+
+def set_learning_rate(optimizer, step, total, warmup_steps, args):
+    """Set the learning rates of a step. → the predictor's, which is in most runs that of all
+
+    Weights that begin late have the same schedule from there on, and 0 before: AdamW then leaves
+    them as they are, though it already averages their gradients.
+    """
+    for group in optimizer.param_groups:
+        late = group.get("late", 0)
+        times = (step - late, total - late, warmup_steps)
+        group["lr"] = launch.warmup_cosine(*times, args.lr, args.min_lr) if step >= late else 0.0
+    return optimizer.param_groups[0]["lr"]
+
+
+def recipe_of(args, names, origin=None):
+    """Name all that must stay when a run goes on: settings that change its numbers, the films, the
+    weights that it started from.
+    """
     recipe = {key: value for key, value in vars(args).items() if key not in FREE}
     if args.pixels == 0:
         del recipe["pixels"]  # so that runs go on which began before there was this flag
+    if origin:
+        recipe["weights"] = origin.digest
     content = "\n".join(names).encode(errors="surrogateescape")  # names need not be UTF-8
     digest = hashlib.sha256(content).hexdigest()[:16]
     return recipe | {"films": len(names), "names": digest}
@@ -391,7 +467,8 @@ def main(args=None, Model=CheXWorld):
     """
     # ---- 1. Settings: what the user gave, over the recipe.
     given = args or launch.parse(Config, __doc__)
-    args = fill_in(given)
+    origin = read_weights(given)
+    args = fill_in(given, origin)
     out = Path(args.out)
 
     # ---- 2. Processes: torchrun starts one per GPU; without it this is the only one.
@@ -422,16 +499,15 @@ def main(args=None, Model=CheXWorld):
     warmup_steps = round(args.warmup * steps_per_epoch)
 
     # ---- 5. Model and optimizer.
-    world = Model(args.image, args.patch, pixels=args.pixels, **SIZES[args.size]).to(team.device)
-    world.encoder.save_memory = args.checkpointing
-    world.predictor.save_memory = args.checkpointing
-    groups = parameter_groups(world, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    world = make_world(args, origin, Model).to(team.device)
+    optimizer = make_optimizer(world, args, origin, total)
+    if origin:
+        team.say(origin.describe(args.image, args.patch, total))
     team.say(describe(args, world, team))
     team.say(describe_schedule(given, args, len(train), len(held), total))
 
     # ---- 6. Go on where an earlier run in the same folder stopped.
-    recipe = recipe_of(args, [films.names[i] for i in train])
+    recipe = recipe_of(args, [films.names[i] for i in train], origin)
     start = go_on(out, recipe, world, optimizer, team)
     loader = make_loader(views, args, team, workers, args.seed, start, end)
     if start:
@@ -448,10 +524,8 @@ def main(args=None, Model=CheXWorld):
     with checkpoint.StopRequest() as stop, monitor:  # it waits for SIGTERM and Ctrl-C
         items = monitor.timed(loader)  # an iterator; notes how long the training waits for it
         for step in range(start, end):
-            lr = launch.warmup_cosine(step, total, warmup_steps, args.lr, args.min_lr)
+            lr = set_learning_rate(optimizer, step, total, warmup_steps, args)
             momentum = launch.cosine(step, total, args.ema, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             batches = micro_batches(items, args, step, team, unreadable)
             losses, pooled, norm = train_step(forward, optimizer, batches, args, team)
             world.update_target(momentum)

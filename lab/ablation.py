@@ -154,8 +154,9 @@ def train(args: TrainConfig) -> None:
     """Pre-train one ablated world: pretrain.py with the switches of Table 3."""
     if not set(args.tasks.split(",")) <= set(TASKS):
         raise UserError(f"--tasks {args.tasks}: any of {','.join(TASKS)}, joined by commas")
-    if args.pixels:
-        raise UserError("--pixels: only pretrain.py has it, which knows no switch of Table 3")
+    for name in ("pixels", "weights"):
+        if getattr(args, name):
+            raise UserError(f"--{name}: only pretrain.py has it, which knows no switch of Table 3")
     Model = functools.partial(
         AblatedCheXWorld,
         tasks=args.tasks,

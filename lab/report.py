@@ -9,9 +9,9 @@ import torch
 from lab.common import evenly, read_whole
 from lab.domain import domain_test, result_table
 from lab.probe import RANDOM, judge_tables, judged_words
-from model import ViT
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
+from plumbing.weights import make_vit
 
 SEEN = "films of test were not seen in pre-training; all others were, unlabelled"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
@@ -27,7 +27,7 @@ def closing(args, out, world, films, held, tables, device):
     result = {"domain": domain_part(world, films, held), "probe": {}, "probe_intervals": {}}
     write_json(out / "result.json", result)  # kept when a probe fails or is interrupted
     torch.manual_seed(args.seed)
-    fresh = ViT(**world.encoder.config).to(device).eval()
+    fresh = make_vit(world.encoder.config).to(device).eval()
     encoders = {"pre-trained": world.target_encoder, RANDOM: fresh}
     for table, judged in judge_tables(tables, films, encoders, args.image):
         result["probe"][table.path.stem] = judged["test"]["values"]

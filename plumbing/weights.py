@@ -5,6 +5,9 @@ patch embedding does, whatever stands before its name (`module.`, `teacher.backb
 that a ViT of ours cannot use are refused by name, but for heads and decoders.
 """
 
+import copy
+import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -15,8 +18,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MEAN, STD, Block, CheXWorld, Predictor, ViT, grid_coords, run_blocks, sincos
+from model import (
+    MEAN,
+    SIZES,
+    STD,
+    Block,
+    CheXWorld,
+    Predictor,
+    ViT,
+    grid_coords,
+    run_blocks,
+    sincos,
+)
 from plumbing.checkpoint import UNFIT, BadCheckpoint, brief, load_checkpoint
+from plumbing.launch import UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of R, G, B
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # what timm's own ViTs expect
@@ -25,6 +40,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # what timm's own ViTs expect
 FULL_RUN = {"tasks": "local,global,domain", "delta": True, "action": True, "unified": True}
 VIT_SIZES = ("image", "patch", "dim", "depth", "heads")
 BASELINE_SIZES = ("tokens", "has_scale", "learns_positions")  # see BaselineViT
+ALONE = 0.1  # of all steps, a new predictor learns while the encoders it was given stand still
 
 
 # ---- Files → networks
@@ -64,11 +80,17 @@ def make_world(config: dict, path: str | Path) -> CheXWorld:
     switched = [f"{k} {config[k]}" for k, full in FULL_RUN.items() if config.get(k, full) != full]
     if switched:
         raise BadCheckpoint(
-            f"{path}: an ablated run ({', '.join(switched)}); only python -m lab.ablation loads it"
+            f"{path}: an ablated run ({', '.join(switched)}); only python -m lab.ablation loads "
+            "it, but its encoder.pt serves all programs"
         )
     sizes = {k: v for k, v in config.items() if k not in FULL_RUN}
     is_official = sizes.pop("raw_action", False)
+    extras = {name: sizes.pop(name) for name in BASELINE_SIZES if name in sizes}
     world = CheXWorld(**sizes)
+    if extras:
+        world.encoder = make_vit(config)
+        world.target_encoder = copy.deepcopy(world.encoder).requires_grad_(False)
+        world.config |= extras
     return use_official_predictor(world) if is_official else world
 
 
@@ -536,3 +558,182 @@ def axes_of_table(positions: torch.Tensor, grid: int) -> tuple | None:
         if torch.allclose(positions, table, atol=5e-3):  # as exact as half precision
             return axes
     return None
+
+
+# ---- Where a pre-training starts
+
+
+@dataclasses.dataclass
+class Origin:
+    """The weights that a pre-training starts from: a whole world's, or those of an encoder alone.
+
+    digest: fingerprint of the file. config: of the world, but for what flags decide. words: what
+    the file is. notes: further lines for the user. encoder, target: None when the run goes on from
+    its own last.pt. predictor: None when it is new.
+    """
+
+    path: Path
+    digest: str
+    config: dict
+    words: str
+    notes: list[str] = dataclasses.field(default_factory=list)
+    encoder: ViT | None = None
+    target: ViT | None = None
+    predictor: Predictor | None = None
+
+    def settings(self) -> dict:
+        """Name the settings that come from the file unless flags say otherwise."""
+        shape = {name: self.config[name] for name in ("dim", "depth", "heads")}
+        size = f"{shape['dim']} × {shape['depth']}"
+        for name, sizes in SIZES.items():
+            if shape.items() <= sizes.items():
+                size = name
+        return dict(size=size, image=self.config["image"], patch=self.config["patch"])
+
+    def refuse_others(self, size: str, patch: int, pixels: float):
+        """Raise UserError when --size, --patch or --pixels contradict the file."""
+        own = self.settings()
+        if self.encoder is None:  # a run that goes on compares its whole recipe
+            return
+        if size != own["size"]:
+            raise UserError(f"--size {size}: {self.path} is {own['size']}; leave --size out")
+        had = self.config.get("pixels", 0.0)
+        if self.predictor and (pixels != had or (pixels and patch != own["patch"])):
+            raise UserError(
+                f"--pixels {pixels:g} in patches of {patch} px: {self.path} was trained with "
+                f"--pixels {had:g} in patches of {own['patch']} px, and its predictor fits no "
+                "other; give these, or start from its encoder.pt"
+            )
+
+    def steps_alone(self, image: int, patch: int, total: int) -> int:
+        """Count the steps in which the predictor learns alone, so that it spoils no encoder: while
+        it is new, or knows only the places of another grid. total: steps of the training
+        """
+        own_grid = self.config["image"] // self.config["patch"]
+        is_ready = self.predictor is not None and image // patch == own_grid
+        return 0 if is_ready else round(ALONE * total)
+
+    def describe(self, image: int, patch: int, total: int) -> str:
+        """Tell what is taken from the file and what is new. Arguments: see steps_alone."""
+        lines = [f"weights {self.path}: {self.words}", *self.notes]
+        if self.encoder is None:
+            return "\n".join(lines)
+        own = self.settings()
+        taken = "encoders and predictor" if self.predictor else "both encoders"
+        new = "the optimizer" if self.predictor else "the predictor and the optimizer"
+        lines.append(f"taken: {taken}; new: {new}")
+        if (image, patch) != (own["image"], own["patch"]):
+            lines.append(
+                f"resampled from {own['image']}² px in {own['patch']}² patches "
+                f"to {image}² px in {patch}² patches"
+            )
+        alone = self.steps_alone(image, patch, total)
+        if alone:
+            lines.append(f"the predictor learns alone for the first {alone} of {total} steps")
+        return "\n".join(lines)
+
+
+def find_origin(weights: str, out: str | Path) -> Origin:
+    """Read the weights that a pre-training in the folder `out` starts from. Raises UserError.
+
+    weights: a file, or the folder of a run. Once there is a last.pt in `out`, the run goes on from
+    that, and the file is only compared with the one that it began from.
+    """
+    path = Path(weights)
+    for name in ("encoder.pt", "last.pt"):  # the latter rather, since it holds all
+        if (Path(weights) / name).is_file():
+            path = Path(weights) / name
+    last = Path(out) / "last.pt"
+    if last.is_file():
+        return begun_origin(path, last)
+    if path.is_dir():
+        raise UserError(
+            f"--weights {path}: holds neither last.pt nor encoder.pt: give the folder of a "
+            "pre-training run, or a file of weights"
+        )
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file")
+    return new_origin(path)
+
+
+def new_origin(path: Path) -> Origin:
+    """Load a run's or the authors' world, or else an encoder, to start a run from."""
+    checkpoint = load_checkpoint(path)
+    about = dict(path=path, digest=digest_of(path))
+    if holds_world(checkpoint):
+        world = load_world(path)
+        parts = dict(encoder=world.encoder, target=world.target_encoder, predictor=world.predictor)
+        return Origin(**about, config=world.config, words="a whole world", **parts)
+    notes = []
+    vit = load_encoder(path, say=notes.append)
+    words = "an encoder alone"
+    if "finetuned" in checkpoint:
+        words = "the encoder of a fine-tuned model, which has learnt from labels; its head is left"
+    config = vit.config | predictor_sizes(vit.dim)
+    return Origin(**about, config=config, words=words, notes=notes, encoder=vit, target=vit)
+
+
+def holds_world(checkpoint: dict) -> bool:
+    """Tell whether a checkpoint is of a run, or the authors': both have a predictor."""
+    try:
+        return "world" in checkpoint or bool(roots_of(tensors_in(checkpoint), [OFFICIAL]))
+    except Unlike:
+        return False  # load_encoder says what is wrong
+
+
+def predictor_sizes(dim: int) -> dict:
+    """Choose the predictor for an encoder of this width: that of the next narrower of our sizes."""
+    fitting = [sizes for sizes in SIZES.values() if sizes["dim"] <= dim] or [SIZES["tiny"]]
+    sizes = max(fitting, key=lambda sizes: sizes["dim"])
+    return {name: value for name, value in sizes.items() if name.startswith("predictor_")}
+
+
+def digest_of(path: Path) -> str:
+    """Fingerprint a file by its bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def begun_origin(path: Path, last: Path) -> Origin:
+    """Compare a file with the weights that the run of `last` began from; it goes on from `last`."""
+    try:
+        saved = load_checkpoint(last)
+        began_from = saved["recipe"].get("weights")
+        config = saved["config"]
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{error}; move it away to start anew") from None
+    except UNFIT:
+        raise UserError(
+            f"{last} is not a checkpoint of this program: move it away or choose another --out"
+        ) from None
+    if began_from is None:
+        raise UserError(
+            f"{last.parent} holds a run that did not start from --weights: "
+            "choose another --out, or delete it to start anew"
+        )
+    words = "this run started from it, and goes on from its own last.pt"
+    digest = digest_of(path) if path.is_file() else None
+    if digest is None:
+        words = f"no longer there; not needed, the run goes on from {last}"
+    elif digest != began_from:
+        raise UserError(
+            f"--weights {path} is not the file that the run in {last.parent} started from "
+            f"(SHA-256 {digest}…, then {began_from}…): give that one, or another --out"
+        )
+    return Origin(path, began_from, config, words)
+
+
+def start_world(origin: Origin, image: int, patch: int, pixels: float) -> CheXWorld:
+    """Make the world that a pre-training starts with. image, patch: of its views, in px
+
+    What the file has not is new, from torch's random numbers. Positions of another grid are
+    resampled, so that the encoders see as before. The predictor counts places in patches and has to
+    learn another grid (Origin.steps_alone).
+    """
+    flags = dict(image=image, patch=patch, pixels=pixels)
+    world = make_world(origin.config | flags, origin.path)
+    if origin.encoder is not None:
+        world.encoder = resized(origin.encoder, image, patch)
+        world.target_encoder = resized(origin.target, image, patch).requires_grad_(False)
+    if origin.predictor is not None:
+        world.predictor.load_state_dict(origin.predictor.state_dict())
+    return world

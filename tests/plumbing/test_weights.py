@@ -17,11 +17,22 @@ import numpy as np
 import plain
 import pytest
 import torch
+from worlds import make_batch, shaken, tensors
 
 from augment import relative_coords
-from model import CheXWorld, ViT
+from model import SIZES, CheXWorld, ViT, take
 from plumbing.checkpoint import BadCheckpoint, load_checkpoint
-from plumbing.weights import IMAGENET, from_official, load_encoder, load_world, resized, to_timm
+from plumbing.weights import (
+    IMAGENET,
+    find_origin,
+    from_official,
+    load_encoder,
+    load_world,
+    predictor_sizes,
+    resized,
+    start_world,
+    to_timm,
+)
 
 TINY = dict(
     image=32,
@@ -832,3 +843,65 @@ def test_a_refusal_names_what_is_no_tensor(tmp_path, thing, name):
         load_encoder(tmp_path / "a.pth")
     assert "\n" not in str(error.value)
     assert "weights_only=False" in str(error.value)  # what to do
+
+
+# ---------------------------------------------------------------- where a pre-training starts
+def losses_of(world, films=3, grid=4, side=32):
+    batch = tensors(make_batch(films, grid, side))
+    with torch.no_grad():
+        losses, pooled = world.eval()(**batch)
+    return torch.stack(list(losses.values())), pooled
+
+
+def test_a_world_that_goes_on_predicts_at_its_first_step_what_it_predicted(tmp_path):
+    """A run's world, whose encoders differ, and the authors'."""
+    world = shaken(CheXWorld(**TINY))
+    shaken(world.target_encoder, seed=1)
+    ours = {"world": world.state_dict(), "config": world.config, "step": 7}
+    for k, obj in enumerate((ours, {"model": official_state()})):
+        path = tmp_path / f"{k}.pt"
+        torch.save(obj, path)
+        origin = find_origin(path, tmp_path / "out")
+        assert origin.settings()["image"] == 32 and origin.steps_alone(32, 8, 100) == 0
+        begun = start_world(origin, 32, 8, 0.0)
+        loaded = load_world(path)
+        for mine, theirs in zip(losses_of(begun), losses_of(loaded), strict=True):
+            assert torch.equal(mine, theirs)
+        assert not any(p.requires_grad for p in begun.target_encoder.parameters())
+        assert all(p.requires_grad for p in begun.encoder.parameters())
+        again = tmp_path / "again.pt"  # what it would save is read like any run
+        torch.save({"world": begun.state_dict(), "config": begun.config, "step": 1}, again)
+        assert same(load_world(again).state_dict(), loaded.state_dict())
+
+
+@pytest.mark.parametrize("state", [MAE, PLAIN, REGISTERS])
+def test_another_papers_encoder_begins_a_world(tmp_path, state):
+    """With class token, registers, layer scale, learned positions: as targets and in part."""
+    path = tmp_path / "weights.pth"
+    torch.save({"model": state}, path)
+    origin = find_origin(path, tmp_path / "out")
+    assert origin.predictor is None and origin.steps_alone(RGB, 8, 100) == 10
+    torch.manual_seed(0)
+    world = start_world(origin, RGB, 8, 0.0)
+    vit = load_encoder(path)
+    film = torch.rand(2, 1, RGB, RGB)
+    order = torch.stack([torch.randperm(16), torch.randperm(16)])
+    with torch.no_grad():
+        all_patches = vit(film)
+        assert torch.equal(world.target_encoder(film), all_patches)
+        seen = world.encoder(film, order)  # all, in another order: attention does not know orders
+        assert (seen - take(all_patches, order)).abs().max() < 1e-4
+    losses, _ = world(**tensors(make_batch(3, 4, RGB)))
+    losses["loss"].backward()
+    trained = [*world.encoder.parameters(), *world.predictor.parameters()]
+    assert all(torch.isfinite(p.grad).all() for p in trained)
+    torch.save({"world": world.state_dict(), "config": world.config, "step": 1}, tmp_path / "run")
+    again = load_world(tmp_path / "run")
+    assert same(again.state_dict(), world.state_dict())
+    assert torch.equal(losses_of(again)[0], losses_of(world)[0])
+
+
+def test_an_encoder_of_an_unusual_size_gets_the_predictor_of_the_next_narrower():
+    for dim, sizes in ((64, "tiny"), (192, "tiny"), (384, "small"), (1280, "large")):
+        names = ("predictor_dim", "predictor_depth", "predictor_heads")
+        assert predictor_sizes(dim) == {name: SIZES[sizes][name] for name in names}
