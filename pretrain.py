@@ -14,7 +14,6 @@ receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and res
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -186,7 +185,7 @@ def refuse_other_settings(args):
     """Raise UserError when --out holds a run with other settings, before films are drawn for it."""
     out = Path(args.out)
     if (out / "last.pt").is_file() and (out / "config.json").is_file():
-        runs = [json.loads((out / "config.json").read_text(encoding="utf-8")), vars(args)]
+        runs = [checkpoint.read_json(out / "config.json"), vars(args)]
         saved, wanted = ({k: v for k, v in run.items() if k not in FREE} for run in runs)
         checkpoint.refuse_other_recipe(out, saved, wanted)
 
@@ -198,6 +197,7 @@ def draw_phantoms(args, team):
     """
     folder = Path(args.out) / "phantoms"
     table = folder / "phantoms.csv"
+    side = max(128, args.image * 3 // 2)
     if table.is_file():
         drawn = len(table.read_text(encoding="utf-8").splitlines()) - 1
         if drawn != args.phantoms:
@@ -205,10 +205,15 @@ def draw_phantoms(args, team):
                 f"{folder} holds {drawn} phantoms, not {args.phantoms}: "
                 "choose another --out, or delete the folder"
             )
+        has_begun = (Path(args.out) / "last.pt").exists()  # then the recipe is compared later
+        if not has_begun and not phantom.was_drawn_with(folder, side, args.seed):
+            raise UserError(
+                f"{folder} holds phantoms of another --seed or --image: "
+                "choose another --out, or delete the folder"
+            )
     elif team.lead:
         refuse_other_settings(args)
         team.say(f"demo: drawing {args.phantoms} synthetic films into {folder}")
-        side = max(128, args.image * 3 // 2)
         phantom.write_phantoms(folder, args.phantoms, side, args.seed, launch.count_cpus())
     team.wait()  # until the lead has drawn them
     return dataclasses.replace(args, data=str(folder / "films"), probe=args.probe or str(table))

@@ -15,7 +15,6 @@ again goes on: what is finished is not run again. Without a word --out also rece
 import dataclasses
 import functools
 import hashlib
-import json
 import shlex
 import subprocess
 import sys
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 
 import pretrain
-from lab.common import read_json
 from lab.domain import GRID
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
 from plumbing import phantom
@@ -37,6 +35,7 @@ from plumbing.checkpoint import (
     brief,
     load_checkpoint,
     lock,
+    read_json,
     read_log,
     refuse_other_recipe,
     write_json,
@@ -213,7 +212,7 @@ def keep_recipe(path: Path, recipe: dict) -> None:
     """Write down what all runs of a grid rest on. UserError when the folder holds another grid."""
     recipe = {key: str(value) for key, value in recipe.items()}
     if path.is_file():
-        refuse_other_recipe(path.parent, json.loads(path.read_text(encoding="utf-8")), recipe)
+        refuse_other_recipe(path.parent, read_json(path), recipe)
     write_json(path, recipe)
 
 

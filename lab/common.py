@@ -8,7 +8,6 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 import csv
 import dataclasses
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import augment
 from data import open_films
 from model import CheXWorld
 from plumbing import phantom, pictures
-from plumbing.checkpoint import BadCheckpoint, newest_run, replace_with, write_json
+from plumbing.checkpoint import BadCheckpoint, newest_run, read_json, replace_with, write_json
 from plumbing.film import UnreadableFilm
 from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
@@ -63,11 +62,6 @@ def finish(args, result, words, **pages):
     files = [f"{out}/{name}.png" for name in pages] + [f"numbers {out}/result.json"]
     print(words)
     print(", ".join(files))
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file, or an empty dict where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_csv(path, header, rows):
@@ -227,12 +221,11 @@ def patients_with(films, tables):
 
 def run_of(weights):
     """The settings of the run that made the weights, from config.json beside them; {} without."""
-    path = Path(weights).parent / "config.json"
-    if not path.is_file():
+    run = read_json(Path(weights).parent / "config.json")
+    if not (run.get("out") and run.get("data")):  # of another program
         return {}
-    run = json.loads(path.read_text(encoding="utf-8"))
     phantoms = Path(run["out"]) / "phantoms"
-    if run["probe"] is None and Path(run["data"]) == phantoms / "films":
+    if run.get("probe") is None and Path(run["data"]) == phantoms / "films":
         run["probe"] = str(phantoms / "phantoms.csv")  # version 0.1 did not write down the demo's
     return run
 

@@ -90,6 +90,20 @@ def write_json(path, obj):
     write_text(path, json.dumps(obj, indent=2) + "\n")
 
 
+def read_json(path) -> dict:
+    """Read what a run wrote by write_json; {} where there is no file. UserError: it is damaged."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        content = brief(error)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is damaged ({str(content)[:80]}): restore it, or choose another folder"
+        )
+    return content
+
+
 def remove_leftovers(folder):
     """Delete the temporary files of a run that was killed while it wrote into `folder`."""
     for path in Path(folder).glob(".*.tmp"):
@@ -119,7 +133,7 @@ def is_running(process: int) -> bool | None:
         return None
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's
         return True
@@ -175,11 +189,14 @@ class Lock:
             raise UserError(self.refusal(self.read()))
 
     def read(self) -> dict:
-        """What the lock file says; {} while it is being written."""
+        """What the lock file says; {} while it is being written, and where it is damaged."""
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            owner = read_json(self.path)
+        except (OSError, UserError):
             return {}
+        kinds = dict(machine=str, process=int, began=str, since=str)
+        is_whole = all(isinstance(owner.get(name), kind) for name, kind in kinds.items())
+        return owner if is_whole and owner["process"] > 0 else {}
 
     def silence(self) -> float:
         """Seconds since the owner's last sign of life, by the clock of the disk."""
@@ -200,7 +217,9 @@ class Lock:
 
     def refusal(self, owner: dict) -> str:
         """Say who has the folder, and what to do."""
-        who = f"process {owner.get('process', '?')} on {owner.get('machine', '?').split()[0]}"
+        who = (
+            f"process {owner.get('process', '?')} on {owner.get('machine', '?').partition(' ')[0]}"
+        )
         return (
             f"{self.what} is in use by {who} since {owner.get('since', 'just now')}, last sign of "
             f"life {self.silence():.0f} s ago: wait for its end or choose another --out; if that "
@@ -279,7 +298,8 @@ def load_checkpoint(path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise BadCheckpoint(f"{path}: no such checkpoint file")
+        what = "a folder, not a checkpoint" if path.is_dir() else "no such checkpoint file"
+        raise BadCheckpoint(f"{path}: {what}")
     try:
         if is_safetensors(path):
             return read_safetensors(path)
@@ -371,7 +391,7 @@ def resume(path, recipe: dict | None, parts: dict) -> dict | None:
     → all that was saved, or None when there is no file
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         saved = load_checkpoint(path)
@@ -380,7 +400,8 @@ def resume(path, recipe: dict | None, parts: dict) -> dict | None:
     wanted = {"step", *parts}
     if recipe is not None:
         wanted.add("recipe")
-    if not wanted <= saved.keys():
+    is_ours = wanted <= saved.keys() and isinstance(saved["step"], int) and saved["step"] >= 0
+    if not is_ours or not isinstance(saved.get("recipe", {}), dict):
         raise UserError(
             f"{path} is not a checkpoint of this program: move it away or choose another --out"
         )
@@ -389,7 +410,7 @@ def resume(path, recipe: dict | None, parts: dict) -> dict | None:
     for name, part in parts.items():
         try:
             part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError):  # of a module, of an optimizer
+        except UNFIT:  # of a module, of an optimizer
             raise UserError(
                 f"{path} holds another network than today's, perhaps an earlier version's: "
                 "choose another --out, or delete it to start anew"
@@ -450,12 +471,24 @@ class Log:
     def __init__(self, path, columns, step: int = 0):
         self.path = Path(path)
         self.columns = list(columns)
-        kept = [row for row in read_log(path) if int(float(row["step"])) <= step] if step else []
+        kept = self.read_until(step) if step else []
         lines = [",".join(self.columns)]
         for row in kept:
             lines.append(",".join(row.get(column, "") for column in self.columns))
         write_text(path, "\n".join(lines) + "\n")
         self.waiting = []  # lines
+
+    def read_until(self, step: int) -> list[dict]:
+        """The rows up to `step` of an earlier log; one that was edited is kept beside, too."""
+        rows = read_log(self.path)
+        count = self.path.read_bytes().count(b"\n") - 1 if self.path.is_file() else 0
+        if len(rows) < count:
+            aside = self.path.with_name(f"log-before-step-{step + 1}.csv")
+            with explain_writing(aside):
+                os.replace(self.path, aside)
+            lost = count - len(rows)
+            tqdm.write(f"warning: {lost} rows of {self.path} cannot be read; {aside} keeps them")
+        return [row for row in rows if float(row["step"]) <= step]
 
     def row(self, **values):
         """Append one row; floats with six significant digits."""
@@ -478,15 +511,18 @@ class Log:
 
 
 def read_log(path) -> list[dict]:
-    """Read a log.csv into {column: text} per row; a last row cut by a crash is left out."""
+    """Read a log.csv into {column: text} per row; a last row cut by a crash is left out.
+
+    So are rows that somebody has made unreadable; a mark that Excel puts before the first is none.
+    """
     if not Path(path).is_file():
         return []
-    text = Path(path).read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     whole_lines = text[: text.rfind("\n") + 1].splitlines()
     rows = []
     for row in csv.DictReader(whole_lines):
         # DictReader files surplus cells under None and fills missing ones with None.
         is_whole = None not in row and None not in row.values()
-        if is_whole and row.get("step", "").strip():
+        if is_whole and row.get("step", "").isdecimal():
             rows.append(row)
     return rows

@@ -181,7 +181,13 @@ def read_listing(root: Path, cache: Path) -> dict | None:
         is_whole = all(isinstance(listing[name], list) for name in ("films", "others"))
         is_whole &= all(isinstance(listing[name], dict) for name in ("folders", "skipped"))
         return listing if is_whole and listing["root"] == str(root.resolve()) else None
-    except (OSError, ValueError, KeyError, TypeError):  # no cache, or another version's
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # no cache, or another version's
         return None
 
 

@@ -116,7 +116,7 @@ def exit_code_of(main) -> int:
     """Call `main` and say in one line why it ended before its time. → exit code"""
     try:
         main()
-    except (UserError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError, MemoryError) as error:
         line = in_one_line(error)
         if not line:
             raise
@@ -129,6 +129,10 @@ def exit_code_of(main) -> int:
     return 0
 
 
+# What gloo and nccl say when the process at the other end is gone.
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
 def in_one_line(error: Exception) -> str:
     """Say in one line what the user can mend; "" for what is a mistake of ours."""
     text = str(error)
@@ -138,6 +142,13 @@ def in_one_line(error: Exception) -> str:
         return text
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}: make room there"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
+        return "the machine's memory is full: smaller --image, --batch or --micro take less"
+    if any(words in text for words in LOST_RANK):
+        return (
+            "another process of this run has ended, as its own lines say, or was killed: "
+            "the same command goes on from what was saved"
+        )
     shared_memory = ("killed by signal: Bus error", "shared memory", "write to file </torch")
     if any(words in text for words in shared_memory):
         return (
@@ -300,9 +311,31 @@ def parse(Config, doc: str, argv: list[str] | None = None, prog: str | None = No
             add_flag(parser, field)
     values = vars(parser.parse_args(argv))
     args = Config(**{name: expand_home(value) for name, value in values.items()})
-    if (getattr(args, "seed", None) or 0) < 0:  # random numbers are keyed by it, without a sign
-        raise UserError(f"--seed {args.seed}: must be 0 or more")
+    for field in own_first:
+        if getattr(args, field.name) != field.default:
+            refuse_senseless(field.name, getattr(args, field.name))
     return args
+
+
+# Of a number that must lie above 0, and the most that one may be; all others are 0 or more.
+POSITIVE = {"lr", "clip"}
+MOST = dict(ema=1, layer_decay=1, drop_path=1, workers=1024)
+
+
+def refuse_senseless(name: str, value):
+    """Raise UserError when no program can do anything sensible with the flag's value."""
+    if value == "":
+        raise UserError(
+            f"--{name} is empty, as a shell variable that is not set: give a value, or leave it out"
+        )
+    if not isinstance(value, (int, float)):
+        return
+    most = MOST.get(name, 2**62)  # random numbers are keyed by 64 bits
+    if math.isnan(value) or not 0 <= value <= most:
+        limit = f"{most} at most" if value > most else "0 or more"
+        raise UserError(f"--{name} {value}: must be {limit}")
+    if name in POSITIVE and value == 0:
+        raise UserError(f"--{name} {value}: must be above 0")
 
 
 def expand_home(value):

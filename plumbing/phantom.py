@@ -713,6 +713,9 @@ def write_phantoms(folder, count: int, size: int = 256, seed: int = 0, workers: 
     Any number of workers writes the same files.
     """
     folder = Path(folder)
+    for path in folder.glob("*/phantom_*.png"):  # of an earlier drawing of more films
+        if path.stem.removeprefix("phantom_") >= f"{count:06d}":
+            path.unlink()
     make = partial(write_one, folder, size, seed)
     progress = partial(tqdm, total=count, desc="phantoms", unit="film")
     if workers > 1:
@@ -726,6 +729,15 @@ def write_phantoms(folder, count: int, size: int = 256, seed: int = 0, workers: 
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)  # no value holds a comma
     write_text(folder / "phantoms.csv", text)
     return folder / "phantoms.csv"
+
+
+def was_drawn_with(folder, size: int, seed: int) -> bool:
+    """Whether the films of a folder were drawn at this size from this seed: film 0 tells."""
+    try:
+        film = np.asarray(Image.open(Path(folder) / "films" / "phantom_000000.png"))
+    except OSError:
+        return False
+    return np.array_equal(film, make_phantom(seed, 0, size)["film"])
 
 
 # ------------------------------------------------------------------------------------- command line

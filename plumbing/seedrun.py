@@ -6,7 +6,6 @@ that is needed to go on, best.pt the model that was best on validation, which is
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from pathlib import Path
@@ -77,7 +76,7 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
         return path, "as asked"
     begun = out / f"seed{args.seed}" / "config.json"
     if begun.is_file():  # a newer pre-training run must not change what this run started from
-        path = json.loads(begun.read_text(encoding="utf-8"))["weights"]
+        path = checkpoint.read_json(begun).get("weights", "none")
         return (None if path == "none" else Path(path)), f"as in the run in {out}"
     newest = checkpoint.newest_run()
     if newest is None:
@@ -266,13 +265,17 @@ def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
         checkpoint.remove_leftovers(folder)
         config = folder / "config.json"
         if config.is_file():
-            saved = json.loads(config.read_text(encoding="utf-8"))
-            refuse_other_run(folder, saved, recipe)
+            refuse_other_run(folder, checkpoint.read_json(config), recipe)
+        elif (folder / "last.pt").exists():
+            raise UserError(
+                f"{folder} holds a run without its config.json, so nobody knows its settings: "
+                "choose another --out, or delete it to start anew"
+            )
         checkpoint.write_json(config, recipe)
     path = folder / "result.json"
     if not path.is_file():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = checkpoint.read_json(path)
     return result if result["over"] or result["steps"] >= end else None
 
 

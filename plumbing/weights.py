@@ -8,7 +8,6 @@ that a ViT of ours cannot use are refused by name, but for heads and decoders.
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from model import (
     run_blocks,
     sincos,
 )
-from plumbing.checkpoint import UNFIT, BadCheckpoint, brief, load_checkpoint
+from plumbing.checkpoint import UNFIT, BadCheckpoint, brief, load_checkpoint, read_json
 from plumbing.launch import UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of R, G, B
@@ -397,7 +396,7 @@ def settings_beside(path: Path) -> dict:
     for name in ("config.json", "preprocessor_config.json"):
         file = path.with_name(name)
         if file.is_file():
-            saved = json.loads(file.read_text(encoding="utf-8"))
+            saved = read_json(file)
             settings |= saved | saved.get("pretrained_cfg", {})
     return settings
 

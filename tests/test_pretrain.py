@@ -280,6 +280,18 @@ def test_bad_input_is_one_clear_line(films, reference, tmp_path):
     refused(other, "another recipe", "lr 0.0002 → 0.0005")
 
 
+def test_phantoms_of_another_seed_or_image_are_no_others(tmp_path):
+    """A start ended before its first checkpoint; another one comes into the same folder."""
+    team = launch.Team(0, 1, torch.device("cpu"))
+    demo = dict(out=str(tmp_path), phantoms=2)
+    drawn = pretrain.draw_phantoms(pretrain.fill_in(pretrain.Config(**demo)), team)
+    assert pretrain.draw_phantoms(pretrain.fill_in(pretrain.Config(**demo)), team) == drawn
+    for other in (dict(seed=1), dict(image=128)):
+        args = pretrain.fill_in(pretrain.Config(**demo, **other))
+        with pytest.raises(UserError, match="phantoms of another --seed or --image"):
+            pretrain.draw_phantoms(args, team)
+
+
 class Evil:
     def __init__(self, target):
         self.target = target

@@ -356,3 +356,77 @@ def test_a_torn_last_row_is_left_out(tmp_path, torn):
     assert [row["step"] for row in read_log(path)] == ["7", "8"]
     Log(path, ["step", "loss", "wait"], step=9).row(step=9, loss=1.0, wait=3)
     assert path.read_text() == "step,loss,wait\n7,0.5,1\n8,0.25,2\n9,1,3\n"
+
+
+@pytest.mark.parametrize("kind", ["bom", "semicolons", "latin1", "utf16", "a word", "no header"])
+def test_a_log_that_was_edited_is_never_lost(tmp_path, capsys, kind):
+    path = tmp_path / "log.csv"
+    text = "step,loss\n1,0.5\n2,0.25\n"
+    changed = {
+        "bom": b"\xef\xbb\xbf" + text.encode(),
+        "semicolons": text.replace(",", ";").encode(),
+        "latin1": text.encode() + b"3,\xe9;0\n",
+        "utf16": text.encode("utf-16"),
+        "a word": text.encode() + b"sum,0.75\n",
+        "no header": text.partition("\n")[2].encode(),
+    }[kind]
+    path.write_bytes(changed)
+    Log(path, ["step", "loss"], step=2).row(step=3, loss=0.125)
+    rows = {"bom": 2, "latin1": 2, "a word": 2}.get(kind, 0)
+    assert [row["step"] for row in read_log(path)] == ["1", "2"][:rows] + ["3"]
+    aside = tmp_path / "log-before-step-3.csv"
+    if kind in ("bom", "latin1"):
+        assert not aside.exists()  # nothing is lost
+    else:
+        assert aside.read_bytes() == changed
+        assert str(aside) in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("content", ['{"a":', "[]", "", "\x00", "[" * 100_000, "7"])
+def test_damaged_settings_are_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json is damaged") as error:
+        checkpoint.read_json(tmp_path / "config.json")
+    assert "\n" not in str(error.value)
+    assert checkpoint.read_json(tmp_path / "none.json") == {}
+
+
+ODD_LOCKS = [[], {}, {"process": 5}, {"process": "x"}, {"process": -1}, {"process": 10**30}]
+ODD_LOCKS += [{"machine": 5}, {"machine": ""}, {"began": None}]
+
+
+@pytest.mark.parametrize("content", ODD_LOCKS)
+@pytest.mark.parametrize("age", [0, 1000])
+def test_an_odd_lock_counts_while_it_is_young(tmp_path, content, age):
+    path = tmp_path / "run.lock"
+    whole = {"machine": "elsewhere", "process": 1, "began": "1", "since": "noon"}
+    path.write_text(json.dumps(whole | content if content else content))
+    os.utime(path, (time.time() - age,) * 2)
+    if age:
+        checkpoint.lock(tmp_path).release()
+        return
+    with pytest.raises(UserError, match="is in use by process"):
+        checkpoint.lock(tmp_path)
+
+
+ODD = [("step", "x"), ("step", 1.5), ("step", -1), ("step", None), ("recipe", None)]
+ODD += [("recipe", [1]), ("world", None), ("world", {"a": 1}), ("optimizer", None)]
+ODD += [("optimizer", {}), ("optimizer", {"state": {0: 1}, "param_groups": [{"params": [0]}]})]
+
+
+@pytest.mark.parametrize("name, value", ODD)
+def test_a_checkpoint_with_odd_content_is_one_line(tmp_path, name, value):
+    world = torch.nn.Linear(2, 2)
+    parts = {"world": world, "optimizer": torch.optim.AdamW(world.parameters())}
+    whole = {part: parts[part].state_dict() for part in parts} | {"step": 3, "recipe": {}}
+    save_atomic(whole, tmp_path / "last.pt")
+    assert checkpoint.resume(tmp_path / "last.pt", {}, parts)["step"] == 3
+    save_atomic(whole | {name: value}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="choose another --out"):
+        checkpoint.resume(tmp_path / "last.pt", {}, parts)
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_refused_before_training(tmp_path):
+    (tmp_path / "last.pt").mkdir()
+    with pytest.raises(UserError, match="last.pt: a folder, not a checkpoint"):
+        checkpoint.resume(tmp_path / "last.pt", {}, {})

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -85,6 +86,61 @@ def test_a_negative_seed_is_refused_as_every_script_keys_its_numbers_by_it():
     assert [parse(Seeded, "", a.split()).seed for a in ("", "--seed 0", "--seed 3")] == [None, 0, 3]
     with pytest.raises(UserError, match="--seed -1: must be 0 or more"):
         parse(Seeded, "", ["--seed", "-1"])
+
+
+def test_a_rank_that_lost_another_says_so_in_one_line(tmp_path):
+    """As when the first is refused by a lock while the second waits for it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from plumbing.launch import UserError, run_script, start_team\n"
+        "def main():\n"
+        "    team = start_team('cpu')\n"
+        "    if team.lead:\n"
+        "        raise UserError('refused')\n"
+        "    team.wait()\n"
+        "run_script(main)\n"
+    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*words, str(script)], capture_output=True, text=True)
+    assert done.returncode != 0 and "error: refused" in done.stderr
+    assert "RuntimeError" not in done.stderr, done.stderr
+
+
+SENSELESS = {
+    "--lr nan": "0 or more",
+    "--lr inf": "at most",
+    "--lr -1": "0 or more",
+    "--lr 0": "above 0",
+    "--max_steps -1": "0 or more",
+    "--max_steps 99999999999999999999": "at most",
+    "--ema 2": "1 at most",
+    "--ema nan": "0 or more",
+    "--workers 1000000": "1024 at most",
+    "--data=": "is empty",
+}
+
+
+@pytest.mark.parametrize("words, reason", SENSELESS.items())
+def test_values_that_no_program_can_use(words, reason):
+    fields = [("ema", float, flag(None, "momentum")), ("workers", int, flag(None, "helpers"))]
+    Wider = dataclasses.make_dataclass("Wider", fields, bases=(Config,))
+    with pytest.raises(UserError, match=re.escape(words.split("=")[0].split()[0])) as error:
+        parse(Wider, "", words.split())
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you")],
+)
+def test_full_memory_is_one_line(error, capfd):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit):
+        launch.run_script(main)
+    assert capfd.readouterr().err.startswith("error: the machine's memory is full")
 
 
 def test_nothing_is_suggested_for_a_stranger():

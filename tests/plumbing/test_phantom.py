@@ -303,3 +303,15 @@ def test_the_command_turns_an_error_into_one_line():
     result = command("--size", "32")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1 and "64 to 512" in result.stderr
+
+
+def test_drawing_again_leaves_nothing_of_another_drawing(tmp_path):
+    phantom.write_phantoms(tmp_path, 5, size=64, seed=1)
+    phantom.write_phantoms(tmp_path, 3, size=64, seed=2)
+    assert [len(list((tmp_path / kind).iterdir())) for kind in ("films", "masks", "hearts")] == [
+        3
+    ] * 3
+    assert phantom.was_drawn_with(tmp_path, 64, 2)
+    assert not phantom.was_drawn_with(tmp_path, 64, 1)
+    assert not phantom.was_drawn_with(tmp_path, 96, 2)
+    assert not phantom.was_drawn_with(tmp_path / "none", 64, 2)

@@ -8,8 +8,8 @@ import torch
 
 import finetune
 from plumbing import checkpoint
-from plumbing.launch import UserError
-from plumbing.seedrun import Best, choose_weights, recipe_of, refuse_other_run
+from plumbing.launch import Team, UserError
+from plumbing.seedrun import Best, begin, choose_weights, recipe_of, refuse_other_run
 from plumbing.splits import Example
 
 
@@ -66,3 +66,15 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
                 refuse_other_run(tmp_path, begun, changed)
     with pytest.raises(UserError, match="changed since"):
         refuse_other_run(tmp_path, begun, recipe_of({}, None, vit, ["nodule"], films))
+
+
+def test_a_run_whose_settings_are_gone_does_not_go_on_with_others(tmp_path):
+    team = Team(0, 1, torch.device("cpu"))
+    recipe = dict(lr=1, weights="none", weights_are="", films_are="", table_is="")
+    assert begin(tmp_path, recipe, 5, team) is None
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert begin(tmp_path, recipe, 5, team) is None
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="without its config.json"):
+        begin(tmp_path, recipe | {"lr": 2}, 5, team)
+    assert not (tmp_path / "config.json").exists()
