@@ -234,10 +234,13 @@ def trained_on(weights, films):
     """Find the films that a world model was trained on, and their patients. → two sets of names
 
     The hold-out of its run is repeated on the films given and, when that is not it, on the run's
-    own; the list that comes out must have the digest in the checkpoint. None when nobody can tell.
+    own; the list that comes out must have the digest in the checkpoint. None when nobody can tell,
+    as of a run with --weights: nobody knows what these had seen.
     """
     run = run_of(weights)
-    digest = torch.load(weights, map_location="cpu", weights_only=True).get("recipe", {})
+    recipe = torch.load(weights, map_location="cpu", weights_only=True).get("recipe", {})
+    if "weights" in recipe:
+        return None
     for data in dict.fromkeys((str(films.root), run["data"])) if run else ():
         try:
             own = open_films(data, patients=run["patients"])
@@ -248,7 +251,7 @@ def trained_on(weights, films):
         except UserError:  # films or tables have gone
             continue
         names = [own.names[i] for i in train]
-        if hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == digest.get("names"):
+        if hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == recipe.get("names"):
             patients = np.array(patients_of(own, tables, located))
             return set(names), set(patients[train].tolist())
     return None

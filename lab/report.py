@@ -14,6 +14,7 @@ from plumbing.checkpoint import read_log, write_json
 from plumbing.weights import make_vit
 
 SEEN = "films of test were not seen in pre-training; all others were, unlabelled"
+CONTINUED = "this run saw all but the films of test, unlabelled; what --weights had seen is unknown"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
 
 
@@ -29,11 +30,12 @@ def closing(args, out, world, films, held, tables, device):
     torch.manual_seed(args.seed)
     fresh = make_vit(world.encoder.config).to(device).eval()
     encoders = {"pre-trained": world.target_encoder, RANDOM: fresh}
+    seen = CONTINUED if args.weights else SEEN
     for table, judged in judge_tables(tables, films, encoders, args.image):
         result["probe"][table.path.stem] = judged["test"]["values"]
         result["probe_intervals"][table.path.stem] = judged
         result.setdefault("notes", {})[table.path.stem] = table.notes
-        print(judged_words(table, judged, SEEN))
+        print(judged_words(table, judged, seen))
     write_json(out / "result.json", result)
     curves = curves_picture(read_log(out / "log.csv"), world.LOSSES)
     pictures.save_or_warn(curves, out / "curve.png")

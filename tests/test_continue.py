@@ -9,6 +9,8 @@ from test_pretrain import SMALL, largest_difference, log, refused, run, started,
 from worlds import shaken
 
 import pretrain
+from data import open_films
+from lab.common import trained_on
 from model import SIZES as NETWORKS
 from model import CheXWorld, ViT
 from plumbing import launch, phantom
@@ -104,6 +106,21 @@ def test_the_encoder_has_the_schedule_of_the_rest(reference):
         times = (TOTAL - 1 - late, TOTAL - late, warmup)
         assert group["lr"] == pytest.approx(launch.warmup_cosine(*times, 1e-3, 1e-6))
     assert saved["recipe"]["weights"] and "pixels" not in saved["recipe"]
+
+
+@pytest.mark.slow
+def test_nobody_knows_what_a_run_has_seen_that_started_from_weights(films, reference):
+    """What its own hold-out tells is not all: the weights may have seen the films held out."""
+    whole, _ = reference
+    opened = open_films(films, whole)
+    assert trained_on(whole / "last.pt", opened) is None
+    saved = torch.load(whole / "last.pt", weights_only=True)
+    del saved["recipe"]["weights"]
+    folder = whole.parent / "scratch"
+    folder.mkdir()
+    shutil.copy(whole / "config.json", folder)
+    torch.save(saved, folder / "last.pt")
+    assert len(trained_on(folder / "last.pt", opened)[0]) == saved["recipe"]["films"]
 
 
 @pytest.mark.slow

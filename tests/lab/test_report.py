@@ -28,7 +28,7 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     lines = [f"{i}.png,{'x' if i // 3 % 2 else 'normal'},{split[i % 3]}\n" for i in range(40)]
     labels = make_labels(tmp_path, "filename,label,split\n" + "".join(lines))
     (tmp_path / "log.csv").write_text("step,l11,l22,l12,l21,rankme\n1,1,2,3,4,\n2,1,2,3,4,5\n")
-    args = SimpleNamespace(seed=0, image=64)
+    args = SimpleNamespace(seed=0, image=64, weights=None)
     report.closing(args, tmp_path, world, films, np.array([3, 4]), [labels], "cpu")
     words = capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
@@ -44,6 +44,10 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     for name, value in result["probe"]["table"].items():
         assert f"{name:28s}  {value:7.1f}" in words
     assert Image.open(tmp_path / "curve.png").height > 600
+    args.weights = "encoder.pt"
+    report.closing(args, tmp_path, world, films, np.array([], int), [labels], "cpu")
+    words = capsys.readouterr().out
+    assert "what --weights had seen is unknown" in words and "not seen in pre" not in words
     report.closing(args, tmp_path, world, films, np.array([], int), [], "cpu")
     assert json.loads((tmp_path / "result.json").read_text()) == {
         "domain": {},
