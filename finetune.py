@@ -247,6 +247,7 @@ class TaskData:
     unreadable: UnreadableFilms
     films: dict = dataclasses.field(default_factory=dict)  # {"train", "val", "test"}: their films
     root: Path = Path()  # --data, below which films are named
+    against: str = ""  # the other class, where every film is one of two
     without_truth: frozenset = frozenset()  # numbers of test films whose true mask nobody knows
 
     def open(self, split: str, examples: list):
@@ -506,7 +507,7 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     groups = layer_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     about = {"config": model.vit.config, "task": args.task, "recipe": recipe}
-    about |= {"kind": task.kind, "labels": list(task.labels)}
+    about |= {"kind": task.kind, "labels": list(task.labels), "against": task.against}
     learnt_from = [*task.films["train"].examples, *task.films["val"].examples]
     about["learnt_from"] = seedrun.fingerprints(learnt_from)
     run = SeedRun(seed, folder, steps, model, optimizer, about)
@@ -572,6 +573,7 @@ def open_task(args: Config, splits, size, root, team) -> TaskData:
     in_memory = total * film_bytes * team.size < args.memory_gb * 1e9
     unreadable = UnreadableFilms(total)
     task = TaskData(splits.kind, splits.labels, size, in_memory, unreadable, root=root)
+    task.against = splits.against
     task.open("test", splits.test)
     if not args.eval:
         task.open("val", splits.val)
@@ -582,7 +584,7 @@ def test_finished(args: Config, weights, root, out, team):
     """--eval: test best.pt on a task's test films, on a table's, or on all films of a folder."""
     saved = seedrun.load_best(weights)
     cache = out / "films.json" if team.lead else None
-    trained = (saved["kind"], tuple(saved["labels"]))
+    trained = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
     own = (args.labels, args.shots, args.column, cache, args.uncertain)
     splits = load_task(args.task, root, *own, trained)
     splits, without_truth = seedrun.fit_to_model(splits, saved, weights)

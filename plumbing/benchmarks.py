@@ -79,6 +79,7 @@ class Found(NamedTuple):
     kind: str | None = None  # where that of the task does not hold
     labels: tuple | None = None  # where those of the task do not hold
     drawn: bool = False  # whether the train rows are the set's own few-shot draw
+    against: str = ""  # see findings.Goal
 
 
 class Absent(Exception):
@@ -402,7 +403,7 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
             f"it says {', '.join(sorted(parts))} only"
         )
     notes = [*own.notes, *notes, patient_note]
-    return Found(parts, notes, kind=own.kind, labels=own.labels)
+    return Found(parts, notes, kind=own.kind, labels=own.labels, against=own.against)
 
 
 def every_film(index, kind, labels) -> Found:
@@ -607,7 +608,7 @@ def load_task(
     index = Index(root, cache)
     try:
         if name == "csv" and trained and not table:
-            found = every_film(index, *trained)
+            found = every_film(index, *trained[:2])
         elif name == "csv":
             found = read_csv(index, table, column, uncertain, trained)
         else:
@@ -629,7 +630,8 @@ def load_task(
             f"{root}: {' and '.join(empty)} is empty: too few films or patients for task {name}"
         )
     notes = [*found.notes, *drawn, *dropped, *index.notes]
-    return Splits(name, kind, labels, **parts, notes=notes, drawn=found.drawn)
+    how = dict(notes=notes, drawn=found.drawn, against=found.against)
+    return Splits(name, kind, labels, **parts, **how)
 
 
 def examples_of(index, found: Found, split: str, kind, labels) -> list[Example]:

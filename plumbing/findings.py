@@ -143,7 +143,8 @@ class Goal(NamedTuple):
     """What the rows of a table ask for.
 
     targets: 0, 1 or None (not known) per label; None for a row without any, which is left out.
-    masks: names of files, "" for an empty mask; only of kind mask.
+    masks: names of files, "" for an empty mask; only of kind mask. against: the other class, where
+    every row is one of two.
     """
 
     kind: str  # labels or mask
@@ -151,6 +152,7 @@ class Goal(NamedTuple):
     targets: list
     masks: list | None
     notes: list[str]
+    against: str = ""
 
 
 def read_goal(sheet: Sheet, asked, taken: dict, uncertain: str, can_be_mask: bool) -> Goal:
@@ -293,14 +295,17 @@ def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
     labels = sorted(set().union(*filter(None, findings)), key=in_order)
     if not labels:
         raise UserError(f"{sheet.path}: column {column} names no class beside {NO_WORDS}")
+    against = ""
     if len(labels) == 2 and all(found is None or len(found) == 1 for found in findings):
         denials = [word + plain(labels[0]) for word in ("no", "non", "not", "without")]
         if plain(labels[1]) in denials:  # then other names, too, count as "no", not as "yes"
             labels.reverse()
+        else:
+            against = labels[0]
         notes.append(f"{labels[1]} is learnt against {labels[0]}: each film is one of the two")
         labels = labels[1:]
     targets = [found if found is None else target_of(found, labels) for found in findings]
-    return Goal("labels", tuple(labels), targets, None, notes)
+    return Goal("labels", tuple(labels), targets, None, notes, against)
 
 
 def in_order(name: str) -> tuple[int, str]:

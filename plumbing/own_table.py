@@ -187,7 +187,7 @@ class OwnTable:
 
     Row by row: films as written; targets: 0, 1 or None (not known) per label, () of masks; masks:
     names of files, "" for an empty one; patients and splits, None where the table has no such
-    column; lines: where a row stands in the file.
+    column; lines: where a row stands in the file. against: see Goal.
     """
 
     path: Path
@@ -201,6 +201,7 @@ class OwnTable:
     patients: list[str | None] | None
     splits: list[str] | None
     lines: list[int]
+    against: str = ""
     unknown: "OwnTable | None" = None  # the rows that were left out: they tell patients
 
     def known(self) -> "OwnTable":
@@ -319,8 +320,8 @@ def read_own_table(
     """Read a table of one's own: film, label or mask, and perhaps patient and split of each row.
 
     column: what to learn, where that is not what is wanted. uncertain: what -1 counts as: ignore,
-    positive or negative. trained: (kind, labels) of a model to be tested; its labels are looked
-    for, every row is kept, and labels may be absent.
+    positive or negative. trained: (kind, labels, against) of a model to be tested; its labels are
+    looked for, every row is kept, and labels may be absent.
     """
     sheet = Sheet(path)
     film = sheet.film_column()
@@ -338,7 +339,8 @@ def read_own_table(
     notes = [*goal.notes, *sheet.notes, *left_out(sheet, films, goal)]
     notes.append(f"split: column {split}" if split else "split: none in the CSV")
     about = (sheet.path, goal.kind, goal.labels, notes, patient)
-    return OwnTable(*about, films, goal.targets, goal.masks, patients, splits, sheet.lines).known()
+    rows = (films, goal.targets, goal.masks, patients, splits, sheet.lines)
+    return OwnTable(*about, *rows, goal.against).known()
 
 
 def left_out(sheet: Sheet, films, goal: Goal) -> list[str]:
@@ -351,7 +353,7 @@ def left_out(sheet: Sheet, films, goal: Goal) -> list[str]:
 
 
 # ---------------------------------------------------------------- a table for a trained model
-def goal_of_model(sheet, asked, taken, uncertain, kind, labels) -> Goal:
+def goal_of_model(sheet, asked, taken, uncertain, kind, labels, against="") -> Goal:
     """Find the labels of a trained model in a table: columns that are called like them, else the
     column of labels or `asked`. What the table does not tell is not known (None).
     """
@@ -380,7 +382,7 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels) -> Goal:
         notes = goal.notes
     else:
         findings, notes = read_findings(sheet, column, uncertain)
-        targets, more = match_findings(sheet, column, findings, kind, labels)
+        targets, more = match_findings(sheet, column, findings, kind, labels, against)
         notes = notes + more
     return Goal(kind, tuple(labels), targets, None, notes)
 
@@ -414,15 +416,17 @@ def columns_of_labels(sheet, taken, labels) -> dict[str, str]:
     }
 
 
-def match_findings(sheet, column, findings, kind, labels) -> tuple[list[tuple], list[str]]:
+def match_findings(sheet, column, findings, kind, labels, against) -> tuple[list[tuple], list[str]]:
     """Compare the findings of each row with a model's labels → targets, notes.
 
     Names that the model does not know count as none of its labels; UserError when it knows none. Of
-    classes that exclude each other (kind classes) a row must have one, else it is not known. "No
-    finding" is a label where the model has it.
+    classes that exclude each other (kind classes, or a label and the class that it was learnt
+    `against`) a row must have one, else it is not known. "No finding" is a label where the model
+    has it.
     """
     healthy = {label for label in labels if is_negative(label)}
-    label_of = {plain(label): label for label in labels}
+    both = [*labels, against] if against else labels
+    label_of = {plain(label): label for label in both}
     count = Counter(name for found in findings if found for name in found)
     others = {name: films for name, films in count.items() if plain(name) not in label_of}
     if count and len(others) == len(count):
@@ -433,10 +437,14 @@ def match_findings(sheet, column, findings, kind, labels) -> tuple[list[tuple], 
     targets = []
     for found in findings:
         known = {label_of.get(plain(name)) for name in found or healthy} - {None}
-        is_known = found is not None and (kind == "labels" or len(known) == 1)
+        is_known = found is not None and (len(known) == 1 or (kind == "labels" and not against))
         targets.append(target_of(known, labels) if is_known else (None,) * len(labels))
     words = ", ".join(f"{name} {films}" for name, films in others.items())
-    return targets, [f"none of the model's labels: {words}"] if others else []
+    notes = [f"none of the model's labels: {words}"] if others else []
+    if against:
+        neither = targets.count((None,))
+        notes.append(f"neither {labels[0]} nor {against}, hence not judged: {neither} rows")
+    return targets, notes
 
 
 def masks_of_model(sheet, asked, taken, labels) -> Goal:

@@ -74,6 +74,7 @@ class Splits:
     """The films of a task by split; notes: one line per decision that was taken on the way.
 
     kind: see benchmarks.Task. drawn: train is already the few-shot draw of the set's own lists.
+    against: see findings.Goal.
     """
 
     task: str
@@ -84,6 +85,7 @@ class Splits:
     test: list[Example]
     notes: list[str] = field(default_factory=list)
     drawn: bool = False
+    against: str = ""
 
     def counts(self) -> dict:
         """Count {split: {films, patients, positive: {label: films}}}; masks have no "positive".

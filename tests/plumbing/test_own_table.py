@@ -704,6 +704,17 @@ def test_a_model_of_one_of_two_codes_is_not_asked_yes_or_no(folder, tmp_path):
     )
 
 
+def test_a_model_of_one_of_two_classes_is_not_judged_on_films_that_are_neither(folder, tmp_path):
+    rows = ["film00,viral", "film01,bacterial", "film02,viral"]
+    learnt = read_rows(folder, tmp_path, "file,label", *rows)
+    assert (learnt.labels, learnt.against) == (("viral",), "bacterial")
+    model = ("labels", learnt.labels, learnt.against)
+    rows = ["film00,Viral", "film01,bacterial", "film02,normal", "film03,fungal", "film04,"]
+    found = read_rows(folder, tmp_path, "file,label", *rows, trained=model)
+    assert targets_of(found) == [(1,), (0,), (None,), (None,), (None,)]
+    assert "neither viral nor bacterial, hence not judged: 3 rows" in found.notes
+
+
 def test_of_classes_that_exclude_each_other_one_column_says_yes_or_none_counts(folder, tmp_path):
     model = ("classes", ("Normal", "Opacity", "Other"))
     rows = ["film00,1,0,0", "film01,0,0,1", "film02,0,0,0", "film03,1,1,0", "film04,1,,0"]
