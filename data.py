@@ -48,6 +48,11 @@ def open_films(
         return Films(root.parent, {}, [pack], side, [pack.summary])
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
+    if cache_dir and Path(cache_dir).resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            f"--out {cache_dir} lies in --data {root}, where its pictures would count as films: "
+            "choose another --out"
+        )
     index = Index(root, Path(cache_dir) / "films.json" if cache_dir else None)
     names = [name for name in index.names if name.endswith(".pack")]
     if without:
@@ -304,6 +309,10 @@ def main():
             "or python data.py pack --data DIR --out cxr.pack"
         )
     out = find_out(args.out) if word == "pack" else None
+    if 0 < args.side < 16:
+        raise UserError(f"--side {args.side}: at least 16, or 0 to keep the films' own size")
+    if out and Path(args.data).resolve() == out.resolve():
+        raise UserError(f"--out {out} is --data itself: it is packed already")
     choice = dict(mimic_all=args.mimic_all, without=out, should_crop=args.crop_borders)
     films = open_films(args.data, None, args.side, args.patients, **choice)
     print("\n".join(films.summary))

@@ -325,6 +325,7 @@ def why_not_loaded(error: Exception) -> str:
     else:
         unpickling = page.partition("WeightsUnpickler error: ")[2]
         reason = (unpickling or brief(error)).partition("\n")[0][:160]
+        reason = reason.strip() or "it is cut short, or none"
     return f"not a checkpoint that can be loaded safely ({reason})"
 
 

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import struct
 import time
 import zlib
@@ -165,6 +166,8 @@ class Pack:
         self.shapes = np.load(stream, allow_pickle=False)  # (n, 2)
         self.checksums = np.load(stream, allow_pickle=False)  # (n,) CRC-32
         about = json.loads(np.load(stream, allow_pickle=False).tobytes())
+        if not {"names", "patients", "side", "bad", "folder"} <= about.keys():
+            raise UserError(f"{path}: packed by another version: make it again")
         self.offsets = film_offsets(self.shapes)  # (n + 1,)
         self.names = about["names"]
         self.patients = about["patients"]
@@ -467,6 +470,9 @@ def describe_films(films) -> str:
     return first + " cropped" if films.should_crop else first
 
 
+LINE = re.compile(r"\d+ \d+ \d+ ")  # of the journal: height, width, CRC-32, then the reason
+
+
 def cut_to_whole_films(part: Path, journal: Path, first_line: str) -> list[str]:
     """Cut what an interrupted packing left to whole films → the journal's lines of these.
 
@@ -474,10 +480,12 @@ def cut_to_whole_films(part: Path, journal: Path, first_line: str) -> list[str]:
     be fewer than the journal says.
     """
     text = journal.read_text(encoding="utf-8", errors="replace")  # a kill may cut a letter
-    first, *lines = text[: text.rindex("\n")].split("\n")
+    first, *lines = text.split("\n")[:-1] or [""]
+    is_line = [LINE.match(line) is not None for line in lines] + [False]
+    lines = lines[: is_line.index(False)]  # a power cut may leave zeros
     if first != first_line:
         raise UserError(
-            f"{part} was begun from other films or another --side: "
+            f"{part} was begun from other films or another --side, or {journal.name} is damaged: "
             f"delete it and {journal.name} to begin again"
         )
     shapes = [[int(number) for number in line.split()[:2]] for line in lines]

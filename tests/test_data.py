@@ -216,3 +216,11 @@ def test_real_films_are_found_and_read():
     assert len(found) == 2050
     sample = [found[i] for i in range(0, 2050, 200)]
     assert all(min(f.shape) == 160 and f.std() > 5 for f in sample)
+
+
+def test_a_run_inside_of_its_films_would_take_its_own_pictures_for_films(tmp_path):
+    films = tree(tmp_path / "films", ["a.png", "b.png"])
+    for out in (films, films / "runs" / "one"):
+        with pytest.raises(UserError, match="choose another --out"):
+            open_films(films, out)
+    assert len(open_films(films, tmp_path)) == len(open_films(films, tmp_path / "films2")) == 2

@@ -430,3 +430,9 @@ def test_a_folder_in_place_of_a_checkpoint_is_refused_before_training(tmp_path):
     (tmp_path / "last.pt").mkdir()
     with pytest.raises(UserError, match="last.pt: a folder, not a checkpoint"):
         checkpoint.resume(tmp_path / "last.pt", {}, {})
+
+
+def test_a_checkpoint_of_one_byte_has_a_reason(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="safely .it is cut short, or none."):
+        checkpoint.load_checkpoint(tmp_path / "last.pt")

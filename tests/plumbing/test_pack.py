@@ -255,6 +255,30 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_packing_goes_on(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cxr.pack", "films"]
 
 
+@pytest.mark.parametrize("journal", ["", "no line end", "\0\0\0\n", "{first}\nx y z\n", "{first}"])
+def test_a_damaged_journal_is_one_line_or_costs_the_films_after_it(tmp_path, journal):
+    films = open_films(tree(tmp_path / "films", ["a.png", "b.png"]))
+    out = tmp_path / "cxr.pack"
+    first = plumbing.pack.describe_films(films)
+    (tmp_path / "cxr.pack.journal").write_text(journal.format(first=first))
+    (tmp_path / "cxr.pack.part").write_bytes(plumbing.pack.MAGIC)
+    if journal == "{first}\nx y z\n":
+        assert len(plumbing.pack.pack_films(films, out)) == 2
+        return
+    with pytest.raises(UserError, match="cxr.pack.journal is damaged: delete it and"):
+        plumbing.pack.pack_films(films, out)
+
+
+@pytest.mark.slow
+def test_sides_and_places_that_make_no_pack(tmp_path):
+    tree(tmp_path / "films", ["a.png"])
+    words = ("pack", "--data", "films", "--out", "cxr.pack", "--workers", 0)
+    assert "--side 1: at least 16" in run(*words, "--side", 1, cwd=tmp_path).stderr
+    assert run(*words, cwd=tmp_path).returncode == 0
+    again = run("pack", "--data", "cxr.pack", "--out", "cxr", "--workers", 0, cwd=tmp_path)
+    assert "error: --out cxr.pack is --data itself" in again.stderr
+
+
 # ---------------------------------------------------------------- how many may be unreadable
 @pytest.mark.parametrize("count,bad,stops", [(15, 1, 0), (15, 2, 1), (150, 2, 1), (200, 2, 0)])
 def test_one_film_or_one_percent_may_be_unreadable(tmp_path, count, bad, stops):
