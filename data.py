@@ -48,11 +48,7 @@ def open_films(
         return Films(root.parent, {}, [pack], side, [pack.summary])
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
-    if cache_dir and Path(cache_dir).resolve().is_relative_to(root.resolve()):
-        raise UserError(
-            f"--out {cache_dir} lies in --data {root}, where its pictures would count as films: "
-            "choose another --out"
-        )
+    refuse_own_pictures(root, cache_dir)
     index = Index(root, Path(cache_dir) / "films.json" if cache_dir else None)
     names = [name for name in index.names if name.endswith(".pack")]
     if without:
@@ -70,6 +66,15 @@ def open_films(
         summary.append(note)
     summary += index.notes + [pack.summary for pack in packs.values()]
     return Films(root, patient_of, list(packs.values()), side, summary, should_crop)
+
+
+def refuse_own_pictures(root: Path, out):
+    """UserError when the folder `out` of a run lies below the films: its pictures would be some."""
+    if out and Path(out).resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            f"--out {out} lies in --data {root}, where its pictures would count as films: "
+            "choose another --out"
+        )
 
 
 # ---------------------------------------------------------------- pre-training

@@ -317,8 +317,9 @@ def parse(Config, doc: str, argv: list[str] | None = None, prog: str | None = No
     return args
 
 
-# Of a number that must lie above 0, and the most that one may be; all others are 0 or more.
-POSITIVE = {"lr", "clip"}
+# Numbers that must lie above 0, and the most that one may be; all others are 0 or more.
+POSITIVE = {"lr", "clip", "layer_decay", "image", "patch", "batch", "micro", "epochs", "patience"}
+POSITIVE |= {"max_steps", "log_every", "save_every"}
 MOST = dict(ema=1, layer_decay=1, drop_path=1, workers=1024)
 
 

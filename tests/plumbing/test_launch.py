@@ -113,6 +113,7 @@ SENSELESS = {
     "--lr -1": "0 or more",
     "--lr 0": "above 0",
     "--max_steps -1": "0 or more",
+    "--max_steps 0": "above 0",
     "--max_steps 99999999999999999999": "at most",
     "--ema 2": "1 at most",
     "--ema nan": "0 or more",
