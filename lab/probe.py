@@ -62,13 +62,12 @@ def main(argv=None):
     if len({table.path.stem for table in tables}) < len(tables):
         raise UserError(f"--table {args.table}: two tables of one name; rename one")
     result = {"weights": str(path), "seed": args.seed, "tables": {}}
-    words = []
     learnt = films_seen(path, films, args.data)
     for table, judged in judge_tables(tables, films, encoders, encoder.image):
         seen = seen_words(learnt, table, films)
         result["tables"][table.path.stem] = {"seen": seen, **judged, "notes": table.notes}
-        words.append(judged_words(table, judged, seen))
-    finish(args, result, "\n\n".join(words))
+        print(judged_words(table, judged, seen) + "\n", flush=True)
+    finish(args, result, f"{len(tables)} tables judged")
 
 
 def films_seen(weights, films, data):
