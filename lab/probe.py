@@ -15,13 +15,16 @@ Writes result.json.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lab.common import (
     Common,
     describe_films,
+    evenly,
     find_weights,
     finish,
     open_set,
@@ -30,7 +33,6 @@ from lab.common import (
     trained_on,
 )
 from lab.features import describe
-from plumbing.keys import PROBE_PROJECTION, torch_generator
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
 from plumbing.own_table import Labels
@@ -145,39 +147,54 @@ def judge_table(features: dict, y, patients, is_test, pairs) -> dict:
 def describe_set(films, numbers, encoders, size, words):
     """Describe films by every encoder, and by their pixels. → {name: (n, d)}, numbers read (n,)
 
-    More than MANY_FILMS are described in at most NUMBERS numbers: the features are cast onto random
-    directions, always the same, as soon as they are there, so that all fit into memory.
+    More than MANY_FILMS are described in at most NUMBERS numbers, so that all fit into memory: the
+    main directions of a sample of the films, whatever their labels.
     """
-    cast = project if len(numbers) > MANY_FILMS else np.asarray
+    if len(numbers) <= MANY_FILMS:
+        return describe_in(films, numbers, encoders, size, {}, words)
+    some = evenly(numbers, 2 * NUMBERS)
+    sample, _ = describe_in(films, some, encoders, size, {}, f"a sample of the {words}")
+    wide = {name: x for name, x in sample.items() if x.shape[1] > NUMBERS}
+    print(f"cast onto {NUMBERS:,} main directions: {', '.join(wide)}", flush=True)
+    casts = {name: main_directions(x) for name, x in wide.items()}
+    return describe_in(films, numbers, encoders, size, casts, words)
+
+
+def describe_in(films, numbers, encoders, size, casts, words):
+    """The same, of few films or as casts, {name: (mean, directions)}, say."""
+
+    def cast(features):
+        for name in features.keys() & casts.keys():
+            mean, directions = casts[name]
+            features[name] = (features[name] - mean) @ directions
+        return features
 
     def by_encoders(images):
         found = {}
         for name, encoder in encoders.items():
             each = describe(encoder, images)
-            found[name] = cast(each["mean"])
-            found[name + CELLS] = cast(each["cells"].reshape(len(images), -1))
-        return found
+            found[name] = each["mean"]
+            found[name + CELLS] = each["cells"].reshape(len(images), -1)
+        return cast(found)
 
     def by_pixels(images):
-        shrunk = {
-            name: torch.nn.functional.adaptive_avg_pool2d(images, side)
-            for name, side in PIXELS.items()
-        }
-        return {name: cast(image.flatten(1).numpy()) for name, image in shrunk.items()}
+        shrink = functools.partial(F.interpolate, mode="bilinear", antialias=True)
+        sides = PIXELS.items()
+        return cast({name: shrink(images, (side, side)).flatten(1).numpy() for name, side in sides})
 
     features, read, _ = describe_films(by_encoders, films, numbers, size, words, batch=128)
     largest = max(PIXELS.values())
     return features | describe_films(by_pixels, films, read, largest, words, batch=128)[0], read
 
 
-def project(features):
-    """Cast features (n, d) onto NUMBERS random directions, if they have more dimensions."""
-    dim = features.shape[1]
-    if dim <= NUMBERS:
-        return features
-    generator = torch_generator(PROBE_PROJECTION, dim)
-    directions = torch.randn(dim, NUMBERS, generator=generator) / dim**0.5
-    return features @ directions.numpy()
+def main_directions(features):
+    """The mean (d,) of features (n, d), and the NUMBERS directions (d, k) of most variance."""
+    mean = features.mean(0)
+    x = torch.from_numpy(features - mean).double()
+    squares, turned = torch.linalg.eigh(x @ x.mT)  # the least first
+    kept = squares > 1e-10 * squares.max()
+    kept[:-NUMBERS] = False
+    return mean, (x.mT @ (turned[:, kept] / squares[kept].sqrt())).float().numpy()
 
 
 # ---------------------------------------------------------------- values, differences, words

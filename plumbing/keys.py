@@ -24,7 +24,6 @@ BOOTSTRAP = 14  # (): the patients of every redraw that a 95 % interval is made 
 # analyses
 SURPRISE = 9  # (seed): the halves that judge each other
 PROBE_FOLDS = 15  # (repeat): which patients are judged together, by a probe of the others
-PROBE_PROJECTION = 16  # (dimensions): the directions onto which many films' features are cast
 RANDOM_CUT = 10  # (seed): boxes of the correspondence test
 DOMAIN_TEST = 13  # (seed, film): the actions of the domain sensitivity test
 RCDM_PLACE = 20  # (seed, epoch, film): boxes and hidden rectangles

@@ -383,6 +383,13 @@ def fit_probe(train_x, train_y, val_x, val_y) -> tuple[np.ndarray, np.ndarray]:
     return weight[:, best, labels], bias[best, labels]
 
 
+def linear_probe(train_x, train_y, val_x, val_y, test_x) -> np.ndarray:
+    """Logits of test_x (m, d) by a probe of train and val: (m,) or (m, c), as the labels are."""
+    weight, bias = fit_probe(train_x, train_y, val_x, val_y)
+    scores = to_array(test_x) @ weight + bias
+    return scores[:, 0] if np.ndim(train_y) == 1 else scores
+
+
 # ---------------------------------------------------------------- the probe that judges encoders
 def ridge_scores(x, y, patients, new_x) -> np.ndarray:
     """Score new films by one ridge regression per label, fitted to other films.

@@ -25,7 +25,7 @@ from model import Classifier, Segmenter, ViT
 from plumbing import benchmarks, checkpoint, launch, results, seedrun
 from plumbing.film import fit
 from plumbing.keys import TRAIN_JITTER, torch_generator
-from plumbing.metrics import fit_probe
+from plumbing.metrics import linear_probe
 from plumbing.pack import UnreadableFilms
 from plumbing.splits import Example, Splits
 from plumbing.weights import load_encoder, make_vit
@@ -953,8 +953,7 @@ def test_solved_head_is_the_probe_of_pooled_features(films):
         labels[split] = [example.target[0] for example in of.examples]
     train = (pooled["train"], labels["train"])
     val = (pooled["val"], labels["val"])
-    weight, bias = fit_probe(*train, *val)
-    expected = (pooled["test"].numpy() @ weight + bias)[:, 0]
+    expected = linear_probe(*train, *val, pooled["test"])
     rows = finetune.predict(model, task, "test", args, ALONE)
     tolerance = 1e-2 * np.abs(expected).max()
     assert np.concatenate(list(rows.values())) == pytest.approx(expected, abs=tolerance)

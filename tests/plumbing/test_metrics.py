@@ -23,13 +23,6 @@ def blobs(n, d, seed, shift=0.7):
     return x, y
 
 
-def linear_probe(train_x, train_y, val_x, val_y, test_x):
-    """Logits of test_x by a probe of train and val: (m,) or (m, c), as the labels are."""
-    weight, bias = metrics.fit_probe(train_x, train_y, val_x, val_y)
-    scores = test_x @ weight + bias
-    return scores[:, 0] if np.ndim(train_y) == 1 else scores
-
-
 @pytest.mark.parametrize("levels", [3, 10, 10**6])
 def test_auroc_is_scikit_learns_ties_included(levels):
     rng = np.random.default_rng(levels)
@@ -182,7 +175,7 @@ def test_linear_probe_is_scikit_learns_regression_at_the_strength_validation_lik
             value = roc_auc_score(val_y, model.decision_function(scaler.transform(val)))
             if best is None or value > best[0] + 1e-12:
                 best = value, model.decision_function(scaler.transform(test))
-    scores = linear_probe(train, y, val, val_y, test)
+    scores = metrics.linear_probe(train, y, val, val_y, test)
     assert np.allclose(scores, best[1], atol=2e-3 * np.abs(best[1]).max())
     assert metrics.auroc(scores, test_y) == pytest.approx(roc_auc_score(test_y, best[1]), abs=2e-3)
 
@@ -192,14 +185,14 @@ def test_linear_probe_takes_many_labels_and_a_validation_set_without_a_class():
     val, val_y = blobs(50, 6, 1)
     test, _ = blobs(40, 6, 2)
     labels = np.stack([y, 1 - y], 1)
-    both = linear_probe(train, labels, val, np.stack([val_y, 1 - val_y], 1), test)
+    both = metrics.linear_probe(train, labels, val, np.stack([val_y, 1 - val_y], 1), test)
     assert both.shape == (40, 2) and np.allclose(both[:, 0], -both[:, 1], atol=1e-4)
-    assert np.allclose(both[:, 0], linear_probe(train, y, val, val_y, test))
+    assert np.allclose(both[:, 0], metrics.linear_probe(train, y, val, val_y, test))
     scaler = StandardScaler().fit(train)
     model = LogisticRegression(C=1 / metrics.L2_FALLBACK, tol=1e-10, max_iter=5000)
     model.fit(scaler.transform(train), y)
     fixed = model.decision_function(scaler.transform(test))
-    assert np.allclose(linear_probe(train, y, val, np.zeros(50), test), fixed, atol=1e-3)
+    assert np.allclose(metrics.linear_probe(train, y, val, np.zeros(50), test), fixed, atol=1e-3)
 
 
 def test_films_whose_label_is_not_known_count_neither_in_the_probe_nor_in_its_auroc():
@@ -225,7 +218,7 @@ def test_films_whose_label_is_not_known_count_neither_in_the_probe_nor_in_its_au
     value, areas = metrics.mean_auroc(scores, truth)
     assert value == areas[0] == pytest.approx(roc_auc_score(test_y[known], scores[known, 0]))
     assert np.isnan(areas[1])
-    nothing = linear_probe(train, np.full(90, np.nan), val, val_y, test)
+    nothing = metrics.linear_probe(train, np.full(90, np.nan), val, val_y, test)
     assert (nothing == 0).all()
 
 
@@ -254,13 +247,13 @@ def test_many_regressions_at_once_are_scikit_learns_one_by_one():
 def test_a_probe_of_features_that_are_not_finite_is_nan_not_a_traceback():
     train, y = blobs(60, 4, 0)
     train[3, 1] = np.inf
-    assert np.isnan(linear_probe(train, y, train, y, train)).all()
+    assert np.isnan(metrics.linear_probe(train, y, train, y, train)).all()
 
 
 def test_constant_features_do_not_break_the_probe():
     train, y = blobs(60, 4, 0)
     train[:, 2] = 1e6
-    assert np.isfinite(linear_probe(train, y, train, y, train)).all()
+    assert np.isfinite(metrics.linear_probe(train, y, train, y, train)).all()
 
 
 # ---------------------------------------------------------------- the probe that judges encoders
