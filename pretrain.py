@@ -13,7 +13,6 @@ receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and res
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import torch
@@ -389,9 +388,7 @@ def recipe_of(args, names, origin=None):
         del recipe["pixels"]  # so that runs go on which began before there was this flag
     if origin:
         recipe["weights"] = origin.digest
-    content = "\n".join(names).encode(errors="surrogateescape")  # names need not be UTF-8
-    digest = hashlib.sha256(content).hexdigest()[:16]
-    return recipe | {"films": len(names), "names": digest}
+    return recipe | {"films": len(names), "names": checkpoint.digest_of_names(names)}
 
 
 def go_on(out, recipe, world, optimizer, team):

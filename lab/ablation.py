@@ -14,7 +14,6 @@ again goes on: what is finished is not run again. Without a word --out also rece
 
 import dataclasses
 import functools
-import hashlib
 import shlex
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from plumbing.checkpoint import (
     UNFIT,
     BadCheckpoint,
     brief,
+    digest,
     load_checkpoint,
     lock,
     read_json,
@@ -528,8 +528,8 @@ def compare(config: CompareConfig) -> None:
     lock(config.out)
     columns = compare_columns(config)
     runs = [compare_run(config, row, *column) for column in columns for row in rows]
-    digest = hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()[:16]
-    keep_recipe(Path(config.out) / "compare.json", {"weights": digest, "data": config.data})
+    weights = digest(Path(config.weights).read_bytes())
+    keep_recipe(Path(config.out) / "compare.json", {"weights": weights, "data": config.data})
     words = run_grid(runs, lambda: write_comparison(config, rows))
     print(f"\n{words}\n\nmean ± standard deviation over {config.seeds} seeds, ", end="")
     print(f"test films, percent: {config.out}/table.md")

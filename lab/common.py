@@ -7,7 +7,6 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 
 import csv
 import dataclasses
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +18,16 @@ import augment
 from data import open_films
 from model import CheXWorld
 from plumbing import phantom, pictures
-from plumbing.checkpoint import BadCheckpoint, newest_run, read_json, replace_with, write_json
+from plumbing.checkpoint import (
+    BadCheckpoint,
+    digest_of_names,
+    load_checkpoint,
+    newest_run,
+    read_json,
+    replace_with,
+    weights_in,
+    write_json,
+)
 from plumbing.film import UnreadableFilm
 from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
@@ -86,15 +94,7 @@ def find_weights(weights: str | None) -> Path:
     newest = None if weights else newest_run()
     if not weights and newest is None:
         raise UserError("no pre-training run in runs/: run pretrain.py, or give --weights FILE")
-    path = Path(weights) if weights else newest.parent
-    if path.is_dir():
-        last = path / "last.pt"
-        path = last if last.is_file() else path / "encoder.pt"
-        if not path.is_file():
-            raise UserError(
-                f"--weights {weights}: holds neither last.pt nor encoder.pt: give the folder of a "
-                "pre-training run (pretrain.py --out), or a file of weights"
-            )
+    path = weights_in(weights or newest.parent)
     print(f"weights {path}", flush=True)
     return path
 
@@ -238,7 +238,7 @@ def trained_on(weights, films):
     as of a run with --weights: nobody knows what these had seen.
     """
     run = run_of(weights)
-    recipe = torch.load(weights, map_location="cpu", weights_only=True).get("recipe", {})
+    recipe = load_checkpoint(weights).get("recipe", {})
     if "weights" in recipe:
         return None
     for data in dict.fromkeys((str(films.root), run["data"])) if run else ():
@@ -251,7 +251,7 @@ def trained_on(weights, films):
         except UserError:  # films or tables have gone
             continue
         names = [own.names[i] for i in train]
-        if hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == recipe.get("names"):
+        if digest_of_names(names) == recipe.get("names"):
             patients = np.array(patients_of(own, tables, located))
             return set(names), set(patients[train].tolist())
     return None

@@ -17,7 +17,6 @@ samples.png and result.json. The same command again goes on where the last one s
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -46,7 +45,16 @@ from lab.common import (
 from masks import TRIES, blocks, sample_masks
 from model import grid_coords, take
 from plumbing import pictures
-from plumbing.checkpoint import Log, StopRequest, lock, resume, save_atomic, write_json
+from plumbing.checkpoint import (
+    Log,
+    StopRequest,
+    digest,
+    digest_of_names,
+    lock,
+    resume,
+    save_atomic,
+    write_json,
+)
 from plumbing.keys import RCDM_NOISE, RCDM_PAINT, RCDM_PLACE, RCDM_SHOWN, numpy_rng, torch_generator
 from plumbing.launch import (
     Loader,
@@ -513,12 +521,9 @@ def overlap_words(learnt, is_learn_seen, is_show_seen):
 
 def recipe_of(args, names):
     """Name all that must stay when a run goes on: settings, world model and films to learn from."""
-    sources = {
-        "world": Path(args.weights).read_bytes(),
-        "names": "\n".join(names).encode(errors="surrogateescape"),
-    }
-    digests = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in sources.items()}
-    return {name: getattr(args, name) for name in RECIPE} | digests
+    recipe = {name: getattr(args, name) for name in RECIPE}
+    world = digest(Path(args.weights).read_bytes())
+    return recipe | {"world": world, "names": digest_of_names(names)}
 
 
 def train_step(world, decoder, optimizer, item, step, args, device):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import re
@@ -366,7 +367,31 @@ def newest_run(file: str = "encoder.pt", root="runs") -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def weights_in(path) -> Path:
+    """The weights of a run's folder: last.pt, since it holds all, else encoder.pt; or the file."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for file in (path / "last.pt", path / "encoder.pt"):
+        if file.is_file():
+            return file
+    raise UserError(
+        f"--weights {path}: holds neither last.pt nor encoder.pt: give the folder of a "
+        "pre-training run (pretrain.py --out), or a file of weights"
+    )
+
+
 # ---- Runs that go on where they stopped
+def digest(content: bytes) -> str:
+    """Fingerprint what a run depends on: weights, films, labels."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def digest_of_names(names: list[str]) -> str:
+    """Fingerprint the names of films, which need not be UTF-8."""
+    return digest("\n".join(names).encode(errors="surrogateescape"))
+
+
 def refuse_other_recipe(folder, saved: dict, recipe: dict):
     """Raise UserError when the run in `folder` was started with another recipe than `recipe`.
 
@@ -385,6 +410,21 @@ def refuse_other_recipe(folder, saved: dict, recipe: dict):
         )
 
 
+def load_last(path, wanted: set) -> dict:
+    """Load the last.pt of a run, which must hold `wanted`. UserError: what to do else."""
+    try:
+        saved = load_checkpoint(path)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{error}; move it away to start anew") from None
+    is_ours = wanted <= saved.keys() and isinstance(saved.get("recipe", {}), dict)
+    step = saved.get("step")
+    if not is_ours or not isinstance(step, int) or step < 0:
+        raise UserError(
+            f"{path} is not a checkpoint of this program: move it away or choose another --out"
+        )
+    return saved
+
+
 def resume(path, recipe: dict | None, parts: dict) -> dict | None:
     """Load the state of an interrupted run into `parts`, {name: module or optimizer}.
 
@@ -394,18 +434,10 @@ def resume(path, recipe: dict | None, parts: dict) -> dict | None:
     path = Path(path)
     if not path.exists():
         return None
-    try:
-        saved = load_checkpoint(path)
-    except BadCheckpoint as error:
-        raise BadCheckpoint(f"{error}; move it away to start anew") from None
-    wanted = {"step", *parts}
+    wanted = {*parts}
     if recipe is not None:
         wanted.add("recipe")
-    is_ours = wanted <= saved.keys() and isinstance(saved["step"], int) and saved["step"] >= 0
-    if not is_ours or not isinstance(saved.get("recipe", {}), dict):
-        raise UserError(
-            f"{path} is not a checkpoint of this program: move it away or choose another --out"
-        )
+    saved = load_last(path, wanted)
     if recipe is not None:
         refuse_other_recipe(path.parent, saved["recipe"], recipe)
     for name, part in parts.items():

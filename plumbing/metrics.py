@@ -1,4 +1,4 @@
-"""Numbers that judge a model: AUROC, accuracy, Dice, intervals, Recall@k, collapse, linear probes.
+"""Numbers that judge a model: AUROC, Dice, intervals, Recall@k, collapse, linear probes.
 
 Every function takes NumPy arrays or torch tensors (any device) and computes in float64, on the CPU
 but for `spectrum`.
@@ -57,27 +57,12 @@ def weighted_auroc(scores, labels, weights) -> np.ndarray:
     return np.divide(pairs_won, pairs, out=areas, where=pairs > 0)
 
 
-def mean_auroc(scores, labels) -> tuple[float, list[float]]:
-    """Unweighted mean AUROC over the classes that have positives and negatives, and all c values.
-
-    scores (n, c), labels (n, c) of 0 and 1, nan: not known. The values are nan where undefined.
-    """
-    columns = zip(to_array(scores).T, to_array(labels).T, strict=True)
-    values = [auroc(score, label) for score, label in columns]
-    return float(mean_of_defined(np.array([values]))[0]), values
-
-
 def mean_of_defined(values: np.ndarray) -> np.ndarray:
     """Mean of each row of values (k, c) over what is not nan; nan where all of it is. → (k,)"""
     is_defined = ~np.isnan(values)
     total = np.where(is_defined, values, 0.0).sum(1)
     count = is_defined.sum(1)
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
-
-
-def accuracy(logits, labels) -> float:
-    """Share of rows whose largest logit (n, c) is the label (n,)."""
-    return float((to_array(logits).argmax(1) == to_array(labels)).mean())
 
 
 def dice(prediction, truth) -> float:

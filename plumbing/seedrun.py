@@ -5,7 +5,6 @@ that is needed to go on, best.pt the model that was best on validation, which is
 """
 
 import dataclasses
-import hashlib
 import math
 import time
 from pathlib import Path
@@ -145,7 +144,7 @@ def fingerprints(examples) -> list[str]:
         except OSError:  # gone since it was listed; reading it will say so
             size = 0
         text = f"{example.path.name} {size}"
-        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
+        return checkpoint.digest(text.encode(errors="surrogateescape"))[:12]
 
     return in_threads(fingerprint, list(examples))
 
@@ -218,8 +217,8 @@ def recipe_of(settings: dict, weights: Path | None, vit, labels, films: dict) ->
     train = [(e.path.name, e.target, e.mask and e.mask[0]) for e in films["train"]]
     return settings | {
         "weights": str(weights or "none"),
-        "weights_are": hashlib.sha256(weight_bytes).hexdigest()[:16],
-        "films_are": hashlib.sha256(repr(train).encode()).hexdigest()[:16],
+        "weights_are": checkpoint.digest(weight_bytes),
+        "films_are": checkpoint.digest(repr(train).encode()),
         "table_is": table_fingerprint(labels, films),
         "films": len(train),
     }
@@ -236,7 +235,7 @@ def table_fingerprint(labels, films: dict) -> str:
             mask = film.mask and str(getattr(film.mask[1], "name", film.mask[1]))
             patient = patients.setdefault(film.patient, len(patients))
             said.append((split, film.path.name, film.target, patient, mask))
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+    return checkpoint.digest(repr(said).encode())
 
 
 def refuse_other_run(folder: Path, saved: dict, recipe: dict):

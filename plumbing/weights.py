@@ -3,11 +3,15 @@
 Of a checkpoint only the names and shapes of its tensors are trusted. An encoder lies wherever a
 patch embedding does, whatever stands before its name (`module.`, `teacher.backbone.` ...). Names
 that a ViT of ours cannot use are refused by name, but for heads and decoders.
+
+Our names are timm's: vit.state_dict() fits timm.create_model("vit_base_patch16_224", in_chans=1,
+class_token=False, num_classes=0, global_pool="avg", fc_norm=False), which then expects grey values
+(x - MEAN) / STD.
 """
 
+import contextlib
 import copy
 import dataclasses
-import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -29,7 +33,16 @@ from model import (
     run_blocks,
     sincos,
 )
-from plumbing.checkpoint import UNFIT, BadCheckpoint, brief, load_checkpoint, read_json
+from plumbing.checkpoint import (
+    UNFIT,
+    BadCheckpoint,
+    brief,
+    digest,
+    load_checkpoint,
+    load_last,
+    read_json,
+    weights_in,
+)
 from plumbing.launch import UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of R, G, B
@@ -418,15 +431,6 @@ def normalisation(beside: dict, state: dict) -> tuple:
     return IMAGENET, "colours folded to grey, mean and std of ImageNet"
 
 
-def to_timm(vit: ViT) -> dict:
-    """Export a ViT as a state dict for timm.
-
-    For timm.create_model("vit_base_patch16_224", in_chans=1, class_token=False, num_classes=0,
-    global_pool="avg", fc_norm=False), which then expects grey values (x - MEAN) / STD.
-    """
-    return {k: v.clone() for k, v in vit.state_dict().items()}
-
-
 def fold_rgb(weight, bias, rgb: tuple = IMAGENET) -> tuple:
     """Fold a kernel for normalised RGB into the kernel for our grey values, exactly on grey images.
 
@@ -638,18 +642,10 @@ def find_origin(weights: str, out: str | Path) -> Origin:
     weights: a file, or the folder of a run. Once there is a last.pt in `out`, the run goes on from
     that, and the file is only compared with the one that it began from.
     """
-    path = Path(weights)
-    for name in ("encoder.pt", "last.pt"):  # the latter rather, since it holds all
-        if (Path(weights) / name).is_file():
-            path = Path(weights) / name
     last = Path(out) / "last.pt"
     if last.is_file():
-        return begun_origin(path, last)
-    if path.is_dir():
-        raise UserError(
-            f"--weights {path}: holds neither last.pt nor encoder.pt: give the folder of a "
-            "pre-training run, or a file of weights"
-        )
+        return begun_origin(Path(weights), last)
+    path = weights_in(weights)
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file")
     return new_origin(path)
@@ -658,7 +654,7 @@ def find_origin(weights: str, out: str | Path) -> Origin:
 def new_origin(path: Path) -> Origin:
     """Load a run's or the authors' world, or else an encoder, to start a run from."""
     checkpoint = load_checkpoint(path)
-    about = dict(path=path, digest=digest_of(path))
+    about = dict(path=path, digest=digest(path.read_bytes()))
     if holds_world(checkpoint):
         world = load_world(path)
         parts = dict(encoder=world.encoder, target=world.target_encoder, predictor=world.predictor)
@@ -687,38 +683,30 @@ def predictor_sizes(dim: int) -> dict:
     return {name: value for name, value in sizes.items() if name.startswith("predictor_")}
 
 
-def digest_of(path: Path) -> str:
-    """Fingerprint a file by its bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
 def begun_origin(path: Path, last: Path) -> Origin:
-    """Compare a file with the weights that the run of `last` began from; it goes on from `last`."""
-    try:
-        saved = load_checkpoint(last)
-        began_from = saved["recipe"].get("weights")
-        config = saved["config"]
-    except BadCheckpoint as error:
-        raise BadCheckpoint(f"{error}; move it away to start anew") from None
-    except UNFIT:
-        raise UserError(
-            f"{last} is not a checkpoint of this program: move it away or choose another --out"
-        ) from None
+    """Compare a file, or a folder's, with the weights that the run of `last` began from.
+
+    The run goes on from `last`.
+    """
+    with contextlib.suppress(UserError):  # the folder may have been emptied since
+        path = weights_in(path)
+    saved = load_last(last, {"recipe", "config"})
+    began_from = saved["recipe"].get("weights")
     if began_from is None:
         raise UserError(
             f"{last.parent} holds a run that did not start from --weights: "
             "choose another --out, or delete it to start anew"
         )
     words = "this run started from it, and goes on from its own last.pt"
-    digest = digest_of(path) if path.is_file() else None
-    if digest is None:
+    now = digest(path.read_bytes()) if path.is_file() else None
+    if now is None:
         words = f"no longer there; not needed, the run goes on from {last}"
-    elif digest != began_from:
+    elif now != began_from:
         raise UserError(
             f"--weights {path} is not the file that the run in {last.parent} started from "
-            f"(SHA-256 {digest}…, then {began_from}…): give that one, or another --out"
+            f"(SHA-256 {now}…, then {began_from}…): give that one, or another --out"
         )
-    return Origin(path, began_from, config, words)
+    return Origin(path, began_from, saved["config"], words)
 
 
 def start_world(origin: Origin, image: int, patch: int, pixels: float) -> CheXWorld:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
@@ -34,21 +34,10 @@ def test_auroc_is_scikit_learns_ties_included(levels):
         assert metrics.auroc(torch.tensor(scores), torch.tensor(labels)) == truth
 
 
-def test_auroc_without_one_class_is_nan_and_left_out_of_the_mean():
+def test_auroc_without_one_class_is_nan():
     assert np.isnan(metrics.auroc([0.1, 0.2], [1, 1]))
     assert np.isnan(metrics.auroc([0.1, 0.2], [0, 0]))
     assert np.isnan(metrics.auroc([0.1, float("nan"), 0.3], [0, 1, 1]))
-    mean, each = metrics.mean_auroc([[1, 0.0], [2, 0.1], [3, 0.2]], [[0, 0], [1, 0], [1, 0]])
-    assert mean == 1.0 and each[0] == 1.0 and np.isnan(each[1])
-    assert np.isnan(metrics.mean_auroc([[1.0]], [[1]])[0])
-
-
-def test_mean_auroc_is_the_macro_average():
-    rng = np.random.default_rng(0)
-    scores = rng.random((60, 5))
-    labels = rng.integers(0, 2, (60, 5))
-    truth = roc_auc_score(labels, scores, average="macro")
-    assert metrics.mean_auroc(scores, labels)[0] == pytest.approx(truth)
 
 
 def test_weighted_auroc_is_that_of_repeated_rows():
@@ -93,14 +82,6 @@ def test_bootstrap_gives_no_interval_where_draws_lack_a_class_or_patients():
 
     assert np.isnan(metrics.bootstrap(share, np.arange(50))).all()  # 13 % of draws lack both
     assert np.isnan(metrics.bootstrap(lambda w: w.sum(0)[:, None], [0, 1] * 25)).all()
-
-
-def test_accuracy_is_scikit_learns():
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(80, 3))
-    labels = rng.integers(0, 3, 80)
-    truth = accuracy_score(labels, logits.argmax(1))
-    assert metrics.accuracy(logits, labels) == pytest.approx(truth)
 
 
 def test_dice_is_the_f1_of_pixels_and_decides_empty_masks():
@@ -215,9 +196,9 @@ def test_films_whose_label_is_not_known_count_neither_in_the_probe_nor_in_its_au
     scores = test @ weight + bias
     known = np.arange(40) % 2 == 0
     truth = np.stack([np.where(known, test_y, np.nan), np.full(40, np.nan)], 1)
-    value, areas = metrics.mean_auroc(scores, truth)
-    assert value == areas[0] == pytest.approx(roc_auc_score(test_y[known], scores[known, 0]))
-    assert np.isnan(areas[1])
+    area = metrics.auroc(scores[:, 0], truth[:, 0])
+    assert area == pytest.approx(roc_auc_score(test_y[known], scores[known, 0]))
+    assert np.isnan(metrics.auroc(scores[:, 1], truth[:, 1]))
     nothing = metrics.linear_probe(train, np.full(90, np.nan), val, val_y, test)
     assert (nothing == 0).all()
 
