@@ -159,13 +159,11 @@ def rows_of(table, films, said=lambda row: None, split="test"):
         print(f"table {table}: {len(numbers)} of {len(rows)} rows, column {column}", flush=True)
     found = {}
     absent = 0
-    places = Finder(films.names).find([rows[k][film] for k in numbers])
+    names = [rows[k][film] for k in numbers]
+    lines = [sheet.lines[k] for k in numbers]
+    places = Finder(films.names).find_one(names, sheet.path, lines)
     for k, place in zip(numbers, places, strict=True):
         absent += not place.films
-        if len(place.films) > 1:
-            first, second = (films.names[i] for i in place.films[:2])
-            name = rows[k][film]
-            sheet.refuse(k, f"{name} fits both {first} and {second}: write more of the path")
         for i in place.films:
             if said(found.setdefault(i, rows[k])) != said(rows[k]):
                 sheet.refuse(k, f"{rows[k][film]} stands twice, and differs: keep one row")

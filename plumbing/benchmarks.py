@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from plumbing.film import UnreadableFilm, film_size, read_mask
-from plumbing.folder import MASK_FOLDER, Index
+from plumbing.film import EMPTY_MASK, UnreadableFilm, film_size, read_mask
+from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.own_table import read_own_table, target_of
 from plumbing.splits import Example, Splits, complete, disjoint
@@ -409,10 +409,9 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
 def every_film(index, kind, labels) -> Found:
     """All films below a folder, of which nothing is known, for a finished model to predict."""
     target = () if kind == "mask" else (None,) * len(labels)
-    films = [name for name in index.films if not MASK_FOLDER.search(name)]
-    if not films:
+    if not index.unmasked:
         raise UserError(f"--data {index.root}: no film below it, so there is nothing to predict")
-    rows = [Row(name, target, path=index.root / name) for name in films]
+    rows = [Row(name, target, path=index.root / name) for name in index.unmasked]
     notes = [f"test: all {len(rows)} films below the folder, of which no label is known"]
     return Found({"test": rows}, notes, kind=kind, labels=labels)
 
@@ -422,7 +421,7 @@ def find_films(index, own) -> tuple[list[Path], list[str]]:
 
     UserError with the count when films are not there.
     """
-    films = [name for name in index.films if not MASK_FOLDER.search(name)]
+    films = index.unmasked
     numbers, notes = own.locate(films)
     paths = []
     absent = []
@@ -465,7 +464,7 @@ def find_masks(index, own, paths) -> list[tuple | None]:
         if name is None:
             masks.append(None)
         elif not name:
-            masks.append(("boxes", (), None))
+            masks.append(EMPTY_MASK)
         elif len(found) == 1:
             masks.append(("file", found[0]))
         else:

@@ -466,6 +466,9 @@ def film_size(path) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------- masks
+EMPTY_MASK = ("boxes", (), None)  # of no boxes, as read_mask takes it
+
+
 def read_mask(mask: tuple, film_path, shape=None) -> np.ndarray:
     """Read or draw the mask of a film → bool (H, W), to be squeezed to a square as the film is.
 

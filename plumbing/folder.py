@@ -13,7 +13,7 @@ from pathlib import Path
 from plumbing.checkpoint import go_on_without, write_text
 from plumbing.film import looks_like_film
 from plumbing.launch import UserError
-from plumbing.table import read_list, read_table, without_suffix
+from plumbing.table import Finder, as_path, read_list, read_table, tail_of
 
 # Folders of thumbnails and deleted files that macOS, Windows and network disks leave behind.
 NO_FILMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
@@ -181,14 +181,8 @@ def read_listing(root: Path, cache: Path) -> dict | None:
         is_whole = all(isinstance(listing[name], list) for name in ("films", "others"))
         is_whole &= all(isinstance(listing[name], dict) for name in ("folders", "skipped"))
         return listing if is_whole and listing["root"] == str(root.resolve()) else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # no cache, or another version's
-        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # no cache, or another version's
 
 
 def is_current(root: Path, listing: dict) -> bool:
@@ -206,8 +200,7 @@ def describe_skipped(skipped: dict[str, str]) -> list[str]:
     lines = []
     for why in sorted(set(skipped.values())):
         names = [name for name, reason in skipped.items() if reason == why]
-        more = ", …" if len(names) > 5 else ""
-        lines.append(f"skipped, {why}: {len(names):,}: {', '.join(names[:5])}{more}")
+        lines.append(f"skipped, {why}: {len(names):,}: {first_few(names)}")
     return lines
 
 
@@ -221,19 +214,22 @@ def describe_odd_names(names: list[str]) -> list[str]:
             odd.append(name)
     if not odd:
         return []
-    more = ", …" if len(odd) > 5 else ""
-    return [
-        f"names that are not UTF-8: {len(odd):,}, read and written so: {', '.join(odd[:5])}{more}"
-    ]
+    return [f"names that are not UTF-8: {len(odd):,}, read and written so: {first_few(odd)}"]
+
+
+def first_few(names: list[str]) -> str:
+    """The first five names, and a sign that there are more."""
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 # ---------------------------------------------------------------- files and films by name
 class Index:
     """The files below a folder, but for hidden ones, found by name.
 
-    names: sorted paths relative to `root`; films: those of them that look like films; notes: lines
-    on what was skipped, is odd, or has changed. cache: a JSON file that spares the next walk as
-    long as nothing changes below root.
+    names: sorted paths relative to `root`; films: those of them that look like films; unmasked:
+    the films that lie in no folder of masks or annotations; notes: lines on what was skipped, is
+    odd, or has changed. cache: a JSON file that spares the next walk as long as nothing changes
+    below root.
     """
 
     def __init__(self, root, cache=None):
@@ -242,7 +238,8 @@ class Index:
         self.films = listing["films"]
         self.names = sorted(self.films + listing["others"])
         self.notes += describe_skipped(listing["skipped"]) + describe_odd_names(self.names)
-        self.by_tail = {}  # {depth: table of tails()}
+        self.unmasked = [name for name in self.films if not MASK_FOLDER.search(name)]
+        self.finder = Finder(self.unmasked)
 
     def files(self, *names: str) -> list[Path]:
         """Paths of the files with one of these names, in the order of the names."""
@@ -251,36 +248,13 @@ class Index:
             found += [self.root / path for path in self.names if os.path.basename(path) == name]
         return found
 
-    def tails(self, depth: int) -> dict[str, list[str]]:
-        """{the last `depth` parts of a film's path, without suffix: the films that end so}.
-
-        Pictures in folders of masks or annotations are no films.
-        """
-        if depth not in self.by_tail:
-            table = {}
-            for path in self.films:
-                if not MASK_FOLDER.search(path):
-                    tail = "/".join(path.split("/")[-depth:])
-                    table.setdefault(without_suffix(tail), []).append(path)
-            self.by_tail[depth] = table
-        return self.by_tail[depth]
-
-    def candidates(self, name: str, depth: int) -> list[str]:
-        """Films that `name` may mean by its last `depth` parts."""
-        parts = name.replace("\\", "/").removeprefix("./").split("/")[-depth:]
-        tail = "/".join(parts)
-        found = self.tails(len(parts)).get(without_suffix(tail), [])
-        same = [path for path in found if path == tail]
-        same_suffix = [path for path in found if f"/{path}".endswith(f"/{tail}")]
-        return same or same_suffix or found
-
     def find(self, names, depth: int = 1, what: str = "the lists") -> list[Path]:
         """Find the film of every name, with or without suffix, by its last `depth` parts.
 
         UserError with the count when a film is absent, or when a name fits several. what: who names
         the films, for the message.
         """
-        found = [self.candidates(name, depth) for name in names]
+        found = [self.finder.ending(tail_of(as_path(name), depth)) for name in names]
         absent = [name for name, films in zip(names, found, strict=True) if not films]
         if absent:
             raise UserError(
@@ -289,11 +263,12 @@ class Index:
             )
         for films in found:
             if len(films) > 1:
+                first, second = (self.unmasked[i] for i in films[:2])
                 raise UserError(
-                    f"{self.root}: one film name, several files ({films[0]}, {films[1]}): "
+                    f"{self.root}: one film name, several files ({first}, {second}): "
                     "point --data at one copy, or write the path in the list"
                 )
-        return [self.root / films[0] for films in found]
+        return [self.root / self.unmasked[i] for i, *_ in found]
 
     def lists(self, *patterns: str, need=("train", "test")) -> dict:
         """Read split lists such as 'Xray14_{}_official.txt' → {split: [(name, numbers)]}.

@@ -124,12 +124,7 @@ def read_patient_table(path, films: list[str]) -> tuple[dict[str, str], str]:
         raise UserError(f"{path}: no column patient_id; its columns are {', '.join(sheet.cells)}")
     patients = read_patients(sheet, column)
     found = {}
-    for row, place in enumerate(Finder(films).find(names)):
-        if len(place.films) > 1:
-            first, second = (films[i] for i in place.films[:2])
-            sheet.refuse(
-                row, f"{names[row]} fits both {first} and {second}: write more of the path"
-            )
+    for row, place in enumerate(Finder(films).find_one(names, path, sheet.lines)):
         for i in place.films:
             if found.setdefault(films[i], patients[row]) != patients[row]:
                 sheet.refuse(row, f"{names[row]} has another patient in a row above")
@@ -248,14 +243,8 @@ class OwnTable:
         odd = {"in other folders than they say": [], "with another suffix": []}
         odd["with other small and large letters"] = []
         elsewhere, suffix, case = odd.values()
-        places = Finder(films).find(self.films)
-        for name, line, place in zip(self.films, self.lines, places, strict=True):
-            if len(place.films) > 1:
-                first, second = (films[i] for i in place.films[:2])
-                raise UserError(
-                    f"{self.path}, line {line}: {name} fits both {first} and {second}: write more "
-                    "of the path"
-                )
+        places = Finder(films).find_one(self.films, self.path, self.lines)
+        for name, place in zip(self.films, places, strict=True):
             found.append(place.films[0] if place.films else -1)
             if not place.films:
                 continue

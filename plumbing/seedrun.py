@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 
 from plumbing import checkpoint
+from plumbing.film import EMPTY_MASK
 from plumbing.folder import in_threads
 from plumbing.launch import UserError
 from plumbing.splits import Splits
 from plumbing.table import plain
-
-EMPTY = ("boxes", (), None)  # a mask of no boxes, as film.read_mask takes it
 
 
 def choose_out(args) -> Path:
@@ -130,7 +129,7 @@ def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:
     unknown = frozenset(i for i, film in enumerate(test) if kind == "mask" and not film.mask)
     if unknown:
         notes.append(f"masks: those of {len(unknown)} of {len(test)} films are not known: no Dice")
-    test = [film._replace(mask=EMPTY) if i in unknown else film for i, film in enumerate(test)]
+    test = [film._replace(mask=EMPTY_MASK) if i in unknown else film for i, film in enumerate(test)]
     of_model = dict(kind=kind, labels=classes, notes=notes)
     return dataclasses.replace(splits, train=[], val=[], test=test, **of_model), unknown
 

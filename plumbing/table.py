@@ -298,13 +298,29 @@ class Finder:
                 places[row] = Place([i], is_elsewhere=True)
         return places
 
+    def find_one(self, names, table, lines) -> list[Place]:
+        """The same, of a table's rows. UserError, with its line, when one fits several films."""
+        places = self.find(names)
+        for name, line, place in zip(names, lines, places, strict=True):
+            if len(place.films) > 1:
+                first, second = (self.films[i] for i in place.films[:2])
+                raise UserError(
+                    f"{table}, line {line}: {name} fits both {first} and {second}: write more of "
+                    "the path"
+                )
+        return places
+
+    def ending(self, path: str) -> list[int]:
+        """The films whose path ends with `path`, folder by folder."""
+        found = self.tails(path.count("/") + 1).get(key_of(path), [])
+        return self.closest(found, path)
+
     def fitting(self, path: str) -> list[int]:
         """The films whose path ends with `path`, or with whose path `path` ends."""
-        depth = path.count("/") + 1
-        found = self.tails(depth).get(key_of(path), [])
+        found = self.ending(path)
         if found:
-            return self.closest(found, path)
-        for shorter in range(depth - 1, 0, -1):
+            return found
+        for shorter in range(path.count("/"), 0, -1):
             tail = tail_of(path, shorter)
             found = self.tails(shorter).get(key_of(tail), [])
             whole = [i for i in found if self.parts[i] == shorter]
@@ -315,10 +331,9 @@ class Finder:
     def with_name(self, path: str) -> list[int]:
         """The films that have at least the last part of `path` in common with it."""
         for depth in range(path.count("/"), 0, -1):
-            tail = tail_of(path, depth)
-            found = self.tails(depth).get(key_of(tail), [])
+            found = self.ending(tail_of(path, depth))
             if found:
-                return self.closest(found, tail)
+                return found
         return []
 
     def closest(self, found: list[int], tail: str) -> list[int]:
