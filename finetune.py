@@ -566,6 +566,20 @@ def test(model, task: TaskData, args, folder: Path, team) -> dict:
 
 
 # ---- Main
+def find_examples(args: Config, root, out, team, trained=None):
+    """Find the films and labels of the task. → Splits; arguments: see benchmarks.load_task"""
+    return load_task(
+        args.task,
+        root,
+        table=args.labels,
+        shots=args.shots,
+        column=args.column,
+        cache=out / "films.json" if team.lead else None,
+        uncertain=args.uncertain,
+        trained=trained,
+    )
+
+
 def open_task(args: Config, splits, size, root, team) -> TaskData:
     """Open the test films of a task, and the validation films where something is trained."""
     total = sum(counts["films"] for counts in splits.counts().values())
@@ -583,10 +597,8 @@ def open_task(args: Config, splits, size, root, team) -> TaskData:
 def test_finished(args: Config, weights, root, out, team):
     """--eval: test best.pt on a task's test films, on a table's, or on all films of a folder."""
     saved = seedrun.load_best(weights)
-    cache = out / "films.json" if team.lead else None
     trained = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
-    own = (args.labels, args.shots, args.column, cache, args.uncertain)
-    splits = load_task(args.task, root, *own, trained)
+    splits = find_examples(args, root, out, team, trained)
     splits, without_truth = seedrun.fit_to_model(splits, saved, weights)
     team.say(results.describe_weights(weights, "as asked", saved["config"]))
     team.say(results.describe_task(root, splits))
@@ -619,9 +631,7 @@ def main():
         return team.leave()
 
     # ---- 3. The films of the task: no patient is in two of the three splits.
-    cache = out / "films.json" if team.lead else None
-    own = (args.labels, args.shots, args.column, cache, args.uncertain)
-    splits = load_task(args.task, root, *own)
+    splits = find_examples(args, root, out, team)
     shape = encoder_shape(args, weights, team.say)
     team.say(results.describe_weights(weights, why, shape))
     team.say(results.describe_task(root, splits))

@@ -5,7 +5,6 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 --out (`finish`). Synthetic films are of patients that no demo was trained on.
 """
 
-import csv
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +23,6 @@ from plumbing.checkpoint import (
     load_checkpoint,
     newest_run,
     read_json,
-    replace_with,
     weights_in,
     write_json,
 )
@@ -70,19 +68,6 @@ def finish(args, result, words, **pages):
     files = [f"{out}/{name}.png" for name in pages] + [f"numbers {out}/result.json"]
     print(words)
     print(", ".join(files))
-
-
-def write_csv(path, header, rows):
-    """Write a CSV file, atomically, row by row. Spelling as in checkpoint.write_text."""
-
-    def write(temporary):
-        utf8 = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-        with open(temporary, "w", **utf8) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(rows)
-
-    replace_with(path, write)
 
 
 # ---------------------------------------------------------------- weights

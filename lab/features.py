@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from lab import common
-from plumbing.checkpoint import explain_writing, replace_with
+from plumbing.checkpoint import explain_writing, replace_with, write_csv
 from plumbing.launch import flag, run_script
 from plumbing.weights import load_encoder
 
@@ -97,7 +97,7 @@ def write_files(out: Path, names, mean, cells) -> list[str]:
         print(f"no cells.csv, which would hold {cells.size:,} numbers: features.npz has them")
     for file, (columns, table) in tables.items():
         rows = ([name, *(f"{v:.7g}" for v in row)] for name, row in zip(names, table, strict=True))
-        common.write_csv(out / file, ["filename", *columns], rows)
+        write_csv(out / file, ["filename", *columns], rows)
     return ["features.npz", *tables]
 
 

@@ -36,6 +36,8 @@ from lab.features import describe
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
 from plumbing.own_table import Labels
+from plumbing.results import percent
+from plumbing.splits import patients_of
 from plumbing.weights import load_encoder, make_vit
 
 RANDOM = "random initialisation"
@@ -93,9 +95,8 @@ def seen_words(learnt, table: Labels, films) -> str:
         return "films that were in the encoder's pre-training have been seen, unlabelled"
     where = table.locate(films)
     is_there = where >= 0
-    patients = np.array(films.names, object)
-    patients[where[is_there]] = np.array(table.patients)[is_there]
-    is_seen = seen_by(learnt, films, patients.astype(str))[where[is_there]]
+    patients = patients_of(films, [table], [where])
+    is_seen = seen_by(learnt, films, patients)[where[is_there]]
     is_test = table.split[is_there] == "test"
     words = [
         f"{is_seen[part].sum():,} of {part.sum():,} films of {name}"
@@ -232,7 +233,7 @@ def judge(scores: dict, truth, patients, pairs) -> dict:
 
 def in_percent(row):
     """(value, low, high) → value in percent, [low, high] in percent; None where undefined."""
-    value, low, high = (None if np.isnan(number) else 100 * number for number in row)
+    value, low, high = map(percent, row)
     return value, None if low is None else [low, high]
 
 

@@ -29,6 +29,7 @@ from data import open_films
 from lab import common
 from model import take
 from plumbing import phantom, pictures
+from plumbing.checkpoint import write_csv
 from plumbing.findings import LABEL, Sheet, answer_or_negative, is_unsaid, merge_spellings
 from plumbing.keys import SURPRISE, numpy_rng
 from plumbing.launch import UserError, flag, run_script
@@ -274,7 +275,7 @@ def planted(args, count=100):
             rows.append([name, kind])
         path = (reference if kind == "reference" else archive) / name
         pictures.save(Image.fromarray(planted_film(args.seed, i, kind)), path)
-    common.write_csv(table, ["filename", "label"], rows)  # last: with it the films are complete
+    write_csv(table, ["filename", "label"], rows)  # last: with it the films are complete
     return args
 
 
@@ -351,7 +352,7 @@ def write_table(path, names, scores, unreadable):
         numbers += [scores[key][2][i] for key in keys[1:]]
         rows.append([names[i], *(f"{v:.4f}" for v in numbers), ""])
     header = ["film", "p", *keys, *(f"p of {key}" for key in keys[1:]), "note"]
-    common.write_csv(path, header, rows)
+    write_csv(path, header, rows)
 
 
 def result_words(result, out):

@@ -80,10 +80,25 @@ def save_atomic(obj, path):
     replace_with(path, write)
 
 
+# How our text files are written; what is no UTF-8, in a file name, is spelt \\udcf6.
+UTF8 = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+
+
 def write_text(path, text: str):
-    """Write a text file in UTF-8, atomically; what is none, in a file name, is spelt \\udcf6."""
-    utf8 = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
-    replace_with(path, lambda file: Path(file).write_text(text, **utf8))
+    """Write a text file in UTF-8, atomically."""
+    replace_with(path, lambda file: Path(file).write_text(text, **UTF8))
+
+
+def write_csv(path, header, rows):
+    """Write a CSV file in UTF-8, atomically, row by row."""
+
+    def write(temporary):
+        with open(temporary, "w", **UTF8) as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(header)
+            table.writerows(rows)
+
+    replace_with(path, write)
 
 
 def write_json(path, obj):

@@ -260,10 +260,8 @@ def read_dicom(path, has_header: bool) -> np.ndarray:
         values = apply_color_lut(values, data)
     if values.ndim == 3:
         values = values if values.dtype == np.uint8 else stretch(values)
-        film = np.asarray(Image.fromarray(values).convert("L"))
-    else:
-        film = show(data, values)
-    return film
+        return np.asarray(Image.fromarray(values).convert("L"))
+    return show(data, values)
 
 
 def show(data, values: np.ndarray) -> np.ndarray:

@@ -87,9 +87,6 @@ def run_script(main):
     1 after an error; 128 + its number after a signal, 130 for Ctrl-C and 143 for SIGTERM.
     """
     consoles = sys.stdout, sys.stderr
-    for console in consoles:
-        if hasattr(console, "reconfigure"):  # a name that the console cannot show is spelt out
-            console.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = map(Console, consoles)
     handlers = catch_signals()
     try:

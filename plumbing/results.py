@@ -4,8 +4,6 @@ A row is what finetune.predict says of one film: the logits (c,) or, for segment
 there is a true mask, loss).
 """
 
-import csv
-import io
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ from PIL import Image
 
 from plumbing import metrics, pictures
 from plumbing.benchmarks import TASKS
-from plumbing.checkpoint import replace_with, write_json, write_text
+from plumbing.checkpoint import replace_with, write_csv, write_json
 from plumbing.film import film_size
 from plumbing.launch import UserError
 from plumbing.splits import SPLITS, Splits, class_warnings, tally
@@ -197,14 +195,12 @@ def write_predictions(folder: Path, task, rows: dict):
     film (below --data), patient, the probability of each class, and what is true where it is known:
     true_<class>. Of segmentation: dice, and has_mask, whether the film has a true mask.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     columns = ["dice", "has_mask"]
     if task.kind != "mask":
         taken = ("film", "patient")
         columns = [f"class {name}" if name in taken else name for name in task.labels]
         columns += [f"true_{name}" for name in task.labels]
-    table.writerow(["film", "patient", *columns])
+    lines = []
     for i, row in rows.items():
         example = task.films["test"].examples[i]
         if task.kind == "mask":
@@ -213,8 +209,8 @@ def write_predictions(folder: Path, task, rows: dict):
             # csv writes all digits, without which films near 1 would tie, and None, what is not
             # known, as an empty cell.
             cells = [*probabilities(task.kind, row).tolist(), *example.target]
-        table.writerow([name_of(example.path, task.root), example.patient, *cells])
-    write_text(folder / "predictions.csv", text.getvalue())
+        lines.append([name_of(example.path, task.root), example.patient, *cells])
+    write_csv(folder / "predictions.csv", ["film", "patient", *columns], lines)
 
 
 def name_of(path: Path, root: Path) -> str:
