@@ -112,8 +112,6 @@ def check(args: Config):
     is_scratch = args.weights == "none"
     for is_wrong, message in (
         (not 0 < args.fraction <= 1, "--fraction must be above 0 and at most 1"),
-        (args.seeds < 1, "--seeds must be at least 1"),
-        (args.shots is not None and args.shots < 1, "--shots must be at least 1"),
         (args.shots and args.fraction < 1, "--shots does not go with --fraction"),
         (args.eval and args.weights in (None, "none"), "--eval needs --weights FILE, a best.pt"),
         (args.size and not is_scratch, "--size is for --weights none: other weights fix it"),

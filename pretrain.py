@@ -52,9 +52,6 @@ RECIPES = {
 # The file of --weights is compared by its content, so it may move.
 FREE = {"data", "out", "weights", "max_steps", "probe", "patients", "device", "workers", "micro",
         "compile", "checkpointing", "log_every", "save_every"}
-# The smallest value that each setting may have.
-LEAST = dict(batch=1, micro=1, epochs=1, max_steps=1, image=1, patch=1, phantoms=1, log_every=1,
-             save_every=1, warmup=0, holdout=0, workers=0)
 # fmt: on
 
 
@@ -157,10 +154,6 @@ def fill_in(args, origin=None):
     recipe["warmup"] *= min(1, epochs / recipe["epochs"])
     left_open = {name: value for name, value in recipe.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **left_open)
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
     if args.warmup >= args.epochs:
         raise UserError(
             f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}: "

@@ -105,7 +105,6 @@ class Config:
 
 # A run goes on only with the same of these, the same world and the same films.
 RECIPE = ("mode", "size", "channels", "steps", "batch", "lr", "seed", "precision")
-LEAST = dict(channels=1, steps=1, batch=1, films=2, samples=1, ddim=1, log_every=1, save_every=1)
 
 
 # ---------------------------------------------------------------- diffusion
@@ -461,9 +460,8 @@ def fill_in(args, run, device):
     args = dataclasses.replace(args, precision=precision, **left_open)
     if not args.data:
         raise UserError(f"--data: a folder of films is wanted; none is named beside {args.weights}")
-    for name, least in LEAST.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: at least {least} is wanted")
+    if args.films < 2:
+        raise UserError(f"--films {args.films}: at least 2 are wanted")
     if args.size < 16 or args.size % 8:
         raise UserError(f"--size {args.size}: a multiple of 8, at least 16 is wanted")
     return args

@@ -755,9 +755,6 @@ def main(argv=None):
     args = parse(Config, __doc__, argv, prog="python -m plumbing.phantom")
     if not 64 <= args.size <= 512:
         raise UserError(f"--size {args.size}: must be 64 to 512")
-    for name in ("count", "workers"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     path = write_phantoms(args.out, args.count, args.size, args.seed, args.workers)
     print(f"wrote {path}")
 

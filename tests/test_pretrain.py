@@ -376,8 +376,6 @@ def test_ten_epochs_of_the_films_recipe_come_to_their_peak_and_down_again(films,
 @pytest.mark.parametrize(
     "setting, words",
     [
-        (dict(batch=0), "--batch 0: must be at least 1"),
-        (dict(holdout=-1), "--holdout -1: must be at least 0"),
         (dict(patch=7), "--image 64 is not a multiple of --patch 7"),
         (dict(image=24), "at least 4 × 4"),
         (dict(data="films", epochs=10, warmup=40), "--warmup 40 must be less than --epochs 10"),
@@ -389,6 +387,12 @@ def test_ten_epochs_of_the_films_recipe_come_to_their_peak_and_down_again(films,
 def test_settings_that_cannot_work(setting, words):
     with pytest.raises(UserError, match=words):
         pretrain.fill_in(pretrain.Config(**setting))
+
+
+@pytest.mark.parametrize("words", ["--batch 0", "--phantoms 0", "--holdout -1", "--workers -1"])
+def test_numbers_that_no_run_can_use(words):
+    with pytest.raises(UserError, match=f"{words}: must be"):
+        launch.parse(pretrain.Config, "", words.split())
 
 
 # ---- One step

@@ -61,7 +61,7 @@ def test_ablation_table_by_hand(tmp_path):
     "words, says",
     [
         (["--rows", "locale"], "any of"),
-        (["--seeds", "0"], "at least 1 seed"),
+        (["--seeds", "0"], "--seeds 0.*: must be above 0"),
         (["--probe", "a/t.csv,b/t.csv", "--data", "films"], "two tables of one name"),
         (["trian"], "say train or compare"),
         (["train", "--tasks", "locall"], "any of local,global,domain"),
