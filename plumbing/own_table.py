@@ -240,22 +240,18 @@ class OwnTable:
         UserError when a row fits several films. Notes: what does not fit quite as it is written.
         """
         found = []
-        odd = {"in other folders than they say": [], "with another suffix": []}
-        odd["with other small and large letters"] = []
-        elsewhere, suffix, case = odd.values()
+        odd = {}  # {how films differ from what is written: [which]}
         places = Finder(films).find_one(self.films, self.path, self.lines)
         for name, place in zip(self.films, places, strict=True):
             found.append(place.films[0] if place.films else -1)
             if not place.films:
                 continue
-            written = as_path(name).rpartition("/")[2]
-            real = films[found[-1]].rpartition("/")[2]
+            film = films[found[-1]]
+            real = film.rpartition("/")[2]
             if place.is_elsewhere:
-                elsewhere.append(f"{name} is {films[found[-1]]}")
-            elif without_suffix(written) != without_suffix(real):
-                case.append(f"{name} is {real}")
-            elif written not in (real, without_suffix(real)):
-                suffix.append(f"{name} is {real}")
+                odd.setdefault("in other folders than they say", []).append(f"{name} is {film}")
+            elif how_spelt(name, real):
+                odd.setdefault(how_spelt(name, real), []).append(f"{name} is {real}")
         notes = [f"{len(names)} films {how}: {names[0]}" for how, names in odd.items() if names]
         return np.array(found, int), notes
 
@@ -303,6 +299,14 @@ class OwnTable:
                 )
 
 
+def how_spelt(name: str, real: str) -> str:
+    """Say how a row's name of a film differs from the file's name; "" where it does not."""
+    written = as_path(name).rpartition("/")[2]
+    if without_suffix(written) != without_suffix(real):
+        return "with other small and large letters"
+    return "" if written in (real, without_suffix(real)) else "with another suffix"
+
+
 def read_own_table(
     path, column=None, uncertain="ignore", trained=None, can_be_mask=True
 ) -> OwnTable:
@@ -327,9 +331,20 @@ def read_own_table(
     patients = read_patients(sheet, patient) if patient else None
     notes = [*goal.notes, *sheet.notes, *left_out(sheet, films, goal)]
     notes.append(f"split: column {split}" if split else "split: none in the CSV")
-    about = (sheet.path, goal.kind, goal.labels, notes, patient)
-    rows = (films, goal.targets, goal.masks, patients, splits, sheet.lines)
-    return OwnTable(*about, *rows, goal.against).known()
+    return OwnTable(
+        path=sheet.path,
+        kind=goal.kind,
+        labels=goal.labels,
+        notes=notes,
+        patient_column=patient,
+        films=films,
+        targets=goal.targets,
+        masks=goal.masks,
+        patients=patients,
+        splits=splits,
+        lines=sheet.lines,
+        against=goal.against,
+    ).known()
 
 
 def left_out(sheet: Sheet, films, goal: Goal) -> list[str]:
