@@ -214,7 +214,14 @@ def draw_phantoms(args, team):
 def open_tables(args, films, team):
     """Read the label tables of --probe, and say what counts. UserError when one cannot be used."""
     tables = []
-    for path in args.probe.split(",") if args.probe else ():
+    paths = args.probe.split(",") if args.probe else []
+    names = [Path(path).stem for path in paths]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"--probe {args.probe}: two tables of one name, by which result.json knows them: "
+            "rename one"
+        )
+    for path in paths:
         tables.append(Labels(path).complete(films))
         team.say(tables[-1].describe())
     return tables
@@ -388,6 +395,11 @@ def go_on(out, recipe, world, optimizer, team):
     """Load last.pt, where an earlier run in this folder stopped. → steps done before, 0 for none"""
     parts = {"world": world, "optimizer": optimizer}
     saved = checkpoint.resume(out / "last.pt", recipe, parts)
+    if saved is None and (out / "encoder.pt").exists():
+        raise UserError(
+            f"{out}/encoder.pt is of a run whose last.pt is gone: this run would write over it; "
+            "choose another --out, or move it away"
+        )
     start = saved["step"] if saved else 0
     if not team.agrees_on(start):
         raise UserError(

@@ -204,8 +204,10 @@ def read_index(path) -> bytes:
     """The bytes of a packed file's index, found by its footer and compared with their checksum."""
     try:
         with open(path, "rb") as file:
-            file.seek(-FOOTER.size, os.SEEK_END)
-            start, size, checksum, magic = FOOTER.unpack(file.read())
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - FOOTER.size))
+            footer = file.read().rjust(FOOTER.size, b"\0")  # a shorter file has none
+            start, size, checksum, magic = FOOTER.unpack(footer)
             if magic == MAGIC:
                 file.seek(start)
                 index = file.read(size)
@@ -213,8 +215,8 @@ def read_index(path) -> bytes:
         raise UserError(f"{path}: not a packed file ({error})") from None
     if magic != MAGIC or zlib.crc32(index) != checksum:
         raise UserError(
-            f"{path}: not a packed file, or one cut short: delete it and make it again with "
-            "python data.py pack"
+            f"{path}: not a packed file, which python data.py pack makes, or one cut short; "
+            "a folder of films or a whole packed file is wanted"
         )
     return index
 

@@ -280,6 +280,20 @@ def test_bad_input_is_one_clear_line(films, reference, tmp_path):
     refused(other, "another recipe", "lr 0.0002 → 0.0005")
 
 
+def test_weights_whose_last_pt_is_gone_are_not_written_over(tmp_path):
+    team = launch.Team(0, 1, torch.device("cpu"))
+    assert pretrain.go_on(tmp_path, {}, None, None, team) == 0
+    (tmp_path / "encoder.pt").write_bytes(b"of an hour of training")
+    with pytest.raises(UserError, match="encoder.pt is of a run whose last.pt is gone"):
+        pretrain.go_on(tmp_path, {}, None, None, team)
+
+
+def test_two_tables_of_one_name_are_refused_since_one_would_hide_the_other():
+    args = pretrain.Config(probe="hospital_a/labels.csv,hospital_b/labels.csv")
+    with pytest.raises(UserError, match="two tables of one name"):
+        pretrain.open_tables(args, None, None)
+
+
 def test_phantoms_of_another_seed_or_image_are_no_others(tmp_path):
     """A start ended before its first checkpoint; another one comes into the same folder."""
     team = launch.Team(0, 1, torch.device("cpu"))
