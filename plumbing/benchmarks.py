@@ -22,7 +22,7 @@ from plumbing.film import EMPTY_MASK, UnreadableFilm, film_size, read_mask
 from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.own_table import read_own_table, target_of
-from plumbing.splits import Example, Splits, complete, disjoint
+from plumbing.splits import Example, Splits, complete, disjoint, warn_of_copies
 from plumbing.table import (
     MISSING,
     NO,
@@ -628,7 +628,8 @@ def load_task(
         raise UserError(
             f"{root}: {' and '.join(empty)} is empty: too few films or patients for task {name}"
         )
-    notes = [*found.notes, *drawn, *dropped, *index.notes]
+    copies = warn_of_copies(parts) if name == "csv" and not trained else []
+    notes = [*found.notes, *drawn, *dropped, *copies, *index.notes]
     how = dict(notes=notes, drawn=found.drawn, against=found.against)
     return Splits(name, kind, labels, **parts, **how)
 

@@ -1,5 +1,6 @@
 """Which films are learnt from, chosen on and judged on, so that no patient is on two sides."""
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,6 +181,48 @@ def disjoint(parts: dict) -> tuple[dict, list[str]]:
             home[example.path] = split
     refuse_shared_patients(kept)
     return kept, notes
+
+
+def warn_of_copies(parts: dict) -> list[str]:
+    """Warn when films of two splits are one file under two names, as in collections of sets.
+
+    Of films, only those of equal size are opened, and only those that begin alike are read whole.
+    """
+    groups = [[(split, example.path) for split in parts for example in parts[split]]]
+    for look in (size_of, beginning_of, content_of):
+        finer = []
+        for films in groups:
+            alike = {}
+            for split, path in films:
+                alike.setdefault(look(path), []).append((split, path))
+            finer += alike.values()
+        groups = [films for films in finer if len({split for split, _ in films}) > 1]
+    if not groups:
+        return []
+    first = " and ".join(f"{path.name} ({split})" for split, path in groups[0])
+    return [f"warning: {len(groups)} films are in two splits under different names: {first}, ..."]
+
+
+def size_of(path):
+    """The size of a file, bytes; of one that cannot be read its path, which equals no other."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return path
+
+
+def content_of(path, count=None):
+    """The digest of a file's first `count` bytes, of all without; see size_of."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read(count)).digest()
+    except OSError:
+        return path
+
+
+def beginning_of(path):
+    """The digest of a film's beginning, which tells most films apart; see size_of."""
+    return content_of(path, 65536)
 
 
 def unite_repeated(examples: list[Example], split: str) -> dict[Path, Example]:

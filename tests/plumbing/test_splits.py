@@ -17,6 +17,7 @@ from plumbing.splits import (
     disjoint,
     draw_few,
     hold_out_films,
+    warn_of_copies,
 )
 
 
@@ -119,6 +120,22 @@ HUNDRED = [example(f"{k}.png", (int(k % 10 == 0), int(k % 3 == 0))) for k in ran
 def test_draws_are_keyed_by_seed(kind):
     drawn = draw_few(HUNDRED, draw=1, **kind)
     assert drawn == draw_few(HUNDRED, draw=1, **kind) != draw_few(HUNDRED, draw=2, **kind)
+
+
+def test_one_film_under_two_names_in_two_splits_is_told(tmp_path):
+    rng = np.random.default_rng(0)
+    contents = [rng.bytes(100_000) for _ in range(4)]
+    contents += [contents[0][:-1] + b"!", contents[1], contents[2][:99_999]]  # one copy: of 1
+    examples = []
+    for k, content in enumerate(contents):
+        (tmp_path / f"{k}.png").write_bytes(content)
+        examples.append(Example(tmp_path / f"{k}.png", (1,), str(k)))
+    examples.append(Example(tmp_path / "gone.png", (1,), "8"))
+    parts = {"train": examples[:4], "val": [], "test": examples[4:]}
+    (note,) = warn_of_copies(parts)
+    assert note.startswith("warning: 1 films are in two splits")
+    assert "1.png (train) and 5.png (test)" in note
+    assert warn_of_copies({"train": examples, "val": [], "test": []}) == []
 
 
 def test_draws_have_the_wanted_size():
