@@ -620,6 +620,8 @@ def load_task(
     wanted = ["test"] if only_test else found.parts
     parts = {split: examples_of(index, found, split, kind, labels) for split in wanted}
     drawn = []
+    if name == "csv":  # what is drawn must not depend on how somebody sorted the rows
+        parts = {split: sorted(films, key=lambda film: film.path) for split, films in parts.items()}
     if not only_test:
         parts, drawn = complete(parts, task.sizes)
     parts, dropped = disjoint(parts)

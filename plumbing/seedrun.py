@@ -82,7 +82,10 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
             "no pre-training run (encoder.pt) under runs/: run pretrain.py, "
             "or give --weights FILE, or --weights none for scratch"
         )
-    return newest, "newest pre-training run under runs/"
+    why = "newest pre-training run under runs/"
+    if (newest.parent / "phantoms").is_dir():
+        why += "; WARNING: the demo's, which has seen no real film; choose others by --weights"
+    return newest, why
 
 
 def load_best(path) -> dict:

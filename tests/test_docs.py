@@ -292,7 +292,7 @@ OUTCOMES = [
 ]
 
 
-@pytest.mark.parametrize("table, outcome", zip(csv_examples(), OUTCOMES, strict=True))
+@pytest.mark.parametrize("table, outcome", list(zip(csv_examples(), OUTCOMES, strict=True)))
 def test_the_example_tables_are_read(table, outcome, tmp_path):
     (tmp_path / "own.csv").write_text(table)
     lines = table.strip().splitlines()

@@ -522,6 +522,16 @@ def csv_tree(root, header, rows):
     return table
 
 
+def test_csv_draws_the_same_splits_whatever_the_order_of_its_rows(tmp_path):
+    rows = [f"{k}.png,{k % 2},p{k}" for k in range(12)]
+    drawn = []
+    for order in (rows, rows[::-1], rows[::2] + rows[1::2]):
+        table = csv_tree(tmp_path, "filename,label,patient_id", order)
+        splits = benchmarks.load_task("csv", tmp_path, table)
+        drawn.append({split: {e.path.name for e in getattr(splits, split)} for split in SPLITS})
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
 def test_csv_names_several_labels_and_keeps_patients_together(tmp_path):
     labels = ["normal", "effusion", "effusion|mass", "No Finding"] * 3
     rows = [f"{k}.png,{labels[k]},p{k // 2}" for k in range(12)]
