@@ -127,7 +127,7 @@ def test_surprise_on_an_odd_film_and_a_broken_file(place, here):
         Image.fromarray(film if i else 255 - film).save(archive / f"{i}.png")
     (archive / "broken.png").write_bytes(b"")
     data = ["--data", "archive", "--reference", "set/films"]
-    words = good(place, "surprise", *data, "--out", "s", "--table", "")
+    words = good(place, "surprise", *data, "--out", "s")
     with open(place / "s" / "surprise.csv") as file:
         rows = list(csv.DictReader(file))
     result = json.loads((place / "s" / "result.json").read_text())
