@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,10 +294,12 @@ def test_a_second_start_touches_nothing(films, tmp_path):
 
 @pytest.mark.parametrize("program", ["pretrain", "finetune"])
 @pytest.mark.parametrize("size", [0, 1000])
-def test_a_last_checkpoint_that_is_cut_short(films, tmp_path, program, size):
+def test_a_last_checkpoint_that_is_cut_short(films, undisturbed, tmp_path, program, size):
     out = tmp_path / "run"
-    last = out / ("seed0/last.pt" if program == "finetune" else "last.pt")
+    folder = "seed0" if program == "finetune" else "."
+    last = out / folder / "last.pt"
     last.parent.mkdir(parents=True)
+    shutil.copy(undisturbed / program / folder / "config.json", last.parent)
     last.write_bytes(b"PK" + bytes(size) if size else b"")
     with pytest.raises(UserError, match="last.pt: .*move it away to start anew") as error:
         run(program, films, out)
