@@ -584,8 +584,8 @@ def open_task(args: Config, splits, size, root, team) -> TaskData:
     film_bytes = 1.2 * (2 * size) ** 2  # short side at most 2 · size, a bit longer than wide
     in_memory = total * film_bytes * team.size < args.memory_gb * 1e9
     unreadable = UnreadableFilms(total)
-    task = TaskData(splits.kind, splits.labels, size, in_memory, unreadable, root=root)
-    task.against = splits.against
+    about = dict(root=root, against=splits.against)
+    task = TaskData(splits.kind, splits.labels, size, in_memory, unreadable, **about)
     task.open("test", splits.test)
     if not args.eval:
         task.open("val", splits.val)

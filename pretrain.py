@@ -26,7 +26,7 @@ from plumbing import checkpoint, launch, phantom, pictures
 from plumbing.keys import STEP, torch_generator
 from plumbing.launch import UserError, flag
 from plumbing.monitor import Monitor
-from plumbing.own_table import Labels
+from plumbing.own_table import Labels, refuse_twins
 from plumbing.pack import InMemory, UnreadableFilms
 from plumbing.splits import hold_out_films
 from plumbing.weights import find_origin, start_world
@@ -215,12 +215,7 @@ def open_tables(args, films, team):
     """Read the label tables of --probe, and say what counts. UserError when one cannot be used."""
     tables = []
     paths = args.probe.split(",") if args.probe else []
-    names = [Path(path).stem for path in paths]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"--probe {args.probe}: two tables of one name, by which result.json knows them: "
-            "rename one"
-        )
+    refuse_twins("--probe", paths)
     for path in paths:
         tables.append(Labels(path).complete(films))
         team.say(tables[-1].describe())

@@ -42,6 +42,7 @@ from plumbing.checkpoint import (
     write_text,
 )
 from plumbing.launch import UserError, flag, parse, run_script
+from plumbing.own_table import refuse_twins
 from plumbing.weights import load_encoder
 
 FINETUNE = Path(__file__).parents[1] / "finetune.py"
@@ -431,8 +432,7 @@ def table3(config: Config) -> None:
             phantom.write_phantoms(made, 2000, size=128)
         table = str(made / "phantoms.csv")
         config = dataclasses.replace(config, data=str(made / "films"), probe=table)
-    if len({Path(path).stem for path in tables_of(config)}) < len(tables_of(config)):
-        raise UserError(f"--probe {config.probe}: two tables of one name; rename one")
+    refuse_twins("--probe", tables_of(config))
     keys = ("data", "probe", "patients", "flags", "fraction", "finetune")
     recipe = {key: getattr(config, key) for key in keys}
     keep_recipe(Path(config.out) / "ablation.json", recipe)

@@ -33,9 +33,9 @@ from lab.common import (
     trained_on,
 )
 from lab.features import describe
-from plumbing.launch import UserError, flag, run_script
+from plumbing.launch import flag, run_script
 from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
-from plumbing.own_table import Labels
+from plumbing.own_table import Labels, refuse_twins
 from plumbing.results import percent
 from plumbing.splits import patients_of
 from plumbing.weights import load_encoder, make_vit
@@ -62,9 +62,9 @@ def main(argv=None):
     encoders = {"encoder": encoder, RANDOM: make_vit(encoder.config)}
     encoders = {name: vit.to(device).eval() for name, vit in encoders.items()}
     films, tables = open_set(args, args.films)
-    tables = [Labels(table).complete(films) for table in str(tables).split(",")]
-    if len({table.path.stem for table in tables}) < len(tables):
-        raise UserError(f"--table {args.table}: two tables of one name; rename one")
+    paths = str(tables).split(",")
+    refuse_twins("--table", paths)
+    tables = [Labels(path).complete(films) for path in paths]
     result = {"weights": str(path), "seed": args.seed, "tables": {}}
     learnt = films_seen(path, films, args.data)
     for table, judged in judge_tables(tables, films, encoders, encoder.image):

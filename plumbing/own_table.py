@@ -462,6 +462,12 @@ def masks_of_model(sheet, asked, taken, labels) -> Goal:
 
 
 # ---------------------------------------------------------------- linear probes
+def refuse_twins(flag: str, paths: list[str]):
+    """UserError when two tables of a flag have one name, by which results know them."""
+    if len({Path(path).stem for path in paths}) < len(paths):
+        raise UserError(f"{flag} {','.join(paths)}: two tables of one name; rename one")
+
+
 class Labels:
     """The table of a linear probe: a table of one's own with labels and a column split.
 

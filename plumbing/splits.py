@@ -1,6 +1,5 @@
 """Which films are learnt from, chosen on and judged on, so that no patient is on two sides."""
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from plumbing.checkpoint import digest
 from plumbing.keys import DRAW_FRACTION, DRAW_SHOTS, HOLD_OUT, numpy_rng
 from plumbing.launch import UserError
 from plumbing.table import SPLITS
@@ -215,7 +215,7 @@ def content_of(path, count=None):
     """The digest of a file's first `count` bytes, of all without; see size_of."""
     try:
         with open(path, "rb") as file:
-            return hashlib.sha256(file.read(count)).digest()
+            return digest(file.read(count))
     except OSError:
         return path
 

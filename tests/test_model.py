@@ -473,6 +473,20 @@ def test_fpn_has_strides_2_to_16_and_the_segmenter_one_logit_per_pixel(image, pa
             assert parameter.grad.abs().sum() > 0
 
 
+def dice_after_training(images, masks, lr, steps):
+    """Train a small Segmenter on images (B, 1, H, W). → its Dice on them"""
+    model = Segmenter(small_vit())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for _ in range(steps):
+        loss = binary_cross_entropy_with_logits(model(images), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    guess = model(images) > 0
+    overlap = 2 * (guess & (masks > 0)).sum()
+    return overlap / (guess.sum() + masks.sum())
+
+
 @pytest.mark.slow
 def test_segmenter_learns_lines_of_one_pixel():
     """Only a path from the pixels themselves can: a patch has 8 px, the ViT's finest map 2."""
@@ -482,16 +496,7 @@ def test_segmenter_learns_lines_of_one_pixel():
         masks[k, 3 + k, 4:28] = 1
         masks[k, 4:28, 20 - k] = 1
     images = masks[:, None] * 0.5 + torch.rand(8, 1, 32, 32) * 0.3
-    model = Segmenter(small_vit())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        loss = binary_cross_entropy_with_logits(model(images), masks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    guess = model(images) > 0
-    overlap = 2 * (guess & (masks > 0)).sum()
-    assert overlap / (guess.sum() + masks.sum()) > 0.9
+    assert dice_after_training(images, masks, lr=5e-3, steps=60) > 0.9
 
 
 @pytest.mark.slow
@@ -502,13 +507,4 @@ def test_segmenter_learns_a_bright_square():
     for k in range(8):
         images[k, 0, 4 + k : 16 + k, 6:20] += 0.6
         masks[k, 4 + k : 16 + k, 6:20] = 1
-    model = Segmenter(small_vit())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
-        loss = binary_cross_entropy_with_logits(model(images), masks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    guess = model(images) > 0
-    overlap = 2 * (guess & (masks > 0)).sum()
-    assert overlap / (guess.sum() + masks.sum()) > 0.85
+    assert dice_after_training(images, masks, lr=3e-3, steps=80) > 0.85
