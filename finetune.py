@@ -82,6 +82,12 @@ class Config(launch.TrainFlags):
         "with few films [probe for task csv]",
         ["random", "probe"],
     )
+    pool: str = flag(
+        None,
+        "what the classifier sees of the output tokens: their mean (the paper's), or the mean of "
+        "each of 4 × 4 cells of the film, which tells what lies where [mean]",
+        ["mean", "cells"],
+    )
     seed: int = flag(0, "first seed: of new layers, order and augmentation")
     seeds: int = flag(
         1, "number of seeds, the paper's is five; the result is mean and standard deviation"
@@ -125,7 +131,8 @@ def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Confi
     """Fill in every setting that the user left open. → (a filled copy of args, reasons)
 
     What the user gave comes first, then our settings for small networks, then the task's recipe.
-    A batch is never larger than the films, and warm-up never longer than a tenth of the epochs.
+    A batch is never larger than the films; warm-up is not longer than a tenth of the epochs, unless
+    the user says so.
     shape: encoder_shape. films: number of training films; is_cut: the set has more.
     """
     seedrun.refuse_idle_flags(args, kind)
@@ -153,7 +160,8 @@ def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Confi
     if may_raise and filled.epochs * per_epoch < MIN_STEPS:
         filled.epochs = math.ceil(MIN_STEPS / per_epoch)
         reasons.append(f"The films are few: epochs are raised to reach {MIN_STEPS} steps.")
-    filled.warmup = min(filled.warmup, filled.epochs / 10)
+    if args.warmup is None:
+        filled.warmup = min(filled.warmup, filled.epochs / 10)
     if filled.image % filled.patch:
         raise UserError(f"--image {filled.image} is not a multiple of --patch {filled.patch}")
     return filled, reasons
@@ -185,17 +193,18 @@ def make_model(args: Config, weights, kind, labels):
     else:
         shape = encoder_shape(args, None) | {"image": args.image, "patch": args.patch}
         vit = ViT(**shape, drop_path=args.drop_path)
-    return add_head(vit, kind, labels)
+    return add_head(vit, kind, labels, args.pool)
 
 
-def add_head(vit, kind, labels):
-    """A linear layer on the mean token to classify, a U-Net decoder to segment."""
-    return Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels))
+def add_head(vit, kind, labels, pool):
+    """A linear layer on the pooled tokens to classify, a U-Net decoder to segment."""
+    return Segmenter(vit) if kind == "mask" else Classifier(vit, len(labels), pool)
 
 
 def make_finetuned(saved: dict, device):
     """Make the model that a best.pt holds. saved: as seedrun.load_best gives it."""
-    model = add_head(make_vit(saved["config"]), saved["kind"], saved["labels"])
+    pool = saved.get("pool", "mean")  # version 0.2 had no other
+    model = add_head(make_vit(saved["config"]), saved["kind"], saved["labels"], pool)
     try:
         model.load_state_dict(saved["finetuned"])
     except RuntimeError:
@@ -506,6 +515,7 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
     about = {"config": model.vit.config, "task": args.task, "recipe": recipe}
     about |= {"kind": task.kind, "labels": list(task.labels), "against": task.against}
+    about["pool"] = args.pool
     learnt_from = [*task.films["train"].examples, *task.films["val"].examples]
     about["learnt_from"] = seedrun.fingerprints(learnt_from)
     run = SeedRun(seed, folder, steps, model, optimizer, about)
@@ -647,7 +657,7 @@ def main():
     is_cut = films < len(splits.train) or results.is_part(splits)
     filled, reasons = fill_in(args, splits.kind, shape, films, team, is_cut)
     steps = seedrun.count_steps(filled, splits.kind, films)
-    team.say(results.describe_recipe(filled, films, steps, reasons))
+    team.say(results.describe_recipe(filled, splits.kind, films, steps, reasons))
 
     # ---- 5. Each seed is trained and tested.
     seed_results = []

@@ -12,6 +12,7 @@ loaded from timm and into it.
 """
 
 import copy
+import itertools
 import math
 
 import torch
@@ -36,6 +37,8 @@ SIZES = {
 # were trained with other numbers are converted exactly (plumbing/weights.py).
 MEAN = 0.5
 STD = 0.25
+
+CELLS = 4  # cells per side, into which the tokens of a film are pooled
 
 
 # ---- Parts that encoder and predictor share
@@ -404,19 +407,38 @@ def swap_views(both):
 # ---- Heads for fine-tuning (Sec. B.3)
 
 
-class Classifier(nn.Module):
-    """Average all output tokens, then one linear layer. (B, 1, H, W) → logits (B, classes)"""
+def pool_cells(tokens):
+    """Average the tokens in each of 4 × 4 cells of the film. (B, N, D) → (B, 16, D), row by row
 
-    def __init__(self, vit, classes):
+    A cell is the patches that touch it: where 4 does not divide the grid, neighbours share some.
+    """
+    n = math.isqrt(tokens.shape[1])
+    maps = tokens.unflatten(1, (n, n))  # (B, n, n, D)
+    spans = [slice(k * n // CELLS, math.ceil((k + 1) * n / CELLS)) for k in range(CELLS)]
+    cells = [maps[:, rows, cols].mean((1, 2)) for rows, cols in itertools.product(spans, spans)]
+    return torch.stack(cells, 1)
+
+
+class Classifier(nn.Module):
+    """Pool the output tokens, then one linear layer. (B, 1, H, W) → logits (B, classes)
+
+    pool: mean over all tokens, as in the paper, or cells: over each of 4 × 4, one after the other,
+    so that the layer can tell what lies where.
+    """
+
+    def __init__(self, vit, classes, pool="mean"):
         super().__init__()
         self.vit = vit
-        self.head = nn.Linear(vit.dim, classes)
+        self.pool = pool
+        parts = CELLS**2 if pool == "cells" else 1
+        self.head = nn.Linear(parts * vit.dim, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def features(self, images, draws=None):
-        """Average the output tokens. (B, 1, H, W) → (B, D)"""
-        return self.vit(images, draws=draws).mean(1)
+        """Pool the output tokens. (B, 1, H, W) → (B, D), or (B, 16 D) of cells"""
+        tokens = self.vit(images, draws=draws)  # (B, N, D)
+        return pool_cells(tokens).flatten(1) if self.pool == "cells" else tokens.mean(1)
 
     def forward(self, images, draws=None):
         return self.head(self.features(images, draws))

@@ -23,14 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from lab import common
+from model import pool_cells
 from plumbing.checkpoint import explain_writing, replace_with, write_csv
 from plumbing.launch import flag, run_script
 from plumbing.weights import load_encoder
 
-CELLS = 4  # per side
 LARGEST_CSV = 100_000_000  # numbers; more are for programs, which read features.npz
 
 
@@ -108,9 +107,7 @@ def describe(encoder, images):
     images (B, 1, H, W) → {mean (B, D), cells (B, 16, D)} float32 NumPy
     """
     tokens = encoder(images.to(next(encoder.parameters()).device)).float()  # (B, N, D)
-    maps = tokens.mT.unflatten(2, (encoder.grid, encoder.grid))  # (B, D, n, n)
-    cells = F.adaptive_avg_pool2d(maps, CELLS).flatten(2).mT  # (B, 16, D)
-    return {"mean": tokens.mean(1).cpu().numpy(), "cells": cells.cpu().numpy()}
+    return {"mean": tokens.mean(1).cpu().numpy(), "cells": pool_cells(tokens).cpu().numpy()}
 
 
 def write_npz(path, names, mean, cells):

@@ -516,7 +516,7 @@ class Task(NamedTuple):
 # fmt: off
 CLASSIFY = dict(
     lr=1e-4, weight_decay=0.05, layer_decay=0.75, drop_path=0.6,
-    warmup=1, patience=15, epochs=50, batch=32, head="random",
+    warmup=1, patience=15, epochs=50, batch=32, head="random", pool="mean",
 )
 SEGMENT = CLASSIFY | dict(lr=2e-4, layer_decay=0.8, drop_path=0.1)
 

@@ -89,15 +89,19 @@ def whose_recipe(task: str) -> str:
     return PUBLISHED.get(task, ours)
 
 
-def describe_recipe(args, films: int, steps, reasons: list[str]) -> str:
+def describe_recipe(args, kind: str, films: int, steps, reasons: list[str]) -> str:
     """Tell what will be trained on how many films, and why so. steps: seedrun.Steps."""
     input_size = f"{films} films, {args.image} px in {args.patch} px patches"
     if steps.total == 0:
-        return f"recipe: linear probe on {input_size}, encoder frozen, penalty chosen on validation"
+        return (
+            f"recipe: linear probe of the {args.pool} on {input_size}, encoder frozen, penalty "
+            "chosen on validation"
+        )
     frozen = ", encoder frozen" if args.freeze else ""
+    pooled = "" if kind == "mask" else f" on the {args.pool}"
     recipe = (
         f"recipe: {input_size}{frozen}, {args.epochs} epochs = {steps.total} steps "
-        f"of {args.batch}, {args.head} head, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
+        f"of {args.batch}, {args.head} head{pooled}, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
         f"layer decay {args.layer_decay:g}, drop path {args.drop_path:g}, {args.precision}; "
         f"validation every {steps.between_validations} steps, "
         f"stop after {args.patience} without a new best"

@@ -32,7 +32,7 @@ def choose_out(args) -> Path:
 
 # Flags that do nothing where no step is trained, and where nothing is trained.
 OF_STEPS = "epochs lr weight_decay layer_decay drop_path warmup patience max_steps head batch"
-OF_TRAINING = f"{OF_STEPS} freeze seed seeds fraction shots draw size image patch"
+OF_TRAINING = f"{OF_STEPS} freeze seed seeds fraction shots draw size image patch pool"
 
 
 def refuse_idle_flags(args, kind: str | None = None):
@@ -48,7 +48,7 @@ def refuse_idle_flags(args, kind: str | None = None):
         (args.eval, OF_TRAINING, "--eval, which trains nothing"),
         (args.task != "csv", "labels column uncertain", f"--task {args.task}: it is for csv"),
         (uses_all, "draw", "all training films: give --fraction or --shots, too"),
-        (is_mask, "head ten_crop", "segmentation"),
+        (is_mask, "head pool ten_crop", "segmentation"),
         (is_mask and args.freeze, "drop_path layer_decay", "a frozen encoder"),
         (is_probe, OF_STEPS, "--freeze, which solves a linear probe without steps"),
     ):
@@ -242,6 +242,7 @@ def table_fingerprint(labels, films: dict) -> str:
 
 def refuse_other_run(folder: Path, saved: dict, recipe: dict):
     """UserError when the run in `folder` was begun with other flags, weights or films."""
+    saved = {"pool": "mean"} | saved  # version 0.2 had no other
     of_films = {"films_are", "films", "table_is", "weights_are", "is_cut"}
     flags = [{k: v for k, v in run.items() if k not in of_films} for run in (saved, recipe)]
     checkpoint.refuse_other_recipe(folder, *flags)

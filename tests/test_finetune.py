@@ -380,7 +380,7 @@ def finished(path, labels=("square",), kind="labels", **more):
     """Write the best.pt of a model that nobody trained. → the flags that test it"""
     torch.manual_seed(0)
     vit = ViT(32, 8, dim=16, depth=1, heads=2)
-    model = finetune.add_head(vit, kind, labels)
+    model = finetune.add_head(vit, kind, labels, more.get("pool", "mean"))
     if kind == "mask":  # it shall mark a half of what it sees
         with torch.no_grad():
             model.head.bias -= model(torch.rand(8, 1, 32, 32)).median()
