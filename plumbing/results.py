@@ -101,8 +101,9 @@ def describe_recipe(args, kind: str, films: int, steps, reasons: list[str]) -> s
     pooled = "" if kind == "mask" else f" on the {args.pool}"
     recipe = (
         f"recipe: {input_size}{frozen}, {args.epochs} epochs = {steps.total} steps "
-        f"of {args.batch}, {args.head} head{pooled}, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
-        f"layer decay {args.layer_decay:g}, drop path {args.drop_path:g}, {args.precision}; "
+        f"of {args.batch}, {args.head} head{pooled}, lr {args.lr:g}, "
+        f"weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, "
+        f"drop path {args.drop_path:g}, {args.precision}; "
         f"validation every {steps.between_validations} steps, "
         f"stop after {args.patience} without a new best"
     )

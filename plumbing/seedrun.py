@@ -242,9 +242,9 @@ def table_fingerprint(labels, films: dict) -> str:
 
 def refuse_other_run(folder: Path, saved: dict, recipe: dict):
     """UserError when the run in `folder` was begun with other flags, weights or films."""
-    saved = {"pool": "mean"} | saved  # version 0.2 had no other
     of_films = {"films_are", "films", "table_is", "weights_are", "is_cut"}
     flags = [{k: v for k, v in run.items() if k not in of_films} for run in (saved, recipe)]
+    flags = [{"pool": "mean"} | each for each in flags]  # version 0.2 had no other
     checkpoint.refuse_other_recipe(folder, *flags)
     for name, what in (
         ("films_are", "the training films or their labels have"),

@@ -175,8 +175,11 @@ def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsy
 
 @pytest.mark.slow
 def test_eval_gives_the_same_number_again(films, tmp_path):
-    result = go(films, tmp_path)
+    result = go(films, tmp_path, "--pool", "cells", "--ten_crop")
+    best = torch.load(tmp_path / "seed0" / "best.pt", weights_only=True)
+    assert best["pool"] == "cells" and best["finetuned"]["head.weight"].shape == (1, 16 * 128)
     base = ["--weights", str(tmp_path / "seed0" / "best.pt"), "--device", "cpu", "--eval"]
+    base += ["--ten_crop"]
     again = go(films, tmp_path / "again", base=base, short=[])
     assert again["seeds"] == pytest.approx(result["seeds"])
     predictions = (tmp_path / "again" / "predictions.csv").read_text()
@@ -185,12 +188,13 @@ def test_eval_gives_the_same_number_again(films, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_runs_go_on_to_the_same_weights(films, tmp_path):
-    go(films, tmp_path / "whole")
-    part = go(films, tmp_path / "parts", "--max_steps", "7", "--save_every", "3")
+    cells = ["--pool", "cells"]
+    go(films, tmp_path / "whole", *cells)
+    part = go(films, tmp_path / "parts", "--max_steps", "7", "--save_every", "3", *cells)
     assert part["trained_on"] == [24]
     assert (tmp_path / "parts" / "seed0" / "last.pt").exists()
-    go(films, tmp_path / "parts", "--max_steps", "11")
-    go(films, tmp_path / "parts")
+    go(films, tmp_path / "parts", "--max_steps", "11", *cells)
+    go(films, tmp_path / "parts", *cells)
     logs = []
     for out in ("whole", "parts"):
         rows = read_rows(tmp_path / out / "seed0" / "log.csv")
@@ -615,13 +619,20 @@ def test_flags_that_do_nothing_are_refused(films, tmp_path, monkeypatch):
     refused("--max_steps does nothing with --freeze", "--freeze", "--max_steps", "5")
     refused("--lr does nothing with --freeze", "--freeze", "--lr", "0.1")
     refused("--draw does nothing with all training films", "--draw", "1")
+    refused("--pool does nothing with seg", "--pool", "cells", table="squares.csv")
     refused("--ten_crop does nothing with segmentation", "--ten_crop", table="squares.csv")
     refused("--layer_decay .* a frozen", "--freeze", "--layer_decay", "1", table="squares.csv")
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--task", "vindr", "--labels", "a.csv"])
     with pytest.raises(launch.UserError, match="--labels does nothing with --task vindr"):
         finetune.main()
     base = finished(tmp_path)
-    for flag in (["--epochs", "3"], ["--seeds", "2"], ["--freeze"], ["--image", "64"]):
+    for flag in (
+        ["--epochs", "3"],
+        ["--seeds", "2"],
+        ["--pool", "cells"],
+        ["--freeze"],
+        ["--image", "64"],
+    ):
         with pytest.raises(launch.UserError, match=f"{flag[0]} does nothing with --eval"):
             examine(films, tmp_path, None, base, *flag)
 
@@ -674,6 +685,11 @@ def test_few_films_get_more_epochs_and_smaller_batches_unless_told():
     assert fill_in(40, epochs=3).epochs == 3
     assert fill_in(19).batch == 19
     assert fill_in(1000, batch=300).micro == 100  # the largest divisor up to 128
+
+
+def test_a_warm_up_that_is_asked_for_is_not_cut_short():
+    assert fill_in(1000, epochs=5).warmup == 0.5  # the task's one epoch would be a fifth of all
+    assert fill_in(1000, epochs=5, warmup=2.0).warmup == 2
 
 
 def test_a_batch_that_is_not_the_wanted_one_is_said():
@@ -935,13 +951,14 @@ def test_jitter_does_not_depend_on_how_the_batch_is_divided():
     assert torch.equal(a[4:], b)
 
 
-def test_solved_head_is_the_probe_of_pooled_features(films):
+@pytest.mark.parametrize("pool", ["mean", "cells"])
+def test_solved_head_is_the_probe_of_pooled_features(films, pool):
     splits = benchmarks.load_task("csv", films, films / "labels.csv")
     unreadable = UnreadableFilms(40)
     task = finetune.TaskData("labels", splits.labels, 32, True, unreadable)
     for split in ("train", "val", "test"):
         task.open(split, getattr(splits, split))
-    model = Classifier(ViT(32, 8, dim=16, depth=1, heads=2), 1).eval()
+    model = Classifier(ViT(32, 8, dim=16, depth=1, heads=2), 1, pool).eval()
     args = finetune.Config(micro=5, workers=0, precision="float32")
     finetune.solve_head(model, task, args, ALONE)
     pooled = {}
@@ -949,7 +966,8 @@ def test_solved_head_is_the_probe_of_pooled_features(films):
     for split, of in task.films.items():
         views = np.stack([data.test_views(of[i][0], 32) for i in range(len(of))])
         with torch.no_grad():
-            pooled[split] = model.vit(torch.from_numpy(views).float() / 255).mean(1)
+            tokens = model.vit(torch.from_numpy(views).float() / 255)
+        pooled[split] = tokens.mean(1) if pool == "mean" else tokens.flatten(1)  # 4 × 4 patches
         labels[split] = [example.target[0] for example in of.examples]
     train = (pooled["train"], labels["train"])
     val = (pooled["val"], labels["val"])

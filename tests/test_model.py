@@ -20,6 +20,7 @@ from model import (
     attend,
     grid_coords,
     pixel_targets,
+    pool_cells,
     sincos,
 )
 from plumbing.weights import resized
@@ -452,6 +453,32 @@ def test_classifier_is_the_mean_token_through_a_linear_layer():
     means = [sum(tokens[b, k] for k in range(16)) / 16 for b in range(2)]
     by_hand = torch.stack(means) @ model.head.weight.T + model.head.bias
     assert torch.allclose(model(images), by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [1, 3, 4, 6, 7, 14, 16])
+def test_cells_are_torchs_adaptive_average(grid):
+    """Also where 4 does not divide the grid, or is more than the grid has."""
+    tokens = torch.randn(2, grid**2, 8, requires_grad=True)
+    maps = tokens.mT.unflatten(2, (grid, grid))
+    expected = torch.nn.functional.adaptive_avg_pool2d(maps, 4).flatten(2).mT
+    assert torch.allclose(pool_cells(tokens), expected, atol=1e-6)
+    weights = torch.randn_like(expected)
+    (own,) = torch.autograd.grad((pool_cells(tokens) * weights).sum(), tokens)
+    (torchs,) = torch.autograd.grad((expected * weights).sum(), tokens)
+    assert torch.allclose(own, torchs, atol=1e-5)
+
+
+def test_a_classifier_of_cells_tells_where_something_lies():
+    model = Classifier(small_vit(64), 2, "cells")
+    images = torch.rand(3, 1, 64, 64)
+    tokens = model.vit(images).unflatten(1, (8, 8))
+    logits = model.head.bias.expand(3, 2)
+    weight = model.head.weight.view(2, 4, 4, 16)
+    for row in range(4):
+        for col in range(4):
+            part = tokens[:, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2]
+            logits = logits + part.mean((1, 2)) @ weight[:, row, col].T
+    assert torch.allclose(model(images), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("image, patch", [(64, 16), (64, 8), (64, 4), (56, 8), (224, 32)])

@@ -68,6 +68,13 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
         refuse_other_run(tmp_path, begun, recipe_of({}, None, vit, ["nodule"], films))
 
 
+def test_a_run_from_before_there_were_cells_goes_on_with_the_mean(tmp_path):
+    recipe = dict(lr=1, weights="none", weights_are="", films_are="", table_is="")
+    refuse_other_run(tmp_path, recipe, recipe | {"pool": "mean"})
+    with pytest.raises(UserError, match="another recipe .pool mean → cells"):
+        refuse_other_run(tmp_path, recipe, recipe | {"pool": "cells"})
+
+
 def test_a_run_whose_settings_are_gone_does_not_go_on_with_others(tmp_path):
     team = Team(0, 1, torch.device("cpu"))
     recipe = dict(lr=1, weights="none", weights_are="", films_are="", table_is="")
