@@ -162,6 +162,8 @@ def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Confi
         reasons.append(f"The films are few: epochs are raised to reach {MIN_STEPS} steps.")
     if args.warmup is None:
         filled.warmup = min(filled.warmup, filled.epochs / 10)
+    elif args.warmup >= filled.epochs:
+        raise UserError(f"--warmup {args.warmup:g} must be less than the {filled.epochs} epochs")
     if filled.image % filled.patch:
         raise UserError(f"--image {filled.image} is not a multiple of --patch {filled.patch}")
     return filled, reasons

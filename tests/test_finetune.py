@@ -690,6 +690,8 @@ def test_few_films_get_more_epochs_and_smaller_batches_unless_told():
 def test_a_warm_up_that_is_asked_for_is_not_cut_short():
     assert fill_in(1000, epochs=5).warmup == 0.5  # the task's one epoch would be a fifth of all
     assert fill_in(1000, epochs=5, warmup=2.0).warmup == 2
+    with pytest.raises(launch.UserError, match="--warmup 5 must be less than the 5 epochs"):
+        fill_in(1000, epochs=5, warmup=5.0)
 
 
 def test_a_batch_that_is_not_the_wanted_one_is_said():
