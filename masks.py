@@ -64,6 +64,17 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None):
     return keep, masked
 
 
+def sample_asked(batch, grid, share, generator=None, rows=None, device=None):
+    """Draw of which patches of the other view each of `batch` views is asked, any as likely.
+
+    share: of the n² patches. Numbers are drawn and cut as in sample_masks. → (R, J), raster order
+    """
+    order = torch.rand(batch, grid * grid, generator=generator)
+    order = send(order if rows is None else order[rows], device)
+    count = max(1, round(share * grid * grid))
+    return order.argsort(dim=1, stable=True)[:, :count].sort(1).values
+
+
 def send(tensor, device):
     """Move a tensor to the device; a GPU takes it from pinned memory, so the host does not wait.
 

@@ -63,7 +63,9 @@ def grid_coords(n, device=None):
 
 
 def take(tokens, index):
-    """Pick tokens by their patch index. tokens (B, N, D), index (B, K) → (B, K, D)"""
+    """Pick tokens by their patch index, None: all. tokens (B, N, D), index (B, K) → (B, K, D)"""
+    if index is None:
+        return tokens
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
@@ -317,13 +319,14 @@ class CheXWorld(nn.Module):
             self.config["pixels"] = pixels
             self.LOSSES = (*self.LOSSES, "pixels")
 
-    def forward(self, y, x, keep, masked, coords, action):
+    def forward(self, y, x, keep, masked, coords, action, asked=None):
         """Compute the four losses of both views of B films.
 
         y (2B, 1, H, W): target images.  x (2B, 1, H, W): the same views after T_a.
         keep (2B, K), masked (2B, M): patches of x that are seen, of y that are to be described.
         coords (2B, N, 2): φ of Eq. (5), where the *other* view's patches lie in this view's grid.
         action (2B, 4): what T_a did to x: brightness, contrast, gamma, blur sigma.
+        asked (2B, J): which patches of the other view to describe; None: all, as in the paper.
         → losses {l11, l22, l12, l21, loss}: l12 is view 1's error in describing view 2;
         → target features averaged over patches (2B, D), whose spread shows collapse
         """
@@ -337,16 +340,16 @@ class CheXWorld(nn.Module):
         l11, l22 = error_per_view(self.predictor.proj(own), take(target, masked))
 
         # Global + domain, Eq. (11): each view describes every patch of the other view, at φ.
-        other = self.predictor.answer(context, seen_at, coords, action)  # (2B, N, d)
-        l12, l21 = error_per_view(self.predictor.proj(other), swap_views(target))
+        other = self.predictor.answer(context, seen_at, take(coords, asked), action)  # (2B, J, d)
+        l12, l21 = error_per_view(self.predictor.proj(other), take(swap_views(target), asked))
 
         loss = (l11 + l22 + l12 + l21) / 4  # Eq. (10–12) sum, the authors' code averages
         losses = dict(l11=l11, l22=l22, l12=l12, l21=l21, loss=loss)
         if self.pixels:  # not the paper's
-            losses |= self.mix_in_pixels(loss, y, masked, own, other)
+            losses |= self.mix_in_pixels(loss, y, masked, asked, own, other)
         return losses, target.mean(1)
 
-    def mix_in_pixels(self, loss, y, masked, own, other):
+    def mix_in_pixels(self, loss, y, masked, asked, own, other):
         """Ask both answers for the target's pixels, too. loss: of features, the mean of four terms.
 
         → {loss: (1 - W) · loss + W · pixels, pixels: the same four terms with pixels as targets}
@@ -354,7 +357,7 @@ class CheXWorld(nn.Module):
         head = self.predictor.pixel_head
         target = pixel_targets(y, self.encoder.patch)  # (2B, N, p²)
         within = error_per_view(head(own), take(target, masked))  # l11, l22
-        between = error_per_view(head(other), swap_views(target))  # l12, l21
+        between = error_per_view(head(other), take(swap_views(target), asked))  # l12, l21
         pixels = (within.mean() + between.mean()) / 2
         return dict(loss=(1 - self.pixels) * loss + self.pixels * pixels, pixels=pixels)
 

@@ -20,7 +20,7 @@ import torch
 import augment
 from data import Views, make_loader, open_films
 from lab.report import closing
-from masks import mask_sizes, sample_masks
+from masks import mask_sizes, sample_asked, sample_masks
 from model import SIZES, CheXWorld, swap_views
 from plumbing import checkpoint, launch, phantom, pictures
 from plumbing.keys import STEP, torch_generator
@@ -52,6 +52,8 @@ RECIPES = {
 # The file of --weights is compared by its content, so it may move.
 FREE = {"data", "out", "weights", "max_steps", "probe", "patients", "device", "workers", "micro",
         "compile", "checkpointing", "log_every", "save_every"}
+# Settings that there were not always, with the value that stands for what was done before.
+NEWER = {"pixels": 0, "global_share": 1}
 # fmt: on
 
 
@@ -106,6 +108,11 @@ class Config(launch.TrainFlags):
         0.0,
         "weight W of a baseline that is not in the paper: loss = (1 - W) · features + W · pixels; "
         "1 predicts nothing but the target's normalised pixels, as MAE does",
+    )
+    global_share: float = flag(
+        1.0,
+        "share of the other view's patches that a view is asked to describe, drawn anew at every "
+        "step; below 1 a step is cheaper; 1 is the paper",
     )
     probe: str = flag(
         None,
@@ -173,13 +180,21 @@ def fill_in(args, origin=None):
     return args
 
 
+def lasting(settings):
+    """Keep the settings that must stay when a run goes on, all but FREE ones. → {setting: value}
+
+    A NEWER setting counts only when it is used, so that a run goes on which began before it.
+    """
+    used = {k: v for k, v in settings.items() if k not in NEWER or v != NEWER[k]}
+    return {k: v for k, v in used.items() if k not in FREE}
+
+
 def refuse_other_settings(args):
     """Raise UserError when --out holds a run with other settings, before films are drawn for it."""
     out = Path(args.out)
     if (out / "last.pt").is_file() and (out / "config.json").is_file():
-        runs = [checkpoint.read_json(out / "config.json"), vars(args)]
-        saved, wanted = ({k: v for k, v in run.items() if k not in FREE} for run in runs)
-        checkpoint.refuse_other_recipe(out, saved, wanted)
+        saved = checkpoint.read_json(out / "config.json")
+        checkpoint.refuse_other_recipe(out, lasting(saved), lasting(vars(args)))
 
 
 def draw_phantoms(args, team):
@@ -281,7 +296,11 @@ def prepare(item, args, step, batch_positions, device):
     boxes = view_by_view(item["boxes"].to(device, non_blocking=True))  # (2b, 4)
     flips = view_by_view(item["flips"].to(device, non_blocking=True))  # (2b,): is it mirrored?
     coords = augment.relative_coords(boxes, swap_views(boxes), grid, flips, swap_views(flips))
-    return dict(y=y, x=x, keep=keep, masked=masked, coords=coords, action=action)
+
+    asked = None  # all patches of the other view
+    if args.global_share < 1:  # drawn last, so that all other numbers are as without it
+        asked = sample_asked(2 * args.batch, grid, args.global_share, generator, rows, device)
+    return dict(y=y, x=x, keep=keep, masked=masked, coords=coords, action=action, asked=asked)
 
 
 def view_by_view(pairs):
@@ -378,9 +397,7 @@ def recipe_of(args, names, origin=None):
     """Name all that must stay when a run goes on: settings that change its numbers, the films, the
     weights that it started from.
     """
-    recipe = {key: value for key, value in vars(args).items() if key not in FREE}
-    if args.pixels == 0:
-        del recipe["pixels"]  # so that runs go on which began before there was this flag
+    recipe = lasting(vars(args))
     if origin:
         recipe["weights"] = origin.digest
     return recipe | {"films": len(names), "names": checkpoint.digest_of_names(names)}

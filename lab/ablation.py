@@ -74,18 +74,18 @@ class AblatedCheXWorld(CheXWorld):
         self.unified = unified
         self.config |= dict(tasks=tasks, delta=delta, action=action, unified=unified)
 
-    def forward(self, y, x, keep, masked, coords, action):
+    def forward(self, y, x, keep, masked, coords, action, asked=None):
         """Compute the losses of the chosen tasks; arguments and result as in CheXWorld.forward."""
         target = self.targets(y)  # (2B, N, D)
         every = torch.arange(len(self.own_coords), device=y.device).expand(len(y), -1)  # (2B, N)
         if not self.action:
             action = None
         ask = self.together if self.unified else self.apart
-        losses = ask(target, y, x, keep, masked, every, coords, action)
+        losses = ask(target, y, x, keep, masked, every, coords, action, asked)
         losses["loss"] = torch.stack(list(losses.values())).mean()
         return losses, target.mean(1)
 
-    def together(self, target, y, x, keep, masked, every, coords, action):
+    def together(self, target, y, x, keep, masked, every, coords, action, asked):
         """One encoding of each context serves all tasks, as in the paper."""
         if "domain" not in self.tasks:
             x = y
@@ -97,10 +97,11 @@ class AblatedCheXWorld(CheXWorld):
         if "local" in self.tasks or "global" not in self.tasks:
             losses["l11"], losses["l22"] = self.within(target, context, keep, masked, action)
         if "global" in self.tasks:
-            losses["l12"], losses["l21"] = self.between(target, context, keep, coords, action)
+            between = self.between(target, context, keep, coords, action, asked)
+            losses["l12"], losses["l21"] = between
         return losses
 
-    def apart(self, target, y, x, keep, masked, every, coords, action):
+    def apart(self, target, y, x, keep, masked, every, coords, action, asked):
         """Each task encodes a context of its own: local a masked view, global a whole one, both
         plain; domain a whole view after T_a."""
         losses = {}
@@ -109,7 +110,8 @@ class AblatedCheXWorld(CheXWorld):
             losses["l11"], losses["l22"] = self.within(target, context, keep, masked, None)
         if "global" in self.tasks:
             context = self.encoder(y)
-            losses["l12"], losses["l21"] = self.between(target, context, every, coords, None)
+            between = self.between(target, context, every, coords, None, asked)
+            losses["l12"], losses["l21"] = between
         if "domain" in self.tasks:
             context = self.encoder(x)
             losses["d11"], losses["d22"] = self.within(target, context, every, every, action)
@@ -121,12 +123,12 @@ class AblatedCheXWorld(CheXWorld):
         guess = self.predictor(context, take(grid, keep), take(grid, masked), action)
         return error_per_view(guess, take(target, masked))
 
-    def between(self, target, context, keep, coords, action):
-        """Eq. (11): each view predicts every patch of the other view. → (2,), one loss per view"""
+    def between(self, target, context, keep, coords, action, asked):
+        """Eq. (11): each view predicts the other one's patches. → (2,), one loss per view"""
         grid = self.own_coords.expand(len(context), -1, -1)
-        wanted_at = coords if self.delta else grid
+        wanted_at = take(coords if self.delta else grid, asked)
         guess = self.predictor(context, take(grid, keep), wanted_at, action)
-        return error_per_view(guess, swap_views(target))
+        return error_per_view(guess, take(swap_views(target), asked))
 
 
 def load_ablated(path: str | Path) -> AblatedCheXWorld:

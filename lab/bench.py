@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import augment
 from data import Views, open_films
-from lab.ablation import AblatedCheXWorld
 from masks import mask_sizes, sample_masks
 from model import SIZES, CheXWorld, ViT, attend, take
 from plumbing import phantom
@@ -162,14 +161,6 @@ def is_within(event, name):
 
 
 # ---------------------------------------------------------------- the training step
-class FewerTargets(AblatedCheXWorld):
-    """A CheXWorld that predicts only the first `count` patches of the other view."""
-
-    def between(self, target, context, keep, coords, action):
-        count = self.count
-        return super().between(target[:, :count], context, keep, coords[:, :count], action)
-
-
 def made_up_batch(config, device):
     """What CheXWorld.forward takes, with the wanted token counts, from noise. → dict of tensors"""
     generator = torch.Generator().manual_seed(0)
@@ -187,6 +178,7 @@ def made_up_batch(config, device):
         masked=order[:, config.visible : config.visible + config.masked],
         coords=augment.relative_coords(boxes, boxes.roll(B, 0), grid),
         action=action,
+        asked=None if config.targets == grid**2 else order[:, : config.targets],
     )
 
 
@@ -200,10 +192,7 @@ class Step:
         torch.manual_seed(0)
         self.config = dataclasses.replace(config, **more)
         self.device = team.device
-        is_whole = config.targets == (config.image // config.patch) ** 2
-        World = CheXWorld if is_whole else FewerTargets
-        self.world = World(config.image, config.patch, **SIZES[config.size]).to(team.device)
-        self.world.count = config.targets
+        self.world = CheXWorld(config.image, config.patch, **SIZES[config.size]).to(team.device)
         self.world.encoder.save_memory = self.config.checkpointing
         self.world.predictor.save_memory = self.config.checkpointing
         self.trained = [p for p in self.world.parameters() if p.requires_grad]

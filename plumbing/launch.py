@@ -317,8 +317,8 @@ def parse(Config, doc: str, argv: list[str] | None = None, prog: str | None = No
 # Numbers that must lie above 0, and the most that one may be; all others are 0 or more.
 POSITIVE = set("lr clip layer_decay image patch batch micro epochs patience seeds shots".split())
 POSITIVE |= set("steps max_steps log_every save_every draws samples ddim channels".split())
-POSITIVE |= {"phantoms", "count"}
-MOST = dict(ema=1, layer_decay=1, drop_path=1, workers=1024)
+POSITIVE |= {"phantoms", "count", "global_share"}
+MOST = dict(ema=1, global_share=1, layer_decay=1, drop_path=1, workers=1024)
 
 
 def refuse_senseless(name: str, value):

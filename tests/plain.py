@@ -214,12 +214,19 @@ def pixel_loss(state, batch, config):
         seen, hidden = batch["keep"][k], batch["masked"][k]
         h = vit(normalised(batch["x"][k]), encoder, config["heads"], seen)
         code = policy_input(batch["action"][k])
-        other = goals[(k + films) % (2 * films)]
-        for at, goal in ((own[hidden], goals[k][hidden]), (batch["coords"][k], other)):
+        asked = asked_of(k, batch)
+        other = goals[(k + films) % (2 * films)][asked]
+        for at, goal in ((own[hidden], goals[k][hidden]), (batch["coords"][k][asked], other)):
             heads = config["predictor_heads"]
             guess = predictor(h, own[seen], at, code, guesser, heads, "pixel_head")
             errors.append(((guess - goal) ** 2).mean())
     return np.mean(errors)
+
+
+def asked_of(k, batch):
+    """Which patches of the other view are asked of view k: all, unless some are named."""
+    every = np.arange(len(batch["coords"][k]))
+    return batch["asked"][k] if "asked" in batch else every
 
 
 def one_view(k, state, batch, config):
@@ -230,6 +237,7 @@ def one_view(k, state, batch, config):
     films = len(batch["y"]) // 2
     first_or_second = 1 + k // films
     own_coords = grid(config["image"] // config["patch"])
+    asked = asked_of(k, batch)
 
     def target(j):
         tokens = vit(normalised(batch["y"][j]), sub(state, "target_encoder."), config["heads"])
@@ -242,10 +250,10 @@ def one_view(k, state, batch, config):
         masked=batch["masked"][k],
         every=np.arange(len(own_coords)),
         own=own_coords,
-        phi=batch["coords"][k] if config.get("delta", True) else own_coords,
+        phi=(batch["coords"][k] if config.get("delta", True) else own_coords)[asked],
         action=batch["action"][k] if config.get("action", True) else None,
         target=target(k),
-        other_target=target((k + films) % (2 * films)),
+        other_target=target((k + films) % (2 * films))[asked],
         within=f"l{first_or_second}{first_or_second}",
         between=f"l{first_or_second}{3 - first_or_second}",
         alone=f"d{first_or_second}{first_or_second}",

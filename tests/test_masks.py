@@ -13,13 +13,17 @@ import pytest
 import torch
 
 import masks
-from masks import blocks, mask_sizes, sample_masks
+from masks import blocks, mask_sizes, sample_asked, sample_masks
 
 GRIDS = [8, 14, 16]
 
 
 def draw(batch, grid, seed=0, **kwargs):
     return sample_masks(batch, grid, torch.Generator().manual_seed(seed), **kwargs)
+
+
+def draw_asked(batch, grid, share, seed=0, **kwargs):
+    return sample_asked(batch, grid, share, torch.Generator().manual_seed(seed), **kwargs)
 
 
 def frequency(indices, grid):
@@ -68,6 +72,21 @@ def test_a_share_of_the_batch_is_the_batchs_share(rows):
     some_keep, some_masked = draw(32, 14, rows=torch.tensor(rows))
     assert torch.equal(some_keep, keep[rows])
     assert torch.equal(some_masked, masked[rows])
+    asked = draw_asked(32, 14, 0.5)
+    assert torch.equal(draw_asked(32, 14, 0.5, rows=torch.tensor(rows)), asked[rows])
+
+
+@pytest.mark.parametrize("share, count", [(0.5, 32), (0.3, 19), (1e-6, 1), (1.0, 64)])
+def test_every_patch_and_every_pair_is_asked_for_equally_often(share, count):
+    asked = draw_asked(4000, 8, share)
+    assert asked.shape == (4000, count)
+    assert (asked[:, 1:] > asked[:, :-1]).all()  # no patch twice
+    is_asked = torch.zeros(4000, 64).scatter_(1, asked, 1.0)
+    each = is_asked.mean(0)
+    pairs = (is_asked.T @ is_asked / 4000)[~torch.eye(64, dtype=torch.bool)]
+    both = count * (count - 1) / (64 * 63)
+    assert (each - count / 64).abs().max() < 5 * (0.25 / 4000) ** 0.5
+    assert (pairs - both).abs().max() < 5 * (0.25 / 4000) ** 0.5
 
 
 # ---------------------------------------------------------------- coverage

@@ -167,9 +167,10 @@ def test_each_image_goes_its_own_way_through_the_blocks():
 
 
 # ---------------------------------------------------------------- the four losses
-def test_losses_equal_the_plain_equations():
+@pytest.mark.parametrize("asked", [None, 7])
+def test_losses_equal_the_plain_equations(asked):
     world = world_of()
-    batch = make_batch()
+    batch = make_batch(asked=asked)
     truth = plain.losses(plain.arrays(world), batch, world.config)
     single, _ = world(**tensors(batch))
     double, _ = world.double()(**tensors(batch, torch.float64))
@@ -185,6 +186,31 @@ def test_the_four_terms_are_there_and_differ():
     four = [terms[name].item() for name in ("l11", "l22", "l12", "l21")]
     assert len({round(value, 5) for value in four}) == 4
     assert terms["loss"].item() == pytest.approx(sum(four) / 4, rel=1e-6)
+
+
+def test_to_be_asked_of_all_patches_is_the_whole_loss_to_the_last_bit():
+    batch = tensors(make_batch())
+    world = world_of()
+    every = torch.arange(16).expand(6, -1)
+    for name, value in world(**batch)[0].items():
+        assert torch.equal(world(**batch, asked=every)[0][name], value)
+
+
+@pytest.mark.parametrize("blocks, close", [(0, 1e-6), (2, 0.15)])
+def test_halves_that_complete_each_other_have_the_whole_loss_on_average(blocks, close):
+    """Exactly where mask tokens do not see each other, else nearly: fewer of them are company."""
+    world = shaken(CheXWorld(**(TINY | dict(predictor_depth=blocks)))).double()
+    batch = make_batch(asked=16)
+    order = torch.from_numpy(batch.pop("asked"))  # (2B, 16): all patches, in a random order
+    batch = tensors(batch, torch.float64)
+    whole, _ = world(**batch)
+    halves = [world(**batch, asked=half)[0] for half in order.chunk(2, 1)]
+    for name in ("l12", "l21"):
+        mean = (halves[0][name] + halves[1][name]) / 2
+        assert mean.item() == pytest.approx(whole[name].item(), rel=close)
+        assert halves[0][name].item() != pytest.approx(whole[name].item(), rel=1e-3)
+    for name in ("l11", "l22"):
+        assert torch.equal(halves[0][name], whole[name])
 
 
 def test_losses_in_bfloat16_are_nearly_those_in_float32():
@@ -246,10 +272,10 @@ def test_pixel_targets_are_maes():
     assert (truth[0, 0] == 0).all() and abs(truth[0, 1].std(ddof=1) - 1) < 1e-3
 
 
-@pytest.mark.parametrize("weight", [0.3, 1])
-def test_the_pixel_loss_equals_the_plain_equations(weight):
+@pytest.mark.parametrize("weight, asked", [(0.3, None), (1, None), (0.3, 7)])
+def test_the_pixel_loss_equals_the_plain_equations(weight, asked):
     world = shaken(CheXWorld(**TINY, pixels=weight))
-    batch = make_batch()
+    batch = make_batch(asked=asked)
     state = plain.arrays(world)
     features = plain.losses(state, batch, world.config)
     pixels = plain.pixel_loss(state, batch, world.config)

@@ -182,9 +182,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(films, tmp_path):
 # ---- Another model in the same loop
 # ---- The pixel baseline
 @pytest.mark.slow
-def test_pixels_on_two_ranks_and_in_two_parts_are_those_of_one_run(films, tmp_path):
+def test_pixels_and_half_of_the_other_view_on_two_ranks_and_in_two_parts(films, tmp_path):
     """Also: the loss falls, and the domain test, which asks for features, is left out."""
-    flags = ["--pixels", "1", "--lr", "3e-3"]
+    flags = ["--pixels", "1", "--global_share", "0.5", "--lr", "3e-3"]
     said = run(films, tmp_path / "one", *flags).stdout
     assert "no domain sensitivity test" in said
     rows = log(tmp_path / "one")
@@ -202,7 +202,7 @@ def test_pixels_on_two_ranks_and_in_two_parts_are_those_of_one_run(films, tmp_pa
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "parts")) == 0
     assert [row["pixels"] for row in log(tmp_path / "parts")] == [row["pixels"] for row in rows]
     other = run(films, tmp_path / "parts", "--lr", "3e-3", ok=False)
-    refused(other, "another recipe", "pixels 1.0 → None")
+    refused(other, "another recipe", "pixels 1.0 → None", "global_share 0.5 → None")
 
     path = tmp_path / "one" / "last.pt"
     assert load_world(path).pixels == 1 and load_encoder(path).dim == 128
@@ -210,12 +210,13 @@ def test_pixels_on_two_ranks_and_in_two_parts_are_those_of_one_run(films, tmp_pa
         load_predictions(path)
 
 
-def test_a_run_of_the_paper_knows_nothing_of_pixels():
-    """Its recipe is what it was before there was this flag, so that old runs go on."""
+def test_a_run_of_the_paper_knows_nothing_of_newer_settings():
+    """Its recipe is what it was before there were these flags, so that old runs go on."""
     args = pretrain.fill_in(pretrain.Config(data="x"))
-    assert "pixels" not in pretrain.recipe_of(args, ["a.png"])
-    args = dataclasses.replace(args, pixels=0.5)
-    assert pretrain.recipe_of(args, ["a.png"])["pixels"] == 0.5
+    newer = {"pixels": 0.5, "global_share": 0.5}
+    assert not newer.keys() & pretrain.recipe_of(args, ["a.png"]).keys()
+    args = dataclasses.replace(args, **newer)
+    assert newer.items() <= pretrain.recipe_of(args, ["a.png"]).items()
 
 
 @pytest.mark.slow
@@ -403,7 +404,10 @@ def test_settings_that_cannot_work(setting, words):
         pretrain.fill_in(pretrain.Config(**setting))
 
 
-@pytest.mark.parametrize("words", ["--batch 0", "--phantoms 0", "--holdout -1", "--workers -1"])
+SENSELESS = "--global_share 0.0,--global_share 1.1,--batch 0,--phantoms 0,--holdout -1,--workers -1"
+
+
+@pytest.mark.parametrize("words", SENSELESS.split(","))
 def test_numbers_that_no_run_can_use(words):
     with pytest.raises(UserError, match=f"{words}: must be"):
         launch.parse(pretrain.Config, "", words.split())
@@ -469,6 +473,24 @@ def test_a_prepared_batch_film_by_film():
             assert torch.equal(batch["coords"][row], coords[0])
 
 
+def test_half_of_the_other_view_is_drawn_last_and_for_the_whole_batch():
+    """All other numbers are those of the whole; a film is asked alike wherever it is computed."""
+    whole = pretrain.Config(image=32, patch=8, batch=6, seed=3)
+    half = dataclasses.replace(whole, global_share=0.5)
+    item = loaded(6)
+    positions = torch.arange(6)
+    full = pretrain.prepare(item, whole, 5, positions, CPU)
+    assert full.pop("asked") is None
+    batch = pretrain.prepare(item, half, 5, positions, CPU)
+    assert all(torch.equal(value, batch[name]) for name, value in full.items())
+    assert batch["asked"].shape == (12, 8)
+    part = {name: value[[1, 4]] for name, value in item.items()}
+    some = pretrain.prepare(part, half, 5, positions[[1, 4]], CPU)
+    assert torch.equal(some["asked"], batch["asked"][[1, 4, 7, 10]])
+    other_step = pretrain.prepare(item, half, 6, positions, CPU)
+    assert not torch.equal(other_step["asked"], batch["asked"])
+
+
 @pytest.mark.parametrize(
     "device",
     [
@@ -480,7 +502,7 @@ def test_a_prepared_batch_film_by_film():
 )
 def test_the_host_never_waits_while_a_batch_is_prepared(device):
     """Else a GPU would stand idle between steps."""
-    args = pretrain.Config(image=32, patch=8, batch=4, seed=0)
+    args = pretrain.Config(image=32, patch=8, batch=4, seed=0, global_share=0.5)
     device = torch.device(device)
     item = loaded(2, device)
     positions = torch.arange(2)

@@ -32,10 +32,11 @@ def shaken(module, seed=0):
     return module
 
 
-def make_batch(films=3, n=4, side=32, seed=0):
+def make_batch(films=3, n=4, side=32, seed=0, asked=None):
     """Both views of some films: images, masks, coordinates and actions.
 
     keep and masked are disjoint, coordinates fractional; the first action is the identity.
+    asked: of how many patches of the other view each view is asked; None: of all.
     """
     rng = np.random.default_rng(seed)
     orders = np.stack([rng.permutation(n * n) for _ in range(2 * films)])
@@ -43,7 +44,10 @@ def make_batch(films=3, n=4, side=32, seed=0):
     action[0] = (1, 1, 1, 0)
     coords = plain.grid(n) + rng.uniform(-2, 2, (2 * films, 1, 2))
     y, x = rng.random((2, 2 * films, 1, side, side))
-    return dict(y=y, x=x, keep=orders[:, :6], masked=orders[:, 9:], coords=coords, action=action)
+    batch = dict(y=y, x=x, keep=orders[:, :6], masked=orders[:, 9:], coords=coords, action=action)
+    if asked:
+        batch["asked"] = np.stack([rng.permutation(n * n)[:asked] for _ in range(2 * films)])
+    return batch
 
 
 def tensors(batch, dtype=torch.float32):

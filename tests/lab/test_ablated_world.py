@@ -32,9 +32,10 @@ def world_of(**changes):
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=label)
-def test_losses_equal_the_plain_equations(changes):
+@pytest.mark.parametrize("asked", [None, 7])
+def test_losses_equal_the_plain_equations(changes, asked):
     world = world_of(**changes)
-    batch = make_batch()
+    batch = make_batch(asked=asked)
     truth = plain.losses(plain.arrays(world), batch, world.config)
     single, _ = world(**tensors(batch))
     double, _ = world.double()(**tensors(batch, torch.float64))

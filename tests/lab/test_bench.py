@@ -71,26 +71,12 @@ def test_counted_flops_are_those_of_the_formula(counts):
     assert bench.count_flops(asked) == pytest.approx(flops_by_formula(asked), rel=1e-9)
 
 
-def test_fewer_targets_are_the_first_ones_of_the_whole_loss():
-    """The loss on 7 targets is what the full model gives when the others are cut from its guess."""
-    step = bench.Step(config(targets=7), TEAM)
-    world, b = step.world.eval(), step.batch
-    t, h = world.targets(b["y"]), world.encoder(b["x"], b["keep"])
-    at = world.own_coords.expand(len(h), -1, -1)
-    for i, j, name in ((0, 1, "l12"), (1, 0, "l21")):
-        rows = slice(2 * i, 2 * i + 2)
-        guess = world.predictor(
-            h[rows], model.take(at, b["keep"])[rows], b["coords"][rows, :7], b["action"][rows]
-        )
-        wanted = (guess - t[2 * j : 2 * j + 2, :7]).square().mean()
-        assert world(**b)[0][name].item() == pytest.approx(wanted.item(), rel=1e-5)
-
-
 def test_a_made_up_batch_has_the_wanted_tokens():
-    b = bench.made_up_batch(config(visible=5, masked=6), CPU)
+    b = bench.made_up_batch(config(visible=5, masked=6, targets=7), CPU)
     assert b["keep"].shape == (4, 5)
     assert b["masked"].shape == (4, 6)
     assert b["coords"].shape == (4, 16, 2)
+    assert b["asked"].shape == (4, 7)
     for keep, masked in zip(b["keep"].tolist(), b["masked"].tolist(), strict=True):
         assert len(set(keep) | set(masked)) == 11  # disjoint
 
