@@ -1,15 +1,16 @@
 """Pre-train CheXWorld on chest films.
 
     python pretrain.py                                     # laptop: a demo on synthetic films
-    python pretrain.py --data /cxr                         # one GPU: the paper's recipe
+    python pretrain.py --data /cxr                         # your films, one GPU or a laptop
     torchrun --nproc_per_node=8 pretrain.py --data /cxr    # eight GPUs, the same code
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         pretrain.py --data /cxr.pack                       # four nodes, films packed by data.py
     python pretrain.py --data /cxr --weights FILE          # few films: go on from what exists
 
-Without --data the demo's recipe counts, with it the paper's, with --weights that for continuing;
-flags override all. The same command again goes on where the last one stopped. The folder --out
-receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
+With fewer than 20,000 films to train on the small recipe counts, else the paper's; --recipe names
+another, and every flag overrides it. Without --data it is the demo's, with --weights that for
+continuing. The same command again goes on where the last one stopped. The folder --out receives
+config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
 """
 
 import dataclasses
@@ -32,38 +33,44 @@ from plumbing.splits import hold_out_films
 from plumbing.weights import find_origin, start_world
 
 # fmt: off
-# For all, a gradient norm of at most 1.0 and a last learning rate of 1e-6: launch.TrainFlags.
+# For all, a gradient norm of at most 1.0 and a last learning rate of 1e-6: launch.TrainFlags. What
+# a row does not name is as in OF_THE_PAPER. The reasons are in docs/method.md.
 RECIPES = {
     "demo":  dict(size="tiny", image=64,  patch=8,  batch=16,   epochs=20,  warmup=1.0,
-                  lr=1.2e-3,   ema=0.99,  save_every=200,  out="runs/demo"),
+                  lr=1.2e-3,   ema=0.99,  save_every=200),
+    "small": dict(size="tiny", image=128, patch=16, batch=32,   epochs=180, warmup=2.0,
+                  lr=1.5e-3,   ema=0.99,  save_every=200),
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0,
-                  lr=2e-4,     ema=0.996, save_every=500,  out="runs/pretrain"),  # Sec. B.1
-    # With --weights, for some thousand films; size, image and patch are the file's. Reasoned, not
-    # tuned: 2,000 films make 3,100 steps. Good weights are to be moved, not replaced: half of the
-    # paper's learning rate, which is what it fine-tunes with (B.3). The target encoder is good from
-    # the start and may be slow: it remembers 500 steps. All the same, after 3,100 steps only 5 % of
-    # it are what it was: exp(-0.002 · 3,100 / 2). Warm-up only fills AdamW's averages.
-    "continue": dict(batch=64, epochs=100, warmup=5.0,
-                     lr=1e-4, ema=0.998, save_every=200, out="runs/continue"),
+                  lr=2e-4,     ema=0.996, save_every=500),  # Sec. B.1
+    # With --weights; size, image and patch are the file's.
+    "continue": dict(batch=64, epochs=100, warmup=5.0, lr=1e-4, ema=0.998, save_every=200),
 }
+FEW = 20_000  # films to train on; fewer get the small recipe
+# Settings that there were not always, with the value that stands for what was done before: a run
+# that does not use them goes on, whichever version began it.
+OF_THE_PAPER = {"pixels": 0.0, "global_share": 1.0}
 # Settings that may change when a run goes on: they change no random number and no schedule, though
 # another device or micro-batch may round otherwise. Those that choose films may change, too, since
 # recipe_of compares the chosen films by name.
 # The file of --weights is compared by its content, so it may move.
-FREE = {"data", "out", "weights", "max_steps", "probe", "patients", "device", "workers", "micro",
-        "compile", "checkpointing", "log_every", "save_every"}
-# Settings that there were not always, with the value that stands for what was done before.
-NEWER = {"pixels": 0, "global_share": 1}
+FREE = {"recipe", "data", "out", "weights", "max_steps", "probe", "patients", "device", "workers",
+        "micro", "compile", "checkpointing", "log_every", "save_every"}
 # fmt: on
 
 
 @dataclasses.dataclass
 class Config(launch.TrainFlags):
-    """The flags; None is filled in from the recipe, or where the setting is used.
+    """The flags; None is filled in from the recipe ([recipe] in the help) or where it is used.
 
     The flags of every training (--micro, --precision ...) are in plumbing/launch.py.
     """
 
+    recipe: str = flag(
+        None,
+        f"the settings that you leave open [paper; small with fewer than {FEW:,} films to train "
+        "on; demo without --data]",
+        ["paper", "small", "demo"],
+    )
     data: str = flag(
         None,
         "folder of films, searched with all below it (MIMIC-CXR-JPG, CheXpert and ChestX-ray14 "
@@ -81,38 +88,33 @@ class Config(launch.TrainFlags):
     size: str = flag(
         None,
         "network, width × depth: tiny 128 × 4, small 384 × 12, base 768 × 12, large 1024 × 24 "
-        "[demo tiny, paper base, continue: that of --weights, as --image and --patch]",
+        "[recipe; with --weights that of the file, as --image and --patch]",
         list(SIZES),
     )
-    image: int = flag(None, "side of the two crops of a film, px [demo 64, paper 224]")
-    patch: int = flag(None, "side of a patch, px; must divide --image [demo 8, paper 16]")
-    batch: int = flag(
-        None, "films per step, over all GPUs together [demo 16, paper 2048, continue 64]"
-    )
-    epochs: int = flag(
-        None, "passes over the films; sets the schedules [demo 20, paper 300, continue 100]"
-    )
+    image: int = flag(None, "side of the two crops of a film, px [recipe]")
+    patch: int = flag(None, "side of a patch, px; must divide --image [recipe]")
+    batch: int = flag(None, "films per step, over all GPUs together [recipe]")
+    epochs: int = flag(None, "passes over the films; sets the schedules [recipe]")
     warmup: float = flag(
         None,
-        "epochs during which the learning rate rises from 0 "
-        "[demo 1 of 20, paper 40 of 300, continue 5 of 100; fewer epochs: the same share]",
+        "epochs during which the learning rate rises from 0 [recipe; fewer epochs: the same share]",
     )
-    lr: float = flag(None, "peak learning rate [demo 1.2e-3, paper 2e-4, continue 1e-4]")
+    lr: float = flag(None, "peak learning rate [recipe]")
     weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
     ema: float = flag(
         None,
         "momentum with which the target encoder follows the encoder, at the start; it rises to 1 "
-        "[demo 0.99, paper 0.996, continue 0.998]",
+        "[recipe]",
     )
     pixels: float = flag(
-        0.0,
+        None,
         "weight W of a baseline that is not in the paper: loss = (1 - W) · features + W · pixels; "
-        "1 predicts nothing but the target's normalised pixels, as MAE does",
+        "1 predicts nothing but the target's normalised pixels, as MAE does [recipe]",
     )
     global_share: float = flag(
-        1.0,
+        None,
         "share of the other view's patches that a view is asked to describe, drawn anew at every "
-        "step; below 1 a step is cheaper; 1 is the paper",
+        "step; below 1 a step is cheaper; 1 is the paper [recipe]",
     )
     probe: str = flag(
         None,
@@ -129,34 +131,75 @@ class Config(launch.TrainFlags):
     )
     seed: int = flag(0, "of everything random")
     log_every: int = flag(20, "steps between rows of log.csv")
-    save_every: int = flag(None, "steps between checkpoints [demo 200, paper 500, continue 200]")
+    save_every: int = flag(None, "steps between checkpoints [recipe]")
 
 
 # ---- Settings and films
-def recipe_for(args):
-    """Choose the recipe: to continue with --weights, the paper's for films of the user's own, else
-    the demo's. → {setting}
-    """
+def table_of_recipes():
+    """Print RECIPES as --help shows them, below the docstring. → text"""
+    names = list(RECIPES["paper"] | OF_THE_PAPER)
+    rows = [["[recipe]", *names]]
+    for title, recipe in RECIPES.items():
+        values = OF_THE_PAPER | recipe
+        rows.append([title, *(f"{values.get(name, '–')}" for name in names)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = (map(str.ljust, row, widths) for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded) + "\n"
+
+
+def folder_of(args):
+    """Choose the folder of the run, where --out names none."""
+    if args.out is not None:
+        return args.out
     if args.weights is not None:
-        return RECIPES["continue"]
-    return RECIPES["demo"] if args.data is None else RECIPES["paper"]
+        return "runs/continue"
+    return "runs/demo" if args.data is None else "runs/pretrain"
 
 
 def read_weights(args):
     """Read the file of --weights, before anything else is begun. → its Origin, None without one"""
     if args.weights is None:
         return None
-    return find_origin(args.weights, args.out or RECIPES["continue"]["out"])
+    if args.recipe:
+        raise UserError(
+            f"--recipe {args.recipe} and --weights: with weights the recipe is that for "
+            "continuing; leave --recipe out, other flags override it"
+        )
+    return find_origin(args.weights, folder_of(args))
 
 
-def fill_in(args, origin=None):
-    """Fill in every setting that the user left open from the recipe. → a new Config
+def choose_recipe(args, films):
+    """Choose the recipe of a run that trains on so many films. → its name, and a line that says why
+
+    A run that was begun goes on with its own recipe, of whatever number of films; before there was
+    --recipe that was the paper's.
+    """
+    if args.weights is not None:
+        return "continue", "recipe: continue, as there are --weights"
+    if args.recipe is not None:
+        return args.recipe, f"recipe: {args.recipe}, as --recipe says"
+    if args.data is None:
+        return "demo", "recipe: demo, as there is no --data"
+    out = Path(folder_of(args))
+    begun = checkpoint.read_json(out / "config.json").get("recipe", "paper")
+    if (out / "last.pt").is_file() and begun in ("paper", "small", "demo"):
+        return begun, f"recipe: {begun}, with which the run in {out} was begun"
+    if films < FEW:
+        reason = f"as {films:,} films to train on are fewer than {FEW:,}"
+        return "small", f"recipe: small, {reason}; --recipe paper takes the paper's"
+    reason = f"as {films:,} films to train on are at least {FEW:,}"
+    return "paper", f"recipe: paper, {reason}; --recipe small takes the small one"
+
+
+def fill_in(args, name, origin=None):
+    """Fill in every setting that the user left open from the recipe `name`. → a new Config
 
     origin: what read_weights gave; size, image and patch are then those of the file. A run of fewer
     epochs than the recipe's gets the same share of warm-up, so that it comes to its peak and down
     again. Raises UserError when a setting cannot work.
     """
-    recipe = recipe_for(args) | (origin.settings() if origin else {})
+    recipe = OF_THE_PAPER | RECIPES[name] | (origin.settings() if origin else {})
+    recipe |= {"recipe": name, "out": folder_of(args)}
     epochs = args.epochs or recipe["epochs"]
     recipe["warmup"] *= min(1, epochs / recipe["epochs"])
     left_open = {name: value for name, value in recipe.items() if getattr(args, name) is None}
@@ -166,8 +209,6 @@ def fill_in(args, origin=None):
             f"--warmup {args.warmup:g} must be less than --epochs {args.epochs}: "
             "the learning rate would not come to its peak and down again"
         )
-    if not 0 <= args.pixels <= 1:
-        raise UserError(f"--pixels {args.pixels}: a weight from 0 to 1 is wanted")
     if args.image % args.patch:
         raise UserError(f"--image {args.image} is not a multiple of --patch {args.patch}")
     grid = args.image // args.patch
@@ -183,9 +224,9 @@ def fill_in(args, origin=None):
 def lasting(settings):
     """Keep the settings that must stay when a run goes on, all but FREE ones. → {setting: value}
 
-    A NEWER setting counts only when it is used, so that a run goes on which began before it.
+    A newer setting counts only where it differs from OF_THE_PAPER, so that older runs go on.
     """
-    used = {k: v for k, v in settings.items() if k not in NEWER or v != NEWER[k]}
+    used = {k: v for k, v in settings.items() if k not in OF_THE_PAPER or v != OF_THE_PAPER[k]}
     return {k: v for k, v in used.items() if k not in FREE}
 
 
@@ -237,6 +278,17 @@ def open_tables(args, films, team):
     return tables
 
 
+def choose_films(args, out, team):
+    """Open the films, and divide those to train on from those kept for the closing test.
+
+    → films, the tables of --probe, numbers of the films to train on, and of those held out
+    """
+    films = open_films(args.data, out, patients=args.patients)
+    team.say("\n".join(films.summary))
+    tables = open_tables(args, films, team)
+    return films, tables, *hold_out_films(films, tables, args.holdout, args.seed)
+
+
 def divide_batch(args, team):
     """Find the largest micro-batch within --micro that divides this rank's share of the batch.
 
@@ -247,6 +299,12 @@ def divide_batch(args, team):
     share = args.batch // team.size
     limit = args.micro or (128 if team.device.type == "cuda" else 64)
     return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+
+
+def settle(args, team):
+    """Fill in the settings that depend on the machine: precision and micro-batch. → a new Config"""
+    precision = launch.choose_precision(args.precision, team.device)
+    return dataclasses.replace(args, precision=precision, micro=divide_batch(args, team))
 
 
 def hold_in_memory(films, args, side, device):
@@ -298,8 +356,9 @@ def prepare(item, args, step, batch_positions, device):
     coords = augment.relative_coords(boxes, swap_views(boxes), grid, flips, swap_views(flips))
 
     asked = None  # all patches of the other view
-    if args.global_share < 1:  # drawn last, so that all other numbers are as without it
-        asked = sample_asked(2 * args.batch, grid, args.global_share, generator, rows, device)
+    share = args.global_share or 1.0
+    if share < 1:  # drawn last, so that all other numbers are as without it
+        asked = sample_asked(2 * args.batch, grid, share, generator, rows, device)
     return dict(y=y, x=x, keep=keep, masked=masked, coords=coords, action=action, asked=asked)
 
 
@@ -469,7 +528,7 @@ def describe_schedule(given, args, films, held, total):
     given: what the user set; args: the same, filled in.
     """
     lines = [f"{films} films to train on, {held} held out; {total} steps"]
-    recipe = recipe_for(given)
+    recipe = RECIPES[args.recipe]
     if given.warmup is None and args.warmup < recipe["warmup"]:
         lines.append(
             f"warm-up {args.warmup:.3g} of {args.epochs} epochs, the share of the recipe, "
@@ -484,40 +543,40 @@ def main(args=None, Model=CheXWorld):
     args: a Config, by default the command line. Model: what builds the world; lab/ablation.py
     passes its own.
     """
-    # ---- 1. Settings: what the user gave, over the recipe.
-    given = args or launch.parse(Config, __doc__)
+    # ---- 1. Settings: what the user gave; the number of films may decide what is left open.
+    given = args or launch.parse(Config, f"{__doc__}\n{table_of_recipes()}")
     origin = read_weights(given)
-    args = fill_in(given, origin)
-    out = Path(args.out)
+    out = Path(folder_of(given))
 
     # ---- 2. Processes: torchrun starts one per GPU; without it this is the only one.
-    team = launch.start_team(args.device)
-    precision = launch.choose_precision(args.precision, team.device)
-    args = dataclasses.replace(args, precision=precision, micro=divide_batch(args, team))
-    torch.manual_seed(args.seed)  # for the first weights; every other draw has a key of its own
+    team = launch.start_team(given.device)
+    torch.manual_seed(given.seed)  # for the first weights; every other draw has a key of its own
     if team.lead:
         checkpoint.lock(out)  # refuses to start beside another run in the same folder
     team.wait()
 
     # ---- 3. Films: those to train on, and those kept for the closing test.
-    if args.data is None:
-        args = draw_phantoms(args, team)
-    side = round(args.image * 320 / 224)  # films keep a short side of 320 px for crops of 224
-    films = open_films(args.data, out, side, args.patients)
-    team.say("\n".join(films.summary))
-    tables = open_tables(args, films, team)
-    train, held = hold_out_films(films, tables, args.holdout, args.seed)
+    args = given
+    if args.data is None:  # then their number decides nothing
+        args = draw_phantoms(fill_in(args, choose_recipe(args, 0)[0], origin), team)
+    films, tables, train, held = choose_films(args, out, team)
+
+    # ---- 4. The recipe fills in what is left open.
+    name, why = choose_recipe(given, len(train))
+    team.say(why)
+    args = settle(fill_in(args, name, origin), team)
+    films.side = side = round(args.image * 320 / 224)  # a short side of 320 px for crops of 224
     films, workers = hold_in_memory(films, args, side, team.device)
     views = Views(films, args.image, args.seed, train)
     unreadable = UnreadableFilms(len(train))  # ends the run at more than 1 % of the films
 
-    # ---- 4. Length: a step is one batch; --max_steps ends the training, not the schedules.
+    # ---- 5. Length: a step is one batch; --max_steps ends the training, not the schedules.
     steps_per_epoch = len(train) // args.batch
     total = args.epochs * steps_per_epoch
     end = min(total, args.max_steps or total)
     warmup_steps = round(args.warmup * steps_per_epoch)
 
-    # ---- 5. Model and optimizer.
+    # ---- 6. Model and optimizer.
     world = make_world(args, origin, Model).to(team.device)
     optimizer = make_optimizer(world, args, origin, total)
     if origin:
@@ -525,7 +584,7 @@ def main(args=None, Model=CheXWorld):
     team.say(describe(args, world, team))
     team.say(describe_schedule(given, args, len(train), len(held), total))
 
-    # ---- 6. Go on where an earlier run in the same folder stopped.
+    # ---- 7. Go on where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train], origin)
     start = go_on(out, recipe, world, optimizer, team)
     loader = make_loader(views, args, team, workers, args.seed, start, end)
@@ -536,7 +595,7 @@ def main(args=None, Model=CheXWorld):
     if team.lead:
         checkpoint.write_json(out / "config.json", dataclasses.asdict(args))
 
-    # ---- 7. Train.
+    # ---- 8. Train.
     forward = launch.prepare_forward(world, args.compile, team)  # compiled, and in DDP, as asked
     is_stopping = False
     monitor = Monitor(out, world.LOSSES, args, team, start, end, total)
@@ -561,7 +620,7 @@ def main(args=None, Model=CheXWorld):
     if is_stopping:
         stop.end(team, f"step {done} in {out}")
 
-    # ---- 8. Judge the model on the films held out.
+    # ---- 9. Judge the model on the films held out.
     if team.lead:
         closing(args, out, world, films, held, tables, team.device)
     team.leave()

@@ -1,7 +1,7 @@
 """Which part of the method helps, and does pre-training help at all?
 
     python -m lab.ablation                    # Table 3 in miniature, on synthetic films: hours
-    python -m lab.ablation --data /cxr --probe labels.csv --flags "--size small" --seeds 3
+    python -m lab.ablation --data /cxr --probe labels.csv --flags "--recipe small" --seeds 3
     python -m lab.ablation train --tasks local,domain --no_delta --data /cxr    # one ablated run
     python -m lab.ablation compare --weights runs/pretrain/encoder.pt --data FILMS --tables a.csv
 
@@ -145,6 +145,7 @@ def load_ablated(path: str | Path) -> AblatedCheXWorld:
 
 @dataclasses.dataclass
 class TrainConfig(pretrain.Config):
+    recipe: str = flag("paper", "as in pretrain.py", ["paper", "small", "demo"])
     out: str = flag("runs/ablated", "folder of the run")
     tasks: str = flag("local,global,domain", "world modelling tasks, any subset (Table 3)")
     no_delta: bool = flag(False, "hide the relative position Δ: the view's own grid instead of φ")
@@ -166,7 +167,7 @@ def train(args: TrainConfig) -> None:
         action=not args.no_action,
         unified=not args.not_unified,
     )
-    pretrain.main(args, Model)
+    pretrain.main(dataclasses.replace(args, pixels=0.0), Model)  # whatever the recipe says
 
 
 # ---------------------------------------------------------------- a grid of runs
@@ -544,7 +545,8 @@ def main(argv=None):
     if word not in commands:
         raise UserError(f"lab.ablation {word}: say train or compare, or nothing for Table 3")
     Flags, run = commands[word]
-    run(parse(Flags, __doc__, argv, prog=f"python -m lab.ablation {word}".strip()))
+    doc = f"{__doc__}\n{pretrain.table_of_recipes()}" if word == "train" else __doc__
+    run(parse(Flags, doc, argv, prog=f"python -m lab.ablation {word}".strip()))
 
 
 if __name__ == "__main__":

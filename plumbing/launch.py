@@ -318,7 +318,7 @@ def parse(Config, doc: str, argv: list[str] | None = None, prog: str | None = No
 POSITIVE = set("lr clip layer_decay image patch batch micro epochs patience seeds shots".split())
 POSITIVE |= set("steps max_steps log_every save_every draws samples ddim channels".split())
 POSITIVE |= {"phantoms", "count", "global_share"}
-MOST = dict(ema=1, global_share=1, layer_decay=1, drop_path=1, workers=1024)
+MOST = dict(ema=1, global_share=1, pixels=1, layer_decay=1, drop_path=1, workers=1024)
 
 
 def refuse_senseless(name: str, value):

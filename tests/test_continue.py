@@ -182,7 +182,7 @@ def test_another_image_size(films, tmp_path):
 # ---- Settings
 def fill_in(path, out, **given):
     config = pretrain.Config(data="films", weights=str(path), out=out and str(out), **given)
-    return pretrain.fill_in(config, pretrain.read_weights(config))
+    return pretrain.fill_in(config, "continue", pretrain.read_weights(config))
 
 
 def test_settings_come_from_the_file_and_from_the_recipe_for_continuing(
@@ -205,7 +205,7 @@ def test_settings_come_from_the_file_and_from_the_recipe_for_continuing(
 
 def test_a_run_without_weights_is_what_it_was():
     """So that old runs go on: the recipe's keys, and AdamW's two groups."""
-    args = pretrain.fill_in(pretrain.Config(data="x", size="tiny", image=32, patch=8))
+    args = pretrain.fill_in(pretrain.Config(data="x", size="tiny", image=32, patch=8), "paper")
     assert not {"weights", "pixels"} & pretrain.recipe_of(args, ["a.png"]).keys()
     world = pretrain.make_world(args, None, CheXWorld)
     optimizer = pretrain.make_optimizer(world, args, None, 100)

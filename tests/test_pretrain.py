@@ -212,7 +212,7 @@ def test_pixels_and_half_of_the_other_view_on_two_ranks_and_in_two_parts(films, 
 
 def test_a_run_of_the_paper_knows_nothing_of_newer_settings():
     """Its recipe is what it was before there were these flags, so that old runs go on."""
-    args = pretrain.fill_in(pretrain.Config(data="x"))
+    args = pretrain.fill_in(pretrain.Config(data="x"), "paper")
     newer = {"pixels": 0.5, "global_share": 0.5}
     assert not newer.keys() & pretrain.recipe_of(args, ["a.png"]).keys()
     args = dataclasses.replace(args, **newer)
@@ -299,10 +299,10 @@ def test_phantoms_of_another_seed_or_image_are_no_others(tmp_path):
     """A start ended before its first checkpoint; another one comes into the same folder."""
     team = launch.Team(0, 1, torch.device("cpu"))
     demo = dict(out=str(tmp_path), phantoms=2)
-    drawn = pretrain.draw_phantoms(pretrain.fill_in(pretrain.Config(**demo)), team)
-    assert pretrain.draw_phantoms(pretrain.fill_in(pretrain.Config(**demo)), team) == drawn
+    drawn = pretrain.draw_phantoms(pretrain.fill_in(pretrain.Config(**demo), "demo"), team)
+    assert pretrain.draw_phantoms(pretrain.fill_in(pretrain.Config(**demo), "demo"), team) == drawn
     for other in (dict(seed=1), dict(image=128)):
-        args = pretrain.fill_in(pretrain.Config(**demo, **other))
+        args = pretrain.fill_in(pretrain.Config(**demo, **other), "demo")
         with pytest.raises(UserError, match="phantoms of another --seed or --image"):
             pretrain.draw_phantoms(args, team)
 
@@ -353,58 +353,135 @@ def test_an_infinite_loss_stops_and_leaves_the_last_good_checkpoint(films, tmp_p
         assert all(torch.isfinite(v).all() for v in weights(out).values())
 
 
-def test_settings_are_filled_in_from_the_recipe_of_the_data():
-    demo = pretrain.fill_in(pretrain.Config())
-    paper = pretrain.fill_in(pretrain.Config(data="films", lr=1.0))
+def test_settings_are_filled_in_from_the_recipe():
+    demo = pretrain.fill_in(pretrain.Config(), "demo")
+    paper = pretrain.fill_in(pretrain.Config(data="films", lr=1.0), "paper")
     assert (demo.size, demo.batch, demo.epochs, demo.lr) == ("tiny", 16, 20, 1.2e-3)
     assert (paper.size, paper.batch, paper.epochs, paper.lr) == ("base", 2048, 300, 1.0)
+    assert (paper.pixels, paper.global_share) == (0, 1)
+    assert (demo.recipe, paper.recipe) == ("demo", "paper")
     assert (demo.out, paper.out) == ("runs/demo", "runs/pretrain")
     given = pretrain.Config()
-    pretrain.fill_in(given)
+    pretrain.fill_in(given, "small")
     assert given == pretrain.Config()  # the user's own settings stay as they were
 
 
-def test_a_short_run_has_the_recipes_share_of_warmup():
-    for given, warmup in (
-        (dict(data="films"), 40),
-        (dict(data="films", epochs=10), 4 / 3),
-        (dict(data="films", epochs=400), 40),
-        (dict(data="films", epochs=10, warmup=7.5), 7.5),
-        (dict(epochs=5), 0.25),
-    ):
-        assert pretrain.fill_in(pretrain.Config(**given)).warmup == pytest.approx(warmup)
-
-
-@pytest.mark.slow
-def test_ten_epochs_of_the_films_recipe_come_to_their_peak_and_down_again(films, tmp_path):
-    words = "--size tiny --image 32 --patch 8 --batch 8 --epochs 10 --ema 0.9 --log_every 1"
-    pretrain_films = [sys.executable, str(ROOT / "pretrain.py"), "--data", str(films)]
-    pretrain_films += ["--out", str(tmp_path), "--device", "cpu", "--holdout", "4"]
-    done = subprocess.run([*pretrain_films, *words.split()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warm-up 1.33 of 10 epochs, the share of the recipe, 40 of 300" in done.stdout
-    rates = [float(row["lr"]) for row in log(tmp_path)]
-    assert rates.index(max(rates)) == 4 and max(rates) == pytest.approx(2e-4)
-    assert len(rates) == 40 and rates[-1] < 2e-6
+def test_every_recipe_works_and_stands_in_the_help(capsys):
+    for name in ("demo", "small", "paper"):
+        args = pretrain.fill_in(pretrain.Config(data="films"), name)
+        row = pretrain.OF_THE_PAPER | pretrain.RECIPES[name]
+        assert row.items() <= vars(args).items()
+    with pytest.raises(SystemExit):
+        launch.parse(pretrain.Config, pretrain.table_of_recipes(), ["--help"])
+    said = capsys.readouterr().out
+    for name, row in pretrain.RECIPES.items():
+        line = re.search(rf"^{name} .*$", said, re.M)[0].split()
+        assert {f"{value}" for value in row.values()} <= set(line)
 
 
 @pytest.mark.parametrize(
-    "setting, words",
+    "given, films, name, why",
     [
-        (dict(patch=7), "--image 64 is not a multiple of --patch 7"),
-        (dict(image=24), "at least 4 × 4"),
-        (dict(data="films", epochs=10, warmup=40), "--warmup 40 must be less than --epochs 10"),
-        (dict(epochs=2, warmup=2), "--warmup 2 must be less than --epochs 2"),
-        (dict(pixels=1.5), "--pixels 1.5: a weight from 0 to 1"),
-        (dict(pixels=float("nan")), "--pixels nan"),
+        (dict(data="films"), 19_999, "small", "19,999 .* fewer than 20,000; --recipe paper"),
+        (dict(data="films"), 20_000, "paper", "20,000 .* at least 20,000; --recipe small"),
+        (dict(data="films", recipe="paper"), 5, "paper", "--recipe says"),
+        (dict(data="films", recipe="small"), 10**6, "small", "--recipe says"),
+        (dict(data="films", recipe="demo"), 5, "demo", "--recipe says"),
+        (dict(), 1600, "demo", "no --data"),
+        (dict(recipe="small"), 1600, "small", "--recipe says"),
+        (dict(data="films", weights="last.pt"), 10**6, "continue", "--weights"),
     ],
 )
-def test_settings_that_cannot_work(setting, words):
+def test_the_number_of_films_chooses_the_recipe_and_the_user_overrules(
+    tmp_path, given, films, name, why
+):
+    chosen, line = pretrain.choose_recipe(pretrain.Config(out=str(tmp_path), **given), films)
+    assert chosen == name and re.search(f"recipe: {name}, .*{why}", line) and "\n" not in line
+
+
+def test_recipe_and_weights_are_two_answers_to_one_question():
+    with pytest.raises(UserError, match="--recipe small and --weights: .* leave --recipe out"):
+        pretrain.read_weights(pretrain.Config(data="films", weights="last.pt", recipe="small"))
+
+
+@pytest.mark.parametrize(
+    "written, name",
+    [({"recipe": "small"}, "small"), ({}, "paper"), ({"recipe": "continue"}, "paper")],
+)
+def test_a_run_goes_on_with_its_own_recipe_though_films_were_added(tmp_path, written, name):
+    """Before there was --recipe it was the paper's; without its last.pt no run was begun."""
+    given = pretrain.Config(data="films", out=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert pretrain.choose_recipe(given, 30_000)[0] == "paper"
+    assert pretrain.choose_recipe(given, 30)[0] == "small"
+    (tmp_path / "last.pt").touch()
+    chosen, line = pretrain.choose_recipe(given, 30_000)
+    assert chosen == name
+    assert "was begun" in line or written == {"recipe": "continue"}
+
+
+def test_a_short_run_has_the_recipes_share_of_warmup():
+    for name, given, warmup in (
+        ("paper", dict(data="films"), 40),
+        ("paper", dict(data="films", epochs=10), 4 / 3),
+        ("paper", dict(data="films", epochs=400), 40),
+        ("paper", dict(data="films", epochs=10, warmup=7.5), 7.5),
+        ("demo", dict(epochs=5), 0.25),
+    ):
+        args = pretrain.fill_in(pretrain.Config(**given), name)
+        assert args.warmup == pytest.approx(warmup)
+
+
+@pytest.mark.slow
+def test_few_films_get_the_small_recipe_and_the_same_command_goes_on(films, tmp_path):
+    """Ten epochs come to their peak and down again; the run keeps its recipe when FEW changes."""
+    words = "--size tiny --image 32 --patch 8 --batch 8 --epochs 10 --log_every 1 --device cpu"
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--data", str(films), "--holdout", "4"]
+    command += ["--out", str(tmp_path), *words.split()]
+    small = pretrain.RECIPES["small"]
+    done = subprocess.run([*command, "--max_steps", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "recipe: small, as 33 films to train on are fewer than 20,000" in done.stdout
+    warmup = small["warmup"] * 10 / small["epochs"]
+    share = f"the share of the recipe, {small['warmup']:g} of {small['epochs']}"
+    assert f"warm-up {warmup:.3g} of 10 epochs, {share}" in done.stdout
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert {k: settings[k] for k in ("lr", "ema")} == {k: small[k] for k in ("lr", "ema")}
+    assert settings["recipe"] == "small"
+    # As if films had been few then and were many now.
+    many = ["import pretrain; pretrain.FEW = 5; pretrain.main()", *command[2:]]
+    done = subprocess.run([sys.executable, "-c", *many], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "recipe: small, with which the run in" in done.stdout
+    assert "going on at step 1 of 40" in done.stdout
+    rates = [float(row["lr"]) for row in log(tmp_path)]
+    assert max(rates) == pytest.approx(small["lr"], rel=0.01)
+    assert len(rates) == 40 and rates[-1] < 0.01 * small["lr"]
+    refused(
+        subprocess.run([*command, "--recipe", "paper"], capture_output=True, text=True),
+        "another recipe",
+        f"lr {small['lr']} → 0.0002",
+    )
+
+
+@pytest.mark.parametrize(
+    "name, setting, words",
+    [
+        ("demo", dict(patch=7), "--image 64 is not a multiple of --patch 7"),
+        ("demo", dict(image=24), "at least 4 × 4"),
+        ("paper", dict(epochs=10, warmup=40), "--warmup 40 must be less than --epochs 10"),
+        ("demo", dict(epochs=2, warmup=2), "--warmup 2 must be less than --epochs 2"),
+    ],
+)
+def test_settings_that_cannot_work(name, setting, words):
     with pytest.raises(UserError, match=words):
-        pretrain.fill_in(pretrain.Config(**setting))
+        pretrain.fill_in(pretrain.Config(**setting), name)
 
 
-SENSELESS = "--global_share 0.0,--global_share 1.1,--batch 0,--phantoms 0,--holdout -1,--workers -1"
+SENSELESS = (
+    "--pixels 1.5,--pixels nan,--global_share 0.0,--global_share 1.1,--batch 0,--phantoms 0,"
+    "--holdout -1,--workers -1"
+)
 
 
 @pytest.mark.parametrize("words", SENSELESS.split(","))
