@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import augment
 from data import TestExamples, TrainExamples, make_loader, open_examples
+from lab import report
 from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import checkpoint, launch, metrics, results, seedrun
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
@@ -621,7 +622,25 @@ def test_finished(args: Config, weights, root, out, team):
         results.write_masks(out, task, TestExamples(task.films["test"]), model, team)
     recipe = saved.get("recipe", {})
     result["films"] = recipe.get("films")
-    results.summarise(out, recipe, splits, weights, [result], team)
+    summary = results.summarise(out, recipe, splits, weights, [result], team)
+    results.conclude(out, summary, team)
+
+
+def judge_beside(args, task: TaskData, weights, out, summary: dict, team):
+    """Judge linear probes of the same films beside the model, and add that to result.json.
+
+    What they make of the encoder it started from, of random weights and of raw pixels tells what
+    fine-tuning was good for. Whatever goes wrong here costs no result: they are written already.
+    """
+    folders = [out / f"seed{seed}" for seed in range(args.seed, args.seed + args.seeds)]
+    try:
+        scores = [results.read_predictions(folder, task) for folder in folders]
+        torch.manual_seed(args.seed)
+        vit = make_model(args, weights, task.kind, task.labels).vit.to(team.device).eval()
+        summary["probes"] = report.beside(task.films, scores, vit, weights is None)
+        checkpoint.write_json(out / "result.json", summary)
+    except Exception as error:
+        print(f"warning: no linear probes beside the model: {checkpoint.brief(error)}", flush=True)
 
 
 def main():
@@ -667,8 +686,12 @@ def main():
         folder = out / f"seed{seed}"
         seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))
 
-    # ---- 6. The mean over the seeds.
-    results.summarise(out, vars(args), splits, weights, seed_results, team)
+    # ---- 6. The mean over the seeds; where films are few, linear probes of them beside it.
+    summary = results.summarise(out, vars(args), splits, weights, seed_results, team)
+    is_over = all(result["over"] for result in seed_results)
+    if team.lead and is_over and report.is_judged(splits.kind, task.films):
+        judge_beside(filled, task, weights, out, summary, team)
+    results.conclude(out, summary, team)
     team.leave()
 
 

@@ -255,10 +255,15 @@ def judged_words(table: Labels, judged: dict, seen: str) -> str:
     }
     for part, result in judged.items():
         lines.append(f"{result['films']:,} {words[part]}; {result['patients']:,} patients")
-        heads = ["AUROC %", "95 % interval", "against random weights", "against raw pixels"]
-        lines.append(line_of("", *heads))
-        lines += [line_of(name, *cells_of(result, name)) for name in result["values"]]
+        lines += lines_of(result)
     return "\n".join(lines)
+
+
+def lines_of(result: dict) -> list[str]:
+    """The table of what `judge` says, a line per set of features."""
+    heads = ["AUROC %", "95 % interval", "against random weights", "against raw pixels"]
+    rows = [line_of(name, *cells_of(result, name)) for name in result["values"]]
+    return [line_of("", *heads), *rows]
 
 
 def line_of(name, value, interval, *against) -> str:

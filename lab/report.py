@@ -1,20 +1,38 @@
-"""How good did a pre-training become? Its closing table, on films that it held out.
+"""The closing tables of a training: how good did it become, and against what?
 
-Not a program: the last act of pretrain.py. It writes result.json (domain sensitivity test and
-linear probes, in percent) and curve.png into the folder of the run, and prints both tables.
+Not a program: the last act of pretrain.py and of finetune.py. Of a pre-training it writes
+result.json (domain sensitivity test and linear probes, in percent) and curve.png into the folder of
+the run, and prints both tables; beside a fine-tuned model it judges linear probes of the same
+films.
 """
 
+import time
+
+import numpy as np
 import torch
 
 from lab.common import evenly, read_whole
 from lab.domain import domain_test, result_table
-from lab.probe import RANDOM, judge_tables, judged_words
+from lab.probe import (
+    MANY_FILMS,
+    PIXELS,
+    RANDOM,
+    describe_set,
+    judge,
+    judge_tables,
+    judged_words,
+    lines_of,
+    pairs_of,
+)
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
+from plumbing.metrics import ridge_scores
 from plumbing.weights import make_vit
 
 SEEN = "films of test were not seen in pre-training; all others were, unlabelled"
 CONTINUED = "this run saw all but the films of test, unlabelled; what --weights had seen is unknown"
+MODEL = "fine-tuned model"
+START = "encoder it started from"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
 
 
@@ -76,3 +94,77 @@ def curves_picture(rows, losses):
             pictures.curves(rank, title, "step", "effective rank"),
         ]
     )
+
+
+# ---------------------------------------------------------------- beside a fine-tuned model
+class Together:
+    """The films of a task's splits, {split: films}, one after the other, without their masks."""
+
+    def __init__(self, films: dict):
+        self.examples = []
+        self.names = []
+        self.places = []
+        for split in ("train", "val", "test"):
+            part = films[split]
+            self.examples += part.examples
+            self.names += part.names
+            self.places += [(part, i) for i in range(len(part))]
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, number):
+        part, i = self.places[number]
+        film, _ = part[i]
+        return film
+
+
+def is_judged(kind: str, films: dict) -> bool:
+    """Whether `beside` is for this task: a classification of at most MANY_FILMS films in all."""
+    return kind != "mask" and sum(map(len, films.values())) <= MANY_FILMS
+
+
+def beside(films: dict, seed_scores: list[dict], vit, is_random: bool) -> dict:
+    """Judge a fine-tuned model beside linear probes of the films that it has learnt from.
+
+    films: {"train", "val", "test"}; seed_scores, for each seed {number of the test film: (c,)};
+    vit: the encoder that fine-tuning started from, is_random: with random weights. The probes are
+    those of lab.probe, of train and val, judged on the films of test that all could read. The
+    model's AUROC is the mean over its seeds, and so is its difference to others.
+    → what lab.probe.judge says
+    """
+    start = time.perf_counter()
+    encoders = {RANDOM: vit}
+    if not is_random:
+        fresh = make_vit(vit.config).to(next(vit.parameters()).device).eval()
+        encoders = {START: vit, RANDOM: fresh}
+    together = Together(films)
+    everything = np.arange(len(together))
+    features, read = describe_set(together, everything, encoders, vit.image, "films")
+
+    first = len(together) - len(films["test"])  # number of the first test film
+    tested = [first + i for i in set.intersection(*map(set, seed_scores))]
+    is_fit = read < first
+    is_test = np.isin(read, tested)
+    y = np.array([together.examples[i].target for i in read], float)  # (n, c)
+    patients = np.array([together.examples[i].patient for i in read])
+    scores = {MODEL: np.array([[rows[i - first] for rows in seed_scores] for i in read[is_test]])}
+    for name, x in features.items():
+        probe = ridge_scores(x[is_fit], y[is_fit], patients[is_fit], x[is_test])  # (m, c)
+        scores[name] = np.repeat(probe[:, None], len(seed_scores), 1)  # (m, seeds, c)
+    # The seeds count as further labels, over which judge takes the mean.
+    truth = np.repeat(y[is_test][:, None], len(seed_scores), 1)
+    scores = {name: rows.reshape(len(truth), -1) for name, rows in scores.items()}
+    pairs = [(MODEL, pixels) for pixels in PIXELS] + pairs_of(list(encoders), RANDOM)
+    judged = judge(scores, truth.reshape(len(truth), -1), patients[is_test], pairs)
+    print(beside_words(judged, is_fit.sum(), time.perf_counter() - start), flush=True)
+    return judged
+
+
+def beside_words(judged: dict, films: int, seconds: float) -> str:
+    """The result of `beside` in words. films: those of train and val."""
+    line = (
+        f"beside the model: linear probes of the {films:,} films of train and val, judged on "
+        f"{judged['films']:,} of test; {judged['patients']:,} patients ({seconds:.0f} s)"
+    )
+    return "\n".join([line, *lines_of(judged)])

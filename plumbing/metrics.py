@@ -57,12 +57,20 @@ def weighted_auroc(scores, labels, weights) -> np.ndarray:
     return np.divide(pairs_won, pairs, out=areas, where=pairs > 0)
 
 
-def mean_of_defined(values: np.ndarray) -> np.ndarray:
-    """Mean of each row of values (k, c) over what is not nan; nan where all of it is. → (k,)"""
-    is_defined = ~np.isnan(values)
-    total = np.where(is_defined, values, 0.0).sum(1)
-    count = is_defined.sum(1)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+def mean_auroc(scores, truth, weights) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC of every label, and their mean, when row i counts weights[i] times.
+
+    scores, truth (n, c), weights (n, k). The mean is always over the same labels, those that have
+    an AUROC when every row counts once: in a draw that lacks a class of one of them it is nan. Over
+    whatever a draw happens to have, the interval of the mean would be one of different questions.
+    → mean (k,), areas (k, c); nan where undefined
+    """
+    columns = list(zip(to_array(scores).T, to_array(truth).T, strict=True))
+    areas = np.stack([weighted_auroc(*column, weights) for column in columns], 1)
+    is_defined = [not np.isnan(auroc(*column)) for column in columns]
+    if not any(is_defined):
+        return np.full(len(areas), np.nan), areas
+    return areas[:, is_defined].mean(1), areas
 
 
 def dice(prediction, truth) -> float:
@@ -109,17 +117,13 @@ def compare_auroc(scores: dict, truth, patients, pairs=()) -> tuple[dict, dict]:
 
     scores: {model: (n, c)}, truth (n, c) of 0, 1 and nan, patients (n,). pairs: of models to be
     compared, whose difference has an interval of its own: the redraws are the same for both, so
-    that what makes a film hard for both cancels out.
+    that what makes a film hard for both cancels out. The mean is that of `mean_auroc`.
     → {model: (value, low, high)}, {(one, other): (difference, low, high)}; nan where undefined
     """
     names = list(scores)
-    columns = {name: list(zip(to_array(scores[name]).T, truth.T, strict=True)) for name in names}
 
     def statistic(weights):
-        values = {}
-        for name, labels in columns.items():
-            areas = [weighted_auroc(score, label, weights) for score, label in labels]
-            values[name] = mean_of_defined(np.stack(areas, 1))
+        values = {name: mean_auroc(scores[name], truth, weights)[0] for name in names}
         values |= {(one, other): values[one] - values[other] for one, other in pairs}
         return np.stack(list(values.values()), 1)
 

@@ -18,6 +18,7 @@ from plumbing.checkpoint import replace_with, write_csv, write_json
 from plumbing.film import film_size
 from plumbing.launch import UserError
 from plumbing.splits import SPLITS, Splits, class_warnings, tally
+from plumbing.table import read_cells
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
 PUBLISHED = {  # tasks whose epochs are published
@@ -123,13 +124,7 @@ def measure(kind: str, table, targets, weights) -> np.ndarray:
         means = [weighted_mean(dice, weights[is_known])]
         means.append(weighted_mean(dice, weights[is_known] * has_mask[:, None]))
         return np.stack([means[0], *means], 1)
-    columns = zip(table.T, targets.T, strict=True)
-    areas = [metrics.weighted_auroc(scores, truth, weights) for scores, truth in columns]
-    areas = np.stack(areas, 1)  # (k, c)
-    # The mean is always over the same classes: in a draw that lacks one of them it is undefined.
-    has_both = (targets == 1).any(0) & (targets == 0).any(0)
-    counted = np.where(has_both, areas, 0).sum(1)
-    value = counted / has_both.sum() if has_both.any() else np.full(len(areas), np.nan)
+    value, areas = metrics.mean_auroc(table, targets, weights)
     if kind == "classes":
         is_known = ~np.isnan(targets).any(1)
         is_right = table[is_known].argmax(1) == targets[is_known].argmax(1)
@@ -218,6 +213,16 @@ def write_predictions(folder: Path, task, rows: dict):
     write_csv(folder / "predictions.csv", ["film", "patient", *columns], lines)
 
 
+def read_predictions(folder: Path, task) -> dict:
+    """Read what `write_predictions` wrote of a classifier. → {number of the test film: (c,)}"""
+    examples = task.films["test"].examples
+    number_of = {name_of(example.path, task.root): i for i, example in enumerate(examples)}
+    rows = {}
+    for _, cells in read_cells(folder / "predictions.csv")[1]:
+        rows[number_of[cells[0]]] = np.array(cells[2 : 2 + len(task.labels)], float)
+    return rows
+
+
 def name_of(path: Path, root: Path) -> str:
     """Name a film by its path below --data, or by the whole path when it lies elsewhere."""
     name = path.relative_to(root) if path.is_relative_to(root) else path
@@ -278,11 +283,8 @@ def write_masks(folder: Path, task, test_examples, model, team):
         replace_with(folder / "masks" / f"{name}.png", save, sync=False)
 
 
-def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[dict], team):
-    """Write result.json of all seeds and print its numbers, the metric last.
-
-    recipe: the flags of the training.
-    """
+def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[dict], team) -> dict:
+    """Write result.json of all seeds. recipe: the flags of the training. → what it holds"""
     values = [result["value"] for result in results]
     mean, std = mean_and_std(values)
     per_class = {}
@@ -310,6 +312,12 @@ def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[di
     }
     if team.lead:
         write_json(out / "result.json", summary)
+    return summary
+
+
+def conclude(out: Path, summary: dict, team):
+    """Print what `summarise` has written, the metric last."""
+    if team.lead:
         print("\n".join(describe_summary(summary)) + f": {out}/result.json", flush=True)
 
 

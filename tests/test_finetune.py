@@ -154,6 +154,9 @@ def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsy
     assert result["std"] == pytest.approx(np.std(result["seeds"], ddof=1))
     assert result["split"]["test"] == {"films": 8, "patients": 8, "positive": {"square": 4}}
     assert result["per_class"]["square"] == pytest.approx(result["mean"])
+    beside = [line.split("  ")[1] for line in said if line.startswith("  raw ")]
+    assert beside == ["raw 8² pixels", "raw 64² pixels"]
+    assert result["probes"]["values"]["fine-tuned model"] == pytest.approx(result["mean"])
     for seed in (0, 1):
         rows = read_rows(tmp_path / f"seed{seed}" / "predictions.csv")
         assert [r["film"] for r in rows] == [f"{k}.png" for k in range(32, 40)]
@@ -182,6 +185,7 @@ def test_eval_gives_the_same_number_again(films, tmp_path):
     base += ["--ten_crop"]
     again = go(films, tmp_path / "again", base=base, short=[])
     assert again["seeds"] == pytest.approx(result["seeds"])
+    assert "probes" in result and "probes" not in again  # it has no films to learn from
     predictions = (tmp_path / "again" / "predictions.csv").read_text()
     assert predictions == (tmp_path / "seed0" / "predictions.csv").read_text()
 
@@ -191,7 +195,7 @@ def test_stopped_runs_go_on_to_the_same_weights(films, tmp_path):
     cells = ["--pool", "cells"]
     go(films, tmp_path / "whole", *cells)
     part = go(films, tmp_path / "parts", "--max_steps", "7", "--save_every", "3", *cells)
-    assert part["trained_on"] == [24]
+    assert part["trained_on"] == [24] and "probes" not in part
     assert (tmp_path / "parts" / "seed0" / "last.pt").exists()
     go(films, tmp_path / "parts", "--max_steps", "11", *cells)
     go(films, tmp_path / "parts", *cells)
@@ -276,6 +280,18 @@ def test_segmentation_learns_and_draws_its_cases(films, tmp_path):
     assert min(picture.shape[:2]) > 2 * 256
     yellow = (picture[..., 0] + picture[..., 1]) / 2 - picture[..., 2] > 40
     assert yellow.any()  # somewhere both agree
+
+
+def test_probes_that_fail_cost_no_result(films, tmp_path, monkeypatch, capsys):
+    whole = go(films, tmp_path, "--freeze", short=[])
+    (tmp_path / "seed0" / "predictions.csv").unlink()
+    assert go(films, tmp_path, "--freeze", short=[]) | {"probes": whole["probes"]} == whole
+    said = capsys.readouterr().out.splitlines()
+    assert "warning: no linear probes beside the model: " in said[-3] and "predictions" in said[-3]
+    assert said[-1].startswith("test AUROC")
+    monkeypatch.setattr("lab.report.MANY_FILMS", 39)
+    assert "probes" not in go(films, tmp_path, "--freeze", short=[])
+    assert "beside the model" not in capsys.readouterr().out
 
 
 def test_linear_probe_leaves_the_encoder_alone_and_takes_a_pretrained_one(films, tmp_path):

@@ -8,10 +8,13 @@ import pytest
 import torch
 from lab_for_tests import TINY, Films, noise
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from lab import report
-from model import CheXWorld
+from model import CheXWorld, ViT
 from plumbing import own_table
+from plumbing.film import UnreadableFilm
+from plumbing.metrics import ridge_scores
 
 
 def make_labels(tmp_path, text):
@@ -54,3 +57,66 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
         "probe": {},
         "probe_intervals": {},
     }
+
+
+class Part:
+    """Films of one split of a task, as data.TaskFilms gives them."""
+
+    def __init__(self, films, targets, first):
+        patients = range(first, first + len(films))
+        pairs = zip(targets, patients, strict=True)
+        self.examples = [SimpleNamespace(target=tuple(t), patient=f"p{p}") for t, p in pairs]
+        self.names = [f"{p}.png" for p in patients]
+        self.films = films
+
+    def __len__(self):
+        return len(self.films)
+
+    def __getitem__(self, i):
+        if self.films[i] is None:
+            raise UnreadableFilm("broken")
+        return self.films[i], None
+
+
+@pytest.mark.parametrize("is_random", [True, False])
+def test_a_fine_tuned_model_is_judged_beside_probes_of_the_same_films(capsys, is_random):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, (90, 2)).astype(float)
+    films = rng.integers(0, 200, (90, 64, 64), dtype=np.uint8)
+    films[:, :20, :20] += (30 * y[:, 0]).astype(np.uint8)[:, None, None]
+    y[7, 1] = np.nan
+    listed = [None if i in (4, 71) else film for i, film in enumerate(films)]
+    parts = {
+        "train": Part(listed[:40], y[:40], 0),
+        "val": Part(listed[40:50], y[40:50], 40),
+        "test": Part(listed[50:], y[50:], 50),
+    }
+    seeds = [{i: rng.normal(size=2) + y[50 + i] for i in range(40) if i != 21} for _ in range(3)]
+    del seeds[1][30]  # a film that one seed has not read is left out everywhere
+    vit = ViT(64, 16, dim=16, depth=1, heads=2)
+    judged = report.beside(parts, seeds, vit, is_random)
+    assert (report.START in judged["values"]) != is_random
+    assert judged["films"] == judged["patients"] == 38
+
+    test = [i for i in range(50, 90) if i not in (71, 80)]
+    areas = [roc_auc_score(y[test, k], [s[i - 50][k] for i in test]) for s in seeds for k in (0, 1)]
+    assert judged["values"][report.MODEL] == pytest.approx(100 * np.mean(areas))
+    fit = [i for i in range(50) if i != 4]
+    x = films.reshape(90, -1).astype(np.float32) / 255
+    probe = ridge_scores(x[fit], y[fit], np.array(fit), x[test])
+    own = 100 * np.mean([roc_auc_score(y[test, k], probe[:, k]) for k in (0, 1)])
+    assert judged["values"]["raw 64² pixels"] == pytest.approx(own, abs=0.3)
+    ((pixels, told),) = judged["differences"][report.MODEL].items()
+    assert told["difference"] == pytest.approx(
+        judged["values"][report.MODEL] - judged["values"][pixels]
+    )
+    said = capsys.readouterr().out
+    assert "linear probes of the 49 films of train and val, judged on 38 of test" in said
+    assert f"{report.MODEL:28s}  {judged['values'][report.MODEL]:7.1f}" in said
+
+
+def test_masks_and_many_films_are_not_judged_beside():
+    films = {"train": range(2000), "val": range(500), "test": range(500)}
+    assert report.is_judged("labels", films) and report.is_judged("classes", films)
+    assert not report.is_judged("mask", films)
+    assert not report.is_judged("labels", films | {"test": range(501)})

@@ -344,6 +344,23 @@ def test_the_intervals_hold_the_truth_19_times_of_20():
     ).all()  # 190 expected; less of the percentile bootstrap
 
 
+def test_a_mean_over_labels_is_over_the_same_ones_in_every_draw():
+    rng = np.random.default_rng(3)
+    y = np.zeros((60, 3))
+    y[:30, 0] = 1
+    y[:20, 1] = 1
+    scores = rng.normal(size=y.shape) + y
+    both = {"a": scores, "b": -scores}
+    values, differences = metrics.compare_auroc(both, y, np.arange(60), [("a", "b")])
+    areas = [roc_auc_score(y[:, k], scores[:, k]) for k in (0, 1)]  # nobody has the third
+    assert values["a"][0] == pytest.approx(np.mean(areas)) and values["a"][1] < values["a"][0]
+    y[5, 2] = 1  # one has it, hence a third of the draws do not
+    values, differences = metrics.compare_auroc(both, y, np.arange(60), [("a", "b")])
+    areas.append(roc_auc_score(y[:, 2], scores[:, 2]))
+    assert values["a"][0] == pytest.approx(np.mean(areas))
+    assert np.isnan(values["a"][1:]).all() and np.isnan(differences["a", "b"][1:]).all()
+
+
 def test_a_difference_is_paired():
     rng = np.random.default_rng(2)
     patients = np.arange(150)

@@ -55,6 +55,9 @@ def test_predictions_keep_the_order_of_very_sure_films(tmp_path):
     films = {"test": SimpleNamespace(examples=examples)}
     task = SimpleNamespace(kind="labels", labels=("a",), root=Path("/"), films=films)
     results.write_predictions(tmp_path, task, {k: logits[k : k + 1] for k in range(50)})
+    read = results.read_predictions(tmp_path, task)
+    probability = 1 / (1 + np.exp(-logits.astype(float)))
+    assert np.allclose([read[k] for k in range(50)], probability[:, None], atol=1e-15)
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     written = [float(row["a"]) for row in rows]
     assert np.array_equal(np.argsort(written), np.arange(50)) and len(set(written)) == 50
