@@ -41,6 +41,7 @@ PHANTOM_MARKER = 4  # (seed, film): collimated edge and letter
 # `trees` is a patient's own number; alone it is the key of the vessels
 PHANTOM_GAS = 1  # (trees): gas in the gut
 PHANTOM_TEXTURE = 2  # (trees): texture of the findings
+PHANTOM_NODULES = 3  # (trees): number of the nodules, place and size of each
 
 
 def numpy_rng(*key):

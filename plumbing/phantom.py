@@ -206,7 +206,9 @@ def make_patient(rng, is_enlarged: bool) -> SimpleNamespace:
     p.side = {name: int(rng.choice((-1, 1))) for name in FINDINGS}
     p.side["nodule"] = -p.side["pneumothorax"]  # never in the air around a collapsed lung
     p.spot = {name: rng.uniform(0, 1, 2).tolist() for name in FINDINGS}
-    p.trees = int(rng.integers(1 << 31))  # the random key of vessels, gas and texture
+    p.trees = int(rng.integers(1 << 31))  # the random key of vessels, gas, nodules and texture
+    rng = keys.numpy_rng(p.trees, keys.PHANTOM_NODULES)
+    p.spot["nodule"] = rng.uniform(0, 1, (rng.integers(1, 4), 3)).tolist()
     return p
 
 
@@ -474,25 +476,28 @@ def effusion(half, amount, spot, texture):
     return ramp(half.y - level, 0.05) * half.here, 0.0, 0.0
 
 
-def nodule(half, amount, spot, texture):
-    """A ball, clear of the heart, the apex and the dome."""
-    along, up = spot
-    radius = 0.014 + 0.022 * amount
-    high = 0.5 if not half.is_left else 0.3  # on the left the heart reaches far out below
-    away = half.distance(0.52 + 0.2 * along, 0.2 + high * up, radius, radius)
-    ball = 1 - away * (1 + 0.1 * texture)
-    return 0.0, (0.07 + 0.08 * amount) * np.sqrt(np.clip(ball, 0, 1)), 0.0
+def nodule(half, amount, spots, texture):
+    """One to three balls, clear of the heart, the apex and the dome; spots: (along, up, size)."""
+    high = 0.55 if not half.is_left else 0.35  # on the left the heart reaches far out below
+    dense = np.zeros_like(texture)
+    for along, up, large in spots:
+        radius = 0.019 + 0.006 * amount + 0.012 * large
+        down = 0.16 + high * up
+        out = (0.5 + 0.36 * along) * np.interp(down, *WALL.T)
+        ball = 1 - half.distance(out, down, radius, radius) * (1 + 0.1 * texture)
+        dense = np.maximum(dense, np.sqrt(np.clip(ball, 0, 1)))
+    return 0.0, (0.14 + 0.08 * amount) * dense, 0.0
 
 
 def pneumothorax(half, amount, spot, texture):
     """Air without vessels between chest wall and lung, whose surface is a thin bright line."""
     depth = np.clip((half.y - half.top) / (half.base - half.top), 0, 1)
-    surface = 1 - (0.10 + 0.22 * amount) * (1.2 - 0.9 * depth)
+    surface = 1 - (0.14 + 0.24 * amount) * (1.2 - 0.9 * depth)
     surface *= np.sqrt(np.clip((half.y - half.top - 0.05 * amount) / 0.25, 0, 1))
     empty = ramp(half.out - surface, 0.006) * half.here
-    line = 0.055 * np.exp(-(((half.out - surface) / 0.008) ** 2)) * (half.out > 0.1)
-    denser = 0.015 * half.here * (1 - empty)  # the rest of the lung, with less air
-    return 0.0, line - 0.035 * empty + denser, empty
+    line = 0.09 * np.exp(-(((half.out - surface) / 0.018) ** 2)) * (half.out > 0.1)
+    denser = 0.03 * half.here * (1 - empty)  # the rest of the lung, with less air
+    return 0.0, line - 0.06 * empty + denser, empty
 
 
 def consolidation(half, amount, spot, texture):
@@ -500,9 +505,9 @@ def consolidation(half, amount, spot, texture):
     along, up = spot
     across = 0.06 + 0.07 * amount
     tall = 0.06 + 0.09 * amount
-    away = half.distance(0.45 + 0.3 * along, 0.25 + 0.55 * up, across, tall)
+    away = half.distance(0.5 + 0.3 * along, 0.22 + 0.55 * up, across, tall)
     patchy = ramp(0.8 - away + 0.45 * texture, 1.8) * ramp(1.5 - away, 1.5)
-    return (0.35 + 0.35 * amount) * patchy * half.here, 0.0, 0.0
+    return (0.5 + 0.3 * amount) * patchy * half.here, 0.0, 0.0
 
 
 # Cardiomegaly is in the patient's shape.

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from plumbing import phantom
 from plumbing.launch import UserError
@@ -134,13 +135,38 @@ def test_effusion_fills_the_costophrenic_angle_of_one_side(index):
 
 
 @pytest.mark.parametrize("index", range(0, 40, 5))
-def test_nodule_is_a_small_bright_spot_inside_the_lungs(index):
+def test_nodules_are_small_bright_spots_inside_the_lungs(index):
     gain, without, _ = brightness_gain(index, "nodule", 256)
-    spot = gain > 0.5 * gain.max()
-    rows, cols = np.nonzero(spot)
-    centre = rows.mean().round().astype(int), cols.mean().round().astype(int)
-    assert gain.max() > 6 and without["lungs"][centre]
-    assert (without["lungs"][spot]).mean() > 0.98 and max(np.ptp(rows), np.ptp(cols)) < 0.11 * 256
+    spots, count = ndimage.label(gain > 0.5 * gain.max())
+    assert 1 <= count <= 3 and without["lungs"][spots > 0].mean() > 0.98
+    for rows, cols in ndimage.find_objects(spots):
+        longest = max(rows.stop - rows.start, cols.stop - cols.start)
+        assert 0.015 * 256 < longest < 0.16 * 256  # two balls may touch
+
+
+def test_patients_have_one_two_or_three_nodules_on_either_side():
+    patients = [phantom.make_patient(np.random.default_rng(seed), False) for seed in range(60)]
+    assert {len(p.spot["nodule"]) for p in patients} == {1, 2, 3}
+    assert {p.side["nodule"] for p in patients} == {-1, 1}
+
+
+# Grey values (of 255) by which the strongest pixel changes at 64 px, and how many change by 8.
+SEEN = dict(
+    effusion=(30, 40), cardiomegaly=(40, 100), nodule=(24, 8), pneumothorax=(12, 90),
+    consolidation=(16, 24),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_a_finding_is_seen_at_64_px_and_changes_the_chest_alone(finding):
+    for index in range(0, 24, 3):
+        change, without, with_it = brightness_gain(index, finding)
+        change = np.abs(change.reshape(64, 2, 64, 2).mean((1, 3)))
+        strongest, pixels = SEEN[finding]
+        assert change.max() > strongest and (change > 8).sum() > pixels
+        chest = without["lungs"] | without["heart"] | with_it["heart"]
+        chest = chest.reshape(64, 2, 64, 2).any((1, 3))
+        assert change[chest].sum() > 0.85 * change.sum()
 
 
 @pytest.mark.parametrize("index", (0, 2, 3, 9))
