@@ -481,12 +481,12 @@ def nodule(half, amount, spots, texture):
     high = 0.55 if not half.is_left else 0.35  # on the left the heart reaches far out below
     dense = np.zeros_like(texture)
     for along, up, large in spots:
-        radius = 0.019 + 0.006 * amount + 0.012 * large
+        radius = 0.020 + 0.006 * amount + 0.013 * large
         down = 0.16 + high * up
         out = (0.5 + 0.36 * along) * np.interp(down, *WALL.T)
         ball = 1 - half.distance(out, down, radius, radius) * (1 + 0.1 * texture)
         dense = np.maximum(dense, np.sqrt(np.clip(ball, 0, 1)))
-    return 0.0, (0.14 + 0.08 * amount) * dense, 0.0
+    return 0.0, (0.18 + 0.08 * amount) * dense, 0.0
 
 
 def pneumothorax(half, amount, spot, texture):
@@ -495,9 +495,9 @@ def pneumothorax(half, amount, spot, texture):
     surface = 1 - (0.14 + 0.24 * amount) * (1.2 - 0.9 * depth)
     surface *= np.sqrt(np.clip((half.y - half.top - 0.05 * amount) / 0.25, 0, 1))
     empty = ramp(half.out - surface, 0.006) * half.here
-    line = 0.09 * np.exp(-(((half.out - surface) / 0.018) ** 2)) * (half.out > 0.1)
+    line = 0.10 * np.exp(-(((half.out - surface) / 0.018) ** 2)) * (half.out > 0.1)
     denser = 0.03 * half.here * (1 - empty)  # the rest of the lung, with less air
-    return 0.0, line - 0.06 * empty + denser, empty
+    return 0.0, line - 0.07 * empty + denser, empty
 
 
 def consolidation(half, amount, spot, texture):
