@@ -8,8 +8,9 @@
 Without a word: one pre-training run per row and seed, linear probes, and fine-tuning on a tenth of
 the films; two rows without pre-training stand below. train takes pretrain.py's flags and Table 3's
 switches. compare fine-tunes on your own tables: from scratch, frozen and in full, with all and with
-few films. Each run has its own folder below --out, which also receives table.md. The same command
-again goes on: what is finished is not run again. Without a word --out also receives result.json.
+few films; --shots 10,20,40,80 also draws the curve over films per class, curve.png. Each run has
+its own folder below --out, which also receives table.md. The same command again goes on: what is
+finished is not run again. Without a word --out also receives result.json.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ import torch
 import pretrain
 from lab.domain import GRID
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
-from plumbing import phantom
+from plumbing import phantom, pictures
 from plumbing.checkpoint import (
     UNFIT,
     BadCheckpoint,
@@ -220,10 +221,10 @@ def keep_recipe(path: Path, recipe: dict) -> None:
     write_json(path, recipe)
 
 
-def finetune_command(data, table, out, fraction, flags) -> list[str]:
+def finetune_command(data, table, out, flags) -> list[str]:
     """The command that fine-tunes on one table of labels or masks."""
     words = [sys.executable, FINETUNE, "--task", "csv", "--data", data, "--labels", table]
-    return [str(word) for word in [*words, "--out", out, "--fraction", fraction, *flags]]
+    return [str(word) for word in [*words, "--out", out, *flags]]
 
 
 def describe(values: list[float]) -> dict:
@@ -349,10 +350,11 @@ def finetunings(config: Config, row: str, seed: int, weights: list) -> Iterable[
     """The fine-tuning runs of one row and seed, one per table."""
     if not config.fraction:
         return
-    flags = ["--seed", seed, "--device", config.device, *weights, *shlex.split(config.finetune)]
+    flags = ["--fraction", config.fraction, "--seed", seed, "--device", config.device]
+    flags += [*weights, *shlex.split(config.finetune)]
     for table in tables_of(config):
         out = folder(config, row, seed) / f"finetune_{Path(table).stem}"
-        command = finetune_command(config.data, table, out, config.fraction, flags)
+        command = finetune_command(config.data, table, out, flags)
         title = f"{row}, seed {seed}, fine-tuned on {Path(table).stem}"
         yield Run(title, command, (out / "result.json").is_file)
 
@@ -449,15 +451,40 @@ def table3(config: Config) -> None:
 COMPARED = "scratch,random frozen,pre-trained frozen,pre-trained full"
 
 
+class Column(NamedTuple):
+    """A column of the comparison: a table, and how many of its training films are used.
+
+    flag: fraction, a share of the films, alike for all seeds; or shots, films per class, drawn anew
+    for every seed, alike for all rows. value: as the user wrote it.
+    """
+
+    table: str
+    flag: str
+    value: str
+
+    @property
+    def words(self) -> str:
+        """The column in words, for the user."""
+        if self.flag == "shots":
+            return f"{Path(self.table).stem}, {self.value} films per class"
+        return f"{Path(self.table).stem}, {100 * float(self.value):g} % of train"
+
+
 @dataclasses.dataclass
 class CompareConfig:
     weights: str = flag(None, "encoder.pt of the pre-training run to judge")
     data: str = flag(None, "folder of the films")
     tables: str = flag(None, "CSV tables, each as finetune.py --labels wants it, joined by commas")
     out: str = flag("runs/compare", "folder of the runs")
-    fractions: str = flag("1,0.1", "shares of the training films, joined by commas")
+    fractions: str = flag(None, "shares of the training films, joined by commas [1,0.1]")
+    shots: str = flag(
+        None,
+        "films per class, joined by commas, such as 10,20,40,80: a curve over them, instead of "
+        "--fractions or beside it; each seed draws its own films",
+    )
     seeds: int = flag(3, "seeds of every cell")
     rows: str = flag(COMPARED, "rows of the table, any subset")
+    finetune: str = flag("", "more flags for every run of finetune.py, in quotes")
 
 
 def weight_flags(row: str, weights: str) -> list[str]:
@@ -477,62 +504,126 @@ def weight_flags(row: str, weights: str) -> list[str]:
     return [*scratch, "--image", shape["image"], "--patch", shape["patch"], *flags]
 
 
-def compare_columns(config: CompareConfig) -> list[tuple[str, str]]:
-    """The columns of the comparison: every table with every share of its films."""
-    fractions = config.fractions.split(",")
-    return [(table, part) for table in config.tables.split(",") for part in fractions]
+def numbers_in(flag: str, text: str | None, kind: type, most: int) -> list[str]:
+    """The numbers that a flag joins by commas, as they stand there. UserError on any other word."""
+    parts = text.split(",") if text else []
+    for part in parts:
+        try:
+            is_fit = 0 < kind(part) <= most
+        except ValueError:
+            is_fit = False
+        if not is_fit:
+            numbers = "whole numbers" if kind is int else "numbers"
+            raise UserError(f"--{flag} {part}: {numbers} above 0, at most {most:,}, are wanted")
+    return parts
 
 
-def compare_folder(config: CompareConfig, row: str, table: str, fraction: str) -> Path:
-    """Where the runs of one cell of the comparison live."""
-    return Path(config.out) / Path(table).stem / fraction / row.replace(" ", "-")
+def compare_columns(config: CompareConfig) -> list[Column]:
+    """The columns of the comparison. UserError when a number of films makes no sense."""
+    fractions = config.fractions
+    if fractions is None and not config.shots:
+        fractions = "1,0.1"
+    parts = [("fraction", part) for part in numbers_in("fractions", fractions, float, 1)]
+    parts += [("shots", part) for part in numbers_in("shots", config.shots, int, 10**6)]
+    tables = config.tables.split(",")
+    refuse_twins("--tables", tables)
+    return [Column(table, *part) for table in tables for part in parts]
 
 
-def compare_run(config: CompareConfig, row: str, table: str, fraction: str) -> Run:
-    """One cell of the comparison: finetune.py with all seeds."""
-    out = compare_folder(config, row, table, fraction)
-    flags = ["--seeds", config.seeds, *weight_flags(row, config.weights)]
-    command = finetune_command(config.data, table, out, fraction, flags)
-    title = f"{Path(table).stem}, {100 * float(fraction):g} % of train, {row}"
+def compare_folders(config: CompareConfig, row: str, column: Column) -> list[Path]:
+    """Where the runs of one cell of the comparison live: one for all seeds, or one per draw."""
+    here = Path(config.out) / Path(column.table).stem
+    name = row.replace(" ", "-")
+    if column.flag == "fraction":
+        return [here / column.value / name]
+    return [here / f"{column.value}_per_class" / name / f"draw{k}" for k in range(config.seeds)]
 
-    def is_finished():
-        return len(read_json(out / "result.json").get("seeds", [])) >= config.seeds
 
-    return Run(title, command, is_finished)
+def compare_runs(config: CompareConfig, row: str, column: Column) -> Iterable[Run]:
+    """One cell of the comparison: finetune.py with all seeds, or once per draw."""
+    more = [*weight_flags(row, config.weights), *shlex.split(config.finetune)]
+    for k, out in enumerate(compare_folders(config, row, column)):
+        seeds = config.seeds if column.flag == "fraction" else 1
+        seed = ["--seeds", seeds] if column.flag == "fraction" else ["--seed", k, "--draw", k]
+        films = [f"--{column.flag}", column.value]
+        command = finetune_command(config.data, column.table, out, [*films, *seed, *more])
+
+        def is_finished(out=out, seeds=seeds):
+            return len(read_json(out / "result.json").get("seeds", [])) >= seeds
+
+        yield Run(f"{column.words}, {row}", command, is_finished)
+
+
+def read_cell(config: CompareConfig, row: str, column: Column) -> dict | None:
+    """Mean, deviation and value of every seed of a cell, None while nothing of it is finished."""
+    results = [read_json(out / "result.json") for out in compare_folders(config, row, column)]
+    results = [result for result in results if result]
+    values = [value for result in results for value in result["seeds"]]
+    if not values or None in values:
+        return None
+    about = {"metric": results[0]["metric"], "films": results[0]["trained_on"][0]}
+    return describe(values) | about
 
 
 def write_comparison(config: CompareConfig, rows: list[str]) -> str:
-    """Write table.md of what is finished. → the table"""
+    """Write table.md of what is finished, and with --shots curve.png. → the table"""
     columns = compare_columns(config)
     titles = {column: "–" for column in columns}
-    lines = []
-    for row in rows:
-        cells = []
-        for column in columns:
-            result = read_json(compare_folder(config, row, *column) / "result.json")
-            cells.append(cell_text(result))
-            if result:
-                films = result["trained_on"][0]
-                titles[column] = f"{Path(column[0]).stem} {result['metric']}, {films} films"
-        lines.append([row, *cells])
+    cells = {row: {column: read_cell(config, row, column) for column in columns} for row in rows}
+    for column in columns:
+        cell = next((cells[row][column] for row in rows if cells[row][column]), None)
+        if cell:
+            is_shots = column.flag == "shots"
+            films = f"{column.value} films per class" if is_shots else f"{cell['films']} films"
+            titles[column] = f"{Path(column.table).stem} {cell['metric']}, {films}"
+    lines = [[row, *(cell_text(cell) for cell in cells[row].values())] for row in rows]
     words = markdown([["", *titles.values()], *lines])
     write_text(Path(config.out) / "table.md", words + "\n")
+    if config.shots:
+        charts = [draw_curve(table, cells) for table in config.tables.split(",")]
+        pictures.save_or_warn(pictures.stack(charts), Path(config.out) / "curve.png")
     return words
 
 
+def draw_curve(table: str, cells: dict):
+    """Draw the metric against films per class: a line through the means, every seed a dot."""
+    lines = {}
+    dots = {}
+    metric = ""
+    for row, columns in cells.items():
+        means = []
+        values = []
+        for column, cell in columns.items():
+            if column.flag == "shots" and column.table == table and cell:
+                films = int(column.value)
+                means.append((films, cell["mean"]))
+                values += [(films, value) for value in cell["seeds"]]
+                metric = cell["metric"]
+        lines[row] = list(zip(*sorted(means), strict=True)) or ([], [])
+        dots[row] = list(zip(*values, strict=True)) or ([], [])
+    title = f"{Path(table).stem}: {metric}"
+    return pictures.curves(lines, title, "films per class", "percent", dots=dots, is_rising=True)
+
+
 def compare(config: CompareConfig) -> None:
-    """Fine-tune every row on every table, with every share of its films; print the table."""
+    """Fine-tune every row on every table, with few and with all films; print the table."""
     if not (config.weights and config.data and config.tables):
         raise UserError("--weights, --data and --tables are needed; --help says more")
     rows = choose_rows(config.rows, COMPARED.split(","), ",")
+    runs = []
+    for column in compare_columns(config):
+        for row in rows:
+            runs += compare_runs(config, row, column)
     lock(config.out)
-    columns = compare_columns(config)
-    runs = [compare_run(config, row, *column) for column in columns for row in rows]
-    weights = digest(Path(config.weights).read_bytes())
-    keep_recipe(Path(config.out) / "compare.json", {"weights": weights, "data": config.data})
+    recipe = {"weights": digest(Path(config.weights).read_bytes()), "data": config.data}
+    if config.finetune:
+        recipe["finetune"] = config.finetune
+    keep_recipe(Path(config.out) / "compare.json", recipe)
     words = run_grid(runs, lambda: write_comparison(config, rows))
     print(f"\n{words}\n\nmean ± standard deviation over {config.seeds} seeds, ", end="")
     print(f"test films, percent: {config.out}/table.md")
+    if config.shots:
+        print(f"against films per class: {config.out}/curve.png")
 
 
 def main(argv=None):

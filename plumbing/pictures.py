@@ -202,22 +202,29 @@ class Axes:
         self.line([(self.x0, self.y1), (self.x0, self.y0), (self.x1, self.y0)], INK)
 
 
-def curves(series, title, x_label, y_label, log_y=False) -> Image.Image:
+def to_values(x, y, log_y):
+    """The numbers that a chart shows: floats, of y the logarithm where the axis is logarithmic."""
+    y = np.asarray(y, float)
+    return np.asarray(x, float), np.log10(np.maximum(y, 1e-12)) if log_y else y
+
+
+def curves(series, title, x_label, y_label, log_y=False, dots=None, is_rising=False) -> Image.Image:
     """Draw a line chart of {name: (x, y)}, with axes, round ticks and a legend; NaN is left out.
 
-    A single value is a dot; without any the chart is empty.
+    A single value is a dot; without any the chart is empty. dots: {name: (x, y)}, single values
+    beside the line of that name. is_rising: then the legend stands at the foot, below the lines.
     """
-    lines = {}
-    for name, (x, y) in series.items():
-        y = np.asarray(y, float)
-        if log_y:
-            y = np.log10(np.maximum(y, 1e-12))
-        lines[name] = np.asarray(x, float), y
-    xs = np.concatenate([[], *(x for x, _ in lines.values())])
-    ys = np.concatenate([[], *(y for _, y in lines.values())])
+    lines = {name: to_values(*each, log_y) for name, each in series.items()}
+    single = {name: to_values(*each, log_y) for name, each in (dots or {}).items()}
+    both = [*lines.values(), *single.values()]
+    xs = np.concatenate([[], *(x for x, _ in both)])
+    ys = np.concatenate([[], *(y for _, y in both)])
     points = np.stack([xs, ys], 1)[np.isfinite(ys)]
     if not len(points):
         points = np.zeros((1, 2))
+    if is_rising:
+        room = 0.35 * np.ptp(points[:, 1])  # for the legend
+        points = np.vstack([points, points.min(0) - [0, room]])
     axes = Axes((640, 320), *points.T, has_zero=not log_y)
     axes.scales(log_y)
     axes.text((axes.left, 10), f"{title}  ({y_label} by {x_label})", 13, "la")
@@ -225,8 +232,11 @@ def curves(series, title, x_label, y_label, log_y=False) -> Image.Image:
         colour = COLOURS[k % len(COLOURS)]
         is_drawn = np.isfinite(y)
         axes.line(np.stack([x, y], 1)[is_drawn], colour, width=1.6)
+        for point in np.stack(single.get(name, ([], [])), 1):
+            axes.line([point], colour, width=1.4)
         if len(lines) > 1:
-            axes.text((axes.right - 8, axes.top + 4 + 16 * k), name, 13, "ra", colour)
+            first = axes.bottom - 16 * len(lines) - 8 if is_rising else axes.top + 4
+            axes.text((axes.right - 8, first + 16 * k), name, 13, "ra", colour)
     return axes.page.resize(axes.size, Image.Resampling.LANCZOS)
 
 

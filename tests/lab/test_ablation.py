@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lab_for_tests import good, make_place, run  # noqa: F401 (place is a fixture)
+from PIL import Image
 
 from lab import ablation
 from model import SIZES, ViT
@@ -57,6 +58,9 @@ def test_ablation_table_by_hand(tmp_path):
     assert len({ablation.folder(config, row, 0) for row in ablation.ROWS}) == len(ablation.ROWS)
 
 
+COMPARE = "compare --data d --tables t --weights w".split()
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -69,6 +73,11 @@ def test_ablation_table_by_hand(tmp_path):
         (["compare", "--data", "films"], "are needed"),
         (["compare", *"--data d --tables t --weights w --rows frozen".split()], "any of scratch"),
         (["compare", *"--data d --tables t --weights nowhere.pt".split()], "no such checkpoint"),
+        ([*COMPARE, "--tables", "a/t.csv,b/t.csv"], "--tables .*two tables of one name"),
+        ([*COMPARE, "--fractions", "0.5,1.5"], "--fractions 1.5: numbers above 0, at most 1,"),
+        ([*COMPARE, "--fractions", "half"], "--fractions half: numbers above 0"),
+        ([*COMPARE, "--shots", "10,,40"], "--shots : whole numbers above 0"),
+        ([*COMPARE, "--shots", "0.5"], "--shots 0.5: whole numbers above 0"),
     ],
 )
 def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, words, says):
@@ -132,6 +141,61 @@ def test_ablation_runs_the_real_scripts_and_goes_on(place):
     assert "nothing left" not in good(place, *words)
 
 
+def test_the_curve_over_films_per_class_by_hand(tmp_path, monkeypatch):
+    """Means and dots of every row and draw; a cell that is not finished is left out."""
+    drawn = {}
+    monkeypatch.setattr(ablation, "run_grid", lambda runs, write: write())
+    monkeypatch.setattr(
+        ablation.pictures,
+        "curves",
+        lambda lines, *_, dots, **more: drawn.update(lines=lines, dots=dots),
+    )
+    monkeypatch.setattr(ablation.pictures, "stack", lambda charts: charts)
+    monkeypatch.setattr(ablation.pictures, "save_or_warn", lambda *_: None)
+    out = tmp_path / "c"
+    config = ablation.CompareConfig(
+        "w", "d", "a/t.csv", str(out), shots="80,10", fractions="0.5", seeds=2
+    )
+    values = {("10", 0): 60.0, ("10", 1): 70.0, ("80", 0): 90.0}
+    for (shots, draw), value in values.items():
+        cell = out / "t" / f"{shots}_per_class" / "scratch" / f"draw{draw}"
+        result = {"seeds": [value], "metric": "AUROC", "trained_on": [2 * int(shots)]}
+        checkpoint.write_json(cell / "result.json", result)
+    half = {"seeds": [75.0, 77.0], "metric": "AUROC", "trained_on": [200, 200]}
+    checkpoint.write_json(out / "t" / "0.5" / "scratch" / "result.json", half)
+    table = ablation.write_comparison(config, ["scratch", "pre-trained full"])
+    columns = "t AUROC, 200 films | t AUROC, 80 films per class | t AUROC, 10 films per class"
+    assert f"| | {columns} |" in table
+    assert "| scratch | 76.0 ± 1.4 | 90.0 | 65.0 ± 7.1 |" in table
+    assert "| pre-trained full | – | – | – |" in table
+    assert drawn["lines"] == {"scratch": [(10, 80), (65.0, 90.0)], "pre-trained full": ([], [])}
+    assert set(zip(*drawn["dots"]["scratch"], strict=True)) == {(10, 60.0), (10, 70.0), (80, 90.0)}
+
+
+def test_every_seed_draws_its_own_films_alike_for_all_rows(tmp_path):
+    vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
+    path = tmp_path / "encoder.pt"
+    checkpoint.save_atomic({"encoder": vit.state_dict(), "config": vit.config}, path)
+    config = ablation.CompareConfig(
+        str(path), "d", "a/t.csv", str(tmp_path / "c"), shots="10", seeds=3, finetune="--pool cells"
+    )
+    (column,) = ablation.compare_columns(config)
+    commands = {}
+    for row in ablation.COMPARED.split(","):
+        runs = list(ablation.compare_runs(config, row, column))
+        commands[row] = [run.command[run.command.index("--shots") :] for run in runs]
+        assert all(run.command[-2:] == ["--pool", "cells"] for run in runs)
+        assert not any(run.is_finished() for run in runs)
+        result = {"seeds": [60.0]}
+        checkpoint.write_json(
+            ablation.compare_folders(config, row, column)[1] / "result.json", result
+        )
+        assert [run.is_finished() for run in runs] == [False, True, False]
+    for each in commands.values():
+        wanted = [["--shots", "10", "--seed", f"{k}", "--draw", f"{k}"] for k in range(3)]
+        assert [words[:6] for words in each] == wanted
+
+
 @pytest.mark.slow
 def test_compare_makes_the_table_and_goes_on(place):
     vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
@@ -142,13 +206,20 @@ def test_compare_makes_the_table_and_goes_on(place):
     checkpoint.save_atomic(saved, place / "encoder.pt")
     words = ["ablation", "compare", "--weights", "encoder.pt", "--data", "set/films"]
     words += ["--tables", "set/labels.csv", "--fractions", "0.5", "--seeds", 2]
-    words += ["--rows", "pre-trained frozen", "--out", "c"]
+    words += ["--rows", "pre-trained frozen", "--out", "c", "--shots", "2"]
+    words += ["--finetune", "--pool cells"]
     first = good(place, *words)
     cell = place / "c" / "labels" / "0.5" / "pre-trained-frozen" / "result.json"
     result = json.loads(cell.read_text())
     table = (place / "c" / "table.md").read_text()
     assert f"| pre-trained frozen | {result['mean']:.1f} ± {result['std']:.1f} |" in table
     assert "labels AUROC, 16 films" in table and table in first
+    assert "labels AUROC, 2 films per class" in table
+    for k in (0, 1):
+        drawn = place / "c" / "labels" / "2_per_class" / "pre-trained-frozen" / f"draw{k}"
+        result = json.loads((drawn / "result.json").read_text())
+        assert result["shots"] == 2 and (drawn / f"seed{k}").is_dir()
+    assert Image.open(place / "c" / "curve.png").size == (640, 320)
     again = good(place, *words)
     assert "nothing left to run" in again and "finetune.py" not in again
     assert (place / "c" / "table.md").read_text() == table

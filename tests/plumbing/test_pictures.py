@@ -88,6 +88,33 @@ def test_curves_of_one_row_show_a_dot_and_of_none_an_empty_chart():
         assert ((np.abs(page - colour).sum(2) < 60).sum() > 10) == is_seen
 
 
+def test_dots_lie_where_their_values_are_in_the_colour_of_their_line():
+    series = {"a": ([10, 80], [60.0, 80.0]), "b": ([10, 80], [60.0, 60.0])}
+    dots = {"b": ([10, 45, 80], [70.0, 90.0, 50.0])}
+    page = np.asarray(pictures.curves(series, "t", "x", "y", dots=dots)).astype(int)
+    assert is_red(page, 341, 34 + 242 * 0.05 / 1.05)  # (45, 90): the middle, at the top
+    assert is_red(page, 624, 276)  # (80, 50): the last and lowest
+    without = np.asarray(pictures.curves(series, "t", "x", "y")).astype(int)
+    assert not is_red(without, 341, 34 + 242 * 0.05 / 1.05)
+
+
+def is_red(page, x, y):
+    """Whether a dot of the second line's colour lies there."""
+    patch = page[round(y) - 1 : round(y) + 2, round(x) - 1 : round(x) + 2]
+    return (np.abs(patch - np.array((0xD1, 0x49, 0x5B))).sum(2) < 60).any()
+
+
+def test_the_legend_of_rising_lines_stands_below_all_of_them():
+    flat = {name: ([1, 2, 3], [50.0, 50.0, 50.0 + k]) for k, name in enumerate("abc")}
+    page = np.asarray(pictures.curves(flat, "t", "x", "y", is_rising=True)).astype(int)
+    frame = page[40:270, 64:620]  # within the axes, below the title
+    grey = np.ptp(frame, axis=2) < 30
+    rows = np.nonzero((~grey).any(1))[0]
+    legend = np.nonzero((~grey[:, -20:]).any(1))[0]
+    lines = np.nonzero((~grey[:, :200]).any(1))[0]
+    assert lines.max() < legend.max() and rows.max() == legend.max()
+
+
 def test_overlay_and_boxes():
     film = np.full((90, 90), 100, np.uint8)
     half = np.asarray(pictures.overlay(film, np.zeros((3, 3, 3), np.uint8), 0.5))
