@@ -146,7 +146,11 @@ def load_ablated(path: str | Path) -> AblatedCheXWorld:
 
 @dataclasses.dataclass
 class TrainConfig(pretrain.Config):
-    recipe: str = flag("paper", "as in pretrain.py", ["paper", "small", "demo"])
+    recipe: str = flag(
+        None,
+        "as in pretrain.py, whatever the number of films [paper; demo without --data]",
+        ["paper", "small", "demo"],
+    )
     out: str = flag("runs/ablated", "folder of the run")
     tasks: str = flag("local,global,domain", "world modelling tasks, any subset (Table 3)")
     no_delta: bool = flag(False, "hide the relative position Δ: the view's own grid instead of φ")
@@ -168,7 +172,8 @@ def train(args: TrainConfig) -> None:
         action=not args.no_action,
         unified=not args.not_unified,
     )
-    pretrain.main(dataclasses.replace(args, pixels=0.0), Model)  # whatever the recipe says
+    recipe = args.recipe or ("paper" if args.data else "demo")
+    pretrain.main(dataclasses.replace(args, recipe=recipe, pixels=0.0), Model)
 
 
 # ---------------------------------------------------------------- a grid of runs

@@ -87,6 +87,17 @@ def test_mistakes_are_said_in_one_line(tmp_path, monkeypatch, words, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "words, recipe",
+    [("--data films", "paper"), ("", "demo"), ("--data films --recipe small", "small")],
+)
+def test_table_3_is_of_the_papers_recipe_and_of_features_alone(monkeypatch, words, recipe):
+    called = []
+    monkeypatch.setattr(ablation.pretrain, "main", lambda args, Model: called.append(args))
+    ablation.main(["train", *words.split()])
+    assert (called[0].recipe, called[0].pixels) == (recipe, 0)
+
+
 @pytest.mark.slow
 def test_a_wrong_row_ends_the_command_with_one_line(place):
     refused = run(place, "ablation", "--rows", "locale", "--out", "x")
