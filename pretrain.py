@@ -181,9 +181,10 @@ def choose_recipe(args, films):
     if args.data is None:
         return "demo", "recipe: demo, as there is no --data"
     out = Path(folder_of(args))
-    begun = checkpoint.read_json(out / "config.json").get("recipe", "paper")
-    if (out / "last.pt").is_file() and begun in ("paper", "small", "demo"):
-        return begun, f"recipe: {begun}, with which the run in {out} was begun"
+    if (out / "last.pt").is_file():
+        begun = checkpoint.read_json(out / "config.json").get("recipe", "paper")
+        if begun != "continue":  # without --weights that run cannot go on: it is refused later
+            return begun, f"recipe: {begun}, with which the run in {out} was begun"
     if films < FEW:
         reason = f"as {films:,} films to train on are fewer than {FEW:,}"
         return "small", f"recipe: small, {reason}; --recipe paper takes the paper's"
