@@ -18,7 +18,7 @@ from lab.common import find_weights, start
 from plumbing import pictures
 from plumbing.launch import UserError, flag, run_script
 
-ANALYSES = ("views", "domain", "correspondence", "health", "surprise", "markers")
+ANALYSES = ("views", "domain", "correspondence", "health", "surprise", "markers", "letters")
 PAGES = {  # folder: its pictures
     "views": ["views"],
     "domain": ["choices", "errors"],
@@ -26,6 +26,7 @@ PAGES = {  # folder: its pictures
     "health": ["health"],
     "surprise": ["surprise"],
     "markers": ["examples"],
+    "letters": ["paintings"],
     "rcdm-local": ["samples"],
     "rcdm-global": ["samples"],
 }

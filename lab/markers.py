@@ -148,7 +148,8 @@ class Place(NamedTuple):
 def draw(setting, film, image, grid, size, *key):
     """Draw a question about a letter on a film. → Place
 
-    image, grid: side of a view, px and patches. size: of the letter, in view sides. key: integers.
+    image, grid: side of a view, px and patches. size: of the letter, in view sides; two numbers are
+    its height and the most of its width. key: integers.
     Letter and presence depend on nothing else, so that neither place nor film can tell them. Views
     and masks are those of pre-training, drawn again until the setting holds.
     """
@@ -167,7 +168,7 @@ def draw(setting, film, image, grid, size, *key):
         on_film = boxes[1, :2] + centre / grid * boxes[1, 2:]
         in_context = (on_film - boxes[0, :2]) / boxes[0, 2:] * grid
         is_inside = (in_context >= half).all() and (in_context <= grid - half).all()
-        height = size * boxes[1, 2:].min()
+        height = np.max(size) * boxes[1, 2:].min()
         is_dark = attempt > 300 or window(film, on_film, height).mean() < DARK
         touched = touched_patches(in_context, half)  # of the context
         hidden = np.array([], int) if setting == "seen" else numbers_of(block, grid)
@@ -181,7 +182,7 @@ def draw(setting, film, image, grid, size, *key):
         is_present = bool(rng.integers(2))
         parts = torch.from_numpy(np.stack([block, spot]))
         return Place(boxes, parts, on_film, height, letter, is_present, keep, asked)
-    raise UserError(f"--letter {size}: no block of a view has room for it")
+    raise UserError(f"--letter {np.max(size)}: no block of a view has room for it")
 
 
 def centre_of_letter(setting, rng, block, size, margin):

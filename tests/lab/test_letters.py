@@ -1,0 +1,150 @@
+"""lab.letters: what is burnt is what is read; a decoder that is told of letters paints them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lab_for_tests import make_here, make_place, noise  # noqa: F401
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from lab import letters, markers
+from plumbing import weights
+
+ARGS = letters.Config(size=16, channels=8, steps=100, ddim=10, lr=3e-3, draws=2)
+
+
+def squares():
+    """Strokes of an R and an L that share a column. → (2, 16, 16)"""
+    strokes = np.zeros((2, 16, 16), np.uint8)
+    strokes[:, 4:12, 5] = 250  # the stem of both
+    strokes[0, 4:8, 8] = 250
+    strokes[1, 11, 6:10] = 250
+    return strokes
+
+
+def test_a_letter_is_read_off_its_strokes():
+    """By a loop over the pixels."""
+    rng = np.random.default_rng(0)
+    strokes = np.stack([squares()] * 4)
+    blocks = rng.integers(0, 100, (4, 16, 16)).astype(np.uint8)
+    letter = np.array([0, 1, 0, 1.0])
+    for k in (0, 1):
+        blocks[k] = np.maximum(blocks[k], strokes[k, k])
+    there, which = letters.read(blocks, strokes, letter)
+    for k in range(4):
+        own, other = (strokes[k, int(v)] > 0 for v in (letter[k], 1 - letter[k]))
+        inked = [int(v) for v, is_in in zip(blocks[k].flat, own.flat, strict=True) if is_in]
+        rest = [int(v) for v, is_in in zip(blocks[k].flat, own.flat, strict=True) if not is_in]
+        assert there[k] == pytest.approx(np.mean(inked) - np.mean(rest))
+        alone = blocks[k][own & ~other].mean() - blocks[k][other & ~own].mean()
+        assert which[k] == pytest.approx(alone if letter[k] else -alone)
+    assert (there[:2] > 120).all() and (np.abs(there[2:]) < 40).all()
+    assert which[0] < -60 and which[1] > 60
+
+
+def test_strokes_are_the_pixels_that_a_letter_changes(place):
+    world = weights.load_world(place / "runs" / "tiny" / "last.pt").eval()
+    films = [noise(k, (150, 130)) // 4 for k in range(6)]
+    for setting in markers.SETTINGS:
+        drawn = [
+            markers.draw(setting, film, 64, 8, 0.3 * np.array([1, 0.75]), k)
+            for k, film in enumerate(films)
+        ]
+        pair = [
+            letters.describe(world, films, [p._replace(is_present=there) for p in drawn], 32, "cpu")
+            for there in (False, True)
+        ]
+        for k, one in enumerate(drawn):
+            change = pair[1]["crop"][k].astype(int) - pair[0]["crop"][k]
+            strokes = pair[1]["strokes"][k, markers.LETTERS.index(one.letter)]
+            assert (strokes > 200).any() and (change[strokes > 200] > 80).all()
+            assert np.abs(change[strokes == 0]).mean() < 4  # bicubic resizing rings
+            box = markers.augment.crop(films[k], one.boxes[1], 256)
+            top, left, height, width = (one.parts[0] * 32).tolist()
+            by_hand = Image.fromarray(box[top : top + height, left : left + width]).resize((32, 32))
+            assert np.abs(np.asarray(by_hand).astype(int) - pair[0]["crop"][k]).mean() < 4
+        if setting == "hidden":
+            assert np.array_equal(pair[1]["prediction"], pair[1]["clean"])
+        assert not np.array_equal(pair[0]["target"], pair[1]["target"])
+        assert np.array_equal(pair[0]["prediction"], pair[0]["clean"])
+
+
+def test_the_share_is_that_of_the_true_letters_brightness():
+    rng = np.random.default_rng(1)
+    present = rng.integers(0, 2, 200)
+    truth = 30 + 120 * present + rng.normal(size=200)
+    there = np.stack([truth, 50 + 36 * present + rng.normal(size=200)], 1)
+    found = dict(there=there, present=present, patient=np.arange(200) // 2)
+    halves = [
+        {name: values[part] for name, values in found.items()}
+        for part in (slice(90), slice(90, 200))
+    ]
+    got = letters.share_painted(halves, 1)
+    assert got["low"] < got["percent"] < got["high"] < got["low"] + 2
+    assert got["percent"] == pytest.approx(30, abs=0.5)
+    assert letters.share_painted(halves, 0) == {"percent": 100, "low": 100, "high": 100}
+
+
+@pytest.mark.slow
+def test_a_decoder_paints_the_letters_that_it_is_told_of():
+    rng = np.random.default_rng(2)
+    present, letter = rng.integers(0, 2, (2, 400)).astype(float)
+    strokes = np.stack([squares()] * 400)
+    crops = rng.integers(20, 60, (400, 1, 1)) + np.zeros((400, 16, 16))
+    own = strokes[np.arange(400), letter.astype(int)]
+    crops = np.where((own > 0) & (present[:, None, None] == 1), 250, crops).astype(np.uint8)
+    told = np.stack([present, present * (2 * letter - 1)], 1).astype(np.float32)
+    taught = slice(300)
+    decoder = letters.teach(told[taught], crops[taught], ARGS, torch.device("cpu"))
+    asked = {"target": told[300:], "prediction": 0 * told[300:]}
+    chosen = present[300:] == 1
+    for source, low, high in (("ceiling", 85, 100), ("translated", 30, 70)):
+        blocks = letters.paint_all({"target": decoder}, asked, source, ARGS, torch.device("cpu"))
+        there, which = letters.read(blocks, strokes[300:], letter[300:])
+        assert low <= 100 * roc_auc_score(present[300:], there) <= high
+        assert low <= 100 * roc_auc_score(letter[300:][chosen], which[chosen]) <= high
+
+
+@pytest.mark.slow
+def test_the_program_paints_patients_that_its_decoders_have_not_seen(
+    place, here, monkeypatch, capsys
+):
+    found = []
+    really_read = letters.read_paintings
+    really_collect = letters.collect
+    monkeypatch.setattr(
+        letters, "collect", lambda *a: found.append(really_collect(*a)) or found[-1]
+    )
+    asked = []
+    monkeypatch.setattr(
+        letters, "read_paintings", lambda d, a, *rest: asked.append(a) or really_read(d, a, *rest)
+    )
+    words = "--data set/films --allow_seen --draws 1 --seeds 2 --size 16 --channels 8 --steps 2"
+    here("letters", "--weights", "runs/tiny", *words.split())
+    for everything, some in zip(found, asked, strict=True):
+        rest = set(everything["patient"]) - set(some["patient"])
+        share = len(set(some["patient"])) / len(set(everything["patient"]))
+        assert 0.25 < share < 0.4 and len(rest) > len(set(some["patient"]))
+        count = np.isin(everything["patient"], list(set(some["patient"]))).sum()
+        assert len(some["patient"]) == count  # no film of theirs is left to learn from
+    result = json.loads((place / "runs" / "letters" / "result.json").read_text())
+    for setting in markers.SETTINGS:
+        sources = result["settings"][setting]
+        assert list(sources) == list(letters.SOURCES)
+        assert (
+            sources["truth"]["present"]["auroc"] > 99
+            and sources["truth"]["share"]["percent"] == 100
+        )
+        assert len(sources["ceiling"]["present"]["seeds"]) == 2
+    page = Image.open(place / "runs" / "letters" / "paintings.png")
+    assert page.width > 6 * markers.SHOWN and page.height > 6 * markers.SHOWN
+    words = capsys.readouterr().out
+    assert "painted from the prediction" in words and "Nobody can tell" in words
+
+
+@pytest.mark.parametrize("words", [["--letter", "0.5"], ["--size", "20"]])
+def test_mistakes_are_said_in_one_line(here, words):
+    with pytest.raises(letters.UserError, match=" ".join(words)):
+        here("letters", "--weights", "runs/tiny", *words)
