@@ -59,7 +59,7 @@ class Config(markers.Config):
     seeds: int = flag(1, "times that letters, patients and decoders are drawn anew")
     size: int = flag(32, "side of a painted block, px")
     channels: int = flag(32, "width of the U-Net's first level")
-    steps: int = flag(2000, f"training steps of each decoder, of {BATCH} blocks")
+    steps: int = flag(1500, f"training steps of each decoder, of {BATCH} blocks")
     lr: float = 1e-3  # no flags, these three: what the functions of lab.rcdm ask for
     ddim: int = 20
     precision: str = "float32"
