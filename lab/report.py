@@ -124,18 +124,20 @@ def is_judged(kind: str, films: dict) -> bool:
     return kind != "mask" and sum(map(len, films.values())) <= MANY_FILMS
 
 
-def beside(films: dict, seed_scores: list[dict], vit, is_random: bool) -> dict:
+def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int) -> dict:
     """Judge a fine-tuned model beside linear probes of the films that it has learnt from.
 
     films: {"train", "val", "test"}; seed_scores, for each seed {number of the test film: (c,)};
-    vit: the encoder that fine-tuning started from, is_random: with random weights. The probes are
-    those of lab.probe, of train and val, judged on the films of test that all could read. The
-    model's AUROC is the mean over its seeds, and so is its difference to others.
+    vit: the encoder that fine-tuning started from, is_random: with random weights; seed: of these
+    where vit has others. The probes are those of lab.probe, of train and val, judged on the films
+    of test that all could read. The model's AUROC is the mean over its seeds, and so is its
+    difference to others.
     → what lab.probe.judge says
     """
     start = time.perf_counter()
     encoders = {RANDOM: vit}
     if not is_random:
+        torch.manual_seed(seed)
         fresh = make_vit(vit.config).to(next(vit.parameters()).device).eval()
         encoders = {START: vit, RANDOM: fresh}
     together = Together(films)

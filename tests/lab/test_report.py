@@ -94,7 +94,7 @@ def test_a_fine_tuned_model_is_judged_beside_probes_of_the_same_films(capsys, is
     seeds = [{i: rng.normal(size=2) + y[50 + i] for i in range(40) if i != 21} for _ in range(3)]
     del seeds[1][30]  # a film that one seed has not read is left out everywhere
     vit = ViT(64, 16, dim=16, depth=1, heads=2)
-    judged = report.beside(parts, seeds, vit, is_random)
+    judged = report.beside(parts, seeds, vit, is_random, 0)
     assert (report.START in judged["values"]) != is_random
     assert judged["films"] == judged["patients"] == 38
 
@@ -111,6 +111,8 @@ def test_a_fine_tuned_model_is_judged_beside_probes_of_the_same_films(capsys, is
         judged["values"][report.MODEL] - judged["values"][pixels]
     )
     said = capsys.readouterr().out
+    torch.rand(9)
+    assert report.beside(parts, seeds, vit, is_random, 0) == judged
     assert "linear probes of the 49 films of train and val, judged on 38 of test" in said
     assert f"{report.MODEL:28s}  {judged['values'][report.MODEL]:7.1f}" in said
 
