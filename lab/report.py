@@ -31,8 +31,8 @@ from plumbing.weights import make_vit
 
 SEEN = "films of test were not seen in pre-training; all others were, unlabelled"
 CONTINUED = "this run saw all but the films of test, unlabelled; what --weights had seen is unknown"
-MODEL = "fine-tuned model"
-START = "encoder it started from"
+MODEL = "the model"
+START = "starting encoder"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
 
 

@@ -156,7 +156,7 @@ def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsy
     assert result["per_class"]["square"] == pytest.approx(result["mean"])
     beside = [line.split("  ")[1] for line in said if line.startswith("  raw ")]
     assert beside == ["raw 8² pixels", "raw 64² pixels"]
-    assert result["probes"]["values"]["fine-tuned model"] == pytest.approx(result["mean"])
+    assert result["probes"]["values"]["the model"] == pytest.approx(result["mean"])
     for seed in (0, 1):
         rows = read_rows(tmp_path / f"seed{seed}" / "predictions.csv")
         assert [r["film"] for r in rows] == [f"{k}.png" for k in range(32, 40)]
