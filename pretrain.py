@@ -23,12 +23,13 @@ from data import Views, make_loader, open_films
 from lab.report import closing
 from masks import mask_sizes, sample_asked, sample_masks
 from model import SIZES, CheXWorld, swap_views
-from plumbing import checkpoint, launch, phantom, pictures
+from plumbing import checkpoint, launch, pictures
 from plumbing.keys import STEP, torch_generator
 from plumbing.launch import UserError, flag
-from plumbing.monitor import Monitor
-from plumbing.own_table import Labels, refuse_twins
-from plumbing.pack import InMemory, UnreadableFilms
+from plumbing.monitor import Monitor, describe_length, describe_network
+from plumbing.own_table import open_tables
+from plumbing.pack import UnreadableFilms, hold_in_memory
+from plumbing.phantom import draw_demo
 from plumbing.splits import hold_out_films
 from plumbing.weights import find_origin, start_world
 
@@ -135,18 +136,6 @@ class Config(launch.TrainFlags):
 
 
 # ---- Settings and films
-def table_of_recipes():
-    """Print RECIPES as --help shows them, below the docstring. → text"""
-    names = list(RECIPES["paper"] | OF_THE_PAPER)
-    rows = [["[recipe]", *names]]
-    for title, recipe in RECIPES.items():
-        values = OF_THE_PAPER | recipe
-        rows.append([title, *(f"{values.get(name, '–')}" for name in names)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = (map(str.ljust, row, widths) for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in padded) + "\n"
-
-
 def folder_of(args):
     """Choose the folder of the run, where --out names none."""
     if args.out is not None:
@@ -154,18 +143,6 @@ def folder_of(args):
     if args.weights is not None:
         return "runs/continue"
     return "runs/demo" if args.data is None else "runs/pretrain"
-
-
-def read_weights(args):
-    """Read the file of --weights, before anything else is begun. → its Origin, None without one"""
-    if args.weights is None:
-        return None
-    if args.recipe:
-        raise UserError(
-            f"--recipe {args.recipe} and --weights: with weights the recipe is that for "
-            "continuing; leave --recipe out, other flags override it"
-        )
-    return find_origin(args.weights, folder_of(args))
 
 
 def choose_recipe(args, films):
@@ -180,7 +157,7 @@ def choose_recipe(args, films):
         return args.recipe, f"recipe: {args.recipe}, as --recipe says"
     if args.data is None:
         return "demo", "recipe: demo, as there is no --data"
-    out = Path(folder_of(args))
+    out = Path(args.out)
     if (out / "last.pt").is_file():
         begun = checkpoint.read_json(out / "config.json").get("recipe", "paper")
         if begun != "continue":  # without --weights that run cannot go on: it is refused later
@@ -195,12 +172,12 @@ def choose_recipe(args, films):
 def fill_in(args, name, origin=None):
     """Fill in every setting that the user left open from the recipe `name`. → a new Config
 
-    origin: what read_weights gave; size, image and patch are then those of the file. A run of fewer
+    origin: what find_origin gave; size, image and patch are then those of the file. A run of fewer
     epochs than the recipe's gets the same share of warm-up, so that it comes to its peak and down
     again. Raises UserError when a setting cannot work.
     """
     recipe = OF_THE_PAPER | RECIPES[name] | (origin.settings() if origin else {})
-    recipe |= {"recipe": name, "out": folder_of(args)}
+    recipe["recipe"] = name
     epochs = args.epochs or recipe["epochs"]
     recipe["warmup"] *= min(1, epochs / recipe["epochs"])
     left_open = {name: value for name, value in recipe.items() if getattr(args, name) is None}
@@ -222,63 +199,6 @@ def fill_in(args, name, origin=None):
     return args
 
 
-def lasting(settings):
-    """Keep the settings that must stay when a run goes on, all but FREE ones. → {setting: value}
-
-    A newer setting counts only where it differs from OF_THE_PAPER, so that older runs go on.
-    """
-    used = {k: v for k, v in settings.items() if k not in OF_THE_PAPER or v != OF_THE_PAPER[k]}
-    return {k: v for k, v in used.items() if k not in FREE}
-
-
-def refuse_other_settings(args):
-    """Raise UserError when --out holds a run with other settings, before films are drawn for it."""
-    out = Path(args.out)
-    if (out / "last.pt").is_file() and (out / "config.json").is_file():
-        saved = checkpoint.read_json(out / "config.json")
-        checkpoint.refuse_other_recipe(out, lasting(saved), lasting(vars(args)))
-
-
-def draw_phantoms(args, team):
-    """Draw the demo's synthetic films and a table of their labels, once. → a Config that names them
-
-    They are PNG files, so the demo reads its films as any other run does.
-    """
-    folder = Path(args.out) / "phantoms"
-    table = folder / "phantoms.csv"
-    side = max(128, args.image * 3 // 2)
-    if table.is_file():
-        drawn = len(table.read_text(encoding="utf-8").splitlines()) - 1
-        if drawn != args.phantoms:
-            raise UserError(
-                f"{folder} holds {drawn} phantoms, not {args.phantoms}: "
-                "choose another --out, or delete the folder"
-            )
-        has_begun = (Path(args.out) / "last.pt").exists()  # then the recipe is compared later
-        if not has_begun and not phantom.was_drawn_with(folder, side, args.seed):
-            raise UserError(
-                f"{folder} holds phantoms of another --seed or --image: "
-                "choose another --out, or delete the folder"
-            )
-    elif team.lead:
-        refuse_other_settings(args)
-        team.say(f"demo: drawing {args.phantoms} synthetic films into {folder}")
-        phantom.write_phantoms(folder, args.phantoms, side, args.seed, launch.count_cpus())
-    team.wait()  # until the lead has drawn them
-    return dataclasses.replace(args, data=str(folder / "films"), probe=args.probe or str(table))
-
-
-def open_tables(args, films, team):
-    """Read the label tables of --probe, and say what counts. UserError when one cannot be used."""
-    tables = []
-    paths = args.probe.split(",") if args.probe else []
-    refuse_twins("--probe", paths)
-    for path in paths:
-        tables.append(Labels(path).complete(films))
-        team.say(tables[-1].describe())
-    return tables
-
-
 def choose_films(args, out, team):
     """Open the films, and divide those to train on from those kept for the closing test.
 
@@ -286,43 +206,8 @@ def choose_films(args, out, team):
     """
     films = open_films(args.data, out, patients=args.patients)
     team.say("\n".join(films.summary))
-    tables = open_tables(args, films, team)
+    tables = open_tables(args.probe, films, team)
     return films, tables, *hold_out_films(films, tables, args.holdout, args.seed)
-
-
-def divide_batch(args, team):
-    """Find the largest micro-batch within --micro that divides this rank's share of the batch.
-
-    → films per forward pass
-    """
-    if args.batch % team.size:
-        raise UserError(f"--batch {args.batch} is not a multiple of the {team.size} processes")
-    share = args.batch // team.size
-    limit = args.micro or (128 if team.device.type == "cuda" else 64)
-    return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
-
-
-def settle(args, team):
-    """Fill in the settings that depend on the machine: precision and micro-batch. → a new Config"""
-    precision = launch.choose_precision(args.precision, team.device)
-    return dataclasses.replace(args, precision=precision, micro=divide_batch(args, team))
-
-
-def hold_in_memory(films, args, side, device):
-    """Keep a small set of films decoded in memory. → (films, number of loader processes)
-
-    side: their short side, px. Films are decoded when they are first used; loader processes would
-    each decode and keep them all, so films stay in memory only when this process loads them.
-    """
-    is_small = len(films) * 1.3 * side**2 < 1e9  # bytes; films are up to 1.3 times as long as wide
-    workers = args.workers
-    if workers is None and device.type == "cuda":
-        workers = 8
-    if workers is None:
-        workers = 0 if is_small else 1
-    if is_small and workers == 0:
-        films = InMemory(films)
-    return films, workers
 
 
 # ---- One step
@@ -453,6 +338,15 @@ def set_learning_rate(optimizer, step, total, warmup_steps, args):
     return optimizer.param_groups[0]["lr"]
 
 
+def lasting(settings):
+    """Keep the settings that must stay when a run goes on, all but FREE ones. → {setting: value}
+
+    A newer setting counts only where it differs from OF_THE_PAPER, so that older runs go on.
+    """
+    used = {k: v for k, v in settings.items() if k not in OF_THE_PAPER or v != OF_THE_PAPER[k]}
+    return {k: v for k, v in used.items() if k not in FREE}
+
+
 def recipe_of(args, names, origin=None):
     """Name all that must stay when a run goes on: settings that change its numbers, the films, the
     weights that it started from.
@@ -461,24 +355,6 @@ def recipe_of(args, names, origin=None):
     if origin:
         recipe["weights"] = origin.digest
     return recipe | {"films": len(names), "names": checkpoint.digest_of_names(names)}
-
-
-def go_on(out, recipe, world, optimizer, team):
-    """Load last.pt, where an earlier run in this folder stopped. → steps done before, 0 for none"""
-    parts = {"world": world, "optimizer": optimizer}
-    saved = checkpoint.resume(out / "last.pt", recipe, parts)
-    if saved is None and (out / "encoder.pt").exists():
-        raise UserError(
-            f"{out}/encoder.pt is of a run whose last.pt is gone: this run would write over it; "
-            "choose another --out, or move it away"
-        )
-    start = saved["step"] if saved else 0
-    if not team.agrees_on(start):
-        raise UserError(
-            f"--out {out} must lie on a disk that all nodes share: "
-            "they do not find the same last.pt there"
-        )
-    return start
 
 
 def save(out, world, optimizer, recipe, step):
@@ -509,35 +385,6 @@ def draw_views(views, args, count):
     return pictures.views_picture(films, item["boxes"], item["flips"], batch, args.patch)
 
 
-def describe(args, world, team):
-    """Say what is trained and how a step is put together, in two lines."""
-    trained = sum(p.numel() for p in world.parameters() if p.requires_grad)
-    grid = args.image // args.patch
-    visible, masked = mask_sizes(grid)
-    accumulate = args.batch // team.size // args.micro
-    return (
-        f"{args.size} ViT, {trained / 1e6:.1f} M trained parameters, {args.image}² px in "
-        f"{args.patch}² patches ({visible} visible, {masked} masked of {grid**2})\n"
-        f"batch {args.batch} = {args.micro} × {accumulate} accumulated × {team.size} process(es); "
-        f"{args.precision} on {team.device}; run in {args.out}"
-    )
-
-
-def describe_schedule(given, args, films, held, total):
-    """Say how long the training is, and that a run shorter than the recipe has a shorter warm-up.
-
-    given: what the user set; args: the same, filled in.
-    """
-    lines = [f"{films} films to train on, {held} held out; {total} steps"]
-    recipe = RECIPES[args.recipe]
-    if given.warmup is None and args.warmup < recipe["warmup"]:
-        lines.append(
-            f"warm-up {args.warmup:.3g} of {args.epochs} epochs, the share of the recipe, "
-            f"{recipe['warmup']:g} of {recipe['epochs']}; --warmup sets another"
-        )
-    return "\n".join(lines)
-
-
 def main(args=None, Model=CheXWorld):
     """Pre-train one world model.
 
@@ -545,9 +392,11 @@ def main(args=None, Model=CheXWorld):
     passes its own.
     """
     # ---- 1. Settings: what the user gave; the number of films may decide what is left open.
-    given = args or launch.parse(Config, f"{__doc__}\n{table_of_recipes()}")
-    origin = read_weights(given)
-    out = Path(folder_of(given))
+    table = launch.table_of_recipes(RECIPES, OF_THE_PAPER)
+    given = args or launch.parse(Config, f"{__doc__}\n{table}")
+    given = dataclasses.replace(given, out=folder_of(given))
+    origin = find_origin(given.weights, given.out, given.recipe)
+    out = Path(given.out)
 
     # ---- 2. Processes: torchrun starts one per GPU; without it this is the only one.
     team = launch.start_team(given.device)
@@ -558,16 +407,17 @@ def main(args=None, Model=CheXWorld):
 
     # ---- 3. Films: those to train on, and those kept for the closing test.
     args = given
-    if args.data is None:  # then their number decides nothing
-        args = draw_phantoms(fill_in(args, choose_recipe(args, 0)[0], origin), team)
+    if given.data is None:  # the demo, whose recipe does not depend on their number
+        name, _ = choose_recipe(given, 0)
+        args = draw_demo(fill_in(given, name, origin), team, lasting)
     films, tables, train, held = choose_films(args, out, team)
 
     # ---- 4. The recipe fills in what is left open.
     name, why = choose_recipe(given, len(train))
     team.say(why)
-    args = settle(fill_in(args, name, origin), team)
-    films.side = side = round(args.image * 320 / 224)  # a short side of 320 px for crops of 224
-    films, workers = hold_in_memory(films, args, side, team.device)
+    args = launch.fit_to_machine(fill_in(args, name, origin), team)
+    films.side = round(args.image * 320 / 224)  # a short side of 320 px for crops of 224
+    films, workers = hold_in_memory(films, args.workers, team.device)
     views = Views(films, args.image, args.seed, train)
     unreadable = UnreadableFilms(len(train))  # ends the run at more than 1 % of the films
 
@@ -582,12 +432,12 @@ def main(args=None, Model=CheXWorld):
     optimizer = make_optimizer(world, args, origin, total)
     if origin:
         team.say(origin.describe(args.image, args.patch, total))
-    team.say(describe(args, world, team))
-    team.say(describe_schedule(given, args, len(train), len(held), total))
+    team.say(describe_network(args, world, *mask_sizes(world.encoder.grid), team))
+    team.say(describe_length(given, args, RECIPES[name], len(train), len(held), total))
 
     # ---- 7. Go on where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train], origin)
-    start = go_on(out, recipe, world, optimizer, team)
+    start = checkpoint.resume_run(out, recipe, {"world": world, "optimizer": optimizer}, team)
     loader = make_loader(views, args, team, workers, args.seed, start, end)
     if start:
         team.say(f"going on at step {start} of {total}")

@@ -28,7 +28,7 @@ import torch
 import pretrain
 from lab.domain import GRID
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
-from plumbing import phantom, pictures
+from plumbing import launch, phantom, pictures
 from plumbing.checkpoint import (
     UNFIT,
     BadCheckpoint,
@@ -641,7 +641,9 @@ def main(argv=None):
     if word not in commands:
         raise UserError(f"lab.ablation {word}: say train or compare, or nothing for Table 3")
     Flags, run = commands[word]
-    doc = f"{__doc__}\n{pretrain.table_of_recipes()}" if word == "train" else __doc__
+    doc = __doc__
+    if word == "train":
+        doc += "\n" + launch.table_of_recipes(pretrain.RECIPES, pretrain.OF_THE_PAPER)
     run(parse(Flags, doc, argv, prog=f"python -m lab.ablation {word}".strip()))
 
 

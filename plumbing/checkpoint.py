@@ -425,6 +425,14 @@ def refuse_other_recipe(folder, saved: dict, recipe: dict):
         )
 
 
+def refuse_other_settings(folder, settings: dict, lasting):
+    """Raise UserError when a run in `folder` has other settings, of those that `lasting` keeps."""
+    folder = Path(folder)
+    if (folder / "last.pt").is_file() and (folder / "config.json").is_file():
+        saved = read_json(folder / "config.json")
+        refuse_other_recipe(folder, lasting(saved), lasting(settings))
+
+
 def load_last(path, wanted: set) -> dict:
     """Load the last.pt of a run, which must hold `wanted`. UserError: what to do else."""
     try:
@@ -464,6 +472,26 @@ def resume(path, recipe: dict | None, parts: dict) -> dict | None:
                 "choose another --out, or delete it to start anew"
             ) from None
     return saved
+
+
+def resume_run(folder: Path, recipe: dict, parts: dict, team) -> int:
+    """Load last.pt, where an earlier run in `folder` stopped. → steps done before, 0 for none
+
+    recipe, parts: see resume. UserError also where last.pt is gone, or not all processes find it.
+    """
+    saved = resume(folder / "last.pt", recipe, parts)
+    if saved is None and (folder / "encoder.pt").exists():
+        raise UserError(
+            f"{folder}/encoder.pt is of a run whose last.pt is gone: this run would write over it; "
+            "choose another --out, or move it away"
+        )
+    start = saved["step"] if saved else 0
+    if not team.agrees_on(start):
+        raise UserError(
+            f"--out {folder} must lie on a disk that all nodes share: "
+            "they do not find the same last.pt there"
+        )
+    return start
 
 
 class Interrupted(Exception):

@@ -314,6 +314,21 @@ def parse(Config, doc: str, argv: list[str] | None = None, prog: str | None = No
     return args
 
 
+def table_of_recipes(recipes: dict, usual: dict) -> str:
+    """Lay out recipes, {name: {setting: value}}, as a table for --help. → text
+
+    usual: the values of settings that no recipe need name; "paper" names all others.
+    """
+    settings = list(recipes["paper"] | usual)
+    rows = [["[recipe]", *settings]]
+    for name, recipe in recipes.items():
+        values = usual | recipe
+        rows.append([name, *(f"{values.get(setting, '–')}" for setting in settings)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = (map(str.ljust, row, widths) for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded) + "\n"
+
+
 # Numbers that must lie above 0, and the most that one may be; all others are 0 or more.
 POSITIVE = set("lr clip layer_decay image patch batch micro epochs patience seeds shots".split())
 POSITIVE |= set("steps max_steps log_every save_every draws samples ddim channels".split())
@@ -560,6 +575,20 @@ def clip_and_step(model, optimizer, clip: float):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def fit_to_machine(args, team: Team):
+    """Fill in the settings that depend on the machine: precision and micro-batch. → a new Config
+
+    micro becomes the largest number of films up to --micro that divides this rank's share of batch.
+    """
+    if args.batch % team.size:
+        raise UserError(f"--batch {args.batch} is not a multiple of the {team.size} processes")
+    share = args.batch // team.size
+    limit = args.micro or (128 if team.device.type == "cuda" else 64)
+    micro = max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+    precision = choose_precision(args.precision, team.device)
+    return dataclasses.replace(args, precision=precision, micro=micro)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,33 @@ from plumbing.metrics import feature_std, rankme
 HEALTH_FILMS = 512
 
 
+def describe_network(args, world, visible: int, masked: int, team) -> str:
+    """Say what is trained, with how many patches, and how a step is put together, in two lines."""
+    trained = sum(p.numel() for p in world.parameters() if p.requires_grad)
+    patches = (args.image // args.patch) ** 2
+    accumulate = args.batch // team.size // args.micro
+    return (
+        f"{args.size} ViT, {trained / 1e6:.1f} M trained parameters, {args.image}² px in "
+        f"{args.patch}² patches ({visible} visible, {masked} masked of {patches})\n"
+        f"batch {args.batch} = {args.micro} × {accumulate} accumulated × {team.size} process(es); "
+        f"{args.precision} on {team.device}; run in {args.out}"
+    )
+
+
+def describe_length(given, args, recipe: dict, films: int, held: int, total: int) -> str:
+    """Say how long the training is, and that a run shorter than the recipe has a shorter warm-up.
+
+    given: what the user set; args: the same, filled in. films, held: their numbers; total: steps.
+    """
+    lines = [f"{films} films to train on, {held} held out; {total} steps"]
+    if given.warmup is None and args.warmup < recipe["warmup"]:
+        lines.append(
+            f"warm-up {args.warmup:.3g} of {args.epochs} epochs, the share of the recipe, "
+            f"{recipe['warmup']:g} of {recipe['epochs']}; --warmup sets another"
+        )
+    return "\n".join(lines)
+
+
 class Monitor:
     """Watches a pre-training step by step; every args.log_every steps it writes a row of log.csv.
 

@@ -569,3 +569,17 @@ class Labels:
         """Say what was decided and left out."""
         title = f"probe {self.path.stem}: {', '.join(self.classes)}"
         return "\n  ".join([title, *self.notes, self.patient_note])
+
+
+def open_tables(probe: str | None, films, team) -> list[Labels]:
+    """Read the label tables of --probe, joined by commas, and say what counts.
+
+    UserError when one cannot be used with these films.
+    """
+    paths = probe.split(",") if probe else []
+    refuse_twins("--probe", paths)
+    tables = []
+    for path in paths:
+        tables.append(Labels(path).complete(films))
+        team.say(tables[-1].describe())
+    return tables

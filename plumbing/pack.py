@@ -111,6 +111,22 @@ class InMemory:
             self.decoded = dict(zip(numbers, bar, strict=True))
 
 
+def hold_in_memory(films: Films, workers: int | None, device) -> tuple:
+    """Keep a small set of films decoded in memory. → (films, number of loader processes)
+
+    workers: what the user asked for. Films are decoded when they are first used; loader processes
+    would each decode and keep them all, so films stay in memory only when this process loads them.
+    """
+    is_small = len(films) * 1.3 * films.side**2 < 1e9  # bytes; at most 1.3 × as long as wide
+    if workers is None and device.type == "cuda":
+        workers = 8
+    if workers is None:
+        workers = 0 if is_small else 1
+    if is_small and workers == 0:
+        films = InMemory(films)
+    return films, workers
+
+
 # ---------------------------------------------------------------- films that cannot be read
 def is_too_many(unreadable: int, total: int) -> bool:
     """Whether so many unreadable films stop a run: more than one, and more than 1 % of all."""

@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from plumbing import keys
-from plumbing.checkpoint import replace_with, write_text
+from plumbing import keys, launch
+from plumbing.checkpoint import refuse_other_settings, replace_with, write_text
 from plumbing.launch import UserError, flag, helper_pool, parse, run_script, signals_held
 
 FINDINGS = ("effusion", "cardiomegaly", "nodule", "pneumothorax", "consolidation")
@@ -734,6 +734,36 @@ def write_phantoms(folder, count: int, size: int = 256, seed: int = 0, workers: 
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)  # no value holds a comma
     write_text(folder / "phantoms.csv", text)
     return folder / "phantoms.csv"
+
+
+def draw_demo(args, team, lasting):
+    """Draw the demo's films and a table of their labels, once. → a Config that names them
+
+    They are PNG files, so the demo reads its films as any other run does. Raises UserError when
+    other phantoms lie there, or a run with other settings, of those that `lasting` keeps.
+    """
+    folder = Path(args.out) / "phantoms"
+    table = folder / "phantoms.csv"
+    size = max(128, args.image * 3 // 2)
+    if table.is_file():
+        drawn = len(table.read_text(encoding="utf-8").splitlines()) - 1
+        if drawn != args.phantoms:
+            raise UserError(
+                f"{folder} holds {drawn} phantoms, not {args.phantoms}: "
+                "choose another --out, or delete the folder"
+            )
+        has_begun = (Path(args.out) / "last.pt").exists()  # then the recipe is compared later
+        if not has_begun and not was_drawn_with(folder, size, args.seed):
+            raise UserError(
+                f"{folder} holds phantoms of another --seed or --image: "
+                "choose another --out, or delete the folder"
+            )
+    elif team.lead:
+        refuse_other_settings(args.out, vars(args), lasting)
+        team.say(f"demo: drawing {args.phantoms} synthetic films into {folder}")
+        write_phantoms(folder, args.phantoms, size, args.seed, launch.count_cpus())
+    team.wait()  # until the lead has drawn them
+    return dataclasses.replace(args, data=str(folder / "films"), probe=args.probe or str(table))
 
 
 def was_drawn_with(folder, size: int, seed: int) -> bool:

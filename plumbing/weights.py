@@ -636,12 +636,20 @@ class Origin:
         return "\n".join(lines)
 
 
-def find_origin(weights: str, out: str | Path) -> Origin:
-    """Read the weights that a pre-training in the folder `out` starts from. Raises UserError.
+def find_origin(weights: str | None, out: str | Path, recipe: str | None = None) -> Origin | None:
+    """Read the weights that a pre-training in the folder `out` starts from; None without any.
 
     weights: a file, or the folder of a run. Once there is a last.pt in `out`, the run goes on from
-    that, and the file is only compared with the one that it began from.
+    that, and the file is only compared with the one that it began from. recipe: what --recipe says,
+    which does not go with weights. Raises UserError.
     """
+    if weights is None:
+        return None
+    if recipe:
+        raise UserError(
+            f"--recipe {recipe} and --weights: with weights the recipe is that for "
+            "continuing; leave --recipe out, other flags override it"
+        )
     last = Path(out) / "last.pt"
     if last.is_file():
         return begun_origin(Path(weights), last)

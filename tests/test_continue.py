@@ -181,13 +181,11 @@ def test_another_image_size(films, tmp_path):
 
 # ---- Settings
 def fill_in(path, out, **given):
-    config = pretrain.Config(data="films", weights=str(path), out=out and str(out), **given)
-    return pretrain.fill_in(config, "continue", pretrain.read_weights(config))
+    config = pretrain.Config(data="films", weights=str(path), out=str(out), **given)
+    return pretrain.fill_in(config, "continue", find_origin(config.weights, out))
 
 
-def test_settings_come_from_the_file_and_from_the_recipe_for_continuing(
-    encoder, tmp_path, monkeypatch
-):
+def test_settings_come_from_the_file_and_from_the_recipe_for_continuing(encoder, tmp_path):
     args = fill_in(encoder, tmp_path)
     assert (args.size, args.image, args.patch) == ("tiny", 32, 8)
     row = pretrain.RECIPES["continue"]
@@ -196,8 +194,6 @@ def test_settings_come_from_the_file_and_from_the_recipe_for_continuing(
     )
     assert fill_in(encoder, tmp_path, image=64, size="tiny").image == 64
     assert fill_in(encoder, tmp_path, epochs=10).warmup == pytest.approx(0.5)
-    monkeypatch.chdir(tmp_path)  # where there is no run yet
-    assert fill_in(encoder, None).out == "runs/continue"
     paper = pretrain.RECIPES["paper"]
     assert row["lr"] < paper["lr"] and row["ema"] > paper["ema"]
     assert row["warmup"] / row["epochs"] < paper["warmup"] / paper["epochs"]
@@ -224,7 +220,7 @@ def test_home_is_put_for_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     save_encoder(tmp_path / "encoder.pt")
     args = launch.parse(pretrain.Config, "", [*SMALL, "--weights=~/encoder.pt"])
-    assert pretrain.read_weights(args).settings()["size"] == "tiny"
+    assert find_origin(args.weights, tmp_path / "run").settings()["size"] == "tiny"
 
 
 # ---- Refusals

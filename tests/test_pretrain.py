@@ -281,32 +281,6 @@ def test_bad_input_is_one_clear_line(films, reference, tmp_path):
     refused(other, "another recipe", "lr 0.0002 → 0.0005")
 
 
-def test_weights_whose_last_pt_is_gone_are_not_written_over(tmp_path):
-    team = launch.Team(0, 1, torch.device("cpu"))
-    assert pretrain.go_on(tmp_path, {}, None, None, team) == 0
-    (tmp_path / "encoder.pt").write_bytes(b"of an hour of training")
-    with pytest.raises(UserError, match="encoder.pt is of a run whose last.pt is gone"):
-        pretrain.go_on(tmp_path, {}, None, None, team)
-
-
-def test_two_tables_of_one_name_are_refused_since_one_would_hide_the_other():
-    args = pretrain.Config(probe="hospital_a/labels.csv,hospital_b/labels.csv")
-    with pytest.raises(UserError, match="two tables of one name"):
-        pretrain.open_tables(args, None, None)
-
-
-def test_phantoms_of_another_seed_or_image_are_no_others(tmp_path):
-    """A start ended before its first checkpoint; another one comes into the same folder."""
-    team = launch.Team(0, 1, torch.device("cpu"))
-    demo = dict(out=str(tmp_path), phantoms=2)
-    drawn = pretrain.draw_phantoms(pretrain.fill_in(pretrain.Config(**demo), "demo"), team)
-    assert pretrain.draw_phantoms(pretrain.fill_in(pretrain.Config(**demo), "demo"), team) == drawn
-    for other in (dict(seed=1), dict(image=128)):
-        args = pretrain.fill_in(pretrain.Config(**demo, **other), "demo")
-        with pytest.raises(UserError, match="phantoms of another --seed or --image"):
-            pretrain.draw_phantoms(args, team)
-
-
 class Evil:
     def __init__(self, target):
         self.target = target
@@ -360,19 +334,32 @@ def test_settings_are_filled_in_from_the_recipe():
     assert (paper.size, paper.batch, paper.epochs, paper.lr) == ("base", 2048, 300, 1.0)
     assert (paper.pixels, paper.global_share) == (0, 1)
     assert (demo.recipe, paper.recipe) == ("demo", "paper")
-    assert (demo.out, paper.out) == ("runs/demo", "runs/pretrain")
     given = pretrain.Config()
     pretrain.fill_in(given, "small")
     assert given == pretrain.Config()  # the user's own settings stay as they were
 
 
-def test_every_recipe_works_and_stands_in_the_help(capsys):
+@pytest.mark.parametrize(
+    "given, folder",
+    [
+        (dict(), "runs/demo"),
+        (dict(data="films"), "runs/pretrain"),
+        (dict(data="films", weights="last.pt"), "runs/continue"),
+        (dict(out="there", weights="last.pt"), "there"),
+    ],
+)
+def test_the_folder_of_a_run_without_out(given, folder):
+    assert pretrain.folder_of(pretrain.Config(**given)) == folder
+
+
+def test_every_recipe_works_and_stands_in_the_help(capsys, monkeypatch):
     for name in ("demo", "small", "paper"):
         args = pretrain.fill_in(pretrain.Config(data="films"), name)
         row = pretrain.OF_THE_PAPER | pretrain.RECIPES[name]
         assert row.items() <= vars(args).items()
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--help"])
     with pytest.raises(SystemExit):
-        launch.parse(pretrain.Config, pretrain.table_of_recipes(), ["--help"])
+        pretrain.main()
     said = capsys.readouterr().out
     for name, row in pretrain.RECIPES.items():
         line = re.search(rf"^{name} .*$", said, re.M)[0].split()
@@ -401,7 +388,7 @@ def test_the_number_of_films_chooses_the_recipe_and_the_user_overrules(
 
 def test_recipe_and_weights_are_two_answers_to_one_question():
     with pytest.raises(UserError, match="--recipe small and --weights: .* leave --recipe out"):
-        pretrain.read_weights(pretrain.Config(data="films", weights="last.pt", recipe="small"))
+        pretrain.main(pretrain.Config(data="films", weights="last.pt", recipe="small"))
 
 
 @pytest.mark.parametrize(
@@ -491,27 +478,6 @@ def test_numbers_that_no_run_can_use(words):
 
 
 # ---- One step
-@pytest.mark.parametrize(
-    "batch, micro, world, kind, films",
-    [
-        (96, None, 1, "cpu", 48),  # the largest divisor up to 64
-        (2048, None, 8, "cuda", 128),
-        (2048, None, 1, "cuda", 128),
-        (16, None, 1, "cpu", 16),
-        (8, 3, 2, "cpu", 2),
-        (7, 4, 1, "cpu", 1),
-    ],
-)
-def test_micro_batches_divide_the_share(batch, micro, world, kind, films):
-    team = launch.Team(0, world, torch.device(kind))
-    assert pretrain.divide_batch(pretrain.Config(batch=batch, micro=micro), team) == films
-
-
-def test_a_batch_that_the_processes_cannot_share():
-    with pytest.raises(UserError, match="--batch 9 is not a multiple of the 2 processes"):
-        pretrain.divide_batch(pretrain.Config(batch=9), launch.Team(0, 2, CPU))
-
-
 def loaded(count, device=CPU):
     """What the loader gives for `count` films."""
     boxes = torch.tensor([[0.0, 0, 30, 30], [5, 5, 30, 30]]).expand(count, 2, 4).contiguous()

@@ -425,6 +425,34 @@ def test_a_full_gpu_is_explained_and_other_errors_are_not():
         raise RuntimeError("shapes differ")
 
 
+@dataclasses.dataclass
+class Batch:
+    batch: int
+    micro: int | None = None
+    precision: str = "float32"
+
+
+@pytest.mark.parametrize(
+    "batch, micro, world, kind, films",
+    [
+        (96, None, 1, "cpu", 48),  # the largest divisor up to 64
+        (2048, None, 8, "cuda", 128),
+        (2048, None, 1, "cuda", 128),
+        (16, None, 1, "cpu", 16),
+        (8, 3, 2, "cpu", 2),
+        (7, 4, 1, "cpu", 1),
+    ],
+)
+def test_micro_batches_divide_the_share(batch, micro, world, kind, films):
+    team = launch.Team(0, world, torch.device(kind))
+    assert launch.fit_to_machine(Batch(batch, micro), team) == Batch(batch, films)
+
+
+def test_a_batch_that_the_processes_cannot_share():
+    with pytest.raises(UserError, match="--batch 9 is not a multiple of the 2 processes"):
+        launch.fit_to_machine(Batch(9), launch.Team(0, 2, torch.device("cpu")))
+
+
 # ---- Schedules
 def test_learning_rate_against_a_table():
     """Peak 8, floor 0, 4 warm-up steps of 12: 2 4 6 8, then half a cosine over 8 steps."""

@@ -15,7 +15,7 @@ from PIL import Image
 from plumbing import benchmarks
 from plumbing.folder import Index
 from plumbing.launch import UserError
-from plumbing.own_table import Labels
+from plumbing.own_table import Labels, open_tables
 from plumbing.table import plain
 
 
@@ -34,6 +34,12 @@ def refused(call, *words):
     with pytest.raises(UserError, match=".*".join(words)) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_two_tables_of_one_name_are_refused_since_one_would_hide_the_other():
+    with pytest.raises(UserError, match="two tables of one name"):
+        open_tables("hospital_a/labels.csv,hospital_b/labels.csv", None, None)
+    assert open_tables(None, None, None) == []
 
 
 def test_labels_of_several_classes(tmp_path):

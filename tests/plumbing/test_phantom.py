@@ -1,16 +1,18 @@
 """Synthetic films: truth and pixels agree, (seed, index) decide all, files hold what is drawn."""
 
 import csv
+import dataclasses
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
 
 from plumbing import phantom
-from plumbing.launch import UserError
+from plumbing.launch import Team, UserError
 from plumbing.phantom import DOMAINS, FINDINGS, LANDMARKS, make_phantom, write_phantoms
 
 
@@ -340,3 +342,32 @@ def test_drawing_again_leaves_nothing_of_another_drawing(tmp_path):
     assert not phantom.was_drawn_with(tmp_path, 64, 1)
     assert not phantom.was_drawn_with(tmp_path, 96, 2)
     assert not phantom.was_drawn_with(tmp_path / "none", 64, 2)
+
+
+@dataclasses.dataclass
+class Demo:
+    """What draw_demo asks of the flags of pretrain.py."""
+
+    out: str
+    image: int = 64
+    phantoms: int = 2
+    seed: int = 0
+    data: str | None = None
+    probe: str | None = None
+
+
+def test_the_demo_draws_once_and_takes_no_others(tmp_path):
+    """A start ended before its first checkpoint; another one comes into the same folder."""
+    team = Team(0, 1, torch.device("cpu"))
+    drawn = phantom.draw_demo(Demo(str(tmp_path)), team, dict)
+    assert len(list((tmp_path / "phantoms" / "films").iterdir())) == 2
+    assert drawn.data == str(tmp_path / "phantoms" / "films")
+    assert drawn.probe == str(tmp_path / "phantoms" / "phantoms.csv")
+    assert phantom.draw_demo(Demo(str(tmp_path)), team, dict) == drawn
+    for other, words in (
+        (dict(seed=1), "holds phantoms of another --seed or --image"),
+        (dict(image=128), "holds phantoms of another --seed or --image"),
+        (dict(phantoms=3), "holds 2 phantoms, not 3"),
+    ):
+        with pytest.raises(UserError, match=words):
+            phantom.draw_demo(Demo(str(tmp_path), **other), team, dict)
