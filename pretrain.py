@@ -408,8 +408,8 @@ def main(args=None, Model=CheXWorld):
     # ---- 3. Films: those to train on, and those kept for the closing test.
     args = given
     if given.data is None:  # the demo, whose recipe does not depend on their number
-        name, _ = choose_recipe(given, 0)
-        args = draw_demo(fill_in(given, name, origin), team, lasting)
+        args = fill_in(given, choose_recipe(given, 0)[0], origin)
+        args = draw_demo(launch.fit_to_machine(args, team), team, lasting)
     films, tables, train, held = choose_films(args, out, team)
 
     # ---- 4. The recipe fills in what is left open.

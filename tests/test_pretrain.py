@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -584,3 +585,13 @@ def test_a_full_gpu_is_one_line_that_says_what_to_do():
     with pytest.raises(UserError, match="lower --micro, now 2 .*--checkpointing") as error:
         pretrain.train_step(full, None, [{}, {}], args, ALONE)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_demo_whose_phantoms_are_gone_draws_them_again_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "closing", lambda *ignored: None)
+    demo = pretrain.Config(out=str(tmp_path), phantoms=24, image=32, batch=4, device="cpu")
+    pretrain.main(dataclasses.replace(demo, max_steps=1))
+    shutil.rmtree(tmp_path / "phantoms")
+    pretrain.main(dataclasses.replace(demo, max_steps=2))
+    assert [row["step"] for row in log(tmp_path)][-1] == "2"
