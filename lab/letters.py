@@ -11,10 +11,10 @@ seen the letter (the ceiling), the second from the prediction. Both then paint b
 that neither decoders nor world model know, in the three settings of lab.markers. The first decoder,
 for which a letter is either there or not, is also told the prediction.
 
-A painting is read without a network: the grey values within the letter's true strokes against the
-rest of the block say whether it is there, those within an L's strokes against an R's say which; the
-same is read off the true pixels. Writes result.json and paintings.png. Intervals: 95 %, bootstrap
-over patients.
+A linear probe says first what the features hold. A painting is read without a network: grey values
+within the letter's true strokes against the rest of the block say whether it is there, those within
+an L's strokes against an R's say which; the same is read off the true pixels. Writes result.json
+and paintings.png. Intervals: 95 %, bootstrap over patients.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from lab.rcdm import learn, make_decoder, paint, picture_row
 from plumbing import pictures
 from plumbing.keys import MARKER_SPLIT, numpy_rng
 from plumbing.launch import UserError, flag, run_script, warmup_cosine
-from plumbing.metrics import bootstrap
+from plumbing.metrics import bootstrap, linear_probe
 
 PAINTED = {  # the decoder that learnt from these features, told those
     "ceiling": ("target", "target"),
@@ -38,12 +38,19 @@ PAINTED = {  # the decoder that learnt from these features, told those
     "translated": ("target", "prediction"),
     "clean": ("prediction", "clean"),
 }
-SOURCES = {
+PROBED = {  # features that a linear probe is asked about
+    "target": "probe of the target's features",
+    "prediction": "probe of the prediction",
+    "clean": "the same, film without letter",
+}
+BLOCKS = {  # what is read off pixels
     "truth": "true pixels",
     "ceiling": "painted from the target's features",
     "prediction": "painted from the prediction",
     "translated": "the same by the first decoder",
 }
+SOURCES = [*(f"probe of {kind}" for kind in PROBED), *BLOCKS]
+WORDS = [*PROBED.values(), *BLOCKS.values()]
 TITLES = ("context", "target", "ceiling", "prediction", "no letter in film", "first decoder")
 SHOWN = ("ceiling", "prediction", "clean", "translated")  # the paintings of the last columns
 NARROW = 0.75  # no letter is wider than this, as a share of its height
@@ -87,7 +94,7 @@ def main(argv=None):
             kind: teach(taught[kind], taught["crop"], own, device)
             for kind in ("target", "prediction")
         }
-        seeds.append(read_paintings(decoders, asked, own, device))
+        seeds.append(answer(decoders, taught, asked, own, device))
         if seed == args.seed:
             page = examples_picture(decoders, asked, films, numbers, world, own, device)
     result = {"films": len(numbers), "patients": len(set(patients)), "overlap": words}
@@ -176,18 +183,39 @@ def paint_all(decoders, asked, source, args, device):
     return np.concatenate(done)
 
 
-def read_paintings(decoders, asked, args, device):
-    """Paint all questions to the test patients, and read what is painted.
+def answer(decoders, taught, asked, args, device):
+    """Probe the features of the test patients' blocks, paint them, and read what is painted.
 
-    → asked, with there and which (n, sources) as `read` tells them of every source
+    → asked, with there and which (n, sources): how much speaks for a letter, and for an L
     """
-    reads = []
-    for source in tqdm(SOURCES, desc="painting", leave=False):
+    reads = [probe(taught, asked, kind, args.seed) for kind in PROBED]
+    for source in tqdm(BLOCKS, desc="painting", leave=False):
         is_true = source == "truth"
         blocks = asked["crop"] if is_true else paint_all(decoders, asked, source, args, device)
         reads.append(read(blocks, asked["strokes"], asked["letter"]))
     there, which = np.transpose(reads, (1, 2, 0))
     return asked | {"there": there, "which": which}
+
+
+def probe(taught, asked, kind, seed):
+    """Ask features by linear probes, one per setting and question. → there, which (n,)
+
+    taught, asked: blocks as collect finds them, of other patients.
+    """
+    scores = np.zeros((2, len(asked["film"])))
+    is_val = hold_out(taught["patient"], seed)
+    for setting in markers.SETTINGS:
+        test = asked["setting"] == setting
+        for question, name in enumerate(markers.QUESTIONS):
+            # Which letter it is can be learnt only where there is one.
+            is_in = (taught["setting"] == setting) & (
+                (name == "present") | (taught["present"] == 1)
+            )
+            parts = []
+            for part in (is_in & ~is_val, is_in & is_val):
+                parts += [taught[kind][part], taught[name][part]]
+            scores[question, test] = linear_probe(*parts, asked[kind][test])
+    return scores
 
 
 def read(blocks, strokes, letter):
@@ -210,7 +238,7 @@ def read(blocks, strokes, letter):
 def judge(seeds, setting):
     """Judge all sources of one setting. seeds: what read_paintings found, per seed.
 
-    → {source: {present, letter: interval of the AUROC; share: as share_painted says}}
+    → {source: {present, letter: interval of the AUROC; share: of blocks, as share_painted says}}
     """
     chosen = [{k: v[found["setting"] == setting] for k, v in found.items()} for found in seeds]
     inked = [{k: v[found["present"] == 1] for k, v in found.items()} for found in chosen]
@@ -218,11 +246,9 @@ def judge(seeds, setting):
     for s, source in enumerate(SOURCES):
         there = [(found["there"][:, s], found["present"], found["patient"]) for found in chosen]
         which = [(found["which"][:, s], found["letter"], found["patient"]) for found in inked]
-        result[source] = {
-            "present": markers.interval(there),
-            "letter": markers.interval(which),
-            "share": share_painted(chosen, s),
-        }
+        result[source] = {"present": markers.interval(there), "letter": markers.interval(which)}
+        if source in BLOCKS:
+            result[source]["share"] = share_painted(chosen, s)
     return result
 
 
@@ -242,7 +268,8 @@ def share_painted(chosen, source):
 
     def share(weights):
         with np.errstate(invalid="ignore"):  # a draw without letters has no share
-            return 100 * (rise(there[:, source], weights) / rise(there[:, 0], weights))[:, None]
+            rises = [rise(there[:, column], weights) for column in (source, SOURCES.index("truth"))]
+            return 100 * (rises[0] / rises[1])[:, None]
 
     low, high = bootstrap(share, patients)[0]
     percent = share(np.ones((len(there), 1)))[0, 0]
@@ -258,14 +285,12 @@ def result_table(result):
         f"  {'':8s}{'':36s}{'there?':20s}{'L or R?':20s}brightness",
     ]
     for setting, sources in result["settings"].items():
-        for source, found in sources.items():
-            cells = [
-                (found["present"]["auroc"], found["present"]),
-                (found["letter"]["auroc"], found["letter"]),
-                (found["share"]["percent"], found["share"]),
-            ]
+        for title, found in zip(WORDS, sources.values(), strict=True):
+            cells = [(found[name]["auroc"], found[name]) for name in markers.QUESTIONS]
+            if "share" in found:
+                cells.append((found["share"]["percent"], found["share"]))
             words = [f"{value:4.1f} ({c['low']:.1f}, {c['high']:.1f})" for value, c in cells]
-            line = f"  {setting:8s}{SOURCES[source]:36s}" + "".join(f"{w:20s}" for w in words)
+            line = f"  {setting:8s}{title:36s}" + "".join(f"{w:20s}" for w in words)
             lines.append(line.rstrip())
     return "\n".join([*lines, result["overlap"]])
 

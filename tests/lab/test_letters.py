@@ -75,16 +75,40 @@ def test_the_share_is_that_of_the_true_letters_brightness():
     rng = np.random.default_rng(1)
     present = rng.integers(0, 2, 200)
     truth = 30 + 120 * present + rng.normal(size=200)
-    there = np.stack([truth, 50 + 36 * present + rng.normal(size=200)], 1)
+    there = np.zeros((200, len(letters.SOURCES)))
+    columns = [letters.SOURCES.index(source) for source in ("truth", "prediction")]
+    there[:, columns] = np.stack([truth, 50 + 36 * present + rng.normal(size=200)], 1)
     found = dict(there=there, present=present, patient=np.arange(200) // 2)
     halves = [
         {name: values[part] for name, values in found.items()}
         for part in (slice(90), slice(90, 200))
     ]
-    got = letters.share_painted(halves, 1)
+    got = letters.share_painted(halves, columns[1])
     assert got["low"] < got["percent"] < got["high"] < got["low"] + 2
     assert got["percent"] == pytest.approx(30, abs=0.5)
-    assert letters.share_painted(halves, 0) == {"percent": 100, "low": 100, "high": 100}
+    assert letters.share_painted(halves, columns[0]) == {"percent": 100, "low": 100, "high": 100}
+
+
+def test_a_probe_finds_what_features_hold_and_judges_new_patients():
+    rng = np.random.default_rng(3)
+    present, letter = rng.integers(0, 2, (2, 600)).astype(float)
+    told = rng.normal(size=(600, 6))
+    told[:, 0] += 3 * present
+    told[:, 1] += 3 * letter * present
+    found = dict(
+        target=told, present=present, letter=letter, setting=np.tile(markers.SETTINGS, 200)
+    )
+    found |= {"film": np.arange(600), "patient": np.arange(600) // 3 * 7}
+    taught, asked = (
+        {k: v[part] for k, v in found.items()} for part in (slice(390), slice(390, 600))
+    )
+    there, which = letters.probe(taught, asked, "target", 0)
+    assert 90 < 100 * roc_auc_score(asked["present"], there) < 100  # 98 by the normal integral
+    inked = asked["present"] == 1
+    assert roc_auc_score(asked["letter"][inked], which[inked]) > 0.9
+    taught["target"] = rng.normal(size=(390, 6))
+    there, _ = letters.probe(taught, asked | {"target": rng.normal(size=(210, 6))}, "target", 0)
+    assert 0.35 < roc_auc_score(asked["present"], there) < 0.65
 
 
 @pytest.mark.slow
@@ -112,14 +136,14 @@ def test_the_program_paints_patients_that_its_decoders_have_not_seen(
     place, here, monkeypatch, capsys
 ):
     found = []
-    really_read = letters.read_paintings
+    really_read = letters.answer
     really_collect = letters.collect
     monkeypatch.setattr(
         letters, "collect", lambda *a: found.append(really_collect(*a)) or found[-1]
     )
     asked = []
     monkeypatch.setattr(
-        letters, "read_paintings", lambda d, a, *rest: asked.append(a) or really_read(d, a, *rest)
+        letters, "answer", lambda d, t, a, *rest: asked.append(a) or really_read(d, t, a, *rest)
     )
     words = "--data set/films --allow_seen --draws 1 --seeds 2 --size 16 --channels 8 --steps 2"
     here("letters", "--weights", "runs/tiny", *words.split())
