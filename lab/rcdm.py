@@ -525,33 +525,15 @@ def recipe_of(args, names):
 
 
 def train_step(world, decoder, optimizer, item, step, args, device):
-    """Let the decoder learn from the films of a batch, once. → the loss, still on the device"""
-    crops = item["crops"].flatten(0, 1)  # (B·R, size, size)
-    told = predicted(world, item, device).flatten(0, 1)  # in float32, as for the pictures
-    return learn(decoder, optimizer, crops, told, step, args, device)
-
-
-def make_decoder(dim, args, device):
-    """Make a decoder for features of width `dim`, its moving average and its optimizer."""
-    torch.manual_seed(args.seed)
-    decoder = Decoder(dim, args.channels).to(device)
-    average = get_ema_multi_avg_fn(1 - 20 / max(100, args.steps))
-    averaged = AveragedModel(decoder, multi_avg_fn=average, use_buffers=True).eval()
-    return decoder, averaged, torch.optim.AdamW(decoder.parameters(), lr=args.lr, fused=True)
-
-
-def learn(decoder, optimizer, crops, told, step, args, device):
-    """Let the decoder tell pictures and noise apart, once. → the loss, still on the device
-
-    crops uint8 (n, size, size), told (n, D): the features that each is to be painted from.
-    """
-    x = crops.to(device)[:, None] / 127.5 - 1  # (n, 1, size, size)
+    """Let the decoder tell picture and noise apart, once. → the loss, still on the device"""
+    x = item["crops"].to(device).flatten(0, 1)[:, None] / 127.5 - 1  # (B·R, 1, size, size)
     generator = torch_generator(RCDM_NOISE, args.seed, step)
     offset = torch.rand((), generator=generator)
     # The times are spread evenly over the batch.
     t = ((offset + torch.randperm(len(x), generator=generator) / len(x)) % 1).to(device)
     noise = torch.randn(x.shape, generator=generator).to(device)
     noisy, v = noised(x, t, noise)
+    told = predicted(world, item, device).flatten(0, 1)  # in float32, as for the pictures
     with autocast(device, args.precision):
         loss = F.mse_loss(decoder(noisy, t, told).float(), v)
     loss.backward()
@@ -589,7 +571,11 @@ def main(argv=None):
     held_out = Questions(films, *shape, args, shown)
 
     # ---- 3. Decoder, its moving average and the optimizer.
-    decoder, averaged, optimizer = make_decoder(world.encoder.dim, args, device)
+    torch.manual_seed(args.seed)
+    decoder = Decoder(world.encoder.dim, args.channels).to(device)
+    average = get_ema_multi_avg_fn(1 - 20 / max(100, args.steps))
+    averaged = AveragedModel(decoder, multi_avg_fn=average, use_buffers=True).eval()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.lr, fused=True)
 
     # ---- 4. Go on where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train])
