@@ -113,7 +113,7 @@ class Batches:
     Every epoch shuffles the n films and drops the incomplete last batch. Step s is one global batch
     of that order; each process takes its contiguous share, in micro-batches. So the number of
     processes, the size of micro-batches and resuming never change which film is at which place of
-    which step. From step `start_step` to before step `steps`, by default for one epoch.
+    which step. Yields steps `start_step` to `steps` - 1; steps=None: to the end of the first epoch.
     """
 
     def __init__(self, n, batch, micro, rank, world, seed, start_step=0, steps=None):
@@ -165,9 +165,9 @@ def make_loader(items, args, team, workers, seed, start, end):
 def read_or_next(films, numbers, at: int, tries: int = 100):
     """Read film numbers[at], or, when it cannot be read, the next of `numbers` that can.
 
-    → (number of the film, films[number], {"unreadable": name, "reason": why}); the last names
-    numbers[at] where another film stands in for it, else both are "". UserError when `tries` films
-    in a row cannot be read.
+    → (number of the film, films[number], {"unreadable": name, "reason": why}): name is that of
+    numbers[at] when it could not be read and another stands in for it, else both are "". UserError
+    when `tries` films in a row cannot be read.
     """
     first_name = films.names[numbers[at]]
     first_reason = ""

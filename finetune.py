@@ -38,8 +38,8 @@ from plumbing.splits import draw_few
 from plumbing.weights import load_encoder, make_vit, resized
 
 # ---- Recipe
-# plumbing/benchmarks.py (TASKS) holds the recipe of every task. It is the paper's; for tasks that
-# are not results.PUBLISHED nobody names epochs and batch, so these are ours. A flag overrides it.
+# plumbing/benchmarks.py (TASKS) holds the recipe of every task. It is the paper's; for tasks
+# outside results.PUBLISHED nobody published epochs and batch: these are ours. Flags override it.
 MIN_STEPS = 1000  # where films are few, epochs are raised to reach this: docs/finetuning.md
 # The paper's lr 1e-4 and drop path 0.6 are for ViT-Base with 12 blocks. Networks narrower than
 # ViT-Small are for few films and few steps, and have few blocks: larger steps, fewer drops.
@@ -60,8 +60,8 @@ class Config(launch.TrainFlags):
     data: str = flag(None, "folder of the films [$CXR/<task>, else data/<task>]")
     labels: str = flag(
         None,
-        "task csv: table filename,label[,patient_id][,split], where label is a class, 'a|b' or "
-        "normal; instead of label also one 0/1 column per class, or mask: a file",
+        "task csv: table filename,label[,patient_id][,split], where label is a class, 'a|b' for "
+        "two, or normal; in place of label: a 0/1 column per class, or a column mask of files",
     )
     column: str = flag(
         None, "task csv: what to learn, A or A,B [mask, else label, else all 0/1 columns]"
@@ -94,7 +94,7 @@ class Config(launch.TrainFlags):
         1, "number of seeds, the paper's is five; the result is mean and standard deviation"
     )
     fraction: float = flag(1.0, "share of the training films to use, the same for all seeds")
-    shots: int = flag(None, "training films per class, or MedFM's own lists; alike for all seeds")
+    shots: int = flag(None, "training films per class, the same for all seeds; chestdr: its lists")
     draw: int = flag(0, "another number draws other films for --fraction or --shots")
     size: str = flag(None, "network from scratch, with --weights none [base]", list(SIZES))
     image: int = flag(None, "side of a film for the network, px [as pre-trained; scratch 224]")
@@ -103,8 +103,10 @@ class Config(launch.TrainFlags):
     epochs: int = flag(None, "passes over the training films; sets the schedule [from the task]")
     lr: float = flag(None, "peak learning rate of the last layer [from the task]")
     weight_decay: float = flag(None, "AdamW's; none on biases and norms [from the task]")
-    layer_decay: float = flag(None, "a layer's learning rate per that of the next [from the task]")
-    drop_path: float = flag(None, "chance to skip the last block, linear over depth [of the task]")
+    layer_decay: float = flag(None, "learning rate of a layer / that of the next [from the task]")
+    drop_path: float = flag(
+        None, "chance to skip the last block; falls linearly to 0 at the first [from the task]"
+    )
     warmup: float = flag(None, "epochs of linear warm-up [from the task, at most a tenth of all]")
     patience: int = flag(None, "validations without a new best before the end [from the task]")
     ten_crop: bool = flag(False, "test on five crops of a film and their mirror images, averaged")

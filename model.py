@@ -1,4 +1,6 @@
-"""The networks of CheXWorld and its four losses. (Sec. and Eq. are the paper's; here Sec. 3, 4)
+"""The networks of CheXWorld and its four losses. (Sec. 3, 4)
+
+Sec., Eq. and Table always refer to the paper.
 
 Dimension key
     B   films, or rows of any batch    2B   both views of B films: the rows of view 1, then view 2
@@ -110,8 +112,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block. (B, L, D) → (B, L, D)
 
-    drop: drop path, the probability with which an image skips each of the two branches when it
-    comes with its draws (B, 2), numbers from 0 to 1; without draws nothing is skipped.
+    drop: the probability of drop path, that is, of an image skipping a branch. draws (B, 2): one
+    number from 0 to 1 per image and branch; without them nothing is skipped.
     """
 
     def __init__(self, dim, heads, drop=0.0):
@@ -194,7 +196,7 @@ class ViT(nn.Module):
 
         images (B, 1, H, W), keep (B, K) indices or None → (B, K or N, D). The other patches are
         dropped before the first layer, so the encoder does not pay for what it does not see.
-        draws (B, blocks, 2): numbers from 0 to 1 for drop path, which there is only with them.
+        draws (B, blocks, 2): numbers from 0 to 1 for drop path; without them nothing is dropped.
         """
         x = self.embed(images, keep)
         return self.norm(run_blocks(self.blocks, x, self.save_memory, draws))
@@ -365,7 +367,7 @@ class CheXWorld(nn.Module):
     def targets(self, images):
         """Compute what is to be predicted: f_θ̄(y), layer-normed without weights. → (B, N, D)
 
-        Else the scale and shift that the encoder's last norm has learnt would set the loss's size.
+        Without it, the scale that the encoder's last norm has learnt would set the loss's size.
         """
         features = self.target_encoder(images)
         return F.layer_norm(features.float(), features.shape[-1:])

@@ -7,10 +7,10 @@
         pretrain.py --data /cxr.pack                       # four nodes, films packed by data.py
     python pretrain.py --data /cxr --weights FILE          # few films: go on from what exists
 
-With fewer than 20,000 films to train on the small recipe counts, else the paper's; --recipe names
-another, and every flag overrides it. Without --data it is the demo's, with --weights that for
-continuing. The same command again goes on where the last one stopped. The folder --out receives
-config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
+Settings that you leave open come from a recipe, a row of the table below: demo without --data,
+continue with --weights, else small with fewer than 20,000 films to train on, paper with more;
+--recipe names another. The same command again goes on where the last one stopped. The folder --out
+receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class Config(launch.TrainFlags):
     weights: str = flag(
         None,
         "start from these weights, not from random ones: of a run (its folder or last.pt), the "
-        "authors' file, or an encoder alone, whose new predictor first learns alone",
+        "authors' file, or an encoder alone, which waits while a new predictor learns",
     )
     size: str = flag(
         None,
@@ -314,7 +314,7 @@ def parameter_groups(network, weight_decay):
 
 
 def make_optimizer(world, args, origin, total):
-    """Make AdamW. Of an Origin, the encoder may begin late; last.pt keeps how many steps late."""
+    """Make AdamW. With --weights the encoder may begin some steps late, which last.pt remembers."""
     if origin is None:
         groups = parameter_groups(world, args.weight_decay)
     else:
@@ -326,7 +326,7 @@ def make_optimizer(world, args, origin, total):
 
 
 def set_learning_rate(optimizer, step, total, warmup_steps, args):
-    """Set the learning rates of a step. → the predictor's, which is in most runs that of all
+    """Set the learning rates of a step. → the predictor's; without --weights all have the same
 
     Weights that begin late have the same schedule from there on, and 0 before: AdamW then leaves
     them as they are, though it already averages their gradients.

@@ -30,7 +30,7 @@ from plumbing.metrics import recall_at_k
 
 GREEN = "#37d67a"
 KS = (1, 3, 5)  # of Recall@k
-WAYS = {"action": "with the action", "no_action": "without", "random": "chance"}
+WAYS = {"action": "with the action", "no_action": "without the action", "random": "chance"}
 
 
 def main(argv=None):

@@ -250,8 +250,8 @@ def judged_words(table: Labels, judged: dict, seen: str) -> str:
     """The result of a table in words. seen: what the encoders know of these films."""
     lines = [f"linear probe on {table.path.stem} ({', '.join(table.classes)}); {seen}"]
     words = {
-        "test": "films of test, by a probe of train and val",
-        "all": "films, all with labels, each by a probe of other patients",
+        "test": "test films, judged by a probe fitted to train and val",
+        "all": "films, all that have labels, each judged by a probe fitted to other patients",
     }
     for part, result in judged.items():
         lines.append(f"{result['films']:,} {words[part]}; {result['patients']:,} patients")
@@ -261,7 +261,8 @@ def judged_words(table: Labels, judged: dict, seen: str) -> str:
 
 def lines_of(result: dict) -> list[str]:
     """The table of what `judge` says, a line per set of features."""
-    heads = ["AUROC %", "95 % interval", "against random weights", "against raw pixels"]
+    heads = ["AUROC %", "95 % interval"]
+    heads += ["random weights (difference)", "better raw pixels (difference)"]
     rows = [line_of(name, *cells_of(result, name)) for name in result["values"]]
     return [line_of("", *heads), *rows]
 

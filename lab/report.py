@@ -29,8 +29,8 @@ from plumbing.checkpoint import read_log, write_json
 from plumbing.metrics import ridge_scores
 from plumbing.weights import make_vit
 
-SEEN = "films of test were not seen in pre-training; all others were, unlabelled"
-CONTINUED = "this run saw all but the films of test, unlabelled; what --weights had seen is unknown"
+SEEN = "pre-training saw no test film; it saw all others, without labels"
+CONTINUED = "this run saw no test film, all others without labels; what --weights saw is unknown"
 MODEL = "the model"
 START = "starting encoder"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test

@@ -262,7 +262,7 @@ class TrainFlags:
         "reached, so only memory and speed depend on it [128; to pre-train on a CPU 64]",
     )
     min_lr: float = flag(1e-6, "learning rate at the end of its cosine")
-    clip: float = flag(1.0, "longest gradient; a longer one is shortened to this norm")
+    clip: float = flag(1.0, "largest gradient norm; a longer gradient is shortened to it")
     precision: str = flag(
         "auto",
         "of the forward pass; auto = bfloat16 on GPUs and on CPUs that multiply it natively",

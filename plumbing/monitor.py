@@ -22,7 +22,8 @@ def describe_network(args, world, visible: int, masked: int, team) -> str:
     return (
         f"{args.size} ViT, {trained / 1e6:.1f} M trained parameters, {args.image}² px in "
         f"{args.patch}² patches ({visible} visible, {masked} masked of {patches})\n"
-        f"batch {args.batch} = {args.micro} × {accumulate} accumulated × {team.size} process(es); "
+        f"batch {args.batch} = {args.micro} films × {accumulate} accumulated × {team.size} "
+        f"process{'es' if team.size > 1 else ''}; "
         f"{args.precision} on {team.device}; run in {args.out}"
     )
 
@@ -35,7 +36,7 @@ def describe_length(given, args, recipe: dict, films: int, held: int, total: int
     lines = [f"{films} films to train on, {held} held out; {total} steps"]
     if given.warmup is None and args.warmup < recipe["warmup"]:
         lines.append(
-            f"warm-up {args.warmup:.3g} of {args.epochs} epochs, the share of the recipe, "
+            f"warm-up: {args.warmup:.3g} of {args.epochs} epochs, the same share as the recipe's "
             f"{recipe['warmup']:g} of {recipe['epochs']}; --warmup sets another"
         )
     return "\n".join(lines)
@@ -123,8 +124,8 @@ class Monitor:
         """Put a row's main numbers behind the progress bar, and warn of a collapse above it."""
         std = row["feature_std"]
         rank = row["rankme"]
-        speed = f"{row['images_per_s']:.0f} images/s wait {row['data_wait']:.0%}"
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f} rank {rank:.1f} {speed}")
+        speed = f"{row['images_per_s']:.0f} images/s, waiting {row['data_wait']:.0%}"
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, RankMe {rank:.1f}, {speed}")
         is_early = done <= self.total / 10  # features are always poor then
         if not is_early and (std < 0.02 or rank < 1.5):
             self.bar.write(

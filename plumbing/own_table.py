@@ -479,13 +479,13 @@ class Labels:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(
-                f"--probe {path}: no such file; "
+                f"probe table {path}: no such file; "
                 "a CSV with the columns filename,label,split is wanted"
             )
         self.table = read_own_table(self.path, can_be_mask=False)
         if self.table.kind == "mask" or not self.table.splits:
             lacks = "label" if self.table.kind == "mask" else "split"
-            raise UserError(f"--probe {path}: no column {lacks}, which a probe needs")
+            raise UserError(f"probe table {path}: no column {lacks}, which a probe needs")
         self.names = self.table.films
         self.classes = list(self.table.labels)
         self.y = np.array(self.table.targets, float)
@@ -519,13 +519,13 @@ class Labels:
         parts = self.by_split(np.flatnonzero(self.locate(films) >= 0))
         lacking = [split for split in SPLITS if not parts[split]]
         if lacking:
-            raise UserError(f"--probe {self.path}: no film of split {' and '.join(lacking)}")
+            raise UserError(f"probe table {self.path}: no film of split {' and '.join(lacking)}")
         for split in ("train", "test"):
             counts = [tally(parts[split], k) for k in range(len(self.classes))]
             if not any(count[YES] and count[NO] for count in counts):
                 raise UserError(
-                    f"--probe {self.path}: no class of {', '.join(self.classes)} has positive and "
-                    f"negative films in {split}"
+                    f"probe table {self.path}: no class of {', '.join(self.classes)} has positive "
+                    f"and negative films in {split}"
                 )
         return self
 
@@ -542,7 +542,7 @@ class Labels:
         absent = np.flatnonzero(found < 0)
         if len(absent) == len(found):
             raise UserError(
-                f"--probe {self.path}: none of its {len(found)} films is in the data "
+                f"probe table {self.path}: none of its {len(found)} films is in the data "
                 f"(first: {self.names[0]})"
             )
         self.notes = [*self.table.notes, *odd]
@@ -567,7 +567,7 @@ class Labels:
 
     def describe(self) -> str:
         """Say what was decided and left out."""
-        title = f"probe {self.path.stem}: {', '.join(self.classes)}"
+        title = f"probe table {self.path.name}: {', '.join(self.classes)}"
         return "\n  ".join([title, *self.notes, self.patient_note])
 
 

@@ -326,7 +326,7 @@ def describe_summary(summary: dict) -> list[str]:
     values = summary["seeds"]
     has_one_seed = len(values) == 1
     intervals = summary["per_class_intervals"][0] if has_one_seed else None
-    lines = []
+    lines = [f"test {summary['metric']} in detail:"] if summary["per_class"] else []
     for name, value in summary["per_class"].items():
         lines.append(f"  {name:32s} {with_interval(value, intervals and intervals[name])}")
     paper = TASKS[summary["task"]].paper

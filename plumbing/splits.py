@@ -146,8 +146,8 @@ def complete(parts: dict, sizes: tuple) -> tuple[dict, list[str]]:
         count = max(1, round(len(everything) * test_size / sum(sizes)))
         parts["train"], parts["test"] = draw_patients(everything, count)
         notes.append(
-            f"test: no official lists beside the data; {len(parts['test'])} films "
-            "drawn by patient, always the same"
+            f"test: the data name no test films; {len(parts['test'])} are drawn by patient, "
+            "always the same"
         )
     if not parts.get("val"):
         count = max(1, round(len(parts["train"]) * val_size / (train_size + val_size)))

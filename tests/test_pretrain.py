@@ -431,8 +431,8 @@ def test_few_films_get_the_small_recipe_and_the_same_command_goes_on(films, tmp_
     assert done.returncode == 0, done.stderr
     assert "recipe: small, as 33 films to train on are fewer than 20,000" in done.stdout
     warmup = small["warmup"] * 10 / small["epochs"]
-    share = f"the share of the recipe, {small['warmup']:g} of {small['epochs']}"
-    assert f"warm-up {warmup:.3g} of 10 epochs, {share}" in done.stdout
+    share = f"the same share as the recipe's {small['warmup']:g} of {small['epochs']}"
+    assert f"warm-up: {warmup:.3g} of 10 epochs, {share}" in done.stdout
     settings = json.loads((tmp_path / "config.json").read_text())
     assert {k: settings[k] for k in ("lr", "ema")} == {k: small[k] for k in ("lr", "ema")}
     assert settings["recipe"] == "small"

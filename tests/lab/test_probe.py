@@ -84,7 +84,7 @@ def test_a_planted_finding_is_above_random_and_a_blind_encoder_below_pixels(tmp_
     words = probe.judged_words(labels, judged, "seen by nobody")
     line = next(line for line in words.splitlines() if "corner, cells" in line)
     assert "100.0  100.0 to 100.0" in line and "above (+50.0, +50.0 to +50.0)" in line
-    assert "seen by nobody" in words and "48 films of test" in words
+    assert "seen by nobody" in words and "48 test films" in words
 
 
 def test_random_labels_are_level_and_scored_on_films_of_test_alone(tmp_path):
@@ -154,4 +154,4 @@ def test_the_program_judges_on_several_tables(place):
         "random initialisation",
         "random initialisation, cells",
     ]
-    assert words.count("against raw pixels") == 4
+    assert words.count("better raw pixels (difference)") == 4

@@ -41,7 +41,7 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     )
     part = result["probe_intervals"]["table"]["test"]
     assert part["values"] == result["probe"]["table"] and part["films"] == 13
-    assert "films of test were not seen in pre-training" in words
+    assert "pre-training saw no test film" in words
     for way in ("action", "no_action", "random"):
         assert f"Recall@5 {result['domain'][way]['recall@5']:6.2f}" in words
     for name, value in result["probe"]["table"].items():
@@ -50,7 +50,7 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     args.weights = "encoder.pt"
     report.closing(args, tmp_path, world, films, np.array([], int), [labels], "cpu")
     words = capsys.readouterr().out
-    assert "what --weights had seen is unknown" in words and "not seen in pre" not in words
+    assert "what --weights saw is unknown" in words and "pre-training saw" not in words
     report.closing(args, tmp_path, world, films, np.array([], int), [], "cpu")
     assert json.loads((tmp_path / "result.json").read_text()) == {
         "domain": {},

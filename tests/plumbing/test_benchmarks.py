@@ -118,7 +118,7 @@ def test_shenzhen_without_lists_is_drawn_in_the_same_proportions(tmp_path):
     assert sizes(splits) == [42, 6, 12]  # 60 × 463/65/134 of 662
     again = benchmarks.load_task("shenzhen", tmp_path)
     assert targets_by_split(again) == targets_by_split(splits)
-    assert "no official lists" in " ".join(splits.notes)
+    assert "the data name no test films" in " ".join(splits.notes)
 
 
 # ---------------------------------------------------------------- ChestX-ray14
