@@ -81,10 +81,7 @@ def main(argv=None):
         raise UserError(f"--letter {args.letter}: a share from 0.1 to 0.4 is wanted")
     if not 8 <= args.size <= 128:
         raise UserError(f"--size {args.size}: 8 to 128 px are wanted")
-    weights = common.find_weights(args.weights)
-    world = common.load_predictions(weights).to(device).eval()
-    films, numbers, patients, words = markers.choose_films(args, weights)
-    print(f"{len(numbers)} films of {len(set(patients))} patients. {words}", flush=True)
+    world, films, numbers, patients, result = markers.open_all(args, device)
     seeds = []
     for seed in range(args.seed, args.seed + args.seeds):
         own = dataclasses.replace(args, seed=seed)
@@ -99,7 +96,6 @@ def main(argv=None):
         seeds.append(answer(decoders, taught, asked, seed, device))
         if seed == args.seed:
             page = examples_picture(decoders, asked, films, numbers, world.encoder.grid, device)
-    result = {"films": len(numbers), "patients": len(set(patients)), "overlap": words}
     result |= {name: getattr(args, name) for name in ("letter", "draws", "seeds", "size")}
     result["settings"] = {setting: judge(seeds, setting) for setting in markers.SETTINGS}
     common.finish(args, result, result_table(result), paintings=page)
@@ -249,7 +245,7 @@ def read(blocks, strokes, letter):
 
 # ---------------------------------------------------------------- words and pictures
 def judge(seeds, setting):
-    """Judge all sources of one setting. seeds: what read_paintings found, per seed.
+    """Judge all sources of one setting. seeds: what answer gave, per seed.
 
     → {source: {present, letter: interval of the AUROC; share: of blocks, as share_painted says}}
     """

@@ -70,12 +70,8 @@ def main(argv=None):
     args, device = common.start(Config, __doc__, "markers", argv)
     if not 0.02 <= args.letter <= 0.25:
         raise UserError(f"--letter {args.letter}: a share from 0.02 to 0.25 is wanted")
-    weights = common.find_weights(args.weights)
-    world = common.load_predictions(weights).to(device).eval()
-    films, numbers, patients, words = choose_films(args, weights)
-    print(f"{len(numbers)} films of {len(set(patients))} patients. {words}", flush=True)
+    world, films, numbers, patients, result = open_all(args, device)
     draws = [collect(world, films, numbers, args, args.seed + s, device) for s in range(args.seeds)]
-    result = {"films": len(numbers), "patients": len(set(patients)), "overlap": words}
     result |= {"letter": args.letter, "seeds": args.seeds, "draws": args.draws, "auroc": {}}
     for setting in SETTINGS:
         result["auroc"][setting] = judge([draw[setting] for draw in draws], patients, args.seed)
@@ -86,7 +82,21 @@ def main(argv=None):
     common.finish(args, result, result_table(result), examples=page)
 
 
-# ---------------------------------------------------------------- films
+# ---------------------------------------------------------------- world model and films
+def open_all(args, device):
+    """Load the world model, and choose the films that it is asked about.
+
+    → world, films, numbers (n,), patients (n,), {films, patients: how many; overlap: in words what
+    the world knows of them}
+    """
+    weights = common.find_weights(args.weights)
+    world = common.load_predictions(weights).to(device).eval()
+    films, numbers, patients, words = choose_films(args, weights)
+    about = {"films": len(numbers), "patients": len(set(patients)), "overlap": words}
+    print(f"{about['films']} films of {about['patients']} patients. {words}", flush=True)
+    return world, films, numbers, patients, about
+
+
 def choose_films(args, weights):
     """Choose films that the world model was not trained on, without those whose row in a table
     names a marker of their own. → films, numbers (n,), patients (n,), in words what it knows of
