@@ -473,7 +473,7 @@ def main(args=None, Model=CheXWorld):
 
     # ---- 9. Judge the model on the films held out.
     if team.lead:
-        closing(args, out, world, films, held, tables, team.device)
+        closing(args, out, world, films, held, tables)
     team.leave()
 
 

@@ -32,7 +32,7 @@ from plumbing.launch import UserError, count_cpus, flag, parse, start_team
 from plumbing.own_table import PATIENT, SPLIT_WORDS, Labels, read_patient_table, split_column
 from plumbing.splits import hold_out_films, patients_of
 from plumbing.table import Finder, plain, read_list
-from plumbing.weights import load_world
+from plumbing.weights import load_world, make_vit
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
 
@@ -93,6 +93,12 @@ def load_predictions(path) -> CheXWorld:
             "serves finetune.py, lab.features, lab.health and lab.correspondence"
         )
     return world
+
+
+def random_twin(vit, seed):
+    """Make the same network with random weights, on the same device: what all are compared with."""
+    torch.manual_seed(seed)
+    return make_vit(vit.config).to(next(vit.parameters()).device).eval()
 
 
 @torch.no_grad()

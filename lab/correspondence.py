@@ -23,13 +23,22 @@ from PIL import ImageDraw
 from tqdm import tqdm
 
 import augment
-from lab.common import Common, evenly, find_weights, finish, open_set, rows_of, start
+from lab.common import (
+    Common,
+    evenly,
+    find_weights,
+    finish,
+    open_set,
+    random_twin,
+    rows_of,
+    start,
+)
 from lab.domain import GREEN
 from plumbing import pictures
 from plumbing.film import UnreadableFilm, read_mask
 from plumbing.keys import RANDOM_CUT, numpy_rng
 from plumbing.launch import UserError, flag, run_script
-from plumbing.weights import load_encoder, make_vit, resized
+from plumbing.weights import load_encoder, resized
 
 # Those that a mask of both lungs shows; the patient's right is the image's left.
 MASK_LANDMARKS = ("right_apex", "left_apex", "right_angle", "left_angle")
@@ -73,8 +82,7 @@ def main(argv=None):
     images = augment.to_float(torch.from_numpy(np.stack(cut)))[:, None]  # (n, 1, size, size)
 
     # ---- 3. Answers by features, and by places alone.
-    torch.manual_seed(args.seed)
-    fresh = make_vit(encoder.config)
+    fresh = random_twin(encoder, args.seed)
     ways = {}
     for name, vit in (("pre-trained", encoder), ("random weights", fresh)):
         ways[name] = partial(dense, resized(vit, size, patch).to(device).eval(), side=args.side)

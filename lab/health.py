@@ -17,7 +17,16 @@ import dataclasses
 import numpy as np
 import torch
 
-from lab.common import Common, find_weights, finish, open_set, pooled, some_films, start
+from lab.common import (
+    Common,
+    find_weights,
+    finish,
+    open_set,
+    pooled,
+    random_twin,
+    some_films,
+    start,
+)
 from lab.probe import films_seen, judge_tables, judged_words, seen_words
 from lab.report import curves_picture
 from plumbing import pictures
@@ -25,7 +34,7 @@ from plumbing.checkpoint import load_checkpoint, read_log
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import feature_std, rankme, spectrum
 from plumbing.own_table import Labels
-from plumbing.weights import load_encoder, make_vit
+from plumbing.weights import load_encoder
 
 COLLAPSED = """collapsed: the encoder says nearly the same of every film. \
 Train again with a lower --lr, a higher --ema or a longer --warmup"""
@@ -77,8 +86,7 @@ def load_encoders(path, seed):
     → {name: ViT}. UserError when one of them holds NaN or infinite weights.
     """
     encoder = load_encoder(path, say=print)
-    torch.manual_seed(seed)
-    encoders = {"target encoder": encoder, "random weights": make_vit(encoder.config)}
+    encoders = {"target encoder": encoder, "random weights": random_twin(encoder, seed)}
     if "world" in load_checkpoint(path):
         encoders["context encoder"] = load_encoder(path, "context")
     for name, vit in encoders.items():

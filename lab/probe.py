@@ -28,6 +28,7 @@ from lab.common import (
     find_weights,
     finish,
     open_set,
+    random_twin,
     seen_by,
     start,
     trained_on,
@@ -38,7 +39,7 @@ from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
 from plumbing.own_table import Labels, refuse_twins
 from plumbing.results import percent
 from plumbing.splits import patients_of
-from plumbing.weights import load_encoder, make_vit
+from plumbing.weights import load_encoder
 
 RANDOM = "random initialisation"
 PIXELS = {"raw 8² pixels": 8, "raw 64² pixels": 64}
@@ -57,10 +58,8 @@ class Config(Common):
 def main(argv=None):
     args, device = start(Config, __doc__, "probe", argv)
     path = find_weights(args.weights)
-    encoder = load_encoder(path, say=print)
-    torch.manual_seed(args.seed)
-    encoders = {"encoder": encoder, RANDOM: make_vit(encoder.config)}
-    encoders = {name: vit.to(device).eval() for name, vit in encoders.items()}
+    encoder = load_encoder(path, say=print).to(device).eval()
+    encoders = {"encoder": encoder, RANDOM: random_twin(encoder, args.seed)}
     films, tables = open_set(args, args.films)
     paths = str(tables).split(",")
     refuse_twins("--table", paths)

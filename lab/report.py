@@ -9,9 +9,8 @@ films.
 import time
 
 import numpy as np
-import torch
 
-from lab.common import evenly, read_whole
+from lab.common import evenly, random_twin, read_whole
 from lab.domain import domain_test, result_table
 from lab.probe import (
     MANY_FILMS,
@@ -27,7 +26,6 @@ from lab.probe import (
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
 from plumbing.metrics import ridge_scores
-from plumbing.weights import make_vit
 
 SEEN = "pre-training saw no test film; it saw all others, without labels"
 CONTINUED = "this run saw no test film, all others without labels; what --weights saw is unknown"
@@ -36,7 +34,7 @@ START = "starting encoder"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
 
 
-def closing(args, out, world, films, held, tables, device):
+def closing(args, out, world, films, held, tables):
     """Judge a trained CheXWorld on films it has not seen: by the domain sensitivity test, and by
     linear probes against random weights and raw pixels.
 
@@ -45,9 +43,8 @@ def closing(args, out, world, films, held, tables, device):
     world.eval()
     result = {"domain": domain_part(world, films, held), "probe": {}, "probe_intervals": {}}
     write_json(out / "result.json", result)  # kept when a probe fails or is interrupted
-    torch.manual_seed(args.seed)
-    fresh = make_vit(world.encoder.config).to(device).eval()
-    encoders = {"pre-trained": world.target_encoder, RANDOM: fresh}
+    encoder = world.target_encoder
+    encoders = {"pre-trained": encoder, RANDOM: random_twin(encoder, args.seed)}
     seen = CONTINUED if args.weights else SEEN
     for table, judged in judge_tables(tables, films, encoders, args.image):
         result["probe"][table.path.stem] = judged["test"]["values"]
@@ -137,9 +134,7 @@ def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int
     start = time.perf_counter()
     encoders = {RANDOM: vit}
     if not is_random:
-        torch.manual_seed(seed)
-        fresh = make_vit(vit.config).to(next(vit.parameters()).device).eval()
-        encoders = {START: vit, RANDOM: fresh}
+        encoders = {START: vit, RANDOM: random_twin(vit, seed)}
     together = Together(films)
     everything = np.arange(len(together))
     features, read = describe_set(together, everything, encoders, vit.image, "films")

@@ -577,6 +577,11 @@ def clip_and_step(model, optimizer, clip: float):
     return norm
 
 
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest whole number up to `limit` that divides `number`."""
+    return max(size for size in range(1, min(limit, number) + 1) if number % size == 0)
+
+
 def fit_to_machine(args, team: Team):
     """Fill in the settings that depend on the machine: precision and micro-batch. → a new Config
 
@@ -586,7 +591,7 @@ def fit_to_machine(args, team: Team):
         raise UserError(f"--batch {args.batch} is not a multiple of the {team.size} processes")
     share = args.batch // team.size
     limit = args.micro or (128 if team.device.type == "cuda" else 64)
-    micro = max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+    micro = largest_divisor(share, limit)
     precision = choose_precision(args.precision, team.device)
     return dataclasses.replace(args, precision=precision, micro=micro)
 

@@ -15,7 +15,7 @@ import torch
 from plumbing import checkpoint
 from plumbing.film import EMPTY_MASK
 from plumbing.folder import in_threads
-from plumbing.launch import UserError
+from plumbing.launch import UserError, largest_divisor
 from plumbing.splits import Splits
 from plumbing.table import plain
 
@@ -171,8 +171,7 @@ def share_batch(args, films: int, processes: int) -> list[str]:
     wanted = args.batch
     share = max(1, min(wanted, films) // processes)
     args.batch = share * processes
-    limit = min(args.micro or 128, share)
-    args.micro = max(size for size in range(1, limit + 1) if share % size == 0)
+    args.micro = largest_divisor(share, args.micro or 128)
     if args.batch >= wanted:
         return []
     if wanted > films:
