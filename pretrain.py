@@ -146,27 +146,23 @@ def folder_of(args):
 
 
 def choose_recipe(args, films):
-    """Choose the recipe of a run that trains on so many films. → its name, and a line that says why
+    """Choose the recipe of a run that trains on so many films. → its name
 
     A run that was begun goes on with its own recipe, of whatever number of films; before there was
     --recipe that was the paper's.
     """
     if args.weights is not None:
-        return "continue", "recipe: continue, as there are --weights"
+        return "continue"
     if args.recipe is not None:
-        return args.recipe, f"recipe: {args.recipe}, as --recipe says"
+        return args.recipe
     if args.data is None:
-        return "demo", "recipe: demo, as there is no --data"
+        return "demo"
     out = Path(args.out)
     if (out / "last.pt").is_file():
         begun = checkpoint.read_json(out / "config.json").get("recipe", "paper")
         if begun != "continue":  # without --weights that run cannot go on: it is refused later
-            return begun, f"recipe: {begun}, with which the run in {out} was begun"
-    if films < FEW:
-        reason = f"as {films:,} films to train on are fewer than {FEW:,}"
-        return "small", f"recipe: small, {reason}; --recipe paper takes the paper's"
-    reason = f"as {films:,} films to train on are at least {FEW:,}"
-    return "paper", f"recipe: paper, {reason}; --recipe small takes the small one"
+            return begun
+    return "small" if films < FEW else "paper"
 
 
 def fill_in(args, name, origin=None):
@@ -406,16 +402,16 @@ def main(args=None, Model=CheXWorld):
     team.wait()
 
     # ---- 3. Films: those to train on, and those kept for the closing test.
-    args = given
-    if given.data is None:  # the demo, whose recipe does not depend on their number
-        args = fill_in(given, choose_recipe(given, 0)[0], origin)
-        args = draw_demo(launch.fit_to_machine(args, team), team, lasting)
-    films, tables, train, held = choose_films(args, out, team)
+    if given.data is None:  # the demo draws its own
+        name = choose_recipe(given, given.phantoms)
+        given = draw_demo(given, fill_in(given, name, origin).image, team)
+        given = dataclasses.replace(given, recipe=name)
+    films, tables, train, held = choose_films(given, out, team)
 
     # ---- 4. The recipe fills in what is left open.
-    name, why = choose_recipe(given, len(train))
-    team.say(why)
-    args = launch.fit_to_machine(fill_in(args, name, origin), team)
+    name = choose_recipe(given, len(train))
+    team.say(f"recipe: {name}, for {len(train):,} films to train on; --help shows all recipes")
+    args = launch.fit_to_machine(fill_in(given, name, origin), team)
     films.side = round(args.image * 320 / 224)  # a short side of 320 px for crops of 224
     films, workers = hold_in_memory(films, args.workers, team.device)
     views = Views(films, args.image, args.seed, train)

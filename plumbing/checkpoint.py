@@ -425,14 +425,6 @@ def refuse_other_recipe(folder, saved: dict, recipe: dict):
         )
 
 
-def refuse_other_settings(folder, settings: dict, lasting):
-    """Raise UserError when a run in `folder` has other settings, of those that `lasting` keeps."""
-    folder = Path(folder)
-    if (folder / "last.pt").is_file() and (folder / "config.json").is_file():
-        saved = read_json(folder / "config.json")
-        refuse_other_recipe(folder, lasting(saved), lasting(settings))
-
-
 def load_last(path, wanted: set) -> dict:
     """Load the last.pt of a run, which must hold `wanted`. UserError: what to do else."""
     try:

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from plumbing import keys, launch
-from plumbing.checkpoint import refuse_other_settings, replace_with, write_text
+from plumbing.checkpoint import replace_with, write_text
 from plumbing.launch import UserError, flag, helper_pool, parse, run_script, signals_held
 
 FINDINGS = ("effusion", "cardiomegaly", "nodule", "pneumothorax", "consolidation")
@@ -736,15 +736,15 @@ def write_phantoms(folder, count: int, size: int = 256, seed: int = 0, workers: 
     return folder / "phantoms.csv"
 
 
-def draw_demo(args, team, lasting):
+def draw_demo(args, image: int, team):
     """Draw the demo's films and a table of their labels, once. → a Config that names them
 
-    They are PNG files, so the demo reads its films as any other run does. Raises UserError when
-    other phantoms lie there, or a run with other settings, of those that `lasting` keeps.
+    image: side of a training crop in px. The films are PNG files, so the demo reads them as any
+    other run does. Raises UserError when other phantoms lie there.
     """
     folder = Path(args.out) / "phantoms"
     table = folder / "phantoms.csv"
-    size = max(128, args.image * 3 // 2)
+    size = max(128, image * 3 // 2)
     if table.is_file():
         drawn = len(table.read_text(encoding="utf-8").splitlines()) - 1
         if drawn != args.phantoms:
@@ -759,7 +759,6 @@ def draw_demo(args, team, lasting):
                 "choose another --out, or delete the folder"
             )
     elif team.lead:
-        refuse_other_settings(args.out, vars(args), lasting)
         team.say(f"demo: drawing {args.phantoms} synthetic films into {folder}")
         write_phantoms(folder, args.phantoms, size, args.seed, launch.count_cpus())
     team.wait()  # until the lead has drawn them

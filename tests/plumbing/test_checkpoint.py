@@ -278,19 +278,6 @@ def test_weights_whose_last_pt_is_gone_are_not_written_over(tmp_path):
     assert checkpoint.resume_run(tmp_path, {}, {}, team) == 7
 
 
-def test_other_settings_are_refused_once_a_run_was_begun(tmp_path):
-    def lasting(settings):
-        return {name: value for name, value in settings.items() if name != "device"}
-
-    now = {"lr": 2.0, "device": "cuda"}
-    checkpoint.write_json(tmp_path / "config.json", {"lr": 1.0, "device": "cpu"})
-    checkpoint.refuse_other_settings(tmp_path, now, lasting)  # nothing was saved
-    (tmp_path / "last.pt").touch()
-    checkpoint.refuse_other_settings(tmp_path, {"lr": 1.0, "device": "cuda"}, lasting)
-    with pytest.raises(UserError, match=r"another recipe \(lr 1.0 → 2.0\)"):
-        checkpoint.refuse_other_settings(tmp_path, now, lasting)
-
-
 @pytest.mark.parametrize("missing", ["layer", "step", "recipe"])
 def test_a_checkpoint_of_another_program_is_refused(tmp_path, missing):
     saved = {"layer": {}, "step": 3, "recipe": {}}

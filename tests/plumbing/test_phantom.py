@@ -349,7 +349,6 @@ class Demo:
     """What draw_demo asks of the flags of pretrain.py."""
 
     out: str
-    image: int = 64
     phantoms: int = 2
     seed: int = 0
     data: str | None = None
@@ -359,15 +358,15 @@ class Demo:
 def test_the_demo_draws_once_and_takes_no_others(tmp_path):
     """A start ended before its first checkpoint; another one comes into the same folder."""
     team = Team(0, 1, torch.device("cpu"))
-    drawn = phantom.draw_demo(Demo(str(tmp_path)), team, dict)
+    drawn = phantom.draw_demo(Demo(str(tmp_path)), 64, team)
     assert len(list((tmp_path / "phantoms" / "films").iterdir())) == 2
     assert drawn.data == str(tmp_path / "phantoms" / "films")
     assert drawn.probe == str(tmp_path / "phantoms" / "phantoms.csv")
-    assert phantom.draw_demo(Demo(str(tmp_path)), team, dict) == drawn
-    for other, words in (
-        (dict(seed=1), "holds phantoms of another --seed or --image"),
-        (dict(image=128), "holds phantoms of another --seed or --image"),
-        (dict(phantoms=3), "holds 2 phantoms, not 3"),
+    assert phantom.draw_demo(Demo(str(tmp_path)), 64, team) == drawn
+    for other, image, words in (
+        (dict(seed=1), 64, "holds phantoms of another --seed or --image"),
+        (dict(), 128, "holds phantoms of another --seed or --image"),
+        (dict(phantoms=3), 64, "holds 2 phantoms, not 3"),
     ):
         with pytest.raises(UserError, match=words):
-            phantom.draw_demo(Demo(str(tmp_path), **other), team, dict)
+            phantom.draw_demo(Demo(str(tmp_path), **other), image, team)

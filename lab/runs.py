@@ -1,0 +1,138 @@
+"""Pre-training runs side by side: what each recipe ended with, its seeds together.
+
+    python -m lab.runs --runs "runs/small_*,runs/paper_*"
+
+Runs whose settings differ in nothing but the seed are one row of the table. A row is named by the
+settings that differ between the rows. It shows Recall@5 of the domain sensitivity test with and
+without the action, and for every probed table the AUROC of the mean and of the cells, as mean ±
+standard deviation over the seeds. Random weights and raw pixels, which every run judges beside
+itself, are rows of their own. Where a run has judged all films of a table, cross-validated, that
+figure is shown (lab.probe says when), else the one of its test films.
+
+Writes table.md, and runs.csv with every single number, its interval and its seed.
+"""
+
+import dataclasses
+import glob
+from pathlib import Path
+
+from lab.ablation import cell_text, describe, markdown
+from lab.probe import CELLS, PIXELS, RANDOM
+from plumbing.checkpoint import read_json, read_log, write_csv, write_text
+from plumbing.launch import UserError, flag, parse, run_script
+
+ENCODER = "pre-trained"
+COLUMNS = ("run", "setting", "seed", "what", "films", "features", "value", "low", "high")
+# What differs between runs of one recipe: where they lie, and what changes no number.
+NOT_THE_RECIPE = {"out", "seed", "data", "probe", "phantoms", "device", "workers", "micro"}
+NOT_THE_RECIPE |= {"log_every", "save_every", "checkpointing", "compile"}
+
+
+@dataclasses.dataclass
+class Config:
+    runs: str = flag("runs/*", "folders of runs, joined by commas; * and ? stand for any name")
+    out: str = flag("runs/compared", "folder of table.md and runs.csv")
+
+
+def main(argv=None):
+    args = parse(Config, __doc__, argv, prog="python -m lab.runs")
+    runs = find_runs(args.runs)
+    settings = name_settings({run: read_json(run / "config.json") for run in runs})
+    rows = [row for run in runs for row in rows_of_run(run, settings[run])]
+    table = lay_out(rows)
+    write_csv(Path(args.out) / "runs.csv", COLUMNS, [list(row.values()) for row in rows])
+    write_text(Path(args.out) / "table.md", table + "\n")
+    print(table)
+    print(f"\n{len(runs)} runs: {args.out}/table.md, every number in {args.out}/runs.csv")
+
+
+def find_runs(patterns: str) -> list[Path]:
+    """Find the finished runs that the patterns name. UserError when there is none."""
+    found = [path for pattern in patterns.split(",") for path in sorted(glob.glob(pattern))]
+    runs = [Path(path) for path in dict.fromkeys(found)]
+    finished = [run for run in runs if read_json(run / "result.json").get("domain") is not None]
+    for run in runs:
+        if run not in finished:
+            print(f"left out: {run}, which holds no result.json of a finished pre-training")
+    if not finished:
+        raise UserError(f"--runs {patterns}: no finished run of pretrain.py there")
+    return finished
+
+
+def name_settings(configs: dict[Path, dict]) -> dict[Path, str]:
+    """Name every run by the settings in which the runs differ, such as "batch 8, lr 0.001"."""
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    telling = []
+    for key in keys:
+        values = {repr(config.get(key)) for config in configs.values()}
+        if key not in NOT_THE_RECIPE and len(values) > 1:
+            telling.append(key)
+    names = {}
+    for run, config in configs.items():
+        words = [f"{key} {config.get(key)}" for key in telling]
+        names[run] = ", ".join(words) or "all alike"
+    return names
+
+
+def rows_of_run(run: Path, setting: str) -> list[dict]:
+    """Every number that a run ended with, one row each."""
+    result = read_json(run / "result.json")
+    found = []  # what, on which films, of which features, value, interval
+    for key, features in (("action", "with the action"), ("no_action", "without")):
+        if key in result["domain"]:
+            found.append(("Recall@5", "", features, result["domain"][key]["recall@5"], ("", "")))
+    for table, judged in result.get("probe_intervals", {}).items():
+        films = "all" if judged.get("all") else "test"
+        for features, value in judged[films]["values"].items():
+            interval = judged[films]["intervals"][features]
+            found.append((table, films, features, value, interval))
+    log = read_log(run / "log.csv")
+    for column in ("loss", "rankme", "images"):
+        values = [row[column] for row in log if row.get(column)]
+        if values:
+            found.append((column, "", "at the end", float(values[-1]), ("", "")))
+    seed = read_json(run / "config.json")["seed"]
+    rows = []
+    for what, films, features, value, interval in found:
+        cells = (run.name, setting, seed, what, films, features, value, *interval)
+        rows.append(dict(zip(COLUMNS, cells, strict=True)))
+    return rows
+
+
+def lay_out(rows: list[dict]) -> str:
+    """Lay the numbers out: one line per setting, below those of random weights and raw pixels."""
+    tables = list(dict.fromkeys(row["what"] for row in rows if row["films"]))
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    # Every run judges these beside itself: equal values are one measurement.
+    beside = {(row["what"], row["features"], row["value"]): row for row in rows}.values()
+    small, large = PIXELS
+    lines = [["", "seeds", *(f"{table}, mean / cells" for table in tables), "Recall@5"]]
+    pixels = [pair(beside, table, small, large) for table in tables]
+    lines.append([f"{small} / {large}", "–", *pixels, "–"])
+    random = [pair(beside, table, RANDOM, RANDOM + CELLS) for table in tables]
+    lines.append([RANDOM, count_seeds(rows), *random, "–"])
+    for setting in settings:
+        own = [row for row in rows if row["setting"] == setting]
+        probes = [pair(own, table, ENCODER, ENCODER + CELLS) for table in tables]
+        recall = pair(own, "Recall@5", "with the action", "without")
+        lines.append([setting, count_seeds(own), *probes, recall])
+    return markdown(lines)
+
+
+def pair(rows: list[dict], what: str, *features: str) -> str:
+    """Two numbers of one table as they stand in a cell, each over the seeds."""
+    texts = []
+    for name in features:
+        chosen = [row for row in rows if (row["what"], row["features"]) == (what, name)]
+        values = [row["value"] for row in chosen]
+        texts.append(cell_text(describe(values) if values else None))
+    return " / ".join(texts)
+
+
+def count_seeds(rows: list[dict]) -> str:
+    """How many seeds these numbers are of."""
+    return str(len({row["seed"] for row in rows}))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,82 @@
+"""lab.runs: a table of runs equals what their result.json files say, worked out by hand."""
+
+import csv
+import statistics
+
+import pytest
+
+from lab import runs
+from plumbing.checkpoint import write_json, write_text
+from plumbing.launch import UserError
+
+AUROC = {  # batch and seed of a run: AUROC of the mean and of the cells
+    (8, 0): (80.0, 85.0),
+    (8, 1): (83.0, 84.0),
+    (32, 0): (77.0, 82.5),
+}
+RANDOM = {0: (70.0, 79.0), 1: (72.0, 78.0)}  # by seed: random weights know no batch
+
+
+def write_run(folder, batch, seed):
+    """The files of a finished run that lab.runs reads."""
+    mean, cells = AUROC[batch, seed]
+    values = {
+        "pre-trained": mean,
+        "pre-trained, cells": cells,
+        "random initialisation": RANDOM[seed][0],
+        "random initialisation, cells": RANDOM[seed][1],
+        "raw 8² pixels": 81.0,
+        "raw 64² pixels": 81.5,
+    }
+    judged = {"values": values, "intervals": {name: [v - 5, v + 5] for name, v in values.items()}}
+    worse = {name: value - 20 for name, value in values.items()}
+    of_test = {"values": worse, "intervals": {name: [v, v] for name, v in worse.items()}}
+    domain = {"action": {"recall@5": 50.0 + seed}, "no_action": {"recall@5": 25.0}}
+    result = {"domain": domain, "probe_intervals": {"sex": {"test": of_test, "all": judged}}}
+    write_json(folder / "result.json", result)
+    write_json(folder / "config.json", {"batch": batch, "seed": seed, "out": str(folder)})
+    write_text(folder / "log.csv", "step,loss,rankme\n1,0.5,3\n2,0.25,\n")
+
+
+@pytest.fixture(name="compared")
+def compare(tmp_path, capsys):
+    for batch, seed in AUROC:
+        write_run(tmp_path / f"b{batch}_{seed}", batch, seed)
+    (tmp_path / "b_unfinished").mkdir()
+    runs.main(["--runs", f"{tmp_path}/b*", "--out", str(tmp_path / "out")])
+    return tmp_path / "out", capsys.readouterr().out
+
+
+def test_the_table(compared):
+    """One line per batch; the seeds of one batch are averaged, baselines once per seed."""
+    folder, said = compared
+    lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "| | seeds | sex, mean / cells | Recall@5 |"
+    assert lines[2] == "| raw 8² pixels / raw 64² pixels | – | 81.0 / 81.5 | – |"
+    spread = statistics.stdev([70, 72]), statistics.stdev([79, 78])
+    expected = "71.0 ± {:.1f} / 78.5 ± {:.1f}".format(*spread)
+    assert lines[3] == f"| random initialisation | 2 | {expected} | – |"
+    assert lines[4] == "| batch 32 | 1 | 77.0 / 82.5 | 50.0 / 25.0 |"
+    spread = statistics.stdev([80, 83]), statistics.stdev([85, 84])
+    expected = "81.5 ± {:.1f} / 84.5 ± {:.1f}".format(*spread)
+    assert lines[5] == f"| batch 8 | 2 | {expected} | 50.5 ± 0.7 / 25.0 ± 0.0 |"
+    assert lines[2] in said and "left out" in said and "b_unfinished" in said
+
+
+def test_every_number_is_in_the_csv(compared):
+    folder, _ = compared
+    with open(folder / "runs.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * (6 + 2 + 2)  # probes, Recall@5, loss and RankMe
+    (row,) = [
+        row for row in rows if row["run"] == "b8_1" and row["features"] == "pre-trained, cells"
+    ]
+    assert (row["seed"], row["what"], row["films"], row["value"]) == ("1", "sex", "all", "84.0")
+    assert (row["low"], row["high"]) == ("79.0", "89.0")
+    ends = {row["what"]: row["value"] for row in rows if row["features"] == "at the end"}
+    assert ends == {"loss": "0.25", "rankme": "3.0"}
+
+
+def test_without_a_finished_run(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        runs.main(["--runs", f"{tmp_path}/*", "--out", str(tmp_path / "out")])
