@@ -207,7 +207,7 @@ class TaskFilms:
         film = read_shrunk(example.path, 2 * self.size)
         if example.mask is None:
             return film, None
-        mask = read_mask(example.mask, example.path, film.shape)
+        mask = read_mask(example.mask, film.shape)
         return film, augment.mask_to(mask, self.size)
 
 

@@ -325,7 +325,7 @@ def landmarks_of(row, names, shape, table):
             pixels = [[float(row[f"{name}_row"]), float(row[f"{name}_col"])] for name in names]
             places = (np.array(pixels) + 0.5) / shape
         else:
-            mask = read_mask(("file", Path(table).parent / row["mask"]), None, shape)
+            mask = read_mask(("file", Path(table).parent / row["mask"]), shape)
             places = from_mask(mask)
     except (UnreadableFilm, ValueError) as error:
         raise UserError(f"--table {table}: {first_cells} cannot be used: {error}") from None

@@ -9,6 +9,7 @@ lay-out: .github/CONTRIBUTING.md says how, step by step.
 The facts behind every reader are in docs/data.md.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -285,6 +286,11 @@ def read_chestdr_table(index) -> list[Row]:
 
 
 # ---------------------------------------------------------------- segmentation
+# All films of RSNA and SIIM have this size; on a shrunk copy masks are squeezed as its films are.
+CANVAS = (1024, 1024)
+CANVAS_NOTE = "masks: drawn on 1024 x 1024, the films' distributed size"
+
+
 def read_rsna_seg(index, shots):
     """RSNA pneumonia: the mask of a film is the union of its boxes, empty for negative films."""
     table = find_file(index, "stage_2_train_labels.csv")
@@ -297,19 +303,13 @@ def read_rsna_seg(index, shots):
             )
         if answer(line["Target"]) == YES:
             cells = [line[key] for key in ("x", "y", "width", "height")]
-            of_film.append(tuple(read_number(table, line, cell) for cell in cells))
-    every_box = list(chain.from_iterable(boxes.values()))
-    right = max((x + width for x, _, width, _ in every_box), default=0)
-    bottom = max((y + height for _, y, _, height in every_box), default=0)
-
-    def fits(height, width):
-        return right <= width and bottom <= height
-
-    canvas, notes = choose_canvas(index, list(boxes), fits)
+            x, y, width, height = [read_number(table, line, cell) for cell in cells]
+            refuse_outside(table, line["patientId"], max(x + width, y + height) > max(CANVAS))
+            of_film.append((x, y, width, height))
     rows = {}
     for name, of_film in boxes.items():
-        rows[name] = Row(name, (), mask=("boxes", tuple(of_film), canvas))
-    return split_rsna(index, rows, table, notes)
+        rows[name] = Row(name, (), mask=("boxes", tuple(of_film), CANVAS))
+    return split_rsna(index, rows, table, [CANVAS_NOTE])
 
 
 def read_siim(index, shots):
@@ -326,15 +326,11 @@ def read_siim(index, shots):
                 f"{table}: {line['ImageId']}: EncodedPixels are no pairs of run lengths: "
                 f"{text[:40]!r}"
             )
+        last_pixel = sum(map(int, text.split()))
+        refuse_outside(table, line["ImageId"], last_pixel > math.prod(CANVAS))
         of_film.append(text)
-    every_run = chain.from_iterable(runs.values())
-    last_pixel = max((sum(map(int, text.split())) for text in every_run), default=0)
-
-    def fits(height, width):
-        return last_pixel <= height * width
-
-    canvas, notes = choose_canvas(index, list(runs), fits)
-    rows = [Row(name, (), mask=("rle", tuple(texts), canvas)) for name, texts in runs.items()]
+    rows = [Row(name, (), mask=("rle", tuple(texts), CANVAS)) for name, texts in runs.items()]
+    notes = [CANVAS_NOTE]
     several = sum(len(texts) > 1 for texts in runs.values())
     if several:
         notes.append(f"masks: {several} films have several rows, united")
@@ -347,27 +343,13 @@ def read_siim(index, shots):
     return Found({"train": train, "test": test}, [*notes, "test: dicom-images-test"])
 
 
-def choose_canvas(index, names, fits) -> tuple[tuple | None, list[str]]:
-    """The size (height, width) that annotations were drawn on, and notes.
-
-    None, the film's own, where they fit into it; else the films are shrunk copies of 1024 × 1024
-    originals. names: the films, of which the first is looked at; fits(height, width): whether no
-    annotation reaches beyond such a film.
-    """
-    if not names:
-        return None, []
-    height, width = film_size(index.find(names[:1], what="the annotations")[0])
-    if fits(height, width):
-        return None, []
-    if not fits(1024, 1024):
+def refuse_outside(table, name, is_outside):
+    """UserError when an annotation reaches outside of the canvas that it was drawn on."""
+    if is_outside:
         raise UserError(
-            f"{index.root}: annotations reach outside 1024 x 1024 pixels: not the distributed CSV"
+            f"{table}: {name}: an annotation reaches outside 1024 x 1024 pixels: "
+            "not the distributed CSV"
         )
-    note = (
-        f"masks: the films are {width} x {height}, "
-        "the annotations were drawn on 1024 x 1024 and are scaled"
-    )
-    return (1024, 1024), [note]
 
 
 # ---------------------------------------------------------------- a CSV of one's own
@@ -489,7 +471,7 @@ def refuse_unfit_masks(own, paths, masks):
         except UserError:
             shape = None  # what is wrong with the film is said when it is read
         try:
-            read_mask(masks[row], paths[row], shape)
+            read_mask(masks[row], shape)
         except UnreadableFilm as error:
             unfit.append(f"line {own.lines[row]}, {own.films[row]}: {error}")
     if unfit:

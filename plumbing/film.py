@@ -464,29 +464,29 @@ def film_size(path) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------- masks
-EMPTY_MASK = ("boxes", (), None)  # of no boxes, as read_mask takes it
+EMPTY_MASK = ("boxes", (), (1, 1))  # of no boxes, as read_mask takes it
 
 
-def read_mask(mask: tuple, film_path, shape=None) -> np.ndarray:
+def read_mask(mask: tuple, shape=None) -> np.ndarray:
     """Read or draw the mask of a film → bool (H, W), to be squeezed to a square as the film is.
 
     mask: ("file", path), a picture, of which counts what marked_in says; ("rle", run lengths,
     canvas) or ("boxes", rectangles (x, y, width, height), canvas), drawn on a canvas of
-    (height, width) px, None = the film's own size. shape: of the film; a picture may have another
-    size, not another shape. Raises UnreadableFilm.
+    (height, width) px. shape: of the film; a picture may have another size, not another shape.
+    Raises UnreadableFilm.
     """
     kind, what, *canvas = mask
     name = os.path.basename(what) if kind == "file" else kind
     try:
         with explain_unreadable():
-            return read_mask_file(what, shape) if kind == "file" else draw_mask(*mask, film_path)
+            return read_mask_file(what, shape) if kind == "file" else draw_mask(*mask)
     except UnreadableFilm as error:
         raise UnreadableFilm(f"its mask ({name}): {error}") from None
 
 
-def draw_mask(kind: str, items, canvas, film_path) -> np.ndarray:
+def draw_mask(kind: str, items, canvas) -> np.ndarray:
     """Draw run lengths or rectangles as read_mask describes them → bool (H, W)"""
-    height, width = canvas or film_size(film_path)
+    height, width = canvas
     drawn = np.zeros((height, width), bool)
     for item in items:
         if kind == "rle":

@@ -11,6 +11,7 @@ from conftest import REAL
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from data import TaskFilms
 from plumbing import benchmarks
 from plumbing.film import decode_rle, read_film, read_mask
 from plumbing.launch import UserError
@@ -78,7 +79,7 @@ def sizes(splits):
 
 
 def mask_of(example):
-    return read_mask(example.mask, example.path)
+    return read_mask(example.mask)
 
 
 # ---------------------------------------------------------------- Shenzhen
@@ -324,7 +325,7 @@ def test_chexpert_layouts_uncertain_labels_and_frontals(tmp_path, prefix, folder
 
 # ---------------------------------------------------------------- RSNA
 def rsna_boxes(k):
-    """Film k has one to three boxes (x, y, width, height), or none."""
+    """Film k has one to three boxes (x, y, width, height), or none, in 64ths of the canvas."""
     if k % 3 and k % 5:
         return []
     return [(3.0 * j + k, 2.0 * j, 5.0, 4.0 + j) for j in range(1 + k % 3)]
@@ -339,7 +340,8 @@ def rsna_tree(root, side=64, folder="stage_2_train_images"):
     info = ["patientId,class"]
     for k, name in enumerate(ids):
         dicom(root / folder / f"{name}.dcm", noise(k, side))
-        labels += [f"{name},{x},{y},{w},{h},1" for x, y, w, h in boxes[k]] or [f"{name},,,,,0"]
+        pixels = [",".join(str(16 * number) for number in box) for box in boxes[k]]
+        labels += [f"{name},{box},1" for box in pixels] or [f"{name},,,,,0"]
         info += [f"{name},{classes[k]}"] * max(1, len(boxes[k]))
     dicom(root / "stage_2_test_images" / "ffffffff.dcm", noise(99, side))
     write_lines(root / "stage_2_train_labels.csv", labels)
@@ -362,7 +364,7 @@ def test_rsna_duplicate_rows_and_lists_with_or_without_suffix(tmp_path, suffix):
     assert found == dict(zip(ids, classes, strict=True))
 
 
-def test_rsna_boxes_are_filled_on_the_films_own_canvas(tmp_path):
+def test_rsna_boxes_are_filled_and_squeezed_as_their_films_are(tmp_path):
     ids, _, boxes = rsna_tree(tmp_path)
     splits = benchmarks.load_task("rsna_seg", tmp_path)
     examples = {example.path.stem: example for example in everything(splits)}
@@ -371,8 +373,11 @@ def test_rsna_boxes_are_filled_on_the_films_own_canvas(tmp_path):
         truth = np.zeros((64, 64), bool)
         for left, top, width, height in of_film:
             truth |= (left <= x) & (x < left + width) & (top <= y) & (y < top + height)
-        assert np.array_equal(mask_of(examples[name]), truth)
+        assert np.array_equal(mask_of(examples[name]), np.kron(truth, np.ones((16, 16))))
+        (film, mask), *_ = TaskFilms([examples[name]], 64)
+        assert film.shape == (64, 64) and np.array_equal(mask, truth)
     assert sizes(splits) == [24, 3, 3]
+    assert "drawn on 1024 x 1024" in " ".join(splits.notes)
 
 
 def test_the_sets_lists_saved_anew_say_the_same_or_are_refused(tmp_path):
@@ -394,11 +399,14 @@ def test_the_sets_lists_saved_anew_say_the_same_or_are_refused(tmp_path):
             benchmarks.load_task(task, table.parent)
 
 
-def test_rsna_boxes_of_shrunk_films_are_drawn_on_the_originals_canvas(tmp_path):
-    rsna_tree(tmp_path, side=8)
-    splits = benchmarks.load_task("rsna_seg", tmp_path)
-    assert mask_of(splits.train[0]).shape == (1024, 1024)
-    assert "drawn on 1024 x 1024" in " ".join(splits.notes)
+@pytest.mark.parametrize("task, line", [("rsna_seg", "x,1000,0,25,9,1"), ("siim", "x, 1048570 7")])
+def test_annotations_outside_of_their_canvas_are_refused(tmp_path, task, line):
+    rsna_tree(tmp_path)
+    siim_tree(tmp_path)
+    table = tmp_path / {"rsna_seg": "stage_2_train_labels.csv", "siim": "train-rle.csv"}[task]
+    table.write_text(table.read_text() + "\n" + line)
+    with pytest.raises(UserError, match=f"{table.name}: x: .* outside 1024 x 1024"):
+        benchmarks.load_task(task, tmp_path)
 
 
 # ---------------------------------------------------------------- SIIM
@@ -422,11 +430,11 @@ def siim_tree(root, table="train-rle.csv"):
         folder = root / ("dicom-images-test" if k >= 16 else "dicom-images-train")
         study = folder / f"1.2.276.0.7230010.3.1.2.{k}" / f"1.2.276.0.7230010.3.1.3.{k}"
         dicom(study / f"{name}.dcm", noise(k, 32))
-        masks[name] = np.zeros((32, 32), bool)
+        masks[name] = np.zeros((1024, 1024), bool)
         for _ in range(k % 4):  # several rows of a film, overlapping
-            part = np.zeros((32, 32), bool)
-            y, x = rng.integers(4, 20, 2)
-            part[y : y + 9, x : x + 7] = True
+            part = np.zeros((1024, 1024), bool)
+            y, x = rng.integers(128, 640, 2)
+            part[y : y + 300, x : x + 222] = True
             masks[name] |= part
             lines.append(f"{name},{space}{encode_rle(part)}")
         if k % 4 == 0:

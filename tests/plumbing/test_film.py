@@ -253,9 +253,9 @@ def test_16_bit_colour_is_read_or_refused_but_never_posterised(tmp_path):
                 read_film(tmp_path / "film.png")
     (tmp_path / "mask.png").write_bytes(png_16(np.dstack([LUNGS.astype(np.uint16)] * 3)))
     with pytest.raises(UnreadableFilm, match="16-bit colour"):
-        read_mask(("file", tmp_path / "mask.png"), None)
+        read_mask(("file", tmp_path / "mask.png"))
     (tmp_path / "mask.png").write_bytes(png_16(np.dstack([GREY[255].astype(np.uint16) * 257] * 3)))
-    assert np.array_equal(read_mask(("file", tmp_path / "mask.png"), None), LUNGS > 0)
+    assert np.array_equal(read_mask(("file", tmp_path / "mask.png")), LUNGS > 0)
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -706,8 +706,8 @@ OPTIONS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_however_a_mask_is_stored_what_it_marks_counts(tmp_path, name):
     path = save(tmp_path, name, MASKS[name], **OPTIONS.get(name, {}))
-    assert np.array_equal(read_mask(("file", path), None), LUNGS > 0)
-    assert np.array_equal(read_mask(("file", path), None, (160, 128)), LUNGS > 0)
+    assert np.array_equal(read_mask(("file", path)), LUNGS > 0)
+    assert np.array_equal(read_mask(("file", path), (160, 128)), LUNGS > 0)
 
 
 def overlap(mask):
@@ -719,9 +719,9 @@ def overlap(mask):
 def test_compressed_masks_count_from_half(tmp_path, mode, quality):
     image = Image.fromarray(GREY[255]).convert(mode)
     path = save(tmp_path, "mask.jpg", image, quality=quality)
-    assert overlap(read_mask(("file", path), None)) > 0.99
+    assert overlap(read_mask(("file", path))) > 0.99
     again = save(tmp_path, "again.png", Image.open(path).convert("L"))  # ringing, in a PNG
-    assert overlap(read_mask(("file", again), None)) > 0.99
+    assert overlap(read_mask(("file", again))) > 0.99
 
 
 def test_soft_masks_count_from_half(tmp_path):
@@ -731,12 +731,12 @@ def test_soft_masks_count_from_half(tmp_path):
         ("probability.tif", Image.fromarray(np.asarray(soft, np.float32) / 255)),
         ("alpha.png", rgba((0, 255, 0), np.asarray(soft))),
     ):
-        mask = read_mask(("file", save(tmp_path, name, image)), None)
+        mask = read_mask(("file", save(tmp_path, name, image)))
         assert np.array_equal(mask, np.asarray(soft) > 127), name
     turned = Image.Exif()
     turned[274] = 6
     path = save(tmp_path, "turned.jpg", Image.fromarray(GREY[255]), quality=95, exif=turned)
-    assert overlap(np.rot90(read_mask(("file", path), None, (64, 80)))) > 0.98
+    assert overlap(np.rot90(read_mask(("file", path), (64, 80)))) > 0.98
 
 
 @pytest.mark.parametrize("mode", ["1", "L"])
@@ -745,13 +745,13 @@ def test_a_tiff_that_stores_white_as_0_is_no_inverted_mask(tmp_path, mode):
     path = save(tmp_path, "mask.tif", image, tiffinfo={262: 0})
     with Image.open(path) as stored:
         assert stored.tag_v2[262] == 0
-    assert np.array_equal(read_mask(("file", path), None), LUNGS > 0)
+    assert np.array_equal(read_mask(("file", path)), LUNGS > 0)
 
 
 def test_an_empty_mask_is_empty(tmp_path):
     for name in ("empty.png", "empty.jpg", "empty.tif"):
         path = save(tmp_path, name, Image.fromarray(LUNGS * 0))
-        assert not read_mask(("file", path), None).any()
+        assert not read_mask(("file", path)).any()
 
 
 NOT_MASKS = {
@@ -794,32 +794,32 @@ def test_what_is_no_mask_is_refused_by_name(tmp_path, name):
     else:
         save(tmp_path, name, image)
     with pytest.raises(UnreadableFilm, match=rf"its mask \({name}\): .*{reason}"):
-        read_mask(("file", tmp_path / name), None)
+        read_mask(("file", tmp_path / name))
 
 
 def test_pages_and_shapes_of_masks(tmp_path):
     path = save(tmp_path, "mask.png", Image.fromarray(GREY[255]))
     for shape in ((80, 64), (40, 32), (1250, 1000), (1253, 1000)):
-        assert read_mask(("file", path), None, shape).sum() == (LUNGS > 0).sum()
+        assert read_mask(("file", path), shape).sum() == (LUNGS > 0).sum()
     for shape in ((64, 64), (64, 80), (1000, 760)):
         with pytest.raises(UnreadableFilm, match="64 × 80 px, of another shape than its film"):
-            read_mask(("file", path), None, shape)
+            read_mask(("file", path), shape)
     pages = [Image.fromarray(page) for page in (LUNGS, LUNGS.T.copy())]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(UnreadableFilm, match="it has 2 pages"):
-        read_mask(("file", tmp_path / "pages.tif"), None)
+        read_mask(("file", tmp_path / "pages.tif"))
     path = write_dicom(tmp_path / "mask.dcm", LUNGS.astype(int))
-    assert np.array_equal(read_mask(("file", path), None), LUNGS > 0)
+    assert np.array_equal(read_mask(("file", path)), LUNGS > 0)
     with pytest.raises(UnreadableFilm, match="its mask .boxes.: .* outside of 8 × 8 px"):
-        read_mask(("boxes", [(0, 0, 8, 8), (4, 4, 5, 1)], (8, 8)), None)
+        read_mask(("boxes", [(0, 0, 8, 8), (4, 4, 5, 1)], (8, 8)))
     with pytest.raises(UnreadableFilm, match="its mask .rle.: run lengths reach pixel 90"):
-        read_mask(("rle", ["0 90"], (8, 8)), None)
+        read_mask(("rle", ["0 90"], (8, 8)))
 
 
 @needs_real
 def test_real_masks_are_read_and_real_films_are_no_masks():
     for path in sorted((REAL / "masks").rglob("*.png"))[::20]:
-        assert np.array_equal(read_mask(("file", path), None), np.asarray(Image.open(path)) > 0)
+        assert np.array_equal(read_mask(("file", path)), np.asarray(Image.open(path)) > 0)
     for path in sorted((REAL / "films").rglob("*.*"))[::100]:
         with pytest.raises(UnreadableFilm, match="a grey picture, no mask"):
-            read_mask(("file", path), None)
+            read_mask(("file", path))
