@@ -29,13 +29,13 @@ from plumbing.pack import Films, InMemory, Pack, check_and_report, find_out, pac
 
 # ---------------------------------------------------------------- films
 def open_films(
-    root, cache_dir=None, side=320, patients=None, mimic_all=False, without=None, should_crop=False
+    root, out=None, side=320, patients=None, mimic_all=False, without=None, should_crop=False
 ) -> Films:
     """All films below the folder `root`, or in the packed file `root` → Films.
 
-    cache_dir: where the list of what lies below root is kept. side: the short side to which larger
-    films are shrunk, px. patients: CSV (filename, patient_id) for films of your own; without it
-    every one of them counts as a patient of its own. mimic_all: take MIMIC's validation and test
+    out: the folder of the run, which must not lie among the films. side: the short side to which
+    larger films are shrunk, px. patients: CSV (filename, patient_id) for films of your own; without
+    it every one of them counts as a patient of its own. mimic_all: take MIMIC's validation and test
     films, too. without: a packed file below root that does not count, since it is to be made.
     should_crop: without large black borders. Raises UserError when there is no film.
     """
@@ -48,8 +48,8 @@ def open_films(
         return Films(root.parent, {}, [pack], side, [pack.summary])
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
-    refuse_own_pictures(root, cache_dir)
-    index = Index(root, Path(cache_dir) / "films.json" if cache_dir else None)
+    refuse_own_pictures(root, out)
+    index = Index(root)
     names = [name for name in index.names if name.endswith(".pack")]
     if without:
         names = [name for name in names if (root / name).resolve() != Path(without).resolve()]

@@ -579,7 +579,7 @@ def test(model, task: TaskData, args, folder: Path, team) -> dict:
 
 
 # ---- Main
-def find_examples(args: Config, root, out, team, trained=None):
+def find_examples(args: Config, root, trained=None):
     """Find the films and labels of the task. → Splits; arguments: see benchmarks.load_task"""
     return load_task(
         args.task,
@@ -587,7 +587,6 @@ def find_examples(args: Config, root, out, team, trained=None):
         table=args.labels,
         shots=args.shots,
         column=args.column,
-        cache=out / "films.json" if team.lead else None,
         uncertain=args.uncertain,
         trained=trained,
     )
@@ -611,7 +610,7 @@ def test_finished(args: Config, weights, root, out, team):
     """--eval: test best.pt on a task's test films, on a table's, or on all films of a folder."""
     saved = seedrun.load_best(weights)
     trained = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
-    splits = find_examples(args, root, out, team, trained)
+    splits = find_examples(args, root, trained)
     splits, without_truth = seedrun.fit_to_model(splits, saved, weights)
     team.say(results.describe_weights(weights, "as asked", saved["config"]))
     team.say(results.describe_task(root, splits))
@@ -662,7 +661,7 @@ def main():
         return team.leave()
 
     # ---- 3. The films of the task: no patient is in two of the three splits.
-    splits = find_examples(args, root, out, team)
+    splits = find_examples(args, root)
     shape = encoder_shape(args, weights, team.say)
     team.say(results.describe_weights(weights, why, shape))
     team.say(results.describe_task(root, splits))

@@ -495,20 +495,7 @@ def plain_decode(path, side):
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
 
-def index_row(bench, count=500_000):
-    """The index of generated film names from its cache instead of from a first look."""
-    root = bench.folder / "many"
-    for study in range(count // 4):
-        folder = root / f"p{study // 40:04d}" / f"s{study:06d}"
-        folder.mkdir(parents=True)
-        for film in range(4):
-            (folder / f"{film}.jpg").touch()
-    off, on = (timed(lambda: open_films(root, bench.folder), CPU) for _ in range(2))
-    name = f"index of {count:,} films in {count // 4:,} folders: cached"
-    bench.row(name, off, on, "s", "goal < 10 s")
-
-
-FILM_ROWS = [crop_row, jpeg_row, index_row]
+FILM_ROWS = [crop_row, jpeg_row]
 
 
 def main(argv=None):

@@ -577,16 +577,15 @@ def find_root(name: str, data: str | None = None) -> Path:
 
 
 def load_task(
-    name, root, table=None, shots=None, column=None, cache=None, uncertain="ignore", trained=None
+    name, root, table=None, shots=None, column=None, uncertain="ignore", trained=None
 ) -> Splits:
     """Read a task under `root`: every film's file is found, none is opened.
 
     table, column, uncertain, trained: of task csv (read_csv). shots: MedFM's own K-shot lists are
-    taken where they lie there. cache: keeps the list of files. UserError says what is missing, and
-    where to get it.
+    taken where they lie there. UserError says what is missing, and where to get it.
     """
     task = TASKS[name]
-    index = Index(root, cache)
+    index = Index(root)
     try:
         if name == "csv" and trained and not table:
             found = every_film(index, *trained[:2])

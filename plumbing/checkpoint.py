@@ -255,8 +255,6 @@ class Lock:
             return
         with contextlib.suppress(OSError):
             self.path.unlink()
-            if self.new_folders and os.listdir(self.path.parent) == ["films.json"]:
-                os.unlink(self.path.with_name("films.json"))  # a refused start leaves nothing
             for folder in self.new_folders:
                 folder.rmdir()
 

@@ -1,24 +1,19 @@
-"""What lies below a folder: one walk and its cache, films by name, the lists of three sets."""
+"""What lies below a folder: one walk, films by name, the lists of three sets."""
 
 import errno
 import itertools
-import json
 import os
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plumbing.checkpoint import go_on_without, write_text
 from plumbing.film import looks_like_film
 from plumbing.launch import UserError
 from plumbing.table import Finder, as_path, read_list, read_table, tail_of
 
 # Folders of thumbnails and deleted files that macOS, Windows and network disks leave behind.
 NO_FILMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
-
-COARSEST_CLOCK = 2_000_000_000  # ns: some disks note times to two seconds
 
 MASK_FOLDER = re.compile(r"(^|[/_])(masks?|annotations?)(_\d+)?/", re.IGNORECASE)
 
@@ -36,22 +31,6 @@ def in_threads(function, items: list) -> list:
         return list(itertools.chain.from_iterable(results))
 
 
-def state(folder: str) -> list[int] | None:
-    """What changes when an entry comes into a folder or leaves it; None when the folder is gone."""
-    try:
-        return times_and_inode(os.stat(folder))
-    except OSError:
-        return None
-
-
-def times_and_inode(stat: os.stat_result) -> list[int] | None:
-    """A folder's two times (ns) and its inode; None on disks that keep no times: it equals nothing.
-
-    The second time is set by the system alone, so that a copy with old dates (rsync -a) shows, too.
-    """
-    return [stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] if stat.st_mtime_ns else None
-
-
 def kind_of(entry: os.DirEntry) -> str:
     """'folder', 'file', or why an entry is neither. Only links cost a look at the disk."""
     try:
@@ -66,52 +45,43 @@ def kind_of(entry: os.DirEntry) -> str:
 
 
 def look(folder: str):
-    """Look into one folder → (identity, state, [(name, kind)], folders that its links lead into).
+    """Look into one folder → (identity, [(name, kind)]).
 
     Hidden entries and what systems leave behind (NO_FILMS) are left out. The identity is device and
     inode; of a folder that cannot be read, as lost+found on a mounted disk, it is the reason.
     """
     kinds = []
-    targets = set()
     try:
-        stat = os.stat(folder)  # before its entries: what comes meanwhile counts as a change
+        stat = os.stat(folder)
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name in NO_FILMS:
-                    continue
-                kinds.append((entry.name, kind_of(entry)))
-                if entry.is_symlink() and kinds[-1][1] == "file":
-                    targets.add(os.path.dirname(os.path.join(folder, os.readlink(entry.path))))
+                if not entry.name.startswith(".") and entry.name not in NO_FILMS:
+                    kinds.append((entry.name, kind_of(entry)))
     except OSError as error:
-        return f"folder cannot be read: {error.strerror}", state(folder), [], set()
-    return (stat.st_dev, stat.st_ino), times_and_inode(stat), sorted(kinds), targets
+        return f"folder cannot be read: {error.strerror}", []
+    return (stat.st_dev, stat.st_ino), sorted(kinds)
 
 
 def walk(root):
     """Look through all folders below `root`, level by level.
 
-    → (sorted paths of the files, {folder: its state}, {path: why it was skipped}), all relative to
-    root. The folders have with them those that links to films lead into: these may change, too.
+    → (sorted paths of the files, {path: why it was skipped}), all relative to root.
     """
     root = Path(root).absolute()
     files = []
-    folders = {}
     skipped = {}
     seen = set()
-    targets = set()
     level = [""]
     while level:
         next_level = []
         looks = in_threads(look, [f"{root}/{folder}" for folder in level])
-        for folder, (identity, now, entries, links) in zip(level, looks, strict=True):
+        for folder, (identity, entries) in zip(level, looks, strict=True):
             if identity in seen:  # a link leads back up
                 continue
-            folders[folder] = now
             if isinstance(identity, str):
                 skipped[folder or "."] = identity
                 continue
             seen.add(identity)
-            targets |= links
             for name, kind in entries:
                 path = f"{folder}/{name}" if folder else name
                 if kind == "folder":
@@ -121,49 +91,26 @@ def walk(root):
                 else:
                     skipped[path] = kind
         level = next_level
-    targets = sorted(targets)
-    folders |= zip(targets, in_threads(state, targets), strict=True)
-    return sorted(files), folders, skipped
+    return sorted(files), skipped
 
 
-def look_through(root: Path) -> dict:
-    """List what lies below `root`: {"root", "folders": {folder: state}, "films": [paths],
-    "others": [the paths of all other files], "skipped": {path: why}}
+def look_through(root: Path) -> tuple[list[str], list[str], dict[str, str]]:
+    """List what lies below `root` → (paths of films, paths of all other files, {path: why skipped})
+
+    All are sorted and relative to root.
     """
-    began = time.time_ns()
-    files, folders, skipped = walk(root)
-    for folder, times in folders.items():
-        # What comes a moment after the look may bear the same time: look again at the next start.
-        if times and max(times[:2]) > began - COARSEST_CLOCK:
-            folders[folder] = None
-    listing = {"root": str(root.resolve()), "folders": folders, "films": [], "others": []}
+    films = []
+    others = []
+    files, skipped = walk(root)
     answers = in_threads(is_film_or_why, [f"{root}/{name}" for name in files])
     for name, answer in zip(files, answers, strict=True):
         if isinstance(answer, str):
             skipped[name] = answer
+        elif answer:
+            films.append(name)
         else:
-            listing["films" if answer else "others"].append(name)
-    return listing | {"skipped": skipped}
-
-
-def list_below(root: Path, cache: Path | None = None) -> tuple[dict, list[str]]:
-    """List the files below `root`, from the file `cache` unless a folder has changed since.
-
-    → (what look_through returns, notes: what the user should know of the cache)
-    """
-    old = read_listing(root, cache) if cache else None
-    if old and is_current(root, old):
-        return old, []
-    listing = look_through(root)
-    notes = []
-    if old and old["films"] != listing["films"]:
-        new = len(set(listing["films"]) - set(old["films"]))
-        gone = len(set(old["films"]) - set(listing["films"]))
-        notes.append(f"{root} has changed since {cache} was written: {new:,} new, {gone:,} gone")
-    if cache:
-        with go_on_without("the list of the files, which is made anew next time"):
-            write_text(cache, json.dumps(listing))
-    return listing, notes
+            others.append(name)
+    return films, others, skipped
 
 
 def is_film_or_why(path: str) -> bool | str:
@@ -172,27 +119,6 @@ def is_film_or_why(path: str) -> bool | str:
         return looks_like_film(path)
     except OSError as error:
         return f"cannot be looked at: {error.strerror}"
-
-
-def read_listing(root: Path, cache: Path) -> dict | None:
-    """The listing in the file `cache`; None without one of this root, or when it is damaged."""
-    try:
-        listing = json.loads(cache.read_text(encoding="utf-8"))
-        is_whole = all(isinstance(listing[name], list) for name in ("films", "others"))
-        is_whole &= all(isinstance(listing[name], dict) for name in ("folders", "skipped"))
-        return listing if is_whole and listing["root"] == str(root.resolve()) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # no cache, or another version's
-
-
-def is_current(root: Path, listing: dict) -> bool:
-    """Whether no folder has changed since it was listed, as far as times and a sample can tell."""
-    folders = listing["folders"]
-    now = in_threads(state, [os.path.join(root, folder) for folder in folders])
-    has_changed = None in now or now != list(folders.values())
-    films = listing["films"]
-    sample = films[:: len(films) // 100 + 1]
-    return not has_changed and all(os.path.isfile(f"{root}/{name}") for name in sample)
 
 
 def describe_skipped(skipped: dict[str, str]) -> list[str]:
@@ -227,17 +153,15 @@ class Index:
     """The files below a folder, but for hidden ones, found by name.
 
     names: sorted paths relative to `root`; films: those of them that look like films; unmasked:
-    the films that lie in no folder of masks or annotations; notes: lines on what was skipped, is
-    odd, or has changed. cache: a JSON file that spares the next walk as long as nothing changes
-    below root.
+    the films that lie in no folder of masks or annotations; notes: lines on what was skipped or is
+    odd.
     """
 
-    def __init__(self, root, cache=None):
+    def __init__(self, root):
         self.root = Path(root)
-        listing, self.notes = list_below(self.root, Path(cache) if cache else None)
-        self.films = listing["films"]
-        self.names = sorted(self.films + listing["others"])
-        self.notes += describe_skipped(listing["skipped"]) + describe_odd_names(self.names)
+        self.films, others, skipped = look_through(self.root)
+        self.names = sorted(self.films + others)
+        self.notes = describe_skipped(skipped) + describe_odd_names(self.names)
         self.unmasked = [name for name in self.films if not MASK_FOLDER.search(name)]
         self.finder = Finder(self.unmasked)
 

@@ -32,13 +32,12 @@ NETWORK = "--size tiny --image 32 --patch 8 --device cpu --precision float32 --l
 PRETRAIN = f"{NETWORK} --batch 8 --epochs 1 --warmup 0.5 --lr 2e-4 --ema 0.9 --holdout 4"
 FINETUNE = f"{NETWORK} --task csv --column mask --weights none --batch 8 --epochs 3 --lr 2e-3"
 FILES = {
-    "pretrain": ("config.json log.csv last.pt encoder.pt result.json views.png curve.png").split(),
+    "pretrain": ("config.json log.csv last.pt encoder.pt result.json views.png curve.png "
+                 "run.lock").split(),
     "finetune": ("seed0/config.json seed0/log.csv seed0/last.pt seed0/best.pt seed0/result.json "
-                 "seed0/predictions.csv seed0/cases.png result.json").split(),
+                 "seed0/predictions.csv seed0/cases.png result.json run.lock").split(),
 }  # fmt: skip
-FILES["pretrain"] += ["films.json", "run.lock"]
-FILES["finetune"] += ["films.json", "run.lock"]
-DISPENSABLE = {"views.png", "curve.png", "seed0/cases.png", "films.json"}
+DISPENSABLE = {"views.png", "curve.png", "seed0/cases.png"}
 CASES = [(program, file) for program, files in FILES.items() for file in files]
 
 

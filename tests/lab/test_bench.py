@@ -142,14 +142,6 @@ def test_crop_and_jpeg_rows(tmp_path, monkeypatch, capsys):
     assert [row[1:3] for row in rows_printed(capsys)] == [["1", "2"], ["0.5", "1"]]
 
 
-def test_index_row(tmp_path, capsys):
-    machine = bench.Bench(config(), TEAM, tmp_path)
-    bench.index_row(machine, count=400)
-    name, off, on, *_ = rows_printed(capsys)[0]
-    assert "400 films in 100 folders" in name and float(on) > 0
-    assert len(list(tmp_path.rglob("*.jpg"))) == 400
-
-
 def test_both_ways_of_decoding_give_the_same_film(tmp_path):
     """Else their ratio would mean nothing."""
     path = tmp_path / "0.jpeg"

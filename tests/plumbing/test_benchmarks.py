@@ -652,7 +652,7 @@ def test_csv_that_is_no_table_is_named(tmp_path):
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real films beside the repository")
 def test_real_tables_are_read(tmp_path):
     table = REAL / "tasks" / "nih_pneumonia.csv"
-    splits = benchmarks.load_task("csv", REAL / "films", table, cache=tmp_path / "index.txt")
+    splits = benchmarks.load_task("csv", REAL / "films", table)
     assert splits.labels == ("pneumonia",)
     counts = splits.counts()
     assert [counts[split]["positive"]["pneumonia"] for split in SPLITS] == [162, 26, 61]

@@ -247,47 +247,11 @@ def test_all_sets_in_one_folder_beside_others(tmp_path):
     )
 
 
-def test_index_is_cached_until_something_changes(tmp_path, monkeypatch):
-    films = tmp_path / "films"
-    cache = tmp_path / "run"
-    nih_tree(films)
-    tree(films, ["own/deep/er/1.png"])
-    looked = []
-    walk = folder.walk
-    monkeypatch.setattr(folder, "walk", lambda root: looked.append(root) or walk(root))
-    monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))  # these films are a moment old
-
-    def names(**options):
-        return [Path(name).name for name in open_films(films, cache, **options).names]
-
-    first = names()
-    assert first == names() and len(looked) == 1
-    assert open_films(films, cache).patients == open_films(films).patients
-    tree(films, ["own/deep/er/2.png"])
-    assert names() == [*first, "2.png"] == names()
-    (films / "own/deep/er/1.png").unlink()
-    assert names() == [*first[:-1], "2.png"]
-    (films / "train_val_list.txt").write_text("00000002_000.png")
-    assert names() == ["00000002_000.png", "2.png"]
-    looked.clear()
-    names(mimic_all=True)
-    (cache / "films.json").write_text("{")
-    assert names(mimic_all=True) == ["00000002_000.png", "2.png"] and len(looked) == 1
-    assert os.listdir(cache) == ["films.json"]
-
-
-def test_films_are_found_by_name_and_the_list_is_renewed_when_films_arrive(tmp_path):
-    root = tmp_path / "data"
-    cache = tmp_path / "films.json"
-    tree(root, ["a.png"])
-    Index(root, cache)
-    before = cache.read_text()
-    index = Index(root, cache)
-    assert index.names == ["a.png"] and index.find(["a.png"]) == [root / "a.png"]
-    assert cache.read_text() == before
-    tree(root, ["sub/b.png"])
-    index = Index(root, cache)
-    assert index.find(["b"]) == [root / "sub" / "b.png"] and cache.read_text() != before
+def test_films_are_found_by_name(tmp_path):
+    root = tree(tmp_path / "data", ["a.png", "sub/b.png"])
+    index = Index(root)
+    assert index.names == ["a.png", "sub/b.png"] and index.find(["a.png"]) == [root / "a.png"]
+    assert index.find(["b"]) == [root / "sub" / "b.png"]
     tree(root, ["other/b.png"])
     with pytest.raises(UserError, match="one film name, several files"):
         Index(root).find(["b.png"])
@@ -304,128 +268,6 @@ def test_every_suffix_that_is_pretrained_on_is_found_by_name(tmp_path):
     index = Index(tmp_path)
     assert index.find(names) == index.find([os.path.splitext(name)[0] for name in names])
     assert index.find(["noname"]) == [tmp_path / "noname"]
-
-
-# ---------------------------------------------------------------- caches that are out of date
-@pytest.fixture
-def settled(monkeypatch):
-    """As if the films had lain there for a while."""
-    monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))
-
-
-def added(root):
-    tree(root, ["a/new.png"])
-
-
-def removed(root):
-    (root / "a/1.png").unlink()
-
-
-def renamed(root):
-    (root / "a/1.png").rename(root / "a/one.png")
-
-
-def folder_renamed(root):
-    (root / "a").rename(root / "c")
-
-
-def moved_between_folders(root):
-    (root / "a/1.png").rename(root / "b/1.png")
-
-
-def replaced_with_old_dates(root):
-    """As `rsync -a` or an archive does: other films, the same dates of the folders."""
-    times = os.stat(root / "a"), os.stat(root)
-    (root / "a").rename(root.parent / "away")
-    tree(root, ["a/7.png"])
-    os.utime(root / "a", ns=(0, times[0].st_mtime_ns))
-    os.utime(root, ns=(0, times[1].st_mtime_ns))
-
-
-def target_of_a_link_moved(root):
-    store = root.parent / "store"
-    (store / "x.png").rename(store / "y.png")
-
-
-def suffix_given(root):
-    (root / "b/noname").rename(root / "b/noname.txt")
-
-
-CHANGES = [
-    added, removed, renamed, folder_renamed, moved_between_folders, replaced_with_old_dates,
-    target_of_a_link_moved, suffix_given,
-]  # fmt: skip
-
-
-@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_cache_out_of_date_is_noticed(tmp_path, settled, change, monkeypatch):
-    root = tree(tmp_path / "films", ["a/1.png", "a/2.png", "b/3.png", "b/noname"])
-    store = tree(tmp_path / "store", ["x.png"])
-    (root / "b" / "link.png").symlink_to(store / "x.png")
-    cache = tmp_path / "films.json"
-    before = Index(root, cache).films
-    monkeypatch.setattr(folder, "walk", lambda root: pytest.fail("looked again"))
-    assert Index(root, cache).notes == []
-    monkeypatch.undo()
-    monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))
-    change(root)
-    index = Index(root, cache)
-    assert index.films == Index(root).films != before
-    new = len(set(index.films) - set(before))
-    gone = len(set(before) - set(index.films))
-    expected = f"{root} has changed since {cache} was written: {new} new, {gone} gone"
-    assert index.notes[0] == expected and expected in open_films(root, tmp_path).summary + [
-        expected
-    ]
-    assert [films for films in index.films if not (root / films).is_file()] == []
-    again = Index(root, cache)
-    assert again.films == index.films and not any("has changed" in line for line in again.notes)
-
-
-def test_films_that_came_a_moment_ago_or_on_disks_without_times(tmp_path, monkeypatch):
-    """Folders whose times cannot tell are looked through at every start."""
-    root = tree(tmp_path / "films", ["a/1.png"])
-    cache = tmp_path / "films.json"
-    Index(root, cache)  # the folder changed less than two seconds ago
-    monkeypatch.setattr(
-        folder, "times_and_inode", lambda stat: [7, 7, 7]
-    )  # a clock that stands still
-    monkeypatch.setattr(folder, "COARSEST_CLOCK", -(10**18))
-    tree(root, ["a/2.png"])
-    assert Index(root, cache).films == ["a/1.png", "a/2.png"]
-    (root / "a/1.png").unlink()
-    (root / "a/2.png").rename(root / "a/3.png")
-    assert Index(root, cache).films == ["a/3.png"]  # a sample of the films was looked at
-    monkeypatch.undo()
-    real = os.stat
-    monkeypatch.setattr(os, "stat", lambda *args, **kw: no_times(real(*args, **kw)))
-    Index(root, cache)
-    tree(root, ["a/4.png"])
-    assert Index(root, cache).films == ["a/3.png", "a/4.png"]
-
-
-def no_times(stat):
-    return os.stat_result([*stat[:7], 0, 0, 0])
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "7", "null", '{"root": 1}', '{"films": "a", "root": "ROOT"}', "\0" * 99]
-)
-def test_damaged_caches_are_made_anew(tmp_path, text):
-    root = tree(tmp_path / "films", ["a/1.png"])
-    cache = tmp_path / "films.json"
-    cache.write_text(text.replace("ROOT", str(root)))
-    assert Index(root, cache).films == ["a/1.png"] and Index(root, cache).notes == []
-    other = tree(tmp_path / "other", ["b.png"])
-    assert Index(other, cache).films == ["b.png"]  # a cache of another folder
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, capsys):
-    root = tree(tmp_path / "films", ["a/1.png"])
-    (tmp_path / "run").write_text("a file, no folder")
-    assert Index(root, tmp_path / "run" / "films.json").films == ["a/1.png"]
-    assert "going on without the list of the files" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what is no film
@@ -462,8 +304,6 @@ def test_odd_entries_are_skipped_or_read_and_named_once(tmp_path):
         f"names that are not UTF-8: 1, read and written so: {latin}",
     ):
         assert said.count(line) == 1, said
-    cache = tmp_path / "films.json"
-    assert Index(root, cache).names == Index(root, cache).names == Index(root).names
 
 
 @pytest.mark.skipif(is_root(), reason="root reads everything")
