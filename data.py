@@ -28,16 +28,14 @@ from plumbing.pack import Films, InMemory, Pack, check_and_report, find_out, pac
 
 
 # ---------------------------------------------------------------- films
-def open_films(
-    root, out=None, side=320, patients=None, mimic_all=False, without=None, should_crop=False
-) -> Films:
+def open_films(root, out=None, side=320, patients=None, mimic_all=False, without=None) -> Films:
     """All films below the folder `root`, or in the packed file `root` → Films.
 
     out: the folder of the run, which must not lie among the films. side: the short side to which
     larger films are shrunk, px. patients: CSV (filename, patient_id) for films of your own; without
     it every one of them counts as a patient of its own. mimic_all: take MIMIC's validation and test
     films, too. without: a packed file below root that does not count, since it is to be made.
-    should_crop: without large black borders. Raises UserError when there is no film.
+    Raises UserError when there is no film.
     """
     root = Path(root).expanduser()
     with_suffix = Path(f"{root}.pack")
@@ -65,7 +63,7 @@ def open_films(
         patient_of |= told
         summary.append(note)
     summary += index.notes + [pack.summary for pack in packs.values()]
-    return Films(root, patient_of, list(packs.values()), side, summary, should_crop)
+    return Films(root, patient_of, list(packs.values()), side, summary)
 
 
 def refuse_own_pictures(root: Path, out):
@@ -299,7 +297,6 @@ class Config:
     side: int = flag(320, "pack: short side in px; larger films are shrunk, 0 keeps them")
     workers: int = flag(count_cpus(), "reading processes")
     patients: str = flag(None, "CSV with columns filename,patient_id for films of your own")
-    crop_borders: bool = flag(False, "pack: cut off black borders where they are large")
     mimic_all: bool = flag(False, "take MIMIC's validation and test films, too")
 
 
@@ -318,8 +315,8 @@ def main():
         raise UserError(f"--side {args.side}: at least 16, or 0 to keep the films' own size")
     if out and Path(args.data).resolve() == out.resolve():
         raise UserError(f"--out {out} is --data itself: it is packed already")
-    choice = dict(mimic_all=args.mimic_all, without=out, should_crop=args.crop_borders)
-    films = open_films(args.data, None, args.side, args.patients, **choice)
+    choice = dict(patients=args.patients, mimic_all=args.mimic_all, without=out)
+    films = open_films(args.data, None, args.side, **choice)
     print("\n".join(films.summary))
     if word == "check":
         check_and_report(films, args.workers)

@@ -130,34 +130,11 @@ def open_image(path):
         yield image
 
 
-def read_shrunk(path, side: int, should_crop: bool = False) -> np.ndarray:
-    """Read a film, shrunk to a short side of at most `side` px; 0 = as stored. → uint8 (H, W)
-
-    should_crop: without its black borders, if they are large.
-    """
-    if should_crop:
-        film = crop_borders(read_film(path))
-    else:
-        film = read_film(path, side)  # a reduced JPEG, too, may still be nearly twice as large
+def read_shrunk(path, side: int) -> np.ndarray:
+    """Read a film, shrunk to a short side of at most `side` px; 0 = as stored. → uint8 (H, W)"""
+    film = read_film(path, side)  # a reduced JPEG, too, may still be nearly twice as large
     is_larger = 0 < side < min(film.shape)
     return fit(film, side) if is_larger else film
-
-
-def crop_borders(film: np.ndarray) -> np.ndarray:
-    """Cut off black borders that take more than a twentieth of a film; else → the film itself.
-
-    Rows and columns from the edge on belong to a border while at most 1 % of their pixels are
-    brighter than 8, so that noise and a small marker there do not keep it. The authors removed such
-    borders, too; how is not published. Of 2,050 real films 122 are cropped.
-    """
-    is_bright = film > 8
-    rows = np.flatnonzero(is_bright.mean(axis=1) > 0.01)
-    columns = np.flatnonzero(is_bright.mean(axis=0) > 0.01)
-    if not len(rows) or not len(columns):
-        return film
-    inner = film[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    is_worth_it = inner.size < 0.95 * film.size and min(inner.shape) >= 16
-    return np.ascontiguousarray(inner) if is_worth_it else film
 
 
 def refuse_flat(film: np.ndarray) -> np.ndarray:

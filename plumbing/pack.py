@@ -36,15 +36,13 @@ class Films:
     """films[i] → uint8 (H, W), short side at most `side` px (0 = as stored); raises UnreadableFilm.
 
     The files below `root` come first, then what packed files hold. names: paths below the root;
-    patients: who is on each film; summary: lines that say what was recognised; should_crop: whether
-    files are read without their black borders.
+    patients: who is on each film; summary: lines that say what was recognised.
     """
 
-    def __init__(self, root, patient_of, packs, side, summary, should_crop=False):
+    def __init__(self, root, patient_of, packs, side, summary):
         self.root = str(root)
         self.packs = packs
         self.side = side
-        self.should_crop = should_crop
         self.summary = summary
         self.names = list(patient_of)
         self.patients = list(patient_of.values())
@@ -60,7 +58,7 @@ class Films:
 
     def __getitem__(self, i):
         if i < self.file_count:
-            return read_shrunk(f"{self.root}/{self.names[i]}", self.side, self.should_crop)
+            return read_shrunk(f"{self.root}/{self.names[i]}", self.side)
         pack, k = self.find_packed(i)
         return pack[k]
 
@@ -193,9 +191,7 @@ class Pack:
         # Of the films and then the unreadable ones; a pack of an earlier version does not know.
         count = len(self.names) + len(self.unreadable)
         self.states = about.get("states", [None] * count)
-        self.should_crop = about.get("cropped", False)
         size = f"short side at most {self.side or 'as it was'}"
-        size += ", black borders cropped" if self.should_crop else ""
         self.summary = f"{path}: {len(self.names):,} packed films, {size}"
 
     def __len__(self):
@@ -370,17 +366,12 @@ class Renewed:
         return self.films.verified(i)
 
 
-def refuse_other_settings(films, old: Pack):
-    """UserError when the pack `old` was made with another --side or --crop_borders."""
+def refuse_other_side(films, old: Pack):
+    """UserError when the pack `old` was made with another --side."""
     if old.side != films.side:
         raise UserError(
             f"{old.path} was packed at --side {old.side}, not {films.side}: choose another --out, "
             "or delete it"
-        )
-    if old.should_crop != films.should_crop:
-        words = "with" if old.should_crop else "without"
-        raise UserError(
-            f"{old.path} was packed {words} --crop_borders: choose another --out, or delete it"
         )
 
 
@@ -390,7 +381,7 @@ def renew(films, states: list, old: Pack) -> Renewed | None:
     states: of the films. UserError when `old` was made otherwise, or when films have come while
     others have gone: what is no longer there cannot be made again, so nobody else decides.
     """
-    refuse_other_settings(films, old)
+    refuse_other_side(films, old)
     number = {name: i for i, name in enumerate(films.names)}
     names = old.names + [name for name, _ in old.unreadable]
     is_there = [name in number for name in names]
@@ -484,8 +475,7 @@ def divide_lines(films, lines: list[str]) -> tuple:
 
 def describe_films(films) -> str:
     """First line of the journal: packing goes on only with the same films at the same side."""
-    first = f"{films.side} {len(films)} {zlib.crc32(json.dumps(films.names).encode())}"
-    return first + " cropped" if films.should_crop else first
+    return f"{films.side} {len(films)} {zlib.crc32(json.dumps(films.names).encode())}"
 
 
 LINE = re.compile(r"\d+ \d+ \d+ ")  # of the journal: height, width, CRC-32, then the reason
@@ -540,7 +530,6 @@ def append_index(part: Path, films, packed, table: np.ndarray, unreadable: list,
         "side": films.side,
         "folder": os.path.basename(os.path.abspath(films.root)),
         "bad": unreadable,
-        "cropped": films.should_crop,
         "states": [state_of[name] for name in names + [name for name, _ in unreadable]],
     }
     stream = io.BytesIO()

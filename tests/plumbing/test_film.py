@@ -14,7 +14,6 @@ from PIL import Image, ImageFilter, PngImagePlugin, features
 
 from plumbing.film import (
     UnreadableFilm,
-    crop_borders,
     film_size,
     fit,
     read_film,
@@ -321,20 +320,6 @@ def test_read_shrunk(tmp_path):
     assert np.array_equal(read_shrunk(path, 300), fit(read_film(path, 300), 300))
     for side in (0, 700, 800):
         assert np.array_equal(read_shrunk(path, side), read_film(path)), side
-
-
-def test_large_black_borders_are_cropped(tmp_path):
-    inner = np.maximum(film(7, 200, 160), 20)
-    noise = np.random.default_rng(0).integers(0, 6, (260, 240), dtype=np.uint8)
-    noise[30:230, 50:210] = inner
-    noise[240, 100] = 255  # a speck in the border
-    assert np.array_equal(crop_borders(noise), inner)
-    path = save(tmp_path, "film.png", Image.fromarray(noise))
-    assert np.array_equal(read_shrunk(path, 0, should_crop=True), inner)
-    assert np.array_equal(read_shrunk(path, 80, should_crop=True), fit(inner, 80))
-    assert np.array_equal(read_shrunk(path, 0), noise)
-    for other in (inner, np.pad(inner, 1), inner * 0, np.pad(inner[:9, :9], 50)):
-        assert crop_borders(other) is other
 
 
 # ---------------------------------------------------------------- DICOM

@@ -196,14 +196,7 @@ def test_films_that_are_gone_stay_in_the_pack_or_the_user_decides(tmp_path, caps
         pack(tmp_path)
     with pytest.raises(UserError, match="was packed at --side 100, not 64: choose another --out"):
         pack(tmp_path, side=64)
-    with pytest.raises(UserError, match="was packed without --crop_borders: choose another --out"):
-        pack(tmp_path, should_crop=True)
     assert (tmp_path / "cxr.pack").read_bytes() == before
-    bordered = np.pad(np.maximum(film(1, 120, 120), 20), 40)
-    Image.fromarray(bordered).save(root / "000.png")
-    cropped = pack(tmp_path, out=tmp_path / "cropped.pack", should_crop=True)
-    assert "black borders cropped" in cropped.summary
-    assert cropped.verified(0).mean() > 1.5 * open_films(root, side=100)[0].mean()
 
 
 def test_other_patients_and_packs_of_earlier_versions(tmp_path, capsys):
