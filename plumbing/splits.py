@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.checkpoint import digest
+from plumbing.folder import in_threads
 from plumbing.keys import DRAW_FRACTION, DRAW_SHOTS, HOLD_OUT, numpy_rng
 from plumbing.launch import UserError
 from plumbing.table import SPLITS
@@ -186,43 +187,39 @@ def disjoint(parts: dict) -> tuple[dict, list[str]]:
 def warn_of_copies(parts: dict) -> list[str]:
     """Warn when films of two splits are one file under two names, as in collections of sets.
 
-    Of films, only those of equal size are opened, and only those that begin alike are read whole.
+    Alike are films of one size with the same 64 KB in their middle. Only films of a size that
+    occurs twice are opened.
     """
-    groups = [[(split, example.path) for split in parts for example in parts[split]]]
-    for look in (size_of, beginning_of, content_of):
-        finer = []
-        for films in groups:
-            alike = {}
-            for split, path in films:
-                alike.setdefault(look(path), []).append((split, path))
-            finer += alike.values()
-        groups = [films for films in finer if len({split for split, _ in films}) > 1]
-    if not groups:
+    films = [(split, example.path) for split in parts for example in parts[split]]
+    sizes = in_threads(size_of, [path for _, path in films])
+    count = Counter(sizes)
+    alike = {}
+    for (split, path), size in zip(films, sizes, strict=True):
+        if count[size] > 1:
+            alike.setdefault((size, middle_of(path, size)), []).append((split, path))
+    copies = [films for films in alike.values() if len({split for split, _ in films}) > 1]
+    if not copies:
         return []
-    first = " and ".join(f"{path.name} ({split})" for split, path in groups[0])
-    return [f"warning: {len(groups)} films are in two splits under different names: {first}, ..."]
+    first = " and ".join(f"{path.name} ({split})" for split, path in copies[0])
+    return [f"warning: {len(copies)} films are in two splits under different names: {first}, ..."]
 
 
-def size_of(path):
-    """The size of a file, bytes; of one that cannot be read its path, which equals no other."""
+def size_of(path: Path) -> int:
+    """The size of a file, bytes; -1 where it cannot be asked."""
     try:
         return path.stat().st_size
     except OSError:
-        return path
+        return -1
 
 
-def content_of(path, count=None):
-    """The digest of a file's first `count` bytes, of all without; see size_of."""
+def middle_of(path: Path, size: int) -> str | Path:
+    """The digest of 64 KB in the middle of a file; its path, which equals no other, on errors."""
     try:
         with open(path, "rb") as file:
-            return digest(file.read(count))
+            file.seek(max(0, (size - 65536) // 2))
+            return digest(file.read(65536))
     except OSError:
         return path
-
-
-def beginning_of(path):
-    """The digest of a film's beginning, which tells most films apart; see size_of."""
-    return content_of(path, 65536)
 
 
 def unite_repeated(examples: list[Example], split: str) -> dict[Path, Example]:

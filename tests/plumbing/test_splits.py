@@ -125,7 +125,8 @@ def test_draws_are_keyed_by_seed(kind):
 def test_one_film_under_two_names_in_two_splits_is_told(tmp_path):
     rng = np.random.default_rng(0)
     contents = [rng.bytes(100_000) for _ in range(4)]
-    contents += [contents[0][:-1] + b"!", contents[1], contents[2][:99_999]]  # one copy: of 1
+    other = contents[0][:50_000] + b"!!" + contents[0][50_002:]
+    contents += [other, contents[1], contents[2][:99_999]]  # one copy: of 1
     examples = []
     for k, content in enumerate(contents):
         (tmp_path / f"{k}.png").write_bytes(content)
