@@ -215,13 +215,11 @@ def recipe_of(settings: dict, weights: Path | None, vit, labels, films: dict) ->
     weight_bytes = b""
     if weights:
         weight_bytes = b"".join(p.detach().cpu().numpy().tobytes() for p in vit.parameters())
-    train = [(e.path.name, e.target, e.mask and e.mask[0]) for e in films["train"]]
     return settings | {
         "weights": str(weights or "none"),
         "weights_are": checkpoint.digest(weight_bytes),
-        "films_are": checkpoint.digest(repr(train).encode()),
-        "table_is": table_fingerprint(labels, films),
-        "films": len(train),
+        "films_and_labels": table_fingerprint(labels, films),
+        "films": len(films["train"]),
     }
 
 
@@ -239,24 +237,6 @@ def table_fingerprint(labels, films: dict) -> str:
     return checkpoint.digest(repr(said).encode())
 
 
-def refuse_other_run(folder: Path, saved: dict, recipe: dict):
-    """UserError when the run in `folder` was begun with other flags, weights or films."""
-    of_films = {"films_are", "films", "table_is", "weights_are", "is_cut"}
-    flags = [{k: v for k, v in run.items() if k not in of_films} for run in (saved, recipe)]
-    flags = [{"pool": "mean"} | each for each in flags]  # version 0.2 had no other
-    checkpoint.refuse_other_recipe(folder, *flags)
-    for name, what in (
-        ("films_are", "the training films or their labels have"),
-        ("table_is", "the films or what is true of them have"),
-        ("weights_are", f"what {recipe['weights']} holds has"),
-    ):
-        if saved.get(name, recipe[name]) != recipe[name]:  # version 0.2 had no table_is
-            raise UserError(
-                f"{folder} holds a run, but {what} changed since: "
-                "choose another --out, or delete it to start anew"
-            )
-
-
 def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
     """Write config.json. UserError when the folder holds a run with another recipe.
 
@@ -266,7 +246,7 @@ def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
         checkpoint.remove_leftovers(folder)
         config = folder / "config.json"
         if config.is_file():
-            refuse_other_run(folder, checkpoint.read_json(config), recipe)
+            checkpoint.refuse_other_recipe(folder, checkpoint.read_json(config), recipe)
         elif (folder / "last.pt").exists():
             raise UserError(
                 f"{folder} holds a run without its config.json, so nobody knows its settings: "

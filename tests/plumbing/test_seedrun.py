@@ -9,7 +9,7 @@ import torch
 import finetune
 from plumbing import checkpoint
 from plumbing.launch import Team, UserError
-from plumbing.seedrun import Best, begin, choose_weights, recipe_of, refuse_other_run
+from plumbing.seedrun import Best, begin, choose_weights, recipe_of
 from plumbing.splits import Example
 
 
@@ -44,14 +44,13 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
     for split in ("train", "val", "test"):
         films[split] = [Example(Path(f"/a/{split}{k}.png"), (k % 2,), f"p{k}") for k in range(4)]
     vit = torch.nn.Linear(1, 1)
-    begun = recipe_of({}, None, vit, ["mass"], films)
+    team = Team(0, 1, torch.device("cpu"))
+    begin(tmp_path, recipe_of({}, None, vit, ["mass"], films), 5, team)
     moved = {
         split: [film._replace(path=Path("/b") / film.path.name) for film in examples]
         for split, examples in films.items()
     }
-    refuse_other_run(tmp_path, begun, recipe_of({}, None, vit, ["mass"], moved))
-    older = {name: value for name, value in begun.items() if name != "table_is"}
-    refuse_other_run(tmp_path, older, begun)
+    begin(tmp_path, recipe_of({}, None, vit, ["mass"], moved), 5, team)
     for split in ("train", "val", "test"):
         first, *rest = films[split]
         for other in (
@@ -62,22 +61,16 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
             rest,
         ):
             changed = recipe_of({}, None, vit, ["mass"], films | {split: other})
-            with pytest.raises(UserError, match="changed since: choose another --out"):
-                refuse_other_run(tmp_path, begun, changed)
-    with pytest.raises(UserError, match="changed since"):
-        refuse_other_run(tmp_path, begun, recipe_of({}, None, vit, ["nodule"], films))
-
-
-def test_a_run_from_before_there_were_cells_goes_on_with_the_mean(tmp_path):
-    recipe = dict(lr=1, weights="none", weights_are="", films_are="", table_is="")
-    refuse_other_run(tmp_path, recipe, recipe | {"pool": "mean"})
-    with pytest.raises(UserError, match="another recipe .pool mean → cells"):
-        refuse_other_run(tmp_path, recipe, recipe | {"pool": "cells"})
+            with pytest.raises(UserError, match="another recipe .films_and_labels .* --out"):
+                begin(tmp_path, changed, 5, team)
+    for labels in (["nodule"], ["mass", "nodule"]):
+        with pytest.raises(UserError, match="another recipe .films_and_labels"):
+            begin(tmp_path, recipe_of({}, None, vit, labels, films), 5, team)
 
 
 def test_a_run_whose_settings_are_gone_does_not_go_on_with_others(tmp_path):
     team = Team(0, 1, torch.device("cpu"))
-    recipe = dict(lr=1, weights="none", weights_are="", films_are="", table_is="")
+    recipe = dict(lr=1, weights="none")
     assert begin(tmp_path, recipe, 5, team) is None
     (tmp_path / "last.pt").write_bytes(b"")
     assert begin(tmp_path, recipe, 5, team) is None
