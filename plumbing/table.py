@@ -70,7 +70,7 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     the file is no such table, or a cell belongs to no column.
     """
     text, separator = without_hint(read_text(Path(path)))
-    separator = separator or find_separator(path, text)
+    separator = separator or find_separator(text)
     text = re.sub(f'" +(?=[{separator}\r\n])', '"', text)  # a space after a quotation mark
     lines = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
@@ -139,27 +139,14 @@ def without_hint(text: str) -> tuple[str, str | None]:
     return hint[2] + text[hint.end() :], hint[1]  # the line end stays, so that lines keep numbers
 
 
-def find_separator(path, text: str) -> str:
-    """Find what stands between the cells: comma, semicolon or tab, whichever the header has.
+def find_separator(text: str) -> str:
+    """Find what stands between the cells: comma, semicolon or tab, the most frequent of the header.
 
-    Where the header has several, it is the one by which the first rows are as long as the header.
+    What stands between quotation marks does not count.
     """
-    begin = text[:1_000_000].splitlines(keepends=True)[:50]
-    lengths = {}
-    for separator in ",;\t":
-        lines = csv.reader(begin, delimiter=separator, skipinitialspace=True)
-        found = [len(cells) for cells in lines if any(cells)]
-        if found and found[0] > 1:
-            lengths[separator] = found
-    fitting = [separator for separator, found in lengths.items() if len(set(found)) == 1]
-    if len(lengths) < 2:
-        return next(iter(lengths), ",")
-    if len(fitting) == 1:
-        return fitting[0]
-    raise UserError(
-        f"{path}: its header has {' and '.join(map(repr, lengths))}: it cannot be told which of "
-        "them divides the columns; save it as CSV with commas"
-    )
+    unquoted = re.sub('"[^"]*"', '""', text[:1_000_000])
+    header = next(filter(str.strip, unquoted.splitlines()), "")
+    return max(",;\t", key=header.count)
 
 
 def refuse_twins(path, header):
