@@ -366,23 +366,9 @@ def picture_row(item, paintings, grid):
     return [shade(item["context"], item["keep"], grid), *framed]
 
 
-def distances(world, item, painted, grid, device):
-    """How far paintings (B, R, p, p) are from the truth. → (B,), (B,)
-
-    Squared error of grey values (0 to 1), and of pooled target features.
-    """
-    pixel = ((painted / 255.0 - item["crops"].numpy() / 255.0) ** 2).mean((1, 2, 3))
-    rectangles = item["rectangles"].flatten(0, 1)  # (B·R, 4)
-    asked = item["asked"]
-    true = observed(world, item["target"], asked, item["rectangles"], device)  # (B, R, D)
-    asked = asked.repeat_interleave(true.shape[1], 0)
-    # One part at a time is pasted in; the rest of the view stays as it is.
-    views = item["target"].repeat_interleave(true.shape[1], 0).numpy()
-    parts = painted.reshape(-1, *painted.shape[2:])
-    triples = zip(views, parts, rectangles, strict=True)
-    pasted = np.stack([paste(view, [part], [where], grid) for view, part, where in triples])
-    seen = observed(world, torch.from_numpy(pasted), asked, rectangles[:, None], device)
-    return pixel, (seen.view_as(true) - true).square().mean((1, 2)).cpu().numpy()
+def squared_error(item, painted):
+    """Mean squared error of the grey values (0 to 1) of paintings (B, R, p, p) → (B,)"""
+    return ((painted / 255.0 - item["crops"].numpy() / 255.0) ** 2).mean((1, 2, 3))
 
 
 def summary(values):
@@ -407,24 +393,20 @@ def measure(world, averaged, questions, args, footnote, device):
         ),
     }
     paintings = {}
-    errors = {}  # (2, B): of pixels and of features
+    errors = {}  # (B,): root of the mean squared error over the samples
     for name, condition in tqdm(conditions.items(), desc="painting", leave=False):
         samples = range(args.samples if name == "prediction" else 1)
         paintings[name] = [paint(averaged, condition, args, sample) for sample in samples]
-        squares = [distances(world, item, p, questions.grid, device) for p in paintings[name]]
+        squares = [squared_error(item, painted) for painted in paintings[name]]
         errors[name] = np.sqrt(np.mean(squares, 0))
     samples = [f"sample {s + 1}" for s in range(args.samples)]
     versions = [version for some in paintings.values() for version in some]
     titles = ["target", *samples, *list(paintings)[1:]]
     pictures.save(picture(questions, versions, titles, footnote), Path(args.out) / "samples.png")
     table = {}
-    for name, (pixel, feature) in errors.items():
-        closer = 100 * (errors["prediction"] < errors[name]).mean(1)
-        table[name] = {
-            "pixel_error": summary(pixel),
-            "feature_distance": summary(feature),
-            "prediction_closer_percent": {"pixel": closer[0], "feature": closer[1]},
-        }
+    for name, error in errors.items():
+        closer = 100 * (errors["prediction"] < error).mean()
+        table[name] = {"pixel_error": summary(error), "prediction_closer_percent": closer}
     return table
 
 
