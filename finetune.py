@@ -28,7 +28,7 @@ from lab import report
 from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import checkpoint, launch, metrics, results, seedrun
 from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
-from plumbing.checkpoint import Interrupted, StopRequest
+from plumbing.checkpoint import StopRequest
 from plumbing.keys import DROP_PATH, TRAIN_JITTER, torch_generator
 from plumbing.launch import Loader, UserError, flag
 from plumbing.pack import UnreadableFilms
@@ -290,11 +290,11 @@ def loss_of(kind, logits, goal):
 
 
 @torch.no_grad()
-def predict(forward, task: TaskData, split, args, team, ten_crop=False, stop=None) -> dict:
+def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
     """Run the network over the films of a split. → {number of the film: row}, on every rank
 
     A row is the output, mean over the film's crops (c,); of a mask see score_masks. Films that
-    cannot be read are named and have no row. Raises Interrupted when `stop` is requested.
+    cannot be read are named and have no row.
     """
     films = task.films[split]
     mine = Subset(TestExamples(films, ten_crop), range(team.rank, len(films), team.size))
@@ -302,10 +302,7 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False, stop=Non
     workers = 0 if task.in_memory else args.workers  # decoded films need no helpers
     rows = {}
     unreadable = {}
-    everywhere = math.ceil(len(films) // team.size / batch)  # batches that every rank has
-    for k, item in enumerate(Loader(mine, batch_size=batch, num_workers=workers)):
-        if stop and k < everywhere:
-            stop.check(team)
+    for item in Loader(mine, batch_size=batch, num_workers=workers):
         views = augment.to_float(item["views"].to(team.device))  # (b, v, H, W): v crops per film
         with launch.autocast(team.device, args.precision):
             output = forward(views.flatten(0, 1)[:, None]).float()  # (b v, c) or (b, H, W)
@@ -345,13 +342,12 @@ def targets_of(films, rows) -> np.ndarray:
     return np.array([films.examples[i].target for i in rows], float)
 
 
-def evaluate(model, task: TaskData, split, args, team, stop=None) -> tuple[float, float]:
+def evaluate(model, task: TaskData, split, args, team) -> tuple[float, float]:
     """Judge a model on the films of a split. → (the task's metric in percent, the mean loss)
 
-    A metric that is undefined counts as 0, so that the loss alone tells which model is best. Raises
-    Interrupted when `stop` is requested.
+    A metric that is undefined counts as 0, so that the loss alone tells which model is best.
     """
-    rows = predict(model.eval(), task, split, args, team, stop=stop)
+    rows = predict(model.eval(), task, split, args, team)
     table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
     targets = targets_of(task.films[split], rows)  # (n, c); (n, 0) of masks, which have none
     value, _ = results.judge(task.kind, task.labels, table, targets)
@@ -434,28 +430,11 @@ def set_learning_rates(run: SeedRun, args) -> float:
     return lr
 
 
-def take_step(run: SeedRun, forward, loader, args, task: TaskData, team, log):
-    """Train one step. Its row goes to log.csv, or to run.unjudged where validation is due first."""
-    lr = set_learning_rates(run, args)
-    loss = train_step(run, forward, loader, args, task, team)
-    run.step += 1
-    steps = run.steps
-    should_validate = run.step % steps.between_validations == 0 or run.step == steps.end
-    if not should_validate and run.step % args.log_every:
-        return
-    row = {"epoch": run.step / steps.per_epoch, "lr": lr, "val": "", "val_loss": ""}
-    row["loss"] = run.mean_loss(loss, team)
-    if should_validate:
-        run.unjudged = row
-    elif team.lead:
-        log.row(**row)
-
-
 def train(run: SeedRun, args, task: TaskData, team):
     """Train until the schedule ends or validation has not improved for long.
 
-    After SIGTERM or Ctrl-C the seed is saved and the script ends: a validation that was under way
-    is begun again by the run that goes on.
+    After SIGTERM or Ctrl-C the step, and its validation, is finished; then the seed is saved and
+    the script ends.
     """
     end = run.steps.end
     examples = TrainExamples(task.films["train"], run.seed)
@@ -465,38 +444,38 @@ def train(run: SeedRun, args, task: TaskData, team):
     bar = tqdm(None, f"seed {run.seed}", end, disable=not team.lead, unit="step", initial=run.step)
     is_stopping = False
     with StopRequest() as stop, bar:
-        while run.unjudged or (run.step < end and run.best.stale < args.patience):
-            if not run.unjudged:
-                take_step(run, forward, loader, args, task, team, log)
-                bar.update()
-            should_save = run.step % args.save_every == 0
+        while run.step < end and run.best.stale < args.patience and not is_stopping:
+            lr = set_learning_rates(run, args)
+            loss = train_step(run, forward, loader, args, task, team)
+            run.step += 1
+            bar.update()
+            should_validate = run.step % run.steps.between_validations == 0 or run.step == end
+            if should_validate or run.step % args.log_every == 0:
+                row = {"epoch": run.step / run.steps.per_epoch, "lr": lr, "val": "", "val_loss": ""}
+                row["loss"] = run.mean_loss(loss, team)
+                if should_validate:
+                    row["val"], row["val_loss"] = validate(run, args, task, team)
+                    bar.set_postfix_str(f"val {row['val']:.2f}, best {run.best}")
+                if team.lead:
+                    log.row(**row)
             is_stopping = team.any(stop.requested)
-            if run.unjudged and not is_stopping:
-                try:
-                    value = validate(run, args, task, team, log, stop)
-                except Interrupted:
-                    is_stopping = True
-                else:
-                    bar.set_postfix_str(f"val {value:.2f}, best {run.best}")
-                    should_save = True
-            if team.lead and (is_stopping or should_save):
+            should_save = should_validate or is_stopping or run.step % args.save_every == 0
+            if team.lead and should_save:
                 run.save()
-            if is_stopping:
-                break
     if is_stopping:
         stop.end(team, f"step {run.step} in {run.folder}")
 
 
-def validate(run: SeedRun, args, task: TaskData, team, log=None, stop=None) -> float:
-    """Judge the model on the validation films, and keep it in best.pt when none was better."""
-    value, loss = evaluate(run.model, task, "val", args, team, stop)
+def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
+    """Judge the model on the validation films, and keep it in best.pt when none was better.
+
+    → as `evaluate`
+    """
+    value, loss = evaluate(run.model, task, "val", args, team)
     is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
         run.save_best()
-    if log:
-        log.row(**run.unjudged | {"val": value, "val_loss": loss})
-    run.unjudged = None
-    return value
+    return value, loss
 
 
 def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, team):

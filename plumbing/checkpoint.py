@@ -484,10 +484,6 @@ def resume_run(folder: Path, recipe: dict, parts: dict, team) -> int:
     return start
 
 
-class Interrupted(Exception):
-    """What was being done has been dropped, since the script was asked to end."""
-
-
 class StopRequest:
     """Within it, a signal to end only makes `requested` true: the loop then saves and ends.
 
@@ -513,11 +509,6 @@ class StopRequest:
         if number == signal.SIGINT and self.requested:
             raise launch.Stopped(number)
         self.requested = self.requested or number
-
-    def check(self, team):
-        """Raise Interrupted on every rank when one of them was asked to end."""
-        if team.any(self.requested):
-            raise Interrupted
 
     def end(self, team, where: str):
         """Say that the run is saved, and end the script: with exit code 0, after Ctrl-C 130."""

@@ -288,7 +288,6 @@ class SeedRun:
     """One seed in training.
 
     steps: Steps. about: what best.pt says beside the weights, such as the recipe.
-    unjudged: the row of log.csv of a step that is still to be validated.
     """
 
     seed: int
@@ -299,7 +298,6 @@ class SeedRun:
     about: dict
     step: int = 0  # steps done
     best: Best = dataclasses.field(default_factory=Best)
-    unjudged: dict | None = None
 
     def mean_loss(self, loss, team) -> float:
         """Average the loss of a step over the processes. UserError when it is not a number."""
@@ -318,7 +316,6 @@ class SeedRun:
         if saved:
             self.step = saved["step"]
             self.best = Best(**saved["best"])
-            self.unjudged = saved.get("unjudged")
 
     def save(self):
         """Write last.pt."""
@@ -327,7 +324,6 @@ class SeedRun:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": dataclasses.asdict(self.best),
-            "unjudged": self.unjudged,
         }
         checkpoint.save_atomic(state, self.folder / "last.pt")
 
