@@ -10,8 +10,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +20,13 @@ from tqdm import tqdm
 
 from plumbing import launch
 from plumbing.launch import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 
 # ---- Files: readers see the old one or the new one, never half
@@ -127,146 +132,99 @@ def remove_leftovers(folder):
 
 
 # ---- One run per folder
-BEAT = 15  # seconds between two signs of life
-DEAD = 120  # seconds without one after which a run on another machine counts as dead
+held_locks = {}  # {path: open file} of the locks that this process has
 
 
-def began_at(process: int) -> str:
-    """When a process began, in the system's own count; "" where that is not known.
-
-    Numbers of processes are used again, with another beginning.
-    """
-    try:
-        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    return status.rpartition(")")[2].split()[19]
-
-
-def is_running(process: int) -> bool | None:
-    """Whether there is such a process on this machine; None where it cannot be asked."""
-    if os.name == "nt":  # there, os.kill would end it
-        return None
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return True
-
-
-def this_machine() -> str:
-    """Name the place where process numbers mean the same: the host, or the container in it."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-class Lock:
-    """The file run.lock of a folder in which a run is at work; it goes when the run ends.
-
-    path: the lock file. what: the folder or file that it keeps for this process. Raises UserError,
-    before anything else is touched, when another process has it. The lock of a dead one counts for
-    nothing: on this machine its process is looked for, on others it must give signs of life.
-    """
-
-    def __init__(self, path, what):
-        self.path = Path(path)
-        self.what = what
-        self.owner = {"machine": this_machine(), "process": os.getpid()}
-        self.owner |= {"began": began_at(os.getpid()), "since": time.ctime()}
-        self.new_folders = [f for f in self.path.parents if not f.exists()]
-        self.is_over = threading.Event()
-        with explain_writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.claim()
-        launch.last_acts.callback(self.release)
-        threading.Thread(target=self.beat, daemon=True).start()
-
-    def claim(self):
-        """Write the lock file, or raise UserError."""
-        text = json.dumps(self.owner)
-        try:
-            with open(self.path, "x", encoding="utf-8") as file:
-                file.write(text)
-            return
-        except FileExistsError:
-            owner = self.read()
-        except OSError:
-            self.path.unlink(missing_ok=True)
-            raise
-        if self.is_held(owner):
-            raise UserError(self.refusal(owner))
-        write_text(self.path, text)  # over the dead run's
-        time.sleep(0.3)
-        if self.read() != self.owner:  # two came at once
-            raise UserError(self.refusal(self.read()))
-
-    def read(self) -> dict:
-        """What the lock file says; {} while it is being written, and where it is damaged."""
-        try:
-            owner = read_json(self.path)
-        except (OSError, UserError):
-            return {}
-        kinds = dict(machine=str, process=int, began=str, since=str)
-        is_whole = all(isinstance(owner.get(name), kind) for name, kind in kinds.items())
-        return owner if is_whole and owner["process"] > 0 else {}
-
-    def silence(self) -> float:
-        """Seconds since the owner's last sign of life, by the clock of the disk."""
-        with tempfile.TemporaryFile(dir=self.path.parent) as file:
-            now = os.fstat(file.fileno()).st_mtime
-        return now - self.path.stat().st_mtime
-
-    def is_held(self, owner: dict) -> bool:
-        """Whether the owner is another process that lives."""
-        names = ("machine", "process", "began")
-        if all(owner.get(name) == self.owner[name] for name in names):
-            return False  # it is this process: one run after the other
-        is_here = owner.get("machine") == self.owner["machine"]
-        runs = is_running(owner["process"]) if is_here else None
-        if runs is None:
-            return self.silence() < DEAD
-        return runs and began_at(owner["process"]) == owner["began"]
-
-    def refusal(self, owner: dict) -> str:
-        """Say who has the folder, and what to do."""
-        who = (
-            f"process {owner.get('process', '?')} on {owner.get('machine', '?').partition(' ')[0]}"
-        )
-        return (
-            f"{self.what} is in use by {who} since {owner.get('since', 'just now')}, last sign of "
-            f"life {self.silence():.0f} s ago: wait for its end or choose another --out; if that "
-            f"process is surely gone, delete {self.path}"
-        )
-
-    def beat(self):
-        """Give signs of life, in a thread of its own."""
-        while not self.is_over.wait(BEAT):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
-
-    def release(self):
-        """Take the lock away, and the folders that were made for it, where they are empty."""
-        self.is_over.set()
-        if self.read() != self.owner or self.owner["process"] != os.getpid():
-            return
-        with contextlib.suppress(OSError):
-            self.path.unlink()
-            for folder in self.new_folders:
-                folder.rmdir()
-
-
-def lock(folder) -> Lock:
+def lock(folder):
     """Keep a folder for this run until it ends; clear it of what a killed run left half-written.
 
     UserError when another run is at work in it.
     """
-    held = Lock(Path(folder) / "run.lock", folder)
+    claim(Path(folder) / "run.lock", folder)
     remove_leftovers(folder)
-    return held
+
+
+def claim(path, what) -> Path:
+    """Keep `what`, a folder or file, for this process by the system's lock on the file `path`.
+
+    The system frees it when the process ends, however it ends. What the file says is only for the
+    message. Raises UserError, before anything else is touched, when another process has it.
+    → what `release` takes
+    """
+    path = Path(path).absolute()
+    if path in held_locks:  # one run after the other in one process
+        return path
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    words = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}"
+    with explain_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", **UTF8)
+        if not lock_file(file):
+            file.close()
+            raise in_use(path, what)
+        held_locks[path] = file
+        launch.last_acts.callback(release, path, new_folders)
+        file.truncate(0)
+        file.write(words)
+        file.flush()
+    if owner_of(path) != words:  # an owner who ended just now has deleted the file that we opened
+        held_locks.pop(path).close()
+        raise in_use(path, what)
+    return path
+
+
+def lock_file(file) -> bool:
+    """Lock an open file → False when another process has it. Some disks have no locks: then True"""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:  # Windows locks bytes against reading, too: one far behind the text
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        tqdm.write(f"warning: {file.name} cannot be locked ({error.strerror}): start one run only")
+    return True
+
+
+def owner_of(path: Path) -> str:
+    """Who has a lock, as its file says; "" where that is gone."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def in_use(path: Path, what) -> UserError:
+    """The error that says who has `what`."""
+    owner = owner_of(path).partition("\n")[0][:200] or "another process"
+    return UserError(f"{what} is in use by {owner}: wait for its end or choose another --out")
+
+
+def release(path: Path, new_folders=()):
+    """Free a lock and delete its file, and the folders that were made for it, where empty."""
+    file = held_locks.pop(path, None)
+    if not file:
+        return
+    if not fcntl:  # Windows deletes no open file; elsewhere, nobody else must have it by then
+        file.close()
+    with contextlib.suppress(OSError):
+        path.unlink()
+        for folder in new_folders:
+            folder.rmdir()
+    file.close()
+
+
+def forget_locks():
+    """Close what a forked process inherited, so that no lock outlives the process that took it."""
+    for file in held_locks.values():
+        file.close()
+    held_locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget_locks)
 
 
 # ---- Checkpoints

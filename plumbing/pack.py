@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.checkpoint import Lock, explain_writing, write_text
+from plumbing.checkpoint import claim, explain_writing, release, write_text
 from plumbing.film import UnreadableFilm, read_shrunk
 from plumbing.folder import in_threads
 from plumbing.launch import Loader, UserError
@@ -309,7 +309,7 @@ def pack_and_report(films, out, workers: int):
     """
     out = find_out(out)
     began = time.time()
-    lock = Lock(f"{out}.lock", out)
+    lock = claim(f"{out}.lock", out)
     states = states_of(films)
     old = Pack(out) if out.exists() else None
     renewed = renew(films, states, old) if old else films
@@ -325,7 +325,7 @@ def pack_and_report(films, out, workers: int):
         f"{out}: {len(packed):,} films, short side {packed.side}, {out.stat().st_size:,} "
         f"bytes, checksums verified; {rate}"
     )
-    lock.release()
+    release(lock)
 
 
 def state_of_file(path) -> list[int] | None:
