@@ -86,7 +86,7 @@ class Config(launch.TrainFlags):
     pool: str = flag(
         None,
         "what the classifier sees of the output tokens: their mean (the paper's), or the mean of "
-        "each of 4 × 4 cells of the film, which tells what lies where [mean]",
+        "each of 4 × 4 cells of the film, which tells what lies where [mean; task csv: cells]",
         ["mean", "cells"],
     )
     seed: int = flag(0, "first seed: of new layers, order and augmentation")
@@ -669,7 +669,10 @@ def main():
     # ---- 6. The mean over the seeds; where films are few, linear probes of them beside it.
     summary = results.summarise(out, vars(args), splits, weights, seed_results, team)
     is_over = all(result["over"] for result in seed_results)
-    if team.lead and is_over and report.is_judged(splits.kind, task.films):
+    is_judged = report.is_judged(splits.kind, task.films)
+    if is_judged and not is_over:
+        team.say("linear probes beside the model are made when the training is over")
+    elif is_judged and team.lead:
         judge_beside(filled, task, weights, out, summary, team)
     results.conclude(out, summary, team)
     team.leave()

@@ -554,7 +554,7 @@ TASKS = {
     ),
     "csv": Task(
         read_csv, "labels", (), sizes=(72, 8, 20), paper="",
-        recipe=CLASSIFY | dict(head="probe"),
+        recipe=CLASSIFY | dict(head="probe", pool="cells"),
         tree="a folder of films, and --labels FILE.csv with columns filename, label",
     ),
 }

@@ -85,7 +85,7 @@ def describe_draw(splits: Splits, drawn: list) -> str:
 def whose_recipe(task: str) -> str:
     """Say how much of a task's recipe is the paper's."""
     if not TASKS[task].paper:
-        return "The recipe is that of the paper's tasks; epochs, batch and --head are ours."
+        return "The recipe is that of the paper's tasks; epochs, batch, --head and --pool are ours."
     ours = "The recipe is the paper's, but for epochs and batch, which are ours."
     return PUBLISHED.get(task, ours)
 

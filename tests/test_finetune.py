@@ -178,7 +178,7 @@ def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsy
 
 @pytest.mark.slow
 def test_eval_gives_the_same_number_again(films, tmp_path):
-    result = go(films, tmp_path, "--pool", "cells", "--ten_crop")
+    result = go(films, tmp_path, "--ten_crop")
     best = torch.load(tmp_path / "seed0" / "best.pt", weights_only=True)
     assert best["pool"] == "cells" and best["finetuned"]["head.weight"].shape == (1, 16 * 128)
     base = ["--weights", str(tmp_path / "seed0" / "best.pt"), "--device", "cpu", "--eval"]
@@ -191,14 +191,15 @@ def test_eval_gives_the_same_number_again(films, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_runs_go_on_to_the_same_weights(films, tmp_path):
-    cells = ["--pool", "cells"]
-    go(films, tmp_path / "whole", *cells)
-    part = go(films, tmp_path / "parts", "--max_steps", "7", "--save_every", "3", *cells)
+def test_stopped_runs_go_on_to_the_same_weights(films, tmp_path, capsys):
+    mean = ["--pool", "mean"]
+    go(films, tmp_path / "whole", *mean)
+    part = go(films, tmp_path / "parts", "--max_steps", "7", "--save_every", "3", *mean)
     assert part["trained_on"] == [24] and "probes" not in part
+    assert "beside the model are made when the training is over" in capsys.readouterr().out
     assert (tmp_path / "parts" / "seed0" / "last.pt").exists()
-    go(films, tmp_path / "parts", "--max_steps", "11", *cells)
-    go(films, tmp_path / "parts", *cells)
+    go(films, tmp_path / "parts", "--max_steps", "11", *mean)
+    go(films, tmp_path / "parts", *mean)
     logs = []
     for out in ("whole", "parts"):
         rows = read_rows(tmp_path / out / "seed0" / "log.csv")

@@ -70,4 +70,4 @@ def test_it_is_said_whose_recipe_it_is():
     assert "one epoch is the authors' code's, the batch is ours" in said["chexpert"]
     for task in set(said) - {"vindr", "chexpert", "csv"}:
         assert said[task] == "The recipe is the paper's, but for epochs and batch, which are ours."
-    assert "epochs, batch and --head are ours" in said["csv"]
+    assert "epochs, batch, --head and --pool are ours" in said["csv"]
