@@ -33,7 +33,7 @@ def mask_sizes(grid, seen_share=80 / 196, masked_share=92 / 196):
     return round(seen_share * grid * grid), round(masked_share * grid * grid)
 
 
-def sample_masks(batch, grid, generator=None, rows=None, device=None):
+def sample_masks(batch, grid, generator=None, rows=None):
     """Draw which patches each of `batch` views sees and which it predicts.
 
     Numbers are drawn for the whole (global) batch and only then cut to `rows`, so every rank gets
@@ -44,10 +44,10 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None):
     rectangles = torch.rand(batch, TRIES, 4, 4, generator=generator)  # area, top, left, aspect
     square = torch.rand(batch, TRIES, 1, 3, generator=generator)  # area, top, left
     order = torch.rand(batch, grid * grid, generator=generator)
-    drawn = (rectangles, square, order)
     if rows is not None:
-        drawn = [numbers[rows] for numbers in drawn]
-    rectangles, square, order = (send(numbers, device) for numbers in drawn)
+        rectangles = rectangles[rows]
+        square = square[rows]
+        order = order[rows]
 
     union = blocks(rectangles, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (R, TRIES, N)
     inside = blocks(square, grid, area=(0.75, 1.0))
@@ -64,27 +64,16 @@ def sample_masks(batch, grid, generator=None, rows=None, device=None):
     return keep, masked
 
 
-def sample_asked(batch, grid, share, generator=None, rows=None, device=None):
+def sample_asked(batch, grid, share, generator=None, rows=None):
     """Draw of which patches of the other view each of `batch` views is asked, any as likely.
 
     share: of the n² patches. Numbers are drawn and cut as in sample_masks. → (R, J), raster order
     """
     order = torch.rand(batch, grid * grid, generator=generator)
-    order = send(order if rows is None else order[rows], device)
+    if rows is not None:
+        order = order[rows]
     count = max(1, round(share * grid * grid))
     return order.argsort(dim=1, stable=True)[:, :count].sort(1).values
-
-
-def send(tensor, device):
-    """Move a tensor to the device; a GPU takes it from pinned memory, so the host does not wait.
-
-    The same as launch.send, which stands above this file: masks.py imports nothing of plumbing.
-    """
-    if device is None:
-        return tensor
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def least_lacking(hidden, seen, grid):

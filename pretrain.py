@@ -221,7 +221,11 @@ def prepare(item, args, step, batch_positions, device):
     # From here on a batch has 2b rows: view 1 of all films, then view 2.
     rows = torch.cat([batch_positions, batch_positions + args.batch])  # (2b,)
     action = augment.sample_actions(2 * args.batch, generator)[rows]  # (2b, 4)
-    keep, masked = sample_masks(2 * args.batch, grid, generator, rows, device)  # (2b, K), (2b, M)
+    keep, masked = sample_masks(2 * args.batch, grid, generator, rows)  # (2b, K), (2b, M)
+    asked = None  # all patches of the other view
+    share = args.global_share or 1.0
+    if share < 1:  # drawn last, so that all other numbers are as without it
+        asked = launch.send(sample_asked(2 * args.batch, grid, share, generator, rows), device)
 
     # Targets y: the two crops, jittered alike: view 1 could not foresee a jitter of view 2 alone.
     views = augment.to_float(item["views"].to(device, non_blocking=True))  # (b, 2, H, W)
@@ -236,11 +240,8 @@ def prepare(item, args, step, batch_positions, device):
     boxes = view_by_view(item["boxes"].to(device, non_blocking=True))  # (2b, 4)
     flips = view_by_view(item["flips"].to(device, non_blocking=True))  # (2b,): is it mirrored?
     coords = augment.relative_coords(boxes, swap_views(boxes), grid, flips, swap_views(flips))
-
-    asked = None  # all patches of the other view
-    share = args.global_share or 1.0
-    if share < 1:  # drawn last, so that all other numbers are as without it
-        asked = sample_asked(2 * args.batch, grid, share, generator, rows, device)
+    keep = launch.send(keep, device)
+    masked = launch.send(masked, device)
     return dict(y=y, x=x, keep=keep, masked=masked, coords=coords, action=action, asked=asked)
 
 

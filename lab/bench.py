@@ -420,7 +420,7 @@ def batch_rows(bench, count=64):
     action = augment.sample_actions(count, generator).to(bench.device)
 
     def masks(batch):
-        sample_masks(batch, grid, generator, device=bench.device)
+        sample_masks(batch, grid, generator)
 
     def masks_one_by_one():
         for _ in range(count):
