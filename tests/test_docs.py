@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import io
 import re
 import runpy
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from lab import runs
 from model import ViT
 from plumbing.benchmarks import load_task
 from plumbing.own_table import Labels
@@ -315,3 +317,10 @@ def test_the_example_tables_are_read(table, outcome, tmp_path):
 
 
 FILM_COLUMNS = ("filename", "Image Index", "dicom_id", "Path", "filename;label;patient_id;split")
+
+
+def test_the_table_of_small_sets_is_made_from_its_numbers():
+    """docs/study.csv is what lab.runs wrote; the page shows the table that it makes of it."""
+    with open(ROOT / "docs" / "study.csv", encoding="utf-8", newline="") as file:
+        rows = [row | {"value": float(row["value"])} for row in csv.DictReader(file)]
+    assert runs.lay_out(rows) in (ROOT / "docs" / "results.md").read_text()
