@@ -256,7 +256,7 @@ def test_two_processes_train_as_one(films, tmp_path):
     for state in (two, single):
         for name in [n for n in state if n.endswith("qkv.bias")]:
             state[name][128:256] = 0
-    assert same(two, single, atol=1e-5)
+    assert same(two, single, atol=5e-5)  # Adam makes steps of rounding errors, too
     mean = json.loads((tmp_path / "two" / "result.json").read_text())["mean"]
     assert mean == pytest.approx(one["mean"])
     losses = []
@@ -860,7 +860,7 @@ def test_judgement_of_masks_tells_films_with_a_mask_apart(monkeypatch):
     task = finetune.TaskData("mask", ("m",), 32, False, UnreadableFilms(2), films)
 
     def judge(rows):
-        monkeypatch.setattr(finetune, "predict", lambda *_, stop: rows)
+        monkeypatch.setattr(finetune, "predict", lambda *_: rows)
         return finetune.evaluate(Segmenter(tiny()), task, "val", None, ALONE)
 
     assert judge({0: empty, 1: square}) == (75, pytest.approx(0.6))
@@ -870,7 +870,7 @@ def test_judgement_of_masks_tells_films_with_a_mask_apart(monkeypatch):
     assert results.judge("mask", ("m",), table[:1], None)[1]["films with a mask"] is None
     one_class = finetune.TaskData("labels", ("a",), 32, False, UnreadableFilms(2))
     one_class.films["val"] = data.TaskFilms([Example(Path("a.png"), (1,), "a")], 32)
-    monkeypatch.setattr(finetune, "predict", lambda *_, stop: {0: np.float32([0.0])})
+    monkeypatch.setattr(finetune, "predict", lambda *_: {0: np.float32([0.0])})
     value, loss = finetune.evaluate(Classifier(tiny(), 1), one_class, "val", None, ALONE)
     assert (value, loss) == (0, pytest.approx(np.log(2)))  # no AUROC
 
