@@ -7,7 +7,8 @@ settings that differ between the rows. It shows Recall@5 of the domain sensitivi
 without the action, and for every probed table the AUROC of the mean and of the cells, as mean ±
 standard deviation over the seeds. Random weights and raw pixels, which every run judges beside
 itself, are rows of their own. Where a run has judged all films of a table, cross-validated, that
-figure is shown (lab.probe says when), else the one of its test films.
+figure is shown (lab.probe says when), else the one of its test films. Runs of other films or other
+tables are not told apart: compare them in calls of their own.
 
 Writes table.md, and runs.csv with every single number, its interval and its seed.
 """
@@ -23,8 +24,9 @@ from plumbing.launch import UserError, flag, parse, run_script
 
 ENCODER = "pre-trained"
 COLUMNS = ("run", "setting", "seed", "what", "films", "features", "value", "low", "high")
-# What differs between runs of one recipe: where they lie, and what changes no number.
-NOT_THE_RECIPE = {"out", "seed", "data", "probe", "phantoms", "device", "workers", "micro"}
+# What may differ between runs of one recipe: where they and their films lie, and what changes no
+# number.
+NOT_THE_RECIPE = {"out", "seed", "data", "probe", "device", "workers", "micro"}
 NOT_THE_RECIPE |= {"log_every", "save_every", "checkpointing", "compile"}
 
 
