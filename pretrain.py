@@ -335,20 +335,16 @@ def set_learning_rate(optimizer, step, total, warmup_steps, args):
     return optimizer.param_groups[0]["lr"]
 
 
-def lasting(settings):
-    """Keep the settings that must stay when a run goes on, all but FREE ones. → {setting: value}
-
-    A newer setting counts only where it differs from OF_THE_PAPER, so that older runs go on.
-    """
-    used = {k: v for k, v in settings.items() if k not in OF_THE_PAPER or v != OF_THE_PAPER[k]}
-    return {k: v for k, v in used.items() if k not in FREE}
-
-
 def recipe_of(args, names, origin=None):
     """Name all that must stay when a run goes on: settings that change its numbers, the films, the
     weights that it started from.
+
+    A newer setting counts only where it differs from OF_THE_PAPER, so that older runs go on.
     """
-    recipe = lasting(vars(args))
+    recipe = {name: value for name, value in vars(args).items() if name not in FREE}
+    for name, value in OF_THE_PAPER.items():
+        if recipe[name] == value:
+            del recipe[name]
     if origin:
         recipe["weights"] = origin.digest
     return recipe | {"films": len(names), "names": checkpoint.digest_of_names(names)}

@@ -29,6 +29,7 @@ from plumbing.metrics import ridge_scores
 
 SEEN = "pre-training saw no test film; it saw all others, without labels"
 CONTINUED = "this run saw no test film, all others without labels; what --weights saw is unknown"
+PRETRAINED = "pre-trained"
 MODEL = "the model"
 START = "starting encoder"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
@@ -44,7 +45,7 @@ def closing(args, out, world, films, held, tables):
     result = {"domain": domain_part(world, films, held), "probe": {}, "probe_intervals": {}}
     write_json(out / "result.json", result)  # kept when a probe fails or is interrupted
     encoder = world.target_encoder
-    encoders = {"pre-trained": encoder, RANDOM: random_twin(encoder, args.seed)}
+    encoders = {PRETRAINED: encoder, RANDOM: random_twin(encoder, args.seed)}
     seen = CONTINUED if args.weights else SEEN
     for table, judged in judge_tables(tables, films, encoders, args.image):
         result["probe"][table.path.stem] = judged["test"]["values"]

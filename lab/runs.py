@@ -18,11 +18,12 @@ import glob
 from pathlib import Path
 
 from lab.ablation import cell_text, describe, markdown
+from lab.domain import WAYS
 from lab.probe import CELLS, PIXELS, RANDOM
+from lab.report import PRETRAINED
 from plumbing.checkpoint import read_json, read_log, write_csv, write_text
 from plumbing.launch import UserError, flag, parse, run_script
 
-ENCODER = "pre-trained"
 COLUMNS = ("run", "setting", "seed", "what", "films", "features", "value", "low", "high")
 # What may differ between runs of one recipe: where they and their films lie, and what changes no
 # number.
@@ -80,9 +81,9 @@ def rows_of_run(run: Path, setting: str) -> list[dict]:
     """Every number that a run ended with, one row each."""
     result = read_json(run / "result.json")
     found = []  # what, on which films, of which features, value, interval
-    for key, features in (("action", "with the action"), ("no_action", "without")):
-        if key in result["domain"]:
-            found.append(("Recall@5", "", features, result["domain"][key]["recall@5"], ("", "")))
+    for way in ("action", "no_action"):
+        if way in result["domain"]:
+            found.append(("Recall@5", "", WAYS[way], result["domain"][way]["recall@5"], ("", "")))
     for table, judged in result.get("probe_intervals", {}).items():
         films = "all" if judged.get("all") else "test"
         for features, value in judged[films]["values"].items():
@@ -115,8 +116,8 @@ def lay_out(rows: list[dict]) -> str:
     lines.append([RANDOM, count_seeds(rows), *random, "–"])
     for setting in settings:
         own = [row for row in rows if row["setting"] == setting]
-        probes = [pair(own, table, ENCODER, ENCODER + CELLS) for table in tables]
-        recall = pair(own, "Recall@5", "with the action", "without")
+        probes = [pair(own, table, PRETRAINED, PRETRAINED + CELLS) for table in tables]
+        recall = pair(own, "Recall@5", WAYS["action"], WAYS["no_action"])
         lines.append([setting, count_seeds(own), *probes, recall])
     return markdown(lines)
 
