@@ -15,6 +15,7 @@ finished is not run again. Without a word --out also receives result.json.
 
 import dataclasses
 import functools
+import itertools
 import shlex
 import subprocess
 import sys
@@ -30,11 +31,7 @@ from lab.domain import GRID
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
 from plumbing import launch, phantom, pictures
 from plumbing.checkpoint import (
-    UNFIT,
-    BadCheckpoint,
-    brief,
     digest,
-    load_checkpoint,
     lock,
     read_json,
     read_log,
@@ -130,18 +127,6 @@ class AblatedCheXWorld(CheXWorld):
         wanted_at = take(coords if self.delta else grid, asked)
         guess = self.predictor(context, take(grid, keep), wanted_at, action)
         return error_per_view(guess, take(swap_views(target), asked))
-
-
-def load_ablated(path: str | Path) -> AblatedCheXWorld:
-    """Load the world of a run with Table 3's switches. Raises BadCheckpoint."""
-    checkpoint = load_checkpoint(path)
-    try:
-        config = {k: v for k, v in checkpoint["config"].items() if k != "raw_action"}
-        world = AblatedCheXWorld(**config)
-        world.load_state_dict(checkpoint["world"])
-    except UNFIT as reason:
-        raise BadCheckpoint(f"{path}: not a run of lab.ablation ({brief(reason)})") from None
-    return world
 
 
 @dataclasses.dataclass
@@ -295,7 +280,6 @@ class Config:
     fraction: float = flag(0.1, "share of the training films to fine-tune on; 0 = no fine-tuning")
     finetune: str = flag("", "more flags for every run of finetune.py, in quotes")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
-    table_only: bool = flag(False, "run nothing: the table of what is finished")
 
 
 def rows_of(config: Config) -> list[str]:
@@ -374,15 +358,15 @@ def read_numbers(config: Config, row: str, seed: int) -> dict[str, float]:
     if not is_pretrained(config, source):
         return {}
     result = read_json(source / "result.json")
-    probes = result["probe"].items()
     way = "pre-trained" if has_run else row
-    numbers = {f"probe {table}": scores[way] for table, scores in probes}
+    numbers = {f"probe {table}": scores[way] for table, scores in result["probe"].items()}
+    for table in map(Path, tables_of(config)):
+        tuned = read_json(folder(config, row, seed) / f"finetune_{table.stem}" / "result.json")
+        if tuned:
+            numbers[f"{config.fraction:.0%} {table.stem}"] = tuned["mean"]
     if result["domain"] and row != PIXELS:
         way = domain_row(source) if has_run else "random"
         numbers["Recall@5"] = result["domain"][way]["recall@5"]
-    for path in folder(config, row, seed).glob("finetune_*/result.json"):
-        table = path.parent.name.removeprefix("finetune_")
-        numbers[f"{config.fraction:.0%} {table}"] = read_json(path)["mean"]
     log = read_log(source / "log.csv")
     if has_run and log:
         numbers["RankMe"] = float(log[-1]["rankme"])
@@ -404,25 +388,22 @@ def write_table3(config: Config) -> str:
 
     Mean ± standard deviation over the finished seeds of each row, and their number.
     """
-    cells = {}
+    numbers = {}
     for row in [*rows_of(config), SCRATCH, PIXELS]:
         each = [read_numbers(config, row, seed) for seed in range(config.seeds)]
-        cells[row] = [numbers for numbers in each if numbers]
-
-    def order(column):  # probes, then fine-tuning, then the rest
-        return not column.startswith("probe "), "% " not in column, column
-
-    seen = {column for each in cells.values() for numbers in each for column in numbers}
-    columns = sorted(seen, key=order)
+        numbers[row] = list(filter(None, each))
+    columns = {}  # in the order of the first row that has them
+    for found in itertools.chain(*numbers.values()):
+        columns |= dict.fromkeys(found)
     result = {}
-    for row, each in cells.items():
+    for row, each in numbers.items():
         values = {column: [n[column] for n in each if column in n] for column in columns}
         result[row] = {column: describe(v) for column, v in values.items() if v}
     lines = [["", *columns, "seeds", "paper, VinDr 1 % (order partly a guess)"]]
-    for row, numbers in result.items():
-        shown = [cell_text(numbers.get(column)) for column in columns]
+    for row, cells in result.items():
+        shown = [cell_text(cells.get(column)) for column in columns]
         paper = f"{PAPER[row]:.1f}" if row in PAPER else "–"
-        lines.append([row, *shown, str(len(cells[row])), paper])
+        lines.append([row, *shown, str(len(numbers[row])), paper])
     words = f"{markdown(lines)}\n\nRecall@5: domain sensitivity test, candidates {GRID}"
     write_text(Path(config.out) / "table.md", words + "\n")
     write_json(Path(config.out) / "result.json", result)
@@ -434,8 +415,7 @@ def table3(config: Config) -> None:
     rows_of(config)
     if not 0 <= config.fraction <= 1:
         raise UserError(f"--fraction {config.fraction}: a share from 0 to 1 is wanted")
-    if not config.table_only:
-        lock(config.out)
+    lock(config.out)
     if not config.data:
         made = Path(config.out) / "phantoms"
         if not (made / "phantoms.csv").is_file():
@@ -446,8 +426,7 @@ def table3(config: Config) -> None:
     keys = ("data", "probe", "patients", "flags", "fraction", "finetune")
     recipe = {key: getattr(config, key) for key in keys}
     keep_recipe(Path(config.out) / "ablation.json", recipe)
-    runs = [] if config.table_only else table3_runs(config)
-    words = run_grid(runs, lambda: write_table3(config))
+    words = run_grid(table3_runs(config), lambda: write_table3(config))
     print(f"\n{words}\n\nmean ± standard deviation over the seeds: {config.out}/table.md, ", end="")
     print(f"{config.out}/result.json")
 

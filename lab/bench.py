@@ -368,7 +368,7 @@ def step_row(bench, name, config, off, on):
 
 def setting_rows(bench):
     """Precision and torch.compile: of the wanted network on a GPU, of the demo's on a CPU, which
-    would compile a large one for many minutes. Checkpointing: its price, and what it saves.
+    would compile a large one for many minutes.
     """
     low = choose_precision("auto", bench.device)
     precisions = (dict(precision="float32"), dict(precision=low))
@@ -378,12 +378,6 @@ def setting_rows(bench):
         step_row(bench, f"{low} instead of float32", bench.config, *precisions)
     step_row(bench, f"{low} instead of float32", small, *precisions)
     step_row(bench, "torch.compile", small, dict(compile="off"), dict(compile="on"))
-
-    large = dataclasses.replace(bench.config, batch=max(bench.config.batch, 8))
-    ways = [dict(checkpointing=False), dict(checkpointing=True)]
-    step_row(bench, "activation checkpointing", large, *ways)
-    off, on = (peak_memory(Step(large, bench.team, **way), bench.device) / 1e9 for way in ways)
-    bench.row("  memory of that step", off, on, "GB", "above weights and moments")
 
 
 def update_rows(bench):

@@ -7,6 +7,7 @@ chooses weights (`find_weights`) and films (`open_set`), and leaves result.json 
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,22 @@ def finish(args, result, words, **pages):
     print(", ".join(files))
 
 
+def columns(rows):
+    """Lay rows of cells out below each other: the first at the left, all others right. → text"""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def select(found, rows):
+    """Take some rows of {name: array (n, …)}."""
+    return {name: values[rows] for name, values in found.items()}
+
+
 # ---------------------------------------------------------------- weights
 def find_weights(weights: str | None) -> Path:
     """Find the weights asked for, or those of the newest pre-training run, and print their path.
@@ -99,17 +116,6 @@ def random_twin(vit, seed):
     """Make the same network with random weights, on the same device: what all are compared with."""
     torch.manual_seed(seed)
     return make_vit(vit.config).to(next(vit.parameters()).device).eval()
-
-
-@torch.no_grad()
-def pooled(encoder, images, batch=128):
-    """Mean of the output tokens, the feature that the paper fine-tunes (B.3).
-
-    images (n, 1, H, W) → (n, D) float32 on the CPU
-    """
-    device = next(encoder.parameters()).device
-    parts = [encoder(part.to(device)).float().mean(1).cpu() for part in images.split(batch)]
-    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------- films
@@ -249,13 +255,26 @@ def trained_on(weights, films):
 def seen_by(learnt, films, patients):
     """Tell of which films the world model knows the film itself or its patient. → (n,) bool
 
-    learnt: what trained_on says; None counts as nothing.
+    learnt: what trained_on says; where nobody can tell, it may know all.
     """
-    names, others = learnt or (set(), set())
+    if learnt is None:
+        return np.ones(len(films), bool)
+    names, others = learnt
     is_seen = np.isin(patients, list(others))
     for place in Finder(films.names).find(sorted(names)):
         is_seen[list(place.films)] = True
     return is_seen
+
+
+def seen_words(learnt, parts: dict) -> str:
+    """Say how many films show patients that the world model was trained on.
+
+    learnt: what trained_on says; parts: {what the films are for: is_seen (n,)}
+    """
+    if learnt is None:
+        return "nobody can tell which of these films pre-training saw, unlabelled"
+    counts = [f"{is_seen.sum():,} of {len(is_seen):,} {what}" for what, is_seen in parts.items()]
+    return f"films whose patients pre-training saw, unlabelled: {', '.join(counts)}"
 
 
 def read_whole(films, numbers, size):
@@ -320,16 +339,6 @@ def describe_films(describe, films, numbers, size, words="films", batch=32):
     for name in list(parts):  # each part is let go as soon as it has been copied
         whole[name] = np.concatenate(parts.pop(name))
     return whole, np.array(readable), unreadable
-
-
-def some_films(films, table, count, size):
-    """Read about `count` films, evenly from those that the table names. → (n, 1, size, size)
-
-    UserError when none can be read.
-    """
-    images, read, _ = read_whole(films, evenly(named(table, films), count), size)
-    require_readable(read)
-    return images
 
 
 def require_readable(read, what="films"):

@@ -23,16 +23,7 @@ from PIL import ImageDraw
 from tqdm import tqdm
 
 import augment
-from lab.common import (
-    Common,
-    evenly,
-    find_weights,
-    finish,
-    open_set,
-    random_twin,
-    rows_of,
-    start,
-)
+from lab import common
 from lab.domain import GREEN
 from plumbing import pictures
 from plumbing.film import UnreadableFilm, read_mask
@@ -40,34 +31,33 @@ from plumbing.keys import RANDOM_CUT, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.weights import load_encoder, resized
 
+SIDE = 64  # of a heat map, px
 # Those that a mask of both lungs shows; the patient's right is the image's left.
 MASK_LANDMARKS = ("right_apex", "left_apex", "right_angle", "left_angle")
 
 
 @dataclasses.dataclass
-class Config(Common):
+class Config(common.Common):
     table: str = flag(None, "CSV filename,NAME_row,NAME_col,… (px), or filename,mask (both lungs)")
     references: int = flag(5, "films with marked landmarks; each is used alone, then averaged")
     image: int = flag(None, "side of the films, px, any multiple of the patch [the encoder's]")
-    patch: int = flag(None, "side of a patch, px [the encoder's]")
-    side: int = flag(64, "side of the heat maps, px")
     crop: bool = flag(False, "cut the films at random, so that places alone tell less")
 
 
 def main(argv=None):
     # ---- 1. Weights and films, as stored: the table counts their pixels.
-    args, device = start(Config, __doc__, "correspondence", argv)
-    encoder = load_encoder(find_weights(args.weights), say=print)
+    args, device = common.start(Config, __doc__, "correspondence", argv)
+    encoder = load_encoder(common.find_weights(args.weights), say=print)
     count = args.films + args.references
-    films, table = open_set(args, 7 * count, side=0)
+    films, table = common.open_set(args, 7 * count, side=0)
     if not table:
         raise UserError("--data needs --table CSV: landmarks (NAME_row, NAME_col) or lungs (mask)")
     numbers, places, shapes, names = read_landmarks(table, films, count)
     R = min(args.references, len(numbers) - 1)  # the first R films are the references
     size = args.image or encoder.image
-    patch = args.patch or encoder.patch
+    patch = encoder.patch
     if size % patch:
-        raise UserError(f"--image {size} is not a multiple of --patch {patch}")
+        raise UserError(f"--image {size} is not a multiple of the encoder's patches of {patch} px")
 
     # ---- 2. Cut the films, all of each or a random box, and move the landmarks with it.
     boxes = np.concatenate([np.zeros_like(shapes), shapes], 1)  # of whole films, (n, 4)
@@ -82,11 +72,11 @@ def main(argv=None):
     images = augment.to_float(torch.from_numpy(np.stack(cut)))[:, None]  # (n, 1, size, size)
 
     # ---- 3. Answers by features, and by places alone.
-    fresh = random_twin(encoder, args.seed)
+    fresh = common.random_twin(encoder, args.seed)
     ways = {}
     for name, vit in (("pre-trained", encoder), ("random weights", fresh)):
-        ways[name] = partial(dense, resized(vit, size, patch).to(device).eval(), side=args.side)
-    ways["raw pixels"] = partial(raw_windows, side=args.side, grid=size // patch)
+        ways[name] = partial(dense, resized(vit, size, patch).to(device).eval(), side=SIDE)
+    ways["raw pixels"] = partial(raw_windows, side=SIDE, grid=size // patch)
     found = {}  # (R, n, L, 2) each
     for name, way in ways.items():
         found[name] = find(way, images[:R], places[:R], images[R:], name)
@@ -99,7 +89,7 @@ def main(argv=None):
     result |= {"image": size, "patch": patch, "area_kept": area_kept}
     shown = [0, *range(R, min(R + 5, len(images)))]
     page = maps_picture(ways["pre-trained"], images[shown], places[shown], names)
-    finish(args, result, result_table(result, args.crop), maps=page)
+    common.finish(args, result, result_table(result, args.crop), maps=page)
 
 
 def mean_of_others(places):
@@ -110,18 +100,15 @@ def mean_of_others(places):
 def result_table(result, is_cut):
     """The result in words. → text"""
     area = f" cut at random to {result['area_kept']:.0%} of their area" if is_cut else ""
-    lines = [
+    rows = [["", "distance", "PCK@5", "PCK@10", *result["landmarks"]]]
+    for name, row in result["methods"].items():
+        values = [row["distance"], row["pck@5"], row["pck@10"], *row["distance_each"]]
+        rows.append([name, *(f"{value:.1f}" for value in values)])
+    return (
         f"correspondence, {result['references']} reference × {result['films']} films{area}, "
         f"{result['image']}² px in {result['patch']}² patches; "
-        "distance in % of the width, PCK in %",
-        f"  {'':30s}distance  PCK@5  PCK@10   " + "  ".join(result["landmarks"]),
-    ]
-    for name, row in result["methods"].items():
-        values = f"{row['distance']:8.1f}{row['pck@5']:7.1f}{row['pck@10']:8.1f}"
-        pairs = zip(row["distance_each"], result["landmarks"], strict=True)
-        each = "  ".join(f"{distance:{len(landmark)}.1f}" for distance, landmark in pairs)
-        lines.append(f"  {name:30s}{values}   {each}")
-    return "\n".join(lines)
+        f"distance in % of the width, PCK in %\n{common.columns(rows)}"
+    )
 
 
 # ---------------------------------------------------------------- dense features
@@ -293,7 +280,7 @@ def read_landmarks(table, films, count):
     At most `count` films, evenly from all that are there. → numbers of the films, places (n, L, 2)
     fractions, shapes (n, 2) px, names of the landmarks
     """
-    rows = rows_of(table, films, said=lambda row: row)
+    rows = common.rows_of(table, films, said=lambda row: row)
     columns = list(rows[0][1])
     names = [column.removesuffix("_row") for column in columns if column.endswith("_row")]
     names = [name for name in names if f"{name}_col" in columns]
@@ -301,7 +288,7 @@ def read_landmarks(table, films, count):
         wanted = "columns NAME_row, NAME_col or mask"
         raise UserError(f"--table {table}: {wanted} are wanted, found {', '.join(columns)}")
     found = []
-    for k in np.unique(evenly(np.arange(len(rows)), count)):
+    for k in np.unique(common.evenly(np.arange(len(rows)), count)):
         i, row = rows[k]
         try:
             shape = films[i].shape

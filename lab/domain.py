@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import augment
-from lab.common import Common, find_weights, finish, load_predictions, open_set, some_films, start
+from lab import common
 from plumbing import pictures
 from plumbing.keys import DOMAIN_TEST, torch_generator
 from plumbing.launch import run_script
@@ -35,16 +35,18 @@ WAYS = {"action": "with the action", "no_action": "without the action", "random"
 
 
 def main(argv=None):
-    args, device = start(Common, __doc__, "domain", argv)
-    world = load_predictions(find_weights(args.weights)).to(device).eval()
-    films, table = open_set(args, 7 * args.films)  # a fifth, by patient, is the test split
-    images = some_films(films, table, args.films, world.encoder.image)
+    args, device = common.start(common.Common, __doc__, "domain", argv)
+    world = common.load_predictions(common.find_weights(args.weights)).to(device).eval()
+    films, table = common.open_set(args, 7 * args.films)  # a fifth, by patient, is the test split
+    numbers = common.evenly(common.named(table, films), args.films)
+    images, read, _ = common.read_whole(films, numbers, world.encoder.image)
+    common.require_readable(read)
     result = domain_test(world, images, args.seed, has_second_set=True)
     candidates = grid_candidates()
     actions = film_actions(len(candidates), args.seed, 0)
     both = domain_errors(world, images[:1], actions, candidates)
     told, untold = (errors.cpu().numpy() for errors in both)
-    finish(
+    common.finish(
         args,
         result,
         result_table(result),

@@ -17,16 +17,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from lab.common import (
-    Common,
-    find_weights,
-    finish,
-    open_set,
-    pooled,
-    random_twin,
-    some_films,
-    start,
-)
+from lab import common
+from lab.features import describe
 from lab.probe import films_seen, judge_tables, judged_words, seen_words
 from lab.report import curves_picture
 from plumbing import pictures
@@ -47,24 +39,29 @@ KNOWS_MORE = ", and a probe finds more than in random weights"
 
 
 @dataclasses.dataclass
-class Config(Common):
+class Config(common.Common):
     films: int = flag(400, "films to look at, evenly from all")
     table: str = flag(None, "CSV filename,label,split: a probe against random weights and pixels")
 
 
 def main(argv=None):
-    args, device = start(Config, __doc__, "health", argv)
-    path = find_weights(args.weights)
+    args, device = common.start(Config, __doc__, "health", argv)
+    path = common.find_weights(args.weights)
     encoders = load_encoders(path, args.seed)
     size = encoders["target encoder"].image
     encoders = {name: vit.to(device).eval() for name, vit in encoders.items()}
-    films, table = open_set(args, 3 * args.films)
-    images = some_films(films, None, args.films, size)
-    features = {name: pooled(vit, images).numpy() for name, vit in encoders.items()}
+    films, table = common.open_set(args, 3 * args.films)
+    numbers = common.evenly(np.arange(len(films)), args.films)
+
+    def means(images):
+        return {name: describe(vit, images)["mean"] for name, vit in encoders.items()}
+
+    features, read, _ = common.describe_films(means, films, numbers, size)
     rows = {name: variety(values) for name, values in features.items()}
-    result = {"films": len(images), **rows}
+    result = {"films": len(read), **rows}
     knows = None
-    words = [variety_table(len(images), encoders["target encoder"].dim, rows)]
+    words = [f"{len(read)} films, pooled features of {encoders['target encoder'].dim} dimensions"]
+    words.append(variety_table(rows))
     if table:
         labels = Labels(table).complete(films)
         _, judged = next(judge_tables([labels], films, encoders, size, "random weights"))
@@ -77,7 +74,7 @@ def main(argv=None):
     result["verdict"] = verdict(rows["target encoder"], rows["random weights"], knows)
     words.append("verdict: " + result["verdict"])
     page = health_picture(features, read_log(path.with_name("log.csv")))
-    finish(args, result, "\n".join(words), health=page)
+    common.finish(args, result, "\n".join(words), health=page)
 
 
 def load_encoders(path, seed):
@@ -86,7 +83,7 @@ def load_encoders(path, seed):
     → {name: ViT}. UserError when one of them holds NaN or infinite weights.
     """
     encoder = load_encoder(path, say=print)
-    encoders = {"target encoder": encoder, "random weights": random_twin(encoder, seed)}
+    encoders = {"target encoder": encoder, "random weights": common.random_twin(encoder, seed)}
     if "world" in load_checkpoint(path):
         encoders["context encoder"] = load_encoder(path, "context")
     for name, vit in encoders.items():
@@ -113,18 +110,12 @@ def variety(features):
     }
 
 
-def variety_table(count, dim, rows):
+def variety_table(rows):
     """The measures of {encoder: variety} in words. → text"""
-    lines = [
-        f"{count} films, pooled features of {dim} dimensions",
-        f"  {'':18s}{'std':>8s}{'RankMe':>8s}{'mean cosine':>13s}{'first direction':>17s}",
-    ]
+    lines = [["", "std", "RankMe", "mean cosine", "first direction"]]
     for name, row in rows.items():
-        lines.append(
-            f"  {name:18s}{row['feature_std']:8.3f}{row['rankme']:8.2f}"
-            f"{row['mean_cosine']:13.3f}{row['first_direction']:16.1%}"
-        )
-    return "\n".join(lines)
+        lines.append([name, *(f"{value:.3f}" for value in row.values())])
+    return common.columns(lines)
 
 
 def verdict(own, fresh, knows):

@@ -26,12 +26,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import augment
 from data import Batches
 from lab import common, markers
-from lab.rcdm import picture_row
+from lab.rcdm import boxes_of, picture_row
 from plumbing import pictures
 from plumbing.keys import MARKER_SPLIT, numpy_rng
 from plumbing.launch import UserError, flag, run_script, warmup_cosine
@@ -59,6 +58,7 @@ SOURCES = [*(f"probe of {kind}" for kind in PROBED), *BLOCKS]
 WORDS = [*PROBED.values(), *BLOCKS.values()]
 TITLES = ("context", "target", "ceiling", "prediction", "no letter in film", "first decoder")
 NARROW = 0.75  # no letter is wider than this, as a share of its height
+SIDE = 32  # of a painted block, px
 WIDTH = 256  # of a decoder's two hidden layers
 EPOCHS = 15
 BATCH = 64
@@ -71,7 +71,6 @@ class Config(markers.Config):
     letter: float = flag(0.33, "height of the letter, as a share of the view's side")
     draws: int = flag(4, "letters per film, setting and seed")
     seeds: int = flag(1, "times that letters, patients and decoders are drawn anew")
-    size: int = flag(32, "side of a painted block, px")
 
 
 def main(argv=None):
@@ -79,26 +78,22 @@ def main(argv=None):
     args, device = common.start(Config, __doc__, "letters", argv)
     if not 0.1 <= args.letter <= 0.4:
         raise UserError(f"--letter {args.letter}: a share from 0.1 to 0.4 is wanted")
-    if not 8 <= args.size <= 128:
-        raise UserError(f"--size {args.size}: 8 to 128 px are wanted")
-    world, films, numbers, patients, result = markers.open_all(args, device)
-    seeds = []
+    study, result = markers.open_study(args, device)
+    size = args.letter * np.array([1, NARROW])
+    answers = []
     for seed in range(args.seed, args.seed + args.seeds):
-        own = dataclasses.replace(args, seed=seed)
-        found = collect(world, films, numbers, own, device)
-        found["patient"] = patients[found["film"]]
+        found = markers.collect(study, args, seed, size, describe)
         is_test = hold_out(found["patient"], seed)
-        taught, asked = ({k: v[is_in] for k, v in found.items()} for is_in in (~is_test, is_test))
-        decoders = {
-            kind: teach(taught[kind], taught["crop"], seed, device)
-            for kind in ("target", "prediction")
-        }
-        seeds.append(answer(decoders, taught, asked, seed, device))
+        taught = common.select(found, ~is_test)
+        asked = common.select(found, is_test)
+        decoders = {kind: teach(taught, kind, seed, device) for kind in ("target", "prediction")}
+        answers.append({s: answer(decoders, taught, asked, s, seed) for s in markers.SETTINGS})
         if seed == args.seed:
-            page = examples_picture(decoders, asked, films, numbers, world.encoder.grid, device)
-    result |= {name: getattr(args, name) for name in ("letter", "draws", "seeds", "size")}
-    result["settings"] = {setting: judge(seeds, setting) for setting in markers.SETTINGS}
-    common.finish(args, result, result_table(result), paintings=page)
+            page = examples_picture(decoders, asked, study, size, seed)
+    result["settings"] = {s: judge([found[s] for found in answers]) for s in markers.SETTINGS}
+    title = f"a letter of {args.letter:g} of the view's side, read off blocks: AUROC"
+    words = markers.result_table(title, result, WORDS, "brightness")
+    common.finish(args, result, words, paintings=page)
 
 
 def hold_out(patients, seed):
@@ -107,59 +102,33 @@ def hold_out(patients, seed):
     return np.isin(patients, order[: len(order) // 3])
 
 
-# ---------------------------------------------------------------- questions
-def collect(world, films, numbers, args, device, batch=16):
-    """Draw letters on all films in all settings, and describe their blocks.
+def describe(world, films, places):
+    """Describe the blocks of some films, one place on each.
 
     → {prediction, target (n, D): features of the block; clean (n, D): the prediction from the film
-    without letter; crop uint8 (n, size, size): the block; strokes uint8 (n, 2, size, size): where
-    ink of an R would be, and of an L; present, letter (n,) of 0 and 1; setting (n,); film (n,):
-    which of `numbers`; place (n,)}
+    without letter; crop uint8 (n, SIDE, SIDE): the block; strokes uint8 (n, 2, SIDE, SIDE): where
+    ink of an R would be, and of an L; present, letter (n,) of 0 and 1}
     """
-    shape = (world.encoder.image, world.encoder.grid)
-    letter = args.letter * np.array([1, NARROW])
-    parts = []
-    for first in tqdm(range(0, len(numbers), batch), desc="letters", leave=False):
-        some = [films[int(i)] for i in numbers[first : first + batch]]
-        for setting in markers.SETTINGS:
-            for k in range(args.draws):
-                key = (*shape, letter, args.seed, k)
-                drawn = [markers.draw(setting, f, *key, first + j) for j, f in enumerate(some)]
-                part = describe(world, some, drawn, args.size, device)
-                part["setting"] = np.full(len(some), setting)
-                parts.append(part | {"film": first + np.arange(len(some))})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def describe(world, films, places, size, device):
-    """What collect finds, for some films and one place on each."""
-    told = markers.describe(world, films, places, device)
-    row = np.arange(len(films))
-    version = told["present"].astype(int)
-    found = {kind: told[kind][row, version, 0] for kind in ("prediction", "target")}
-    found |= {"clean": told["prediction"][:, 0, 0], "crop": [], "strokes": []}
+    told = markers.describe(world, films, places)
+    crops = []
+    strokes = []
     for film, place in zip(films, places, strict=True):
-        box = block_box(place, world.encoder.grid)
+        box = boxes_of(place.parts[:1], place.boxes[1], world.encoder.grid)[0]
         shown = markers.burn(film, place) if place.is_present else film
-        found["crop"].append(augment.crop(shown, box, size))
+        crops.append(augment.crop(shown, box, SIDE))
         both = [place._replace(letter=letter) for letter in markers.LETTERS]
         inked = [markers.burn(np.zeros_like(film), one) for one in both]
-        found["strokes"].append([augment.crop(ink, box, size) for ink in inked])
-    found["place"] = np.empty(len(places), object)
-    found["place"][:] = places
-    found |= {name: told[name] for name in ("present", "letter")}
-    return {name: np.asarray(values) for name, values in found.items()}
-
-
-def block_box(place, grid):
-    """The block that is painted, as a box of the film: top, left, height, width in px. → (4,)"""
-    box = place.boxes[1]
-    return place.parts[0].numpy() * box[[2, 3, 2, 3]] / grid + (*box[:2], 0, 0)
+        strokes.append([augment.crop(ink, box, SIDE) for ink in inked])
+    found = {kind: markers.features_of(told, "present", "block", kind) for kind in PROBED}
+    found |= {"present": told["present"], "letter": told["letter"]}
+    return found | {"crop": np.array(crops), "strokes": np.array(strokes)}
 
 
 # ---------------------------------------------------------------- decoders and their paintings
-def teach(told, crops, seed, device):
-    """Train a decoder to paint crops uint8 (n, size, size) from features (n, D): least squares."""
+def teach(taught, kind, seed, device):
+    """Train a decoder to paint blocks from features of this kind: least squares."""
+    told = taught[kind]  # (n, D)
+    crops = taught["crop"]  # uint8 (n, SIDE, SIDE)
     torch.manual_seed(seed)
     decoder = nn.Sequential(
         nn.BatchNorm1d(told.shape[1], affine=False),  # features differ little from their mean
@@ -185,45 +154,43 @@ def teach(told, crops, seed, device):
 
 
 @torch.no_grad()
-def paint(decoders, asked, source, device):
-    """Paint blocks as PAINTED says. → uint8 (n, size, size)"""
-    decoder, kind = PAINTED[source]
-    pixels = decoders[decoder](torch.from_numpy(asked[kind]).to(device))
+def paint(decoders, asked, source):
+    """Paint blocks as PAINTED says. → uint8 (n, SIDE, SIDE)"""
+    kind, told = PAINTED[source]
+    decoder = decoders[kind]
+    device = next(decoder.parameters()).device
+    pixels = decoder(torch.from_numpy(asked[told]).to(device))
     grey = (255 * pixels.clamp(0, 1)).round().byte()
     return grey.view(asked["crop"].shape).cpu().numpy()
 
 
-def answer(decoders, taught, asked, seed, device):
+def answer(decoders, taught, asked, setting, seed):
     """Probe the features of the test patients' blocks, paint them, and read what is painted.
 
-    → asked, with there and which (n, sources): how much speaks for a letter, and for an L
+    taught, asked: blocks as collect finds them, of other patients. → asked in this setting, with
+    there and which (n, sources): how much speaks for a letter, and for an L
     """
+    taught = common.select(taught, taught["setting"] == setting)
+    asked = common.select(asked, asked["setting"] == setting)
     reads = [probe(taught, asked, kind, seed) for kind in PROBED]
     for source in BLOCKS:
-        blocks = asked["crop"] if source == "truth" else paint(decoders, asked, source, device)
+        blocks = asked["crop"] if source == "truth" else paint(decoders, asked, source)
         reads.append(read(blocks, asked["strokes"], asked["letter"]))
     there, which = np.transpose(reads, (1, 2, 0))
     return asked | {"there": there, "which": which}
 
 
 def probe(taught, asked, kind, seed):
-    """Ask features by linear probes, one per setting and question. → there, which (n,)
-
-    taught, asked: blocks as collect finds them, of other patients.
-    """
-    scores = np.zeros((2, len(asked["film"])))
+    """Ask features of one setting by linear probes, one per question. → there, which (n,)"""
     is_val = hold_out(taught["patient"], seed)
-    for setting in markers.SETTINGS:
-        test = asked["setting"] == setting
-        for question, name in enumerate(markers.QUESTIONS):
-            # Which letter it is can be learnt only where there is one.
-            is_in = (taught["setting"] == setting) & (
-                (name == "present") | (taught["present"] == 1)
-            )
-            parts = []
-            for part in (is_in & ~is_val, is_in & is_val):
-                parts += [taught[kind][part], taught[name][part]]
-            scores[question, test] = linear_probe(*parts, asked[kind][test])
+    scores = []
+    for question in markers.QUESTIONS:
+        # Which letter it is can be learnt only where there is one.
+        is_in = (taught["present"] == 1) | (question == "present")
+        parts = []
+        for part in (is_in & ~is_val, is_in & is_val):
+            parts += [taught[kind][part], taught[question][part]]
+        scores.append(linear_probe(*parts, asked[kind]))
     return scores
 
 
@@ -244,29 +211,28 @@ def read(blocks, strokes, letter):
 
 
 # ---------------------------------------------------------------- words and pictures
-def judge(seeds, setting):
+def judge(seeds):
     """Judge all sources of one setting. seeds: what answer gave, per seed.
 
     → {source: {present, letter: interval of the AUROC; share: of blocks, as share_painted says}}
     """
-    chosen = [{k: v[found["setting"] == setting] for k, v in found.items()} for found in seeds]
-    inked = [{k: v[found["present"] == 1] for k, v in found.items()} for found in chosen]
+    inked = [common.select(found, found["present"] == 1) for found in seeds]
     result = {}
     for s, source in enumerate(SOURCES):
-        there = [(found["there"][:, s], found["present"], found["patient"]) for found in chosen]
+        there = [(found["there"][:, s], found["present"], found["patient"]) for found in seeds]
         which = [(found["which"][:, s], found["letter"], found["patient"]) for found in inked]
         result[source] = {"present": markers.interval(there), "letter": markers.interval(which)}
         if source in BLOCKS:
-            result[source]["share"] = share_painted(chosen, s)
+            result[source]["share"] = share_painted(seeds, s)
     return result
 
 
-def share_painted(chosen, source):
+def share_painted(seeds, source):
     """How much a letter brightens its strokes, percent of what it does in the true pixels.
 
     source: its number. → {percent, low, high}
     """
-    parts = [(found["there"], found["present"], found["patient"]) for found in chosen]
+    parts = [(found["there"], found["present"], found["patient"]) for found in seeds]
     there, present, patients = (np.concatenate(part) for part in zip(*parts, strict=True))
 
     def rise(values, weights):
@@ -285,35 +251,20 @@ def share_painted(chosen, source):
     return {"percent": float(percent), "low": float(low), "high": float(high)}
 
 
-def result_table(result):
-    """The result in words. → text"""
-    lines = [
-        f"a letter of {result['letter']:g} of the view's side, read off blocks: AUROC, and share "
-        f"of its brightness, percent (95 % interval); {result['films']} films, "
-        f"{result['seeds']} seeds",
-        f"  {'':8s}{'':36s}{'there?':20s}{'L or R?':20s}brightness",
-    ]
-    for setting, sources in result["settings"].items():
-        for title, found in zip(WORDS, sources.values(), strict=True):
-            cells = [(found[name]["auroc"], found[name]) for name in markers.QUESTIONS]
-            if "share" in found:
-                cells.append((found["share"]["percent"], found["share"]))
-            words = [f"{value:4.1f} ({c['low']:.1f}, {c['high']:.1f})" for value, c in cells]
-            line = f"  {setting:8s}{title:36s}" + "".join(f"{w:20s}" for w in words)
-            lines.append(line.rstrip())
-    return "\n".join([*lines, result["overlap"]])
-
-
-def examples_picture(decoders, asked, films, numbers, grid, device):
+def examples_picture(decoders, asked, study, size, seed):
     """Draw two views with a letter per setting: context, target, and its block as painted."""
+    image = study.world.encoder.image
+    grid = study.world.encoder.grid
     is_inked = asked["present"] == 1
     rows = [np.flatnonzero(is_inked & (asked["setting"] == s))[:2] for s in markers.SETTINGS]
-    some = {name: values[np.concatenate(rows)] for name, values in asked.items()}
-    versions = [paint(decoders, some, source, device) for source in PAINTED]
+    some = common.select(asked, np.concatenate(rows))
+    versions = [paint(decoders, some, source) for source in PAINTED]
     page = []
-    for k, place in enumerate(some["place"]):
-        film = markers.burn(films[int(numbers[some["film"][k]])], place)
-        item = markers.ask(film, place, markers.SHOWN, grid)
+    for k, setting in enumerate(some["setting"].tolist()):
+        film = study.films[int(study.numbers[some["film"][k]])]
+        key = (seed, int(some["draw"][k]), int(some["film"][k]))
+        place = markers.draw(setting, film, image, grid, size, *key)
+        item = markers.ask(markers.burn(film, place), place, markers.SHOWN, grid)
         item["rectangles"] = place.parts[:1]
         page.append(picture_row(item, [version[k : k + 1] for version in versions], grid))
     names = some["setting"].tolist()

@@ -31,11 +31,13 @@ from tqdm import tqdm
 
 import augment
 from lab import common
-from lab.rcdm import RED, observed, predicted, shade, training_mask
+from lab.rcdm import RED, cut_question, observed, predicted, shade, training_mask
+from model import CheXWorld
 from plumbing import pictures
 from plumbing.keys import MARKER_PLACE, MARKER_SPLIT, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import auroc, bootstrap, linear_probe, weighted_auroc
+from plumbing.pack import Films
 
 SETTINGS = ("hidden", "half", "seen")
 QUESTIONS = {"present": "there?", "letter": "L or R?"}
@@ -70,38 +72,40 @@ def main(argv=None):
     args, device = common.start(Config, __doc__, "markers", argv)
     if not 0.02 <= args.letter <= 0.25:
         raise UserError(f"--letter {args.letter}: a share from 0.02 to 0.25 is wanted")
-    world, films, numbers, patients, result = open_all(args, device)
-    draws = [collect(world, films, numbers, args, args.seed + s, device) for s in range(args.seeds)]
-    result |= {"letter": args.letter, "seeds": args.seeds, "draws": args.draws, "auroc": {}}
-    for setting in SETTINGS:
-        result["auroc"][setting] = judge([draw[setting] for draw in draws], patients, args.seed)
-    hidden = [draw["hidden"] for draw in draws]
-    changes = [np.abs(np.diff(found["prediction"], axis=1)).max() for found in hidden]
-    result["largest_change_of_a_hidden_prediction"] = float(max(changes))
-    page = examples_picture(films, numbers, args, world.encoder.image, world.encoder.grid)
-    common.finish(args, result, result_table(result), examples=page)
+    study, result = open_study(args, device)
+    seeds = range(args.seed, args.seed + args.seeds)
+    draws = [collect(study, args, seed, args.letter, describe) for seed in seeds]
+    hidden = np.concatenate([found["prediction"][found["setting"] == "hidden"] for found in draws])
+    change = np.abs(np.diff(hidden, axis=1)).max()
+    result["settings"] = {setting: judge(draws, setting, args.seed) for setting in SETTINGS}
+    result["largest_change_of_a_hidden_prediction"] = float(change)
+    page = examples_picture(study, args)
+    title = (
+        f"a burnt-in letter of {args.letter:g} of the view's side: test AUROC of a linear probe; "
+        f"hidden: it changes no number of a prediction by more than {change:.1g}"
+    )
+    sources = [f"{words} ({pool})" for words in KINDS.values() for pool in POOLS]
+    common.finish(args, result, result_table(title, result, sources), examples=page)
 
 
 # ---------------------------------------------------------------- world model and films
-def open_all(args, device):
-    """Load the world model, and choose the films that it is asked about.
+class Study(NamedTuple):
+    """A world model, and the films that it is asked about: their numbers and patients (n,)."""
 
-    → world, films, numbers (n,), patients (n,), {films, patients: how many; overlap: in words what
-    the world knows of them}
+    world: CheXWorld
+    films: Films
+    numbers: np.ndarray
+    patients: np.ndarray
+
+
+def open_study(args, device):
+    """Load the world model, and choose films that it was not trained on, without those whose row in
+    a table names a marker of their own.
+
+    → Study, {what is written down of it: overlap says what the world model knows of the films}
     """
     weights = common.find_weights(args.weights)
     world = common.load_predictions(weights).to(device).eval()
-    films, numbers, patients, words = choose_films(args, weights)
-    about = {"films": len(numbers), "patients": len(set(patients)), "overlap": words}
-    print(f"{about['films']} films of {about['patients']} patients. {words}", flush=True)
-    return world, films, numbers, patients, about
-
-
-def choose_films(args, weights):
-    """Choose films that the world model was not trained on, without those whose row in a table
-    names a marker of their own. → films, numbers (n,), patients (n,), in words what it knows of
-    them
-    """
     patients = args.patients or common.run_of(weights).get("patients")
     films, table = common.open_set(args, 3 * args.films, patients=patients)
     numbers = np.arange(len(films))
@@ -109,11 +113,6 @@ def choose_films(args, weights):
     if args.data:
         numbers = common.named(args.table, films)
         learnt = common.trained_on(weights, films)
-    if learnt is None and not args.allow_seen:
-        raise UserError(
-            f"nobody can tell which films {weights} was trained on: --allow_seen takes all; "
-            "without --data, synthetic ones are taken"
-        )
     rows = common.rows_of(table, films, split=None) if table else []
     has_marker = [i for i, row in rows if row.get("marker")]
     numbers = np.setdiff1d(numbers, has_marker)
@@ -125,15 +124,14 @@ def choose_films(args, weights):
     found = len(set(patients[numbers]))
     if found < LEAST:
         raise UserError(
-            f"{found} patients that the world model was not trained on: {LEAST} are the least; "
-            "pre-train with a larger --holdout, or give --allow_seen"
+            f"{found} patients that the world model surely was not trained on: {LEAST} are the "
+            "least; pre-train with a larger --holdout, or give --allow_seen"
         )
-    words = "The world model was trained on none of these patients."
-    if learnt is None:
-        words = "Nobody can tell whether the world model was trained on these films."
-    elif is_seen[numbers].any():
-        words = f"The world model was trained on patients of {is_seen[numbers].sum()} of these."
-    return films, numbers, patients[numbers], words
+    overlap = common.seen_words(learnt, {"to ask about": is_seen[numbers]})
+    print(f"{len(numbers)} films of {found} patients; {overlap}", flush=True)
+    about = {name: getattr(args, name) for name in ("letter", "draws", "seeds")}
+    about |= {"films": len(numbers), "patients": found, "overlap": overlap}
+    return Study(world, films, numbers, patients[numbers]), about
 
 
 # ---------------------------------------------------------------- a letter in a view
@@ -251,50 +249,48 @@ def burn(film, place):
 
 def ask(film, place, size, grid):
     """Cut a film into a question for rcdm.predicted. → item; context, target uint8 (size, size)"""
-    coords = augment.relative_coords(*torch.from_numpy(place.boxes[:, None]), grid)[0]
-    return dict(
-        context=np.array(augment.crop(film, place.boxes[0], size)),
-        target=np.array(augment.crop(film, place.boxes[1], size)),
-        keep=place.keep,
-        asked=place.asked,
-        coords=coords[place.asked],
-        rectangles=place.parts,
-    )
+    return cut_question(film, place.boxes, place.parts, place.keep, place.asked, size, grid)
 
 
 # ---------------------------------------------------------------- features and the probe
-def collect(world, films, numbers, args, seed, device, batch=16):
-    """Draw questions about every film and describe block and spot, with the letter and without.
+def collect(study, args, seed, size, look, batch=16):
+    """Draw letters on all films, in all settings, and describe each by look(world, films, places).
 
-    → {setting: {prediction, target: (n, 2, 2, D): without and with letter, block and spot;
-    place (n, 12); present, letter: (n,) of 0 and 1; film (n,): which of `numbers`}}
+    size: of the letter, as draw takes it. → {what `look` gives: (n, …); setting (n,); film (n,):
+    which of study.numbers, and patient (n,): whose it is; draw (n,): the how many-th of the film}
     """
-    found = {setting: [] for setting in SETTINGS}
-    for first in tqdm(range(0, len(numbers), batch), desc=f"seed {seed}", leave=False):
-        some = [films[int(i)] for i in numbers[first : first + batch]]
+    shape = (study.world.encoder.image, study.world.encoder.grid)
+    parts = []
+    for first in tqdm(range(0, len(study.numbers), batch), desc=f"seed {seed}", leave=False):
+        some = [study.films[int(i)] for i in study.numbers[first : first + batch]]
+        rows = first + np.arange(len(some))
         for setting in SETTINGS:
             for k in range(args.draws):
-                key = (world.encoder.image, world.encoder.grid, args.letter, seed, k)
-                places = [draw(setting, film, *key, first + j) for j, film in enumerate(some)]
-                part = describe(world, some, places, device)
-                found[setting].append(part | {"film": first + np.arange(len(some))})
-    joined = {}
-    for setting, parts in found.items():
-        joined[setting] = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    return joined
+                asked = zip(rows.tolist(), some, strict=True)
+                places = [draw(setting, film, *shape, size, seed, k, row) for row, film in asked]
+                part = look(study.world, some, places)
+                about = {"setting": np.full(len(some), setting), "draw": np.full(len(some), k)}
+                parts.append(part | about | {"film": rows})
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return found | {"patient": study.patients[found["film"]]}
 
 
-def describe(world, films, places, device):
-    """The features of collect for some films and one place on each."""
+def describe(world, films, places):
+    """Describe block and spot of some films, with the letter and without.
+
+    → {prediction, target (n, 2, 2, D): without and with letter, block and spot; place (n, 12);
+    present, letter: (n,) of 0 and 1}
+    """
+    device = next(world.parameters()).device
     shape = (world.encoder.image, world.encoder.grid)
     pairs = list(zip(films, places, strict=True))
     found = {"prediction": [], "target": []}
-    for version in ([burn(*pair) for pair in pairs], films):
+    for version in (films, [burn(*pair) for pair in pairs]):
         items = [ask(film, place, *shape) for film, place in zip(version, places, strict=True)]
         item = default_collate(items)
         parts = (item["asked"], item["rectangles"])
-        found["prediction"].insert(0, predicted(world, item, device))
-        found["target"].insert(0, observed(world, item["target"], *parts, device))
+        found["prediction"].append(predicted(world, item, device))
+        found["target"].append(observed(world, item["target"], *parts, device))
     found = {name: torch.stack(pair, 1).cpu().numpy() for name, pair in found.items()}
     where = [np.append(place.parts / shape[1], place.boxes[1]) for place in places]
     found["place"] = np.array(where)
@@ -303,21 +299,24 @@ def describe(world, films, places, device):
     return found
 
 
-def judge(draws, patients, seed):
+def judge(draws, setting, seed):
     """Answer both questions of one setting from every kind of features.
 
-    draws: what collect found, per seed of `seed`, `seed` + 1, …; patients: of the films that it
-    looked at. → {question: {pool: {kind: interval}}}
+    draws: what collect found, per seed of `seed`, `seed` + 1, …
+    → {kind and pool: {question: interval}}
     """
-    result = {question: {pool: {} for pool in POOLS} for question in QUESTIONS}
-    for question in QUESTIONS:
+    draws = [common.select(found, found["setting"] == setting) for found in draws]
+    result = {}
+    for kind in KINDS:
         for pool in POOLS:
-            for kind in KINDS:
+            intervals = {}
+            for question in QUESTIONS:
                 answers = []
                 for s, found in enumerate(draws):
                     x = features_of(found, question, pool, kind)
-                    answers.append(answer(x, found[question], patients[found["film"]], seed + s))
-                result[question][pool][kind] = interval(answers)
+                    answers.append(answer(x, found[question], found["patient"], seed + s))
+                intervals[question] = interval(answers)
+            result[f"{kind} {pool}"] = intervals
     return result
 
 
@@ -349,7 +348,7 @@ def interval(answers):
     """Mean AUROC over seeds, percent, and its 95 % interval: patients are drawn again, the same for
     all seeds.
 
-    answers: scores, labels, patients of every seed. → {auroc, low, high, seeds: [AUROC of each]}
+    answers: scores, labels, patients of every seed. → {percent, low, high, seeds: [AUROC of each]}
     """
     films_of = [len(patients) for _, _, patients in answers]
 
@@ -362,36 +361,35 @@ def interval(answers):
 
     low, high = 100 * bootstrap(mean, np.concatenate([patients for _, _, patients in answers]))[0]
     seeds = [100 * auroc(scores, labels) for scores, labels, _ in answers]
-    return {"auroc": float(np.mean(seeds)), "low": float(low), "high": float(high), "seeds": seeds}
+    bounds = {"low": float(low), "high": float(high)}
+    return {"percent": float(np.mean(seeds)), **bounds, "seeds": seeds}
 
 
 # ---------------------------------------------------------------- words and pictures
-def result_table(result):
-    """The result in words. → text"""
-    lines = [
-        f"a burnt-in letter of {result['letter']:g} of the view's side: test AUROC of a linear "
-        f"probe, percent (95 % interval); {result['films']} films, {result['seeds']} seeds"
-    ]
-    columns = [(question, pool) for question in QUESTIONS for pool in POOLS]
-    heads = [f"{QUESTIONS[question]} ({pool})" for question, pool in columns]
-    lines.append(f"  {'':8s}{'features':28s}" + "".join(f"{head:20s}" for head in heads))
-    for setting, found in result["auroc"].items():
-        for kind, title in KINDS.items():
-            cells = [found[question][pool][kind] for question, pool in columns]
-            words = [f"{c['auroc']:4.1f} ({c['low']:.1f}, {c['high']:.1f})" for c in cells]
-            lines.append(f"  {setting:8s}{title:28s}" + "".join(f"{w:20s}" for w in words))
-    change = result["largest_change_of_a_hidden_prediction"]
-    lines.append(f"hidden: a letter changes no number of a prediction by more than {change:.1g}")
-    return "\n".join([*lines, result["overlap"]])
+def result_table(title, result, sources, *more):
+    """The result in words. → text
+
+    title: what is measured; sources: the words for every source of result["settings"]; more: what
+    the numbers after those of both questions are
+    """
+    rows = [["", "percent (95 % interval)", *QUESTIONS.values(), *more]]
+    for setting, found in result["settings"].items():
+        for words, values in zip(sources, found.values(), strict=True):
+            cells = ["{percent:.1f} ({low:.1f}, {high:.1f})".format(**v) for v in values.values()]
+            rows.append([setting, words, *cells])
+    films = f"{result['films']} films, {result['seeds']} seeds; {result['overlap']}"
+    return "\n".join([title, common.columns(rows), films])
 
 
-def examples_picture(films, numbers, args, image, grid):
+def examples_picture(study, args):
     """Draw two films per setting: what the context shows, and the target with block and spot."""
+    image = study.world.encoder.image
+    grid = study.world.encoder.grid
     rows = []
     for setting in SETTINGS:
         row = []
-        for j, i in enumerate(numbers[:2]):
-            film = films[int(i)]
+        for j, i in enumerate(study.numbers[:2]):
+            film = study.films[int(i)]
             place = draw(setting, film, image, grid, args.letter, args.seed, 0, j)
             item = ask(burn(film, place), place, SHOWN, grid)
             frames = [[round(v * SHOWN / grid) for v in part.tolist()] for part in place.parts]

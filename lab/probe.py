@@ -21,18 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.common import (
-    Common,
-    describe_films,
-    evenly,
-    find_weights,
-    finish,
-    open_set,
-    random_twin,
-    seen_by,
-    start,
-    trained_on,
-)
+from lab import common
 from lab.features import describe
 from plumbing.launch import flag, run_script
 from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
@@ -50,17 +39,17 @@ NUMBERS = 1024
 
 
 @dataclasses.dataclass
-class Config(Common):
+class Config(common.Common):
     table: str = flag(None, "CSVs filename,label,split joined by commas [that of synthetic films]")
     films: int = flag(1000, "synthetic films to draw where no --data is given")
 
 
 def main(argv=None):
-    args, device = start(Config, __doc__, "probe", argv)
-    path = find_weights(args.weights)
+    args, device = common.start(Config, __doc__, "probe", argv)
+    path = common.find_weights(args.weights)
     encoder = load_encoder(path, say=print).to(device).eval()
-    encoders = {"encoder": encoder, RANDOM: random_twin(encoder, args.seed)}
-    films, tables = open_set(args, args.films)
+    encoders = {"encoder": encoder, RANDOM: common.random_twin(encoder, args.seed)}
+    films, tables = common.open_set(args, args.films)
     paths = str(tables).split(",")
     refuse_twins("--table", paths)
     tables = [Labels(path).complete(films) for path in paths]
@@ -70,7 +59,7 @@ def main(argv=None):
         seen = seen_words(learnt, table, films)
         result["tables"][table.path.stem] = {"seen": seen, **judged, "notes": table.notes}
         print(judged_words(table, judged, seen) + "\n", flush=True)
-    finish(args, result, f"{len(tables)} tables judged")
+    common.finish(args, result, f"{len(tables)} tables judged")
 
 
 def films_seen(weights, films, data):
@@ -82,7 +71,7 @@ def films_seen(weights, films, data):
         return set(), set()
     last = weights.with_name("last.pt")  # which tells; encoder.pt beside it is from the same run
     is_of_run = weights.name in ("last.pt", "encoder.pt") and last.is_file()
-    return trained_on(last, films) if is_of_run else None
+    return common.trained_on(last, films) if is_of_run else None
 
 
 def seen_words(learnt, table: Labels, films) -> str:
@@ -90,18 +79,14 @@ def seen_words(learnt, table: Labels, films) -> str:
 
     learnt: what `films_seen` says
     """
-    if learnt is None:
-        return "films that were in the encoder's pre-training have been seen, unlabelled"
     where = table.locate(films)
     is_there = where >= 0
     patients = patients_of(films, [table], [where])
-    is_seen = seen_by(learnt, films, patients)[where[is_there]]
+    is_seen = common.seen_by(learnt, films, patients)[where[is_there]]
     is_test = table.split[is_there] == "test"
-    words = [
-        f"{is_seen[part].sum():,} of {part.sum():,} films of {name}"
-        for name, part in (("test", is_test), ("train and val", ~is_test))
-    ]
-    return f"seen in pre-training, unlabelled: {', '.join(words)}"
+    return common.seen_words(
+        learnt, {"of test": is_seen[is_test], "of train and val": is_seen[~is_test]}
+    )
 
 
 # ---------------------------------------------------------------- features
@@ -152,7 +137,7 @@ def describe_set(films, numbers, encoders, size, words):
     """
     if len(numbers) <= MANY_FILMS:
         return describe_in(films, numbers, encoders, size, {}, words)
-    some = evenly(numbers, 2 * NUMBERS)
+    some = common.evenly(numbers, 2 * NUMBERS)
     sample, _ = describe_in(films, some, encoders, size, {}, f"a sample of the {words}")
     wide = {name: x for name, x in sample.items() if x.shape[1] > NUMBERS}
     print(f"cast onto {NUMBERS:,} main directions: {', '.join(wide)}", flush=True)
@@ -182,9 +167,10 @@ def describe_in(films, numbers, encoders, size, casts, words):
         sides = PIXELS.items()
         return cast({name: shrink(images, (side, side)).flatten(1).numpy() for name, side in sides})
 
-    features, read, _ = describe_films(by_encoders, films, numbers, size, words, batch=128)
+    features, read, _ = common.describe_films(by_encoders, films, numbers, size, words, batch=128)
     largest = max(PIXELS.values())
-    return features | describe_films(by_pixels, films, read, largest, words, batch=128)[0], read
+    pixels, _, _ = common.describe_films(by_pixels, films, read, largest, words, batch=128)
+    return features | pixels, read
 
 
 def main_directions(features):
@@ -254,35 +240,27 @@ def judged_words(table: Labels, judged: dict, seen: str) -> str:
     }
     for part, result in judged.items():
         lines.append(f"{result['films']:,} {words[part]}; {result['patients']:,} patients")
-        lines += lines_of(result)
+        lines.append(table_of(result))
     return "\n".join(lines)
 
 
-def lines_of(result: dict) -> list[str]:
+def table_of(result: dict) -> str:
     """The table of what `judge` says, a line per set of features."""
-    heads = ["AUROC %", "95 % interval"]
+    heads = ["", "AUROC %", "95 % interval"]
     heads += ["random weights (difference)", "better raw pixels (difference)"]
-    rows = [line_of(name, *cells_of(result, name)) for name in result["values"]]
-    return [line_of("", *heads), *rows]
-
-
-def line_of(name, value, interval, *against) -> str:
-    """One line of the table, its cells below each other."""
-    cells = [f"{cell:31s}" for cell in against]
-    return f"  {name:28s}  {value:>7s}  {interval:13s}  {'  '.join(cells)}".rstrip()
+    return common.columns([heads, *(cells_of(result, name) for name in result["values"])])
 
 
 def cells_of(result: dict, name: str) -> list[str]:
-    """Value, interval and comparisons of one set of features, in words."""
+    """Name, value, interval and comparisons of one set of features, in words."""
     value = result["values"][name]
-    cells = ["undefined" if value is None else f"{value:.1f}"]
-    cells.append(bounds(result["intervals"][name]))
     against = {"random": "", "raw": ""}
     for other, told in result["differences"].get(name, {}).items():
         difference = "" if told["difference"] is None else f"{told['difference']:+.1f}, "
         words = f"{told['word']} ({difference}{bounds(told['interval'], '+')})"
         against["raw" if other in PIXELS else "random"] = words
-    return cells + list(against.values())
+    shown = "undefined" if value is None else f"{value:.1f}"
+    return [name, shown, bounds(result["intervals"][name]), *against.values()]
 
 
 def bounds(interval, sign="") -> str:

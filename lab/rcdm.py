@@ -32,18 +32,9 @@ from tqdm import tqdm
 
 import augment
 from data import Batches, Views, open_films
-from lab.common import (
-    find_weights,
-    load_predictions,
-    named,
-    patients_with,
-    read_whole,
-    run_of,
-    seen_by,
-    trained_on,
-)
+from lab import common
 from masks import TRIES, blocks, sample_masks
-from model import grid_coords, take
+from model import take
 from plumbing import pictures
 from plumbing.checkpoint import (
     Log,
@@ -225,6 +216,27 @@ def training_mask(grid, *key):
     return torch.stack([rows.argmax(1), cols.argmax(1), rows.sum(1), cols.sum(1)], 1), keep, masked
 
 
+def cut_question(film, boxes, rectangles, keep, asked, size, grid):
+    """Cut a question to the world model out of a film, as `predicted` takes it.
+
+    boxes (2, 4): context and target, px; rectangles (R, 4), keep (K,), asked (M,): in patches
+    """
+    coords = augment.relative_coords(*torch.from_numpy(boxes[:, None]), grid)[0]
+    return dict(
+        context=np.array(augment.crop(film, boxes[0], size)),
+        target=np.array(augment.crop(film, boxes[1], size)),
+        keep=keep,
+        asked=asked,
+        coords=coords[asked],
+        rectangles=rectangles,
+    )
+
+
+def boxes_of(rectangles, box, grid):
+    """Rectangles (R, 4) of patches of a view as boxes of the film, where the view is `box`, px."""
+    return rectangles.numpy() * (box[[2, 3, 2, 3]] / grid) + (*box[:2], 0, 0)
+
+
 class Questions(Views):
     """Item (epoch, i): a question to the world model about film i, and the pixels of the answer.
 
@@ -249,34 +261,22 @@ class Questions(Views):
     def layout(self, epoch, i, shape):
         """Draw where to cut and what to hide on film i, whose shape is (H, W).
 
-        → boxes (2, 4) px, rectangles (4, 4), keep (K,), masked (M,)
+        → boxes (2, 4) px of context and target, rectangles (R, 4), keep (K,), asked (M,)
         """
         key = (RCDM_PLACE, self.seed, epoch, i)
         boxes, _ = augment.sample_boxes(numpy_rng(*key), *shape)
-        return boxes, *training_mask(self.grid, *key)
-
-    def ask(self, film, boxes, rectangles, keep, masked, size=None):
-        """Cut a film as the layout says → item. size: of the views, for pictures."""
+        rectangles, keep, asked = training_mask(self.grid, *key)
+        if self.mode == "local":
+            return boxes[[0, 0]], rectangles, keep, asked
         n = self.grid
-        coords = grid_coords(n)
-        target_box = boxes[0]
-        if self.mode == "global":
-            coords = augment.relative_coords(*torch.from_numpy(boxes[:, None]), n)[0]
-            target_box = boxes[1]
-            rectangles = torch.tensor([[0, 0, n, n]])
-            masked = torch.arange(n * n)
-        scale = target_box[[2, 3, 2, 3]] / n  # patches → film pixels
-        parts = rectangles.numpy() * scale + (*target_box[:2], 0, 0)
-        size = size or self.size
-        return dict(
-            context=np.array(augment.crop(film, boxes[0], size)),
-            target=np.array(augment.crop(film, target_box, size)),
-            keep=keep,
-            asked=masked,
-            coords=coords[masked],
-            rectangles=rectangles,
-            crops=np.stack([augment.crop(film, part, self.pixels) for part in parts]),
-        )
+        return boxes, torch.tensor([[0, 0, n, n]]), keep, torch.arange(n * n)
+
+    def ask(self, film, boxes, rectangles, *patches):
+        """Cut a film as the layout says. → item"""
+        parts = boxes_of(rectangles, boxes[1], self.grid)
+        crops = np.stack([augment.crop(film, part, self.pixels) for part in parts])
+        item = cut_question(film, boxes, rectangles, *patches, self.size, self.grid)
+        return item | {"crops": crops}
 
     def elsewhere(self, i, j):
         """Item (0, i) asked of film j, at the same place: what the place alone tells."""
@@ -371,11 +371,6 @@ def squared_error(item, painted):
     return ((painted / 255.0 - item["crops"].numpy() / 255.0) ** 2).mean((1, 2, 3))
 
 
-def summary(values):
-    """Mean and standard deviation of some numbers, for result.json."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values))}
-
-
 def measure(world, averaged, questions, args, footnote, device):
     """Paint films from the right prediction, from wrong ones, and from the truth's own features;
     write samples.png. → {name: numbers}
@@ -405,8 +400,10 @@ def measure(world, averaged, questions, args, footnote, device):
     pictures.save(picture(questions, versions, titles, footnote), Path(args.out) / "samples.png")
     table = {}
     for name, error in errors.items():
-        closer = 100 * (errors["prediction"] < error).mean()
-        table[name] = {"pixel_error": summary(error), "prediction_closer_percent": closer}
+        table[name] = {
+            "pixel_error": {"mean": float(error.mean()), "std": float(error.std())},
+            "prediction_closer_percent": 100 * float((errors["prediction"] < error).mean()),
+        }
     return table
 
 
@@ -415,7 +412,7 @@ def picture(questions, versions, titles, footnote):
     rows = []
     for i in range(min(4, len(questions))):
         film, _ = questions.read(i)
-        item = questions.ask(film, *questions.layout(0, i, film.shape), size=SHOWN)
+        item = cut_question(film, *questions.layout(0, i, film.shape), SHOWN, questions.grid)
         rows.append(picture_row(item, [version[i] for version in versions], questions.grid))
     titles = ["context", *titles]
     return pictures.grid(rows, column_titles=titles, cell=SHOWN, footnote=footnote)
@@ -457,46 +454,32 @@ def choose_films(films, args, run, learnt):
     numbers of films, and in words what the world model knows of them. Raises UserError when too few
     films are left.
     """
-    if learnt is None and not (args.learn and args.show) and not args.allow_seen:
-        raise UserError(
-            f"nobody can tell which films {args.weights} was trained on: name films that it has "
-            "not seen, by --learn and --show, or take any, by --allow_seen"
-        )
     probes = (run.get("probe") or "").split(",")
     tables = [table for table in (*probes, args.learn, args.show) if table]
-    patients = patients_with(films, [table for table in tables if Path(table).is_file()])
-    is_seen = seen_by(learnt, films, patients)
-    is_usable = ~is_seen | args.allow_seen
-    learn = named(args.learn, films, "val")
-    show = named(args.show, films, "test")
+    patients = common.patients_with(films, [table for table in tables if Path(table).is_file()])
+    is_seen = common.seen_by(learnt, films, patients)
+    is_trusted = learnt is None and args.learn and args.show
+    is_usable = ~is_seen | bool(args.allow_seen or is_trusted)
+    learn = common.named(args.learn, films, "val")
+    show = common.named(args.show, films, "test")
     if args.learn and not args.show:
         show = show[~np.isin(patients[show], patients[learn])]
     order = numpy_rng(RCDM_SHOWN, args.seed).permutation(show[is_usable[show]])
     order = order[np.argsort(is_seen[order], kind="stable")]  # those it has not seen come first
     _, first = np.unique(patients[order], return_index=True)  # one film per patient
-    _, shown, _ = read_whole(films, order[np.sort(first)][: args.films], 1)  # the readable ones
+    first = order[np.sort(first)][: args.films]
+    _, shown, _ = common.read_whole(films, first, 1)  # the readable ones
     taken = show if args.show else shown
     learn = learn[is_usable[learn] & ~np.isin(patients[learn], patients[taken])]
     if len(learn) < args.batch or len(shown) < 2:
         raise UserError(
             f"{len(learn)} films to learn from and {len(shown)} patients to show: --batch "
-            f"{args.batch} and two are the least. Films that the world model was trained on do not "
-            "count: pre-train with a larger --holdout or a --probe table, name other films by "
-            "--learn and --show, or take those, too, by --allow_seen"
+            f"{args.batch} and two are the least. Films that the world model was or may have been "
+            "trained on do not count: pre-train with a larger --holdout or a --probe table, name "
+            "other films by --learn and --show, or take those, too, by --allow_seen"
         )
-    return learn, shown, overlap_words(learnt, is_seen[learn], is_seen[shown])
-
-
-def overlap_words(learnt, is_learn_seen, is_show_seen):
-    """Say in one sentence what the world model knows of the films, for every output."""
-    if learnt is None:
-        return "Nobody can tell whether the world model was trained on these films."
-    if not is_learn_seen.any() and not is_show_seen.any():
-        return "World model, decoder and pictures: three disjoint sets of patients."
-    return (
-        f"The world model was trained on patients of {is_learn_seen.sum()} of the decoder's "
-        f"{len(is_learn_seen)} films and of {is_show_seen.sum()} of the {len(is_show_seen)} shown."
-    )
+    parts = {"to learn from": is_seen[learn], "to show": is_seen[shown]}
+    return learn, shown, common.seen_words(learnt, parts)
 
 
 def recipe_of(args, names):
@@ -535,8 +518,8 @@ def main(argv=None):
     """Train a decoder for the predictions of one world model, then paint held-out films."""
     # ---- 1. Settings: what the user gave, over what the run that made the weights tells.
     args = parse(Config, __doc__, argv, prog="python -m lab.rcdm")
-    args = dataclasses.replace(args, weights=str(find_weights(args.weights)))
-    run = run_of(args.weights)
+    args = dataclasses.replace(args, weights=str(common.find_weights(args.weights)))
+    run = common.run_of(args.weights)
     team = start_team(args.device)
     device = team.device
     args = fill_in(args, run, device)
@@ -544,9 +527,9 @@ def main(argv=None):
     lock(out)
 
     # ---- 2. World model and films: those to learn from, and those to show.
-    world = load_predictions(args.weights).to(device).eval().requires_grad_(False)
+    world = common.load_predictions(args.weights).to(device).eval().requires_grad_(False)
     films = open_films(args.data, out, side=max(320, 2 * args.size), patients=args.patients)
-    learnt = trained_on(args.weights, films)
+    learnt = common.trained_on(args.weights, films)
     train, shown, overlap = choose_films(films, args, run, learnt)
     shape = (world.encoder.image, world.encoder.grid)
     questions = Questions(films, *shape, args, train)

@@ -20,8 +20,8 @@ from lab.probe import (
     judge,
     judge_tables,
     judged_words,
-    lines_of,
     pairs_of,
+    table_of,
 )
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
@@ -161,8 +161,8 @@ def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int
 
 def beside_words(judged: dict, films: int, seconds: float) -> str:
     """The result of `beside` in words. films: those of train and val."""
-    line = (
+    return (
         f"beside the model: linear probes of the {films:,} films of train and val, judged on "
-        f"{judged['films']:,} of test; {judged['patients']:,} patients ({seconds:.0f} s)"
+        f"{judged['films']:,} of test; {judged['patients']:,} patients ({seconds:.0f} s)\n"
+        f"{table_of(judged)}"
     )
-    return "\n".join([line, *lines_of(judged)])

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import augment
 from data import open_films
 from lab import common
+from lab.features import describe
 from model import take
 from plumbing import phantom, pictures
 from plumbing.checkpoint import write_csv
@@ -72,25 +73,24 @@ def main(argv=None):
         words = "reference films"
         usual, read, _ = common.describe_films(watch_these, good, references, size, words)
         require_enough(read, "of the reference films can be read")
-        scores, z = fold(usual, found, rng)
+        scores, p, z = fold(usual, found, rng)
     else:
         require_enough(numbers, "of the films can be read")
-        scores, z = against_itself(found, rng)
+        scores, p, z = against_itself(found, rng)
 
     # ---- 3. Table, result and picture.
     names = [films.names[i] for i in numbers]
-    write_table(Path(args.out) / "surprise.csv", names, scores, unreadable)
-    p = scores["surprise"][2]
-    labels = labels_of(args.table, films, numbers)
+    write_table(Path(args.out) / "surprise.csv", names, p, scores, unreadable)
+    labels = labels_of(args.table, films, numbers) if args.table else None
     result = {
         "films": len(names),
         "unreadable": unreadable,
         "flagged": int((p <= args.alpha).sum()),
         "alpha": args.alpha,
-        "auroc": separation(labels, scores, bool(args.reference)),
+        "auroc": separation(labels, scores) if args.table else {},
     }
     by_kind = labels if result["auroc"] else None
-    shown, titles, columns = choose_shown(names, by_kind, scores["surprise"][1])
+    shown, titles, columns = choose_shown(names, by_kind, scores["surprise"])
     page = films_page(films, numbers[shown], z[shown], p[shown], titles, columns)
     common.finish(args, result, result_words(result, args.out), surprise=page)
 
@@ -146,7 +146,7 @@ def watch(world, images):
     → {whole, swept (B, N), features (B, D), pixels (B, 2)}
     """
     whole, swept = errors(world, images)
-    features = common.pooled(world.target_encoder, images).numpy()
+    features = describe(world.target_encoder, images)["mean"]
     found = {"whole": whole, "swept": swept, "features": features}
     found["pixels"] = pixel_statistics(images)
     return {key: value.astype(float) for key, value in found.items()}
@@ -214,39 +214,30 @@ def judge(fitting, films):
     }
 
 
-def select(found, rows):
-    """Some films of what `watch` found."""
-    return {key: value[rows] for key, value in found.items()}
-
-
 def fold(usual, found, rng):
     """Judge found films by usual ones, half of which fit and half calibrate.
 
-    → {measure: (scores of the calibration films, of the films, p-values)}, z (n, N)
+    → {measure: scores of the films (n,)}, p of their surprise (n,), z (n, N)
     """
     first, second = np.array_split(rng.permutation(len(usual["pixels"])), 2)
-    fitting = select(usual, first)
-    calibration = judge(fitting, select(usual, second))
-    own = judge(fitting, found)
-    scores = {}
-    for name, values in own.items():
-        scores[name] = (calibration[name], values, conformal_p(calibration[name], values))
+    fitting = common.select(usual, first)
+    calibration = judge(fitting, common.select(usual, second))
+    scores = judge(fitting, found)
+    p = conformal_p(calibration["surprise"], scores["surprise"])
     z = [unusual(fitting[key], found[key]) for key in ("whole", "swept")]
-    return scores, np.mean(z, 0)
+    return scores, p, np.mean(z, 0)
 
 
 def against_itself(found, rng):
     """Without reference films, each half of the films judges the other. Returns what fold does."""
     halves = np.array_split(rng.permutation(len(found["pixels"])), 2)
     back = np.argsort(np.concatenate(halves))  # from the order of the halves to that of the films
-    first, first_z = fold(select(found, halves[1]), select(found, halves[0]), rng)
-    second, second_z = fold(select(found, halves[0]), select(found, halves[1]), rng)
-    scores = {}
-    for name in first:
-        pairs = zip(first[name], second[name], strict=True)
-        calibration, own, p = (np.concatenate(pair) for pair in pairs)
-        scores[name] = (calibration, own[back], p[back])
-    return scores, np.concatenate([first_z, second_z])[back]
+    one, other = (common.select(found, half) for half in halves)
+    first, *rest = fold(other, one, rng)
+    second, *more = fold(one, other, rng)
+    scores = {name: np.concatenate([first[name], second[name]])[back] for name in first}
+    p, z = (np.concatenate(pair)[back] for pair in zip(rest, more, strict=True))
+    return scores, p, z
 
 
 # ---------------------------------------------------------------- films and their labels
@@ -294,10 +285,8 @@ def planted_film(seed, i, kind):
 
 def labels_of(table, films, numbers):
     """What the table says of each film: "normal", what is wrong, or "" where nothing is said or it
-    is uncertain; None without a table. → (n,)
+    is uncertain. → (n,)
     """
-    if not table:
-        return None
     sheet = Sheet(table)
     column = sheet.column(LABEL, "label")
     if not column:
@@ -310,67 +299,54 @@ def labels_of(table, films, numbers):
     return np.array(["" if kinds is None else "".join(kinds) or "normal" for kinds in found])
 
 
-def separation(labels, scores, has_reference):
-    """How well each measure tells wrong films from normal ones: AUROC in percent.
+def separation(labels, scores):
+    """How well each measure tells wrong films of each kind, and of all, from the normal ones.
 
-    With labels, each kind of wrong films against the table's normal ones; without, all films
-    against the calibration films. → {measure: {kind: AUROC}}, {} where there is nothing to compare
+    → {measure: {kind: AUROC in percent}}, {} where there is nothing to compare
     """
-    if labels is None and not has_reference:
-        return {}
-    result = {}
-    if labels is None:
-        for measure, (calibration, own, _) in scores.items():
-            is_own = np.r_[np.ones(len(own)), np.zeros(len(calibration))]
-            result[measure] = {"these films": 100 * auroc(np.r_[own, calibration], is_own)}
-        return result
     normal = labels == "normal"
     is_wrong = ~normal & (labels != "")
     if not is_wrong.any() or not normal.any():
         return {}
     kinds = {kind: labels == kind for kind in dict.fromkeys(labels[is_wrong])}
     kinds["all"] = is_wrong
-    for measure, (_, own, _) in scores.items():
+    result = {}
+    for measure, values in scores.items():
         result[measure] = {}
         for kind, mask in kinds.items():
             judged = normal | mask
-            result[measure][kind] = 100 * auroc(own[judged], mask[judged])
+            result[measure][kind] = 100 * auroc(values[judged], mask[judged])
     return result
 
 
 # ---------------------------------------------------------------- table, words and picture
-def write_table(path, names, scores, unreadable):
-    """Write surprise.csv, the least believable film first: all measures, p-values of the surprise
-    and of the other measures; unreadable films at the top.
+def write_table(path, names, p, scores, unreadable):
+    """Write surprise.csv, the least believable film first: p and all measures; unreadable films at
+    the top.
     """
-    keys = list(scores)
-    blanks = [""] * (2 * len(keys) - 1)
+    columns = {"p": p, **scores}
+    blanks = [""] * len(scores)
     rows = [[name, 0, *blanks, f"unreadable: {why}"] for name, why in sorted(unreadable.items())]
-    for i in np.argsort(-scores["surprise"][1], kind="stable"):
-        numbers = [scores["surprise"][2][i]]
-        numbers += [scores[key][1][i] for key in keys]
-        numbers += [scores[key][2][i] for key in keys[1:]]
-        rows.append([names[i], *(f"{v:.4f}" for v in numbers), ""])
-    header = ["film", "p", *keys, *(f"p of {key}" for key in keys[1:]), "note"]
-    write_csv(path, header, rows)
+    for i in np.argsort(-scores["surprise"], kind="stable"):
+        rows.append([names[i], *(f"{values[i]:.4f}" for values in columns.values()), ""])
+    write_csv(path, ["film", *columns, "note"], rows)
 
 
 def result_words(result, out):
     """The result in words. → text"""
     alpha = result["alpha"]
     count = result["films"]
-    lines = [
+    words = (
         f"{count} films: {result['flagged']} with p ≤ {alpha:g}, "
         f"where {alpha * count:.0f} would be by chance; {len(result['unreadable'])} unreadable; "
         f"every film in {out}/surprise.csv"
-    ]
-    if result["auroc"]:
-        kinds = list(result["auroc"]["surprise"])
-        lines.append("AUROC, percent" + " " * 12 + "  ".join(kinds))
-        for measure, row in result["auroc"].items():
-            values = "  ".join(f"{row[kind]:{len(kind)}.1f}" for kind in kinds)
-            lines.append(f"  {measure:24s}{values}")
-    return "\n".join(lines)
+    )
+    if not result["auroc"]:
+        return words
+    rows = [["AUROC, percent", *result["auroc"]["surprise"]]]
+    for measure, kinds in result["auroc"].items():
+        rows.append([measure, *(f"{value:.1f}" for value in kinds.values())])
+    return f"{words}\n{common.columns(rows)}"
 
 
 def choose_shown(names, labels, surprise):

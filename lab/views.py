@@ -11,29 +11,29 @@ import dataclasses
 
 import pretrain
 from data import Views
-from lab.common import Common, evenly, finish, named, open_set, start
+from lab import common
 from plumbing.launch import UserError, flag, run_script
 
 
 @dataclasses.dataclass
-class Config(Common):
+class Config(common.Common):
     films: int = flag(4, "films to show")
     image: int = flag(128, "side of the crops, px")
     patch: int = flag(16, "side of a patch, px")
 
 
 def main(argv=None):
-    args, _ = start(Config, __doc__, "views", argv)
+    args, _ = common.start(Config, __doc__, "views", argv)
     if args.image % args.patch:
         raise UserError(f"--image {args.image} is not a multiple of --patch {args.patch}")
-    films, _ = open_set(args, 20)
-    numbers = evenly(named(args.table, films), args.films)
+    films, _ = common.open_set(args, 20)
+    numbers = common.evenly(common.named(args.table, films), args.films)
     views = Views(films, args.image, args.seed, numbers)
     count = len(numbers)
     recipe = pretrain.Config(image=args.image, patch=args.patch, batch=count, seed=args.seed)
     page = pretrain.draw_views(views, recipe, count)
     result = {"films": count, "image": args.image, "patch": args.patch}
-    finish(args, result, f"{count} films as a training step shows them", views=page)
+    common.finish(args, result, f"{count} films as a training step shows them", views=page)
 
 
 if __name__ == "__main__":

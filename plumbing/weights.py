@@ -61,7 +61,7 @@ ALONE = 0.1  # of all steps, a new predictor learns while the encoders it was gi
 def load_world(path: str | Path) -> CheXWorld:
     """Load a world model with its predictor: a run's last.pt, or the authors' pre-trained file.
 
-    Raises BadCheckpoint, also for a run of lab/ablation.py, which loads its own.
+    Raises BadCheckpoint, also for a run of lab/ablation.py.
     """
     checkpoint = load_checkpoint(path)
     try:
@@ -92,8 +92,8 @@ def make_world(config: dict, path: str | Path) -> CheXWorld:
     switched = [f"{k} {config[k]}" for k, full in FULL_RUN.items() if config.get(k, full) != full]
     if switched:
         raise BadCheckpoint(
-            f"{path}: an ablated run ({', '.join(switched)}); only python -m lab.ablation loads "
-            "it, but its encoder.pt serves all programs"
+            f"{path}: an ablated run ({', '.join(switched)}) of python -m lab.ablation, whose own "
+            "closing table alone judges its predictions; its encoder.pt serves all programs"
         )
     sizes = {k: v for k, v in config.items() if k not in FULL_RUN}
     is_official = sizes.pop("raw_action", False)

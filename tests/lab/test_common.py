@@ -1,4 +1,4 @@
-"""What the analyses share: whole films and pooled features against Pillow and a loop, errors."""
+"""What the analyses share: whole films against Pillow, tables and weights, mistakes of users."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from lab_for_tests import Films, make_here, make_place, noise  # noqa: F401 (fix
 from PIL import Image
 
 from lab import common
-from model import ViT
 from plumbing.launch import UserError
 
 
@@ -29,22 +28,12 @@ def test_read_whole_names_the_unreadable_films():
     images, read, unreadable = common.read_whole(films, np.array([1]), 8)
     assert read.tolist() == [] and images.shape == (0, 1, 8, 8)
     with pytest.raises(UserError, match="none of the films"):
-        common.some_films(Films({"b": None}), None, 1, 8)
+        common.require_readable(read)
 
 
 def test_a_folder_without_weights_is_one_line_that_says_what_to_give(tmp_path):
     with pytest.raises(UserError, match="holds neither last.pt nor encoder.pt: give the folder"):
         common.find_weights(str(tmp_path))
-
-
-def test_pooled_is_the_mean_token_whatever_the_batch():
-    torch.manual_seed(0)
-    vit = ViT(32, 8, 32, 1, 4)
-    images = torch.rand(5, 1, 32, 32)
-    by_hand = torch.stack([sum(vit(image[None])[0, k] for k in range(16)) / 16 for image in images])
-    for batch in (1, 2, 128):
-        out = common.pooled(vit, images, batch)
-        assert torch.allclose(out, by_hand, atol=1e-5) and not out.requires_grad
 
 
 def test_rows_of_a_table_are_those_of_its_test_split(tmp_path):
@@ -74,6 +63,15 @@ def test_a_row_that_fits_two_films_and_rows_that_differ_are_refused(tmp_path):
     assert common.named(table, films).tolist() == [2]
     with pytest.raises(UserError, match="line 3: x/b.png stands twice, and differs"):
         common.rows_of(table, films, said=lambda row: row["label"])
+
+
+def test_columns_stand_below_each_other_and_may_be_missing_at_the_end():
+    rows = [["", "value", "ü"], ["name", "1.0"], ["n", "23.45", "x"]]
+    assert common.columns(rows).splitlines() == [
+        "        value  ü",
+        "  name    1.0",
+        "  n     23.45  x",
+    ]
 
 
 def test_evenly():

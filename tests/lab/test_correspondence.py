@@ -135,7 +135,7 @@ def test_points_that_are_missing_are_refused_and_films_go_by_any_name(tmp_path):
 
 
 def test_correspondence_with_points_and_with_masks(place, here):
-    few = ["--data", "set/films", "--films", 4, "--side", 32]
+    few = ["--data", "set/films", "--films", 4]
     points = ["--table", "set/phantoms.csv", "--references", 2, "--image", 96, "--out", "c"]
     good(place, "correspondence", *few, *points)
     result = json.loads((place / "c" / "result.json").read_text())

@@ -119,8 +119,7 @@ def test_a_bright_place_is_avoided():
 def found_of(x, y):
     """What collect finds, when block and spot have these features with and without letter."""
     features = np.stack([x, x], 1)[:, :, None].repeat(2, 2)
-    film = np.arange(len(x))
-    return dict(prediction=features, target=features, place=x, present=y, letter=y, film=film)
+    return dict(prediction=features, target=features, place=x, present=y, letter=y)
 
 
 def test_features_that_hold_the_letter_are_found_and_others_are_not():
@@ -132,14 +131,14 @@ def test_features_that_hold_the_letter_are_found_and_others_are_not():
         y = rng.integers(0, 2, count).astype(float)
         told = found_of(rng.normal(size=(count, 20)), y)
         told["target"] = told["target"] + y[:, None, None, None] * 8
-        draws.append(told)
-    result = markers.judge(draws, patients, 0)
+        draws.append(told | {"patient": patients, "setting": np.full(count, "half")})
+    result = markers.judge(draws, "half", 0)
     for question in markers.QUESTIONS:
         for pool in markers.POOLS:
-            ceiling = result[question][pool]["target"]
-            assert ceiling["auroc"] > 99.9 and ceiling["low"] > 99.5
+            ceiling = result[f"target {pool}"][question]
+            assert ceiling["percent"] > 99.9 and ceiling["low"] > 99.5
             for kind in ("prediction", "clean", "place"):
-                floor = result[question][pool][kind]
+                floor = result[f"{kind} {pool}"][question]
                 assert floor["low"] < 50 < floor["high"], floor
                 assert 2 < floor["high"] - floor["low"] < 20
                 assert len(floor["seeds"]) == 3
@@ -164,7 +163,9 @@ def test_the_interval_is_a_bootstrap_over_patients():
     got = markers.interval(answers)
     assert np.allclose([got["low"], got["high"]], np.percentile(values, [2.5, 97.5]), atol=1)
     expected = [100 * roc_auc_score(labels, scores) for scores, labels, _ in answers]
-    assert np.allclose(got["seeds"], expected) and got["auroc"] == pytest.approx(np.mean(expected))
+    assert np.allclose(got["seeds"], expected) and got["percent"] == pytest.approx(
+        np.mean(expected)
+    )
 
 
 def test_probe_and_judgement_share_no_patient(monkeypatch):
@@ -188,16 +189,15 @@ def test_the_program_proves_that_nothing_leaks(place, here, capsys):
     here("markers", "--weights", "runs/tiny", "--films", 40, "--seeds", 2, "--draws", 1)
     result = json.loads((place / "runs" / "markers" / "result.json").read_text())
     assert result["largest_change_of_a_hidden_prediction"] == 0
-    hidden = result["auroc"]["hidden"]
-    for question in markers.QUESTIONS:
-        for pool in markers.POOLS:
-            assert hidden[question][pool]["prediction"] == hidden[question][pool]["clean"]
-            kinds = hidden[question][pool]
-            assert set(kinds) == set(markers.KINDS) and len(kinds["target"]["seeds"]) == 2
-    assert result["overlap"] == "The world model was trained on none of these patients."
+    hidden = result["settings"]["hidden"]
+    assert len(hidden) == len(markers.KINDS) * len(markers.POOLS)
+    for pool in markers.POOLS:
+        assert hidden[f"prediction {pool}"] == hidden[f"clean {pool}"]
+        assert len(hidden[f"target {pool}"]["letter"]["seeds"]) == 2
+    assert result["overlap"].endswith(f": 0 of {result['films']} to ask about")
     assert result["films"] >= 20 and result["patients"] <= result["films"]
     words = capsys.readouterr().out
-    assert "place alone" in words and result["overlap"] in words
+    assert "place alone (spot)" in words and result["overlap"] in words
     page = Image.open(place / "runs" / "markers" / "examples.png")
     assert page.width > 4 * markers.SHOWN and page.height > 3 * markers.SHOWN
 
@@ -207,7 +207,7 @@ def test_features_are_those_of_the_model_asked_by_hand(place):
     film = dark(5)
     for setting in markers.SETTINGS:
         where = markers.draw(setting, film, IMAGE, GRID, 0.2, 0, 1)
-        found = markers.describe(world, [film], [where], "cpu")
+        found = markers.describe(world, [film], [where])
         for k, version in enumerate((film, markers.burn(film, where))):
             views = [markers.augment.crop(version, box, IMAGE) for box in where.boxes]
             x, y = (torch.tensor(view)[None, None] / 255 for view in views)
@@ -229,8 +229,8 @@ def test_features_are_those_of_the_model_asked_by_hand(place):
     "words, says",
     [
         (["--letter", "0.4"], "--letter 0.4"),
-        (["--data", "set/films"], "nobody can tell.*--allow_seen"),
-        (["--data", "set/films", "--allow_seen", "--films", "9"], "at least|are the least"),
+        (["--data", "set/films"], "0 patients .* 20 are the least.*--allow_seen"),
+        (["--data", "set/films", "--allow_seen", "--films", "9"], "9 patients .* are the least"),
     ],
 )
 def test_mistakes_are_said_in_one_line(here, words, says):

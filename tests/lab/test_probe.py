@@ -131,8 +131,8 @@ def test_how_many_films_the_encoder_saw_is_said(tmp_path):
     labels = make_labels(tmp_path, lines)
     learnt = {"b2.png", "c.png"}, {"q", "r"}
     words = probe.seen_words(learnt, labels, films)
-    assert words.endswith("0 of 1 films of test, 2 of 3 films of train and val")
-    assert "have been seen" in probe.seen_words(None, labels, films)
+    assert words.endswith(": 0 of 1 of test, 2 of 3 of train and val")
+    assert "nobody can tell" in probe.seen_words(None, labels, films)
     assert probe.films_seen(tmp_path / "vit.pth", films, "folder") is None
     assert probe.films_seen(tmp_path / "vit.pth", films, None) == (set(), set())
 
@@ -144,7 +144,7 @@ def test_the_program_judges_on_several_tables(place):
     tables = "set/phantoms.csv,again.csv"
     flags = ("--weights", "runs/tiny/encoder.pt", "--data", "set/films", "--table", tables)
     words = good(place, "probe", *flags, "--out", "judged")
-    assert "have been seen, unlabelled" in words  # this run has no config.json
+    assert "nobody can tell" in words  # this run has no config.json
     result = json.loads((place / "judged" / "result.json").read_text())
     one, other = result["tables"].values()
     assert one == other and one["test"]["values"].keys() == one["all"]["values"].keys()
