@@ -80,7 +80,6 @@ class Config:
     size: int = flag(None, "side of what is painted, px [64 on a CPU, 128 on a GPU]")
     channels: int = flag(32, "width of the U-Net's first level")
     steps: int = flag(None, "steps; sets the schedules [1200 on a CPU, 40000 on a GPU]")
-    max_steps: int = flag(None, "stop early after this many steps, without changing the schedules")
     batch: int = flag(None, "films per step [local 8, global 32; four times that on a GPU]")
     lr: float = flag(1e-3, "peak learning rate")
     films: int = flag(24, "patients to show, one film each, at least two")
@@ -547,21 +546,20 @@ def main(argv=None):
     parts = {"decoder": decoder, "averaged": averaged, "optimizer": optimizer}
     saved = resume(out / "last.pt", recipe, parts)
     start = saved["step"] if saved else 0
-    end = min(args.steps, args.max_steps or args.steps)
     write_json(out / "config.json", dataclasses.asdict(args))
     parameters = sum(p.numel() for p in decoder.parameters()) / 1e6
     print(
         f"world {args.weights}, films {args.data}: {len(train)} to learn from, "
         f"{len(shown)} to show; {args.mode}, {args.size}² px, U-Net of {parameters:.1f} M "
-        f"parameters; steps {start} to {end} of {args.steps} on {device}; run in {out}\n{overlap}",
+        f"parameters; steps {start} to {args.steps} on {device}; run in {out}\n{overlap}",
         flush=True,
     )
 
     # ---- 5. Train.
     log = Log(out / "log.csv", ["step", "images", "loss", "lr"], start)
-    order = Batches(len(train), args.batch, args.batch, 0, 1, args.seed, start, end)
+    order = Batches(len(train), args.batch, args.batch, 0, 1, args.seed, start, args.steps)
     loader = Loader(questions, batch_sampler=order, num_workers=args.workers)
-    bar = tqdm(loader, total=max(start, end), initial=start, unit="step")
+    bar = tqdm(loader, total=args.steps, initial=start, unit="step")
     warmup = max(1, args.steps // 50)
     losses = []
     with StopRequest() as stop:
@@ -571,14 +569,14 @@ def main(argv=None):
             losses.append(train_step(world, decoder, optimizer, item, step, args, device))
             averaged.update_parameters(decoder)
             done = step + 1
-            if done % args.log_every == 0 or done == end:
+            if done % args.log_every == 0 or done == args.steps:
                 mean = torch.stack(losses).mean().item()
                 losses = []
                 refuse_infinite(mean, done)
                 images = done * item["crops"].shape[:2].numel()
                 log.row(step=done, images=images, loss=mean, lr=lr)
                 bar.set_postfix_str(f"loss {mean:.4f}")
-            if done % args.save_every == 0 or done == end or stop.requested:
+            if done % args.save_every == 0 or done == args.steps or stop.requested:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 save_atomic(state | {"recipe": recipe, "step": done}, out / "last.pt")
             if stop.requested:
@@ -590,7 +588,7 @@ def main(argv=None):
     result = {
         "mode": args.mode,
         "size": args.size,
-        "steps": max(start, end),
+        "steps": args.steps,
         "films": len(shown),
         "shown": [films.names[i] for i in shown],
         "learnt_from": len(train),

@@ -194,46 +194,6 @@ def test_a_model_that_says_the_same_of_everything_scores_chance():
         assert part["no_action"] == pytest.approx(part["random"])
 
 
-class Perfect(torch.nn.Module):
-    """A world whose prediction is the truth, hidden patches and domain included: the features are
-    the un-augmented grey values, looked up."""
-
-    def __init__(self, grid=4):
-        super().__init__()
-        self.grid = grid
-        self.own_coords = torch.zeros(grid**2, 2)
-        self.anchor = torch.nn.Parameter(torch.zeros(1))
-        self.told = None
-
-    def encoder(self, images):
-        return images
-
-    def targets(self, images):
-        p = images.shape[-1] // self.grid
-        return images.unfold(2, p, p).unfold(3, p, p).reshape(len(images), self.grid**2, -1)
-
-    def predictor(self, h, context_coords, target_coords, action):
-        return self.targets(self.told)
-
-
-def test_a_perfect_world_recalls_everything_and_one_blind_to_the_film_nothing(monkeypatch):
-    world = Perfect()
-    images = torch.rand(2, 1, 16, 16)
-
-    make = domain.change
-
-    def remember(image, candidates):
-        world.told = make(image, candidates)
-        return world.told
-
-    monkeypatch.setattr(domain, "change", remember)
-    perfect = domain.domain_test(world, images)
-    assert perfect["action"]["recall@1"] > 99 and perfect["random"]["recall@1"] == 100 / 64
-    monkeypatch.setattr(world, "predictor", lambda h, *_: torch.zeros(len(h), 16, 16))
-    blind = domain.domain_test(world, images)
-    assert blind["action"]["recall@5"] < 30 and blind["action"] == blind["no_action"]
-
-
 # ---------------------------------------------------------------- as a user runs it
 @pytest.mark.slow
 def test_domain(place):

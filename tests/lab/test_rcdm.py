@@ -307,25 +307,6 @@ def run(folder, out, *more):
 
 
 @pytest.mark.slow
-def test_three_steps_and_three_more_are_six(folder, tmp_path):
-    one = tmp_path / "one"
-    two = tmp_path / "two"
-    result = run(folder, one, "--mode", "global")
-    run(folder, two, "--mode", "global", "--max_steps", 3)
-    halfway = torch.load(two / "last.pt", weights_only=True)
-    assert halfway["step"] == 3
-    assert result == run(folder, two, "--mode", "global")
-    first, second = (torch.load(out / "last.pt", weights_only=True) for out in (one, two))
-    for part in ("decoder", "averaged"):
-        assert all(torch.equal(v, second[part][k]) for k, v in first[part].items())
-        assert any(not torch.equal(v, halfway[part][k]) for k, v in first[part].items())
-    assert (one / "log.csv").read_text() == (two / "log.csv").read_text()
-    assert (one / "result.json").read_text() == (two / "result.json").read_text()
-    with pytest.raises(launch.UserError, match="another recipe.*channels 4 → 8"):
-        run(folder, one, "--mode", "global", "--channels", 8)
-
-
-@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(folder, tmp_path, monkeypatch):
     def train_step(*words):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -333,13 +314,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, tmp_path, monkeypat
 
     really_train = rcdm.train_step
     monkeypatch.setattr(rcdm, "train_step", train_step)
+    stopped = tmp_path / "stopped"
+    whole = tmp_path / "whole"
     with pytest.raises(SystemExit) as end:
-        run(folder, tmp_path / "stopped", "--mode", "global")
+        run(folder, stopped, "--mode", "global")
     assert end.value.code == 0
-    assert torch.load(tmp_path / "stopped" / "last.pt", weights_only=True)["step"] == 1
+    halfway = torch.load(stopped / "last.pt", weights_only=True)
+    assert halfway["step"] == 1
     monkeypatch.undo()
-    result = run(folder, tmp_path / "stopped", "--mode", "global")
-    assert result == run(folder, tmp_path / "whole", "--mode", "global")
+    assert run(folder, stopped, "--mode", "global") == run(folder, whole, "--mode", "global")
+    first, second = (torch.load(out / "last.pt", weights_only=True) for out in (whole, stopped))
+    for part in ("decoder", "averaged"):
+        assert all(torch.equal(v, second[part][k]) for k, v in first[part].items())
+        assert any(not torch.equal(v, halfway[part][k]) for k, v in first[part].items())
+    for file in ("log.csv", "result.json"):
+        assert (whole / file).read_text() == (stopped / file).read_text()
+    with pytest.raises(launch.UserError, match="another recipe.*channels 4 → 8"):
+        run(folder, whole, "--mode", "global", "--channels", 8)
 
 
 @pytest.mark.slow
@@ -497,7 +488,7 @@ def test_world_decoder_and_pictures_share_no_patient(many, runs, tmp_path, way):
     out = tmp_path / "rcdm"
     words = ["--weights", str(run_weights), "--out", str(out), *SMALL, "--batch", "1", *more]
     with reading() as read:
-        rcdm.main([*words, "--steps", "200", "--max_steps", "9"])
+        rcdm.main([*words, "--steps", "9"])
     result = json.loads((out / "result.json").read_text())
     rows = table_of(many)
 
@@ -518,7 +509,7 @@ def test_world_decoder_and_pictures_share_no_patient(many, runs, tmp_path, way):
 def test_too_few_films_left_out_is_said_and_can_be_overruled(many, runs, tmp_path, capsys):
     run_weights, learnt = runs["patients"]
     words = ["--weights", str(run_weights), "--out", str(tmp_path / "rcdm"), *SMALL]
-    words += ["--max_steps", "2", "--batch", "16"]
+    words += ["--batch", "16"]
     with pytest.raises(launch.UserError, match="--holdout.*--learn.*--allow_seen") as error:
         rcdm.main(words)
     assert "\n" not in str(error.value)
