@@ -29,16 +29,7 @@ import torch
 import pretrain
 from lab.domain import GRID
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
-from plumbing import launch, phantom, pictures
-from plumbing.checkpoint import (
-    digest,
-    lock,
-    read_json,
-    read_log,
-    refuse_other_recipe,
-    write_json,
-    write_text,
-)
+from plumbing import checkpoint, launch, phantom, pictures
 from plumbing.launch import UserError, flag, parse, run_script
 from plumbing.own_table import refuse_twins
 from plumbing.weights import load_encoder
@@ -207,8 +198,8 @@ def keep_recipe(path: Path, recipe: dict) -> None:
     """Write down what all runs of a grid rest on. UserError when the folder holds another grid."""
     recipe = {key: str(value) for key, value in recipe.items()}
     if path.is_file():
-        refuse_other_recipe(path.parent, read_json(path), recipe)
-    write_json(path, recipe)
+        checkpoint.refuse_other_recipe(path.parent, checkpoint.read_json(path), recipe)
+    checkpoint.write_json(path, recipe)
 
 
 def finetune_command(data, table, out, flags) -> list[str]:
@@ -305,7 +296,7 @@ def stand_in(config: Config, seed: int) -> Path:
 
 def is_pretrained(config: Config, path: Path) -> bool:
     """Whether a pre-training run has finished and has probed every table."""
-    probed = read_json(path / "result.json").get("probe")
+    probed = checkpoint.read_json(path / "result.json").get("probe")
     return probed is not None and all(Path(table).stem in probed for table in tables_of(config))
 
 
@@ -316,7 +307,7 @@ def table3_runs(config: Config) -> Iterable[Run]:
             yield pretraining(config, row, seed)
             encoder = folder(config, row, seed) / "encoder.pt"
             yield from finetunings(config, row, seed, ["--weights", encoder])
-        recipe = read_json(stand_in(config, seed) / "config.json")
+        recipe = checkpoint.read_json(stand_in(config, seed) / "config.json")
         scratch = ["--weights", "none", "--size", recipe["size"]]
         scratch += ["--image", recipe["image"], "--patch", recipe["patch"]]
         yield from finetunings(config, SCRATCH, seed, scratch)
@@ -357,17 +348,19 @@ def read_numbers(config: Config, row: str, seed: int) -> dict[str, float]:
     source = folder(config, row, seed) if has_run else stand_in(config, seed)
     if not is_pretrained(config, source):
         return {}
-    result = read_json(source / "result.json")
+    result = checkpoint.read_json(source / "result.json")
     way = "pre-trained" if has_run else row
     numbers = {f"probe {table}": scores[way] for table, scores in result["probe"].items()}
     for table in map(Path, tables_of(config)):
-        tuned = read_json(folder(config, row, seed) / f"finetune_{table.stem}" / "result.json")
+        tuned = checkpoint.read_json(
+            folder(config, row, seed) / f"finetune_{table.stem}" / "result.json"
+        )
         if tuned:
             numbers[f"{config.fraction:.0%} {table.stem}"] = tuned["mean"]
     if result["domain"] and row != PIXELS:
         way = domain_row(source) if has_run else "random"
         numbers["Recall@5"] = result["domain"][way]["recall@5"]
-    log = read_log(source / "log.csv")
+    log = checkpoint.read_log(source / "log.csv")
     if has_run and log:
         numbers["RankMe"] = float(log[-1]["rankme"])
     return numbers
@@ -378,7 +371,7 @@ def domain_row(source: Path) -> str:
 
     Its policy network took the identity for zeros all along.
     """
-    recipe = read_json(source / "config.json")
+    recipe = checkpoint.read_json(source / "config.json")
     is_told = "domain" in recipe["tasks"] and not recipe["no_action"]
     return "action" if is_told else "no_action"
 
@@ -405,8 +398,8 @@ def write_table3(config: Config) -> str:
         paper = f"{PAPER[row]:.1f}" if row in PAPER else "–"
         lines.append([row, *shown, str(len(numbers[row])), paper])
     words = f"{markdown(lines)}\n\nRecall@5: domain sensitivity test, candidates {GRID}"
-    write_text(Path(config.out) / "table.md", words + "\n")
-    write_json(Path(config.out) / "result.json", result)
+    checkpoint.write_text(Path(config.out) / "table.md", words + "\n")
+    checkpoint.write_json(Path(config.out) / "result.json", result)
     return words
 
 
@@ -415,7 +408,7 @@ def table3(config: Config) -> None:
     rows_of(config)
     if not 0 <= config.fraction <= 1:
         raise UserError(f"--fraction {config.fraction}: a share from 0 to 1 is wanted")
-    lock(config.out)
+    checkpoint.lock(config.out)
     if not config.data:
         made = Path(config.out) / "phantoms"
         if not (made / "phantoms.csv").is_file():
@@ -533,14 +526,16 @@ def compare_runs(config: CompareConfig, row: str, column: Column) -> Iterable[Ru
         command = finetune_command(config.data, column.table, out, [*films, *seed, *more])
 
         def is_finished(out=out, seeds=seeds):
-            return len(read_json(out / "result.json").get("seeds", [])) >= seeds
+            return len(checkpoint.read_json(out / "result.json").get("seeds", [])) >= seeds
 
         yield Run(f"{column.words}, {row}", command, is_finished)
 
 
 def read_cell(config: CompareConfig, row: str, column: Column) -> dict | None:
     """Mean, deviation and value of every seed of a cell, None while nothing of it is finished."""
-    results = [read_json(out / "result.json") for out in compare_folders(config, row, column)]
+    results = [
+        checkpoint.read_json(out / "result.json") for out in compare_folders(config, row, column)
+    ]
     results = [result for result in results if result]
     values = [value for result in results for value in result["seeds"]]
     if not values or None in values:
@@ -562,7 +557,7 @@ def write_comparison(config: CompareConfig, rows: list[str]) -> str:
             titles[column] = f"{Path(column.table).stem} {cell['metric']}, {films}"
     lines = [[row, *(cell_text(cell) for cell in cells[row].values())] for row in rows]
     words = markdown([["", *titles.values()], *lines])
-    write_text(Path(config.out) / "table.md", words + "\n")
+    checkpoint.write_text(Path(config.out) / "table.md", words + "\n")
     if config.shots:
         charts = [draw_curve(table, cells) for table in config.tables.split(",")]
         pictures.save_or_warn(pictures.stack(charts), Path(config.out) / "curve.png")
@@ -598,8 +593,8 @@ def compare(config: CompareConfig) -> None:
     for column in compare_columns(config):
         for row in rows:
             runs += compare_runs(config, row, column)
-    lock(config.out)
-    recipe = {"weights": digest(Path(config.weights).read_bytes()), "data": config.data}
+    checkpoint.lock(config.out)
+    recipe = {"weights": checkpoint.digest(Path(config.weights).read_bytes()), "data": config.data}
     if config.finetune:
         recipe["finetune"] = config.finetune
     keep_recipe(Path(config.out) / "compare.json", recipe)

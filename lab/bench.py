@@ -10,6 +10,7 @@ The films are made up: nothing is downloaded. The tables go to the screen, nothi
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import statistics
@@ -330,30 +331,25 @@ def encoder_rows(bench):
 
 def attention_rows(bench):
     """model.attend against the way it does not take, on the shape of the target encoder."""
-    for precision in dict.fromkeys(("float32", bench.config.precision)):
-        attention_row(bench, precision)
-
-
-def attention_row(bench, precision):
-    """The same in one precision, forward and backward pass."""
     config = bench.config
     shape = SIZES[config.size]
     tokens = (config.image // config.patch) ** 2
     size = (2 * config.batch, shape["heads"], tokens, shape["dim"] // shape["heads"])
-    options = dict(device=bench.device, dtype=getattr(torch, precision), requires_grad=True)
-    qkv = [torch.randn(size, **options) for _ in range(3)]
 
     def plain(q, k, v):
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
 
-    def both_passes(attention):
+    def both_passes(attention, qkv):
         attention(*qkv).sum().backward()
 
-    is_fused = bench.is_gpu or precision == "float32"  # as model.attend decides
-    other = plain if is_fused else F.scaled_dot_product_attention
-    way = "plain → fused" if is_fused else "fused → plain"
-    name = f"attention in {precision}, both passes: {way}"
-    bench.time_row(name, lambda: both_passes(other), lambda: both_passes(attend))
+    for precision in dict.fromkeys(("float32", config.precision)):
+        options = dict(device=bench.device, dtype=getattr(torch, precision), requires_grad=True)
+        qkv = [torch.randn(size, **options) for _ in range(3)]
+        is_fused = bench.is_gpu or precision == "float32"  # as model.attend decides
+        other = plain if is_fused else F.scaled_dot_product_attention
+        way = "plain → fused" if is_fused else "fused → plain"
+        ways = [functools.partial(both_passes, attention, qkv) for attention in (other, attend)]
+        bench.time_row(f"attention in {precision}, both passes: {way}", *ways)
 
 
 def step_row(bench, name, config, off, on):

@@ -17,16 +17,7 @@ from tqdm import tqdm
 import augment
 from data import open_films
 from model import CheXWorld
-from plumbing import phantom, pictures
-from plumbing.checkpoint import (
-    BadCheckpoint,
-    digest_of_names,
-    load_checkpoint,
-    newest_run,
-    read_json,
-    weights_in,
-    write_json,
-)
+from plumbing import checkpoint, phantom, pictures
 from plumbing.film import UnreadableFilm
 from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
@@ -65,7 +56,7 @@ def finish(args, result, words, **pages):
     out = Path(args.out)
     for name, page in pages.items():
         pictures.save(page, out / f"{name}.png")
-    write_json(out / "result.json", result)
+    checkpoint.write_json(out / "result.json", result)
     files = [f"{out}/{name}.png" for name in pages] + [f"numbers {out}/result.json"]
     print(words)
     print(", ".join(files))
@@ -93,10 +84,10 @@ def find_weights(weights: str | None) -> Path:
 
     Of a run, last.pt goes before encoder.pt.
     """
-    newest = None if weights else newest_run()
+    newest = None if weights else checkpoint.newest_run()
     if not weights and newest is None:
         raise UserError("no pre-training run in runs/: run pretrain.py, or give --weights FILE")
-    path = weights_in(weights or newest.parent)
+    path = checkpoint.weights_in(weights or newest.parent)
     print(f"weights {path}", flush=True)
     return path
 
@@ -105,7 +96,7 @@ def load_predictions(path) -> CheXWorld:
     """Load a world model whose predictions of features are asked for. Raises BadCheckpoint."""
     world = load_world(path)
     if world.pixels == 1:
-        raise BadCheckpoint(
+        raise checkpoint.BadCheckpoint(
             f"{path}: trained with --pixels 1, so it never learnt to predict features; its encoder "
             "serves finetune.py, lab.features, lab.health and lab.correspondence"
         )
@@ -216,7 +207,7 @@ def patients_with(films, tables):
 
 def run_of(weights):
     """The settings of the run that made the weights, from config.json beside them; {} without."""
-    run = read_json(Path(weights).parent / "config.json")
+    run = checkpoint.read_json(Path(weights).parent / "config.json")
     if not (run.get("out") and run.get("data")):  # of another program
         return {}
     phantoms = Path(run["out"]) / "phantoms"
@@ -233,7 +224,7 @@ def trained_on(weights, films):
     as of a run with --weights: nobody knows what these had seen.
     """
     run = run_of(weights)
-    recipe = load_checkpoint(weights).get("recipe", {})
+    recipe = checkpoint.load_checkpoint(weights).get("recipe", {})
     if "weights" in recipe:
         return None
     for data in dict.fromkeys((str(films.root), run["data"])) if run else ():
@@ -246,7 +237,7 @@ def trained_on(weights, films):
         except UserError:  # films or tables have gone
             continue
         names = [own.names[i] for i in train]
-        if digest_of_names(names) == recipe.get("names"):
+        if checkpoint.digest_of_names(names) == recipe.get("names"):
             patients = np.array(patients_of(own, tables, located))
             return set(names), set(patients[train].tolist())
     return None

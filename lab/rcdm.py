@@ -35,17 +35,7 @@ from data import Batches, Views, open_films
 from lab import common
 from masks import TRIES, blocks, sample_masks
 from model import take
-from plumbing import pictures
-from plumbing.checkpoint import (
-    Log,
-    StopRequest,
-    digest,
-    digest_of_names,
-    lock,
-    resume,
-    save_atomic,
-    write_json,
-)
+from plumbing import checkpoint, pictures
 from plumbing.keys import RCDM_NOISE, RCDM_PAINT, RCDM_PLACE, RCDM_SHOWN, numpy_rng, torch_generator
 from plumbing.launch import (
     Loader,
@@ -484,8 +474,8 @@ def choose_films(films, args, run, learnt):
 def recipe_of(args, names):
     """Name all that must stay when a run goes on: settings, world model and films to learn from."""
     recipe = {name: getattr(args, name) for name in RECIPE}
-    world = digest(Path(args.weights).read_bytes())
-    return recipe | {"world": world, "names": digest_of_names(names)}
+    world = checkpoint.digest(Path(args.weights).read_bytes())
+    return recipe | {"world": world, "names": checkpoint.digest_of_names(names)}
 
 
 def train_step(world, decoder, optimizer, item, step, args, device):
@@ -523,7 +513,7 @@ def main(argv=None):
     device = team.device
     args = fill_in(args, run, device)
     out = Path(args.out)
-    lock(out)
+    checkpoint.lock(out)
 
     # ---- 2. World model and films: those to learn from, and those to show.
     world = common.load_predictions(args.weights).to(device).eval().requires_grad_(False)
@@ -544,9 +534,9 @@ def main(argv=None):
     # ---- 4. Go on where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train])
     parts = {"decoder": decoder, "averaged": averaged, "optimizer": optimizer}
-    saved = resume(out / "last.pt", recipe, parts)
+    saved = checkpoint.resume(out / "last.pt", recipe, parts)
     start = saved["step"] if saved else 0
-    write_json(out / "config.json", dataclasses.asdict(args))
+    checkpoint.write_json(out / "config.json", dataclasses.asdict(args))
     parameters = sum(p.numel() for p in decoder.parameters()) / 1e6
     print(
         f"world {args.weights}, films {args.data}: {len(train)} to learn from, "
@@ -556,13 +546,13 @@ def main(argv=None):
     )
 
     # ---- 5. Train.
-    log = Log(out / "log.csv", ["step", "images", "loss", "lr"], start)
+    log = checkpoint.Log(out / "log.csv", ["step", "images", "loss", "lr"], start)
     order = Batches(len(train), args.batch, args.batch, 0, 1, args.seed, start, args.steps)
     loader = Loader(questions, batch_sampler=order, num_workers=args.workers)
     bar = tqdm(loader, total=args.steps, initial=start, unit="step")
     warmup = max(1, args.steps // 50)
     losses = []
-    with StopRequest() as stop:
+    with checkpoint.StopRequest() as stop:
         for step, item in enumerate(bar, start):
             lr = warmup_cosine(step, args.steps, warmup, args.lr, 0.0)
             optimizer.param_groups[0]["lr"] = lr
@@ -578,7 +568,7 @@ def main(argv=None):
                 bar.set_postfix_str(f"loss {mean:.4f}")
             if done % args.save_every == 0 or done == args.steps or stop.requested:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                save_atomic(state | {"recipe": recipe, "step": done}, out / "last.pt")
+                checkpoint.save_atomic(state | {"recipe": recipe, "step": done}, out / "last.pt")
             if stop.requested:
                 break
     if stop.requested:
@@ -595,7 +585,7 @@ def main(argv=None):
         "overlap": overlap,
         "paintings": measure(world, averaged, held_out, args, overlap, device),
     }
-    write_json(out / "result.json", result)
+    checkpoint.write_json(out / "result.json", result)
     print(json.dumps(result, indent=1), f"pictures and numbers: {out}", sep="\n")
     team.leave()
 

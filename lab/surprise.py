@@ -146,9 +146,13 @@ def watch(world, images):
     → {whole, swept (B, N), features (B, D), pixels (B, 2)}
     """
     whole, swept = errors(world, images)
-    features = describe(world.target_encoder, images)["mean"]
-    found = {"whole": whole, "swept": swept, "features": features}
-    found["pixels"] = pixel_statistics(images)
+    flat = images.flatten(1).double()
+    found = {
+        "whole": whole,
+        "swept": swept,
+        "features": describe(world.target_encoder, images)["mean"],
+        "pixels": torch.stack([flat.mean(1), flat.std(1)], 1).numpy(),  # the simplest description
+    }
     return {key: value.astype(float) for key, value in found.items()}
 
 
@@ -180,12 +184,6 @@ def knn_distance(fitting, features, k=5):
     asked = torch.tensor((features - mean) / std)
     distances = torch.cdist(asked, near).topk(min(k, len(near)), largest=False).values
     return distances.mean(1).numpy()
-
-
-def pixel_statistics(images):
-    """The simplest description: mean and deviation of the grey values. (n, 1, H, W) → (n, 2)"""
-    flat = images.flatten(1).double()
-    return torch.stack([flat.mean(1), flat.std(1)], 1).numpy()
 
 
 def mahalanobis(fitting, values):
