@@ -352,9 +352,8 @@ def read_numbers(config: Config, row: str, seed: int) -> dict[str, float]:
     way = "pre-trained" if has_run else row
     numbers = {f"probe {table}": scores[way] for table, scores in result["probe"].items()}
     for table in map(Path, tables_of(config)):
-        tuned = checkpoint.read_json(
-            folder(config, row, seed) / f"finetune_{table.stem}" / "result.json"
-        )
+        here = folder(config, row, seed) / f"finetune_{table.stem}"
+        tuned = checkpoint.read_json(here / "result.json")
         if tuned:
             numbers[f"{config.fraction:.0%} {table.stem}"] = tuned["mean"]
     if result["domain"] and row != PIXELS:
@@ -533,10 +532,9 @@ def compare_runs(config: CompareConfig, row: str, column: Column) -> Iterable[Ru
 
 def read_cell(config: CompareConfig, row: str, column: Column) -> dict | None:
     """Mean, deviation and value of every seed of a cell, None while nothing of it is finished."""
-    results = [
-        checkpoint.read_json(out / "result.json") for out in compare_folders(config, row, column)
-    ]
-    results = [result for result in results if result]
+    folders = compare_folders(config, row, column)
+    results = [checkpoint.read_json(out / "result.json") for out in folders]
+    results = list(filter(None, results))
     values = [value for result in results for value in result["seeds"]]
     if not values or None in values:
         return None
