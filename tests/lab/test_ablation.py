@@ -100,13 +100,6 @@ def test_table_3_is_of_the_papers_recipe_and_of_features_alone(monkeypatch, word
 
 
 @pytest.mark.slow
-def test_a_wrong_row_ends_the_command_with_one_line(place):
-    refused = run(place, "ablation", "--rows", "locale", "--out", "x")
-    assert refused.returncode == 1 and "any of" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches, terms",
     [

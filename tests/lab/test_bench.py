@@ -31,10 +31,10 @@ def rows_printed(capsys):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-def run(words, ok=True):
+def run(words):
     command = [sys.executable, "-m", *words.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
@@ -176,9 +176,3 @@ def test_errors_are_one_line(words, says):
     with pytest.raises(launch.UserError, match=says) as error:
         bench.main(words.split())
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.slow
-def test_an_error_ends_the_command_with_one_line():
-    done = run("lab.bench stepp", ok=False)
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -111,7 +111,6 @@ def test_landmarks_of_a_mask():
 
 
 # ---------------------------------------------------------------- as a user runs it
-@pytest.mark.slow
 class Grey(list):
     """Two grey films."""
 
@@ -134,6 +133,7 @@ def test_points_that_are_missing_are_refused_and_films_go_by_any_name(tmp_path):
             correspondence.read_landmarks(table, films, 2)
 
 
+@pytest.mark.slow
 def test_correspondence_with_points_and_with_masks(place, here):
     few = ["--data", "set/films", "--films", 4]
     points = ["--table", "set/phantoms.csv", "--references", 2, "--image", 96, "--out", "c"]
