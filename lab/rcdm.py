@@ -362,7 +362,7 @@ def squared_error(item, painted):
 
 def measure(world, averaged, questions, args, footnote, device):
     """Paint films from the right prediction, from wrong ones, and from the truth's own features;
-    write samples.png. → {name: numbers}
+    → {name: numbers}, the picture of four films
     """
     count = len(questions)
     item = default_collate([questions[0, i] for i in range(count)])
@@ -386,14 +386,13 @@ def measure(world, averaged, questions, args, footnote, device):
     samples = [f"sample {s + 1}" for s in range(args.samples)]
     versions = [version for some in paintings.values() for version in some]
     titles = ["target", *samples, *list(paintings)[1:]]
-    pictures.save(picture(questions, versions, titles, footnote), Path(args.out) / "samples.png")
     table = {}
     for name, error in errors.items():
         table[name] = {
             "pixel_error": {"mean": float(error.mean()), "std": float(error.std())},
             "prediction_closer_percent": 100 * float((errors["prediction"] < error).mean()),
         }
-    return table
+    return table, picture(questions, versions, titles, footnote)
 
 
 def picture(questions, versions, titles, footnote):
@@ -575,6 +574,7 @@ def main(argv=None):
         stop.end(team, f"step {done} in {out}")
 
     # ---- 6. Pictures and numbers of the films that were held out.
+    numbers, page = measure(world, averaged, held_out, args, overlap, device)
     result = {
         "mode": args.mode,
         "size": args.size,
@@ -583,10 +583,9 @@ def main(argv=None):
         "shown": [films.names[i] for i in shown],
         "learnt_from": len(train),
         "overlap": overlap,
-        "paintings": measure(world, averaged, held_out, args, overlap, device),
+        "paintings": numbers,
     }
-    checkpoint.write_json(out / "result.json", result)
-    print(json.dumps(result, indent=1), f"pictures and numbers: {out}", sep="\n")
+    common.finish(args, result, json.dumps(result, indent=1), samples=page)
     team.leave()
 
 
