@@ -19,7 +19,7 @@ import torch
 
 from lab import common
 from lab.features import describe
-from lab.probe import films_seen, judge_tables, judged_words, seen_words
+from lab.probe import RANDOM, films_seen, judge_tables, judged_words, seen_words
 from lab.report import curves_picture
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
@@ -64,14 +64,14 @@ def main(argv=None):
     words.append(variety_table(rows))
     if table:
         labels = Labels(table).complete(films)
-        _, judged = next(judge_tables([labels], films, encoders, size, "random weights"))
+        _, judged = next(judge_tables([labels], films, encoders, size))
         result["probe"] = judged["test"]["values"]
         result["probe_intervals"] = judged
         seen = seen_words(films_seen(path, films, args.data), labels, films)
         words.append(judged_words(labels, judged, seen))
         differences = judged["test"]["differences"]["target encoder"]
-        knows = differences["random weights"]["word"]
-    result["verdict"] = verdict(rows["target encoder"], rows["random weights"], knows)
+        knows = differences[RANDOM]["word"]
+    result["verdict"] = verdict(rows["target encoder"], rows[RANDOM], knows)
     words.append("verdict: " + result["verdict"])
     page = health_picture(features, read_log(path.with_name("log.csv")))
     common.finish(args, result, "\n".join(words), health=page)
@@ -83,7 +83,7 @@ def load_encoders(path, seed):
     → {name: ViT}. UserError when one of them holds NaN or infinite weights.
     """
     encoder = load_encoder(path, say=print)
-    encoders = {"target encoder": encoder, "random weights": common.random_twin(encoder, seed)}
+    encoders = {"target encoder": encoder, RANDOM: common.random_twin(encoder, seed)}
     if "world" in load_checkpoint(path):
         encoders["context encoder"] = load_encoder(path, "context")
     for name, vit in encoders.items():

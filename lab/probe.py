@@ -16,6 +16,7 @@ Writes result.json.
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -90,11 +91,11 @@ def seen_words(learnt, table: Labels, films) -> str:
 
 
 # ---------------------------------------------------------------- features
-def judge_tables(tables: list[Labels], films, encoders: dict, size: int, random=RANDOM):
+def judge_tables(tables: list[Labels], films, encoders: dict, size: int):
     """Ask how much linear probes find in the features of each {name: ViT}, and in raw pixels.
 
-    size: pixels of the encoders' side. random: the name of the one with random weights. The films
-    of all tables are described once.
+    size: pixels of the encoders' side. One of the encoders is RANDOM. The films of all tables are
+    described once.
     Yields (table, {"test": judged, "all": judged}), as `judge` gives it: of the films of test, and,
     where these are few, of all films, cross-validated.
     """
@@ -107,7 +108,7 @@ def judge_tables(tables: list[Labels], films, encoders: dict, size: int, random=
     print(f"linear probes: {len(present):,} {words}", flush=True)
     features, read = describe_set(films, present, encoders, size, words)
     row_of = {film: row for row, film in enumerate(read)}
-    pairs = pairs_of(list(encoders), random)
+    pairs = pairs_of(list(encoders))
     for table, where in zip(tables, places, strict=True):
         kept = np.flatnonzero([film in row_of for film in where])  # there, and readable
         rows = [row_of[film] for film in where[kept]]
@@ -184,11 +185,13 @@ def main_directions(features):
 
 
 # ---------------------------------------------------------------- values, differences, words
-def pairs_of(encoders: list, random: str) -> list[tuple]:
+def pairs_of(encoders: list) -> list[tuple]:
     """Who is compared with whom: every encoder with random weights, and all with pixels."""
-    poolings = ("", CELLS)
-    pairs = [(name + p, random + p) for name in encoders for p in poolings if name != random]
-    return pairs + [(name + p, pixels) for name in encoders for p in poolings for pixels in PIXELS]
+    pairs = []
+    for name, pooling in itertools.product(encoders, ("", CELLS)):
+        others = list(PIXELS) if name == RANDOM else [RANDOM + pooling, *PIXELS]
+        pairs += [(name + pooling, other) for other in others]
+    return pairs
 
 
 def judge(scores: dict, truth, patients, pairs) -> dict:

@@ -361,7 +361,8 @@ def squared_error(item, painted):
 
 
 def measure(world, averaged, questions, args, footnote, device):
-    """Paint films from the right prediction, from wrong ones, and from the truth's own features;
+    """Paint films from the right prediction, from wrong ones, and from the truth's own features.
+
     → {name: numbers}, the picture of four films
     """
     count = len(questions)

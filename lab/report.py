@@ -153,7 +153,7 @@ def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int
     # The seeds count as further labels, over which judge takes the mean.
     truth = np.repeat(y[is_test][:, None], len(seed_scores), 1)
     scores = {name: rows.reshape(len(truth), -1) for name, rows in scores.items()}
-    pairs = [(MODEL, pixels) for pixels in PIXELS] + pairs_of(list(encoders), RANDOM)
+    pairs = [(MODEL, pixels) for pixels in PIXELS] + pairs_of(list(encoders))
     judged = judge(scores, truth.reshape(len(truth), -1), patients[is_test], pairs)
     print(beside_words(judged, is_fit.sum(), time.perf_counter() - start), flush=True)
     return judged

@@ -30,5 +30,5 @@ def test_health(place):
     words = good(place, "health", "--data", "set/films", "--films", 40, "--out", "h")
     result = json.loads((place / "h" / "result.json").read_text())
     assert result["films"] == 40
-    assert {"target encoder", "context encoder", "random weights"} <= set(result)
+    assert {"target encoder", "context encoder", "random initialisation"} <= set(result)
     assert "verdict" in words and (place / "h" / "health.png").is_file()

@@ -12,6 +12,8 @@ from sklearn.metrics import roc_auc_score
 from lab import common, probe
 from plumbing import metrics, own_table
 
+BLIND = probe.RANDOM  # whom all others are compared with
+
 
 class Corner(torch.nn.Module):
     """An "encoder" whose patches are the mean grey values of the film's quarters, as often as there
@@ -39,7 +41,7 @@ def make_labels(tmp_path, lines):
 
 
 def judge_one(labels, films, encoders):
-    _, judged = next(probe.judge_tables([labels], films, encoders, 32, "blind"))
+    _, judged = next(probe.judge_tables([labels], films, encoders, 32))
     return judged
 
 
@@ -65,20 +67,21 @@ def planted(tmp_path, count, step):
 
 def test_a_planted_finding_is_above_random_and_a_blind_encoder_below_pixels(tmp_path, capsys):
     films, labels = planted(tmp_path, 120, 40)
-    encoders = {"corner": Corner(), "blind": Corner(True)}
+    encoders = {"corner": Corner(), BLIND: Corner(True)}
     judged = judge_one(labels, films, encoders)
     test, every = judged["test"], judged["all"]
     assert test["films"] == 48 and test["patients"] == 24
     assert every["films"] == 119 and every["patients"] == 60
     for part in (test, every):
         assert part["values"]["corner, cells"] == 100 and part["values"]["raw 8² pixels"] > 95
-        assert part["values"]["blind"] == part["values"]["blind, cells"] == 50
+        assert part["values"][BLIND] == part["values"][BLIND + probe.CELLS] == 50
         told = part["differences"]["corner, cells"]
-        assert told["blind, cells"]["word"] == "above" and told["blind, cells"]["difference"] == 50
+        above = told[BLIND + probe.CELLS]
+        assert above["word"] == "above" and above["difference"] == 50
         pixels = [name for name in told if name in probe.PIXELS]
         assert len(pixels) == 1 and told[pixels[0]]["word"] == "level with"
-        assert part["differences"]["corner"]["blind"]["word"] == "level with"
-        assert part["differences"]["blind"][pixels[0]]["word"] == "below"
+        assert part["differences"]["corner"][BLIND]["word"] == "level with"
+        assert part["differences"][BLIND][pixels[0]]["word"] == "below"
         low, high = part["intervals"]["corner"]
         assert low < part["values"]["corner"] < high
     words = probe.judged_words(labels, judged, "seen by nobody")
@@ -94,21 +97,21 @@ def test_random_labels_are_level_and_scored_on_films_of_test_alone(tmp_path):
     y = np.random.default_rng(3).integers(0, 2, 120)
     labels = [f"{i}.png,{'x' if y[i] else 'normal'},p{i},{split[i]}" for i in range(120)]
     labels = make_labels(tmp_path, labels)
-    encoders = {"corner": Corner(), "blind": Corner(True)}
+    encoders = {"corner": Corner(), BLIND: Corner(True)}
     judged = judge_one(labels, films, encoders)["test"]
     images, _, _ = common.read_whole(films, np.arange(120), 32)
     x = Corner()(images).mean(1).detach().numpy()
     guess = metrics.ridge_scores(x[:60], y[:60, None], np.arange(60), x[60:])
     value = judged["values"]["corner"]
     assert value == pytest.approx(100 * roc_auc_score(y[60:], guess[:, 0])) and 30 < value < 70
-    assert judged["differences"]["corner"]["blind"]["word"] == "level with"
+    assert judged["differences"]["corner"][BLIND]["word"] == "level with"
 
 
 def test_many_films_are_cast_onto_main_directions_and_keep_what_they_tell(tmp_path, monkeypatch):
     films, labels = planted(tmp_path, 120, 40)
     monkeypatch.setattr(probe, "MANY_FILMS", 100)
     monkeypatch.setattr(probe, "NUMBERS", 24)
-    encoders = {"corner": Corner(copies=3), "blind": Corner(True, 3)}
+    encoders = {"corner": Corner(copies=3), BLIND: Corner(True, 3)}
     features, read = probe.describe_set(films, np.arange(120), encoders, 32, "films")
     assert features["corner, cells"].shape[1] <= 24 and features["corner"].shape == (119, 3)
     assert features["raw 64² pixels"].shape == (119, 24)
