@@ -55,27 +55,24 @@ def main(argv=None):
     world = common.load_predictions(common.find_weights(args.weights)).to(device).eval()
     args = args if args.data else planted(args)
 
-    # ---- 1. The films to judge, and those that say what is usual.
+    # ---- 1. Errors of all films.
     films = open_films(args.data)
     numbers = common.evenly(common.named(args.table, films), args.films)
-    references = numbers
-    if args.reference:
-        good = open_films(args.reference)
-        references = common.evenly(np.arange(len(good)), args.references)
-    require_enough(references, "reference films")
-
-    # ---- 2. Errors of all films, scores and p-values.
     watch_these = functools.partial(watch, world)
     size = world.encoder.image
     found, numbers, unreadable = common.describe_films(watch_these, films, numbers, size)
+
+    # ---- 2. Scores and p-values, by films that say what is usual.
     rng = numpy_rng(SURPRISE, args.seed)
     if args.reference:
+        good = open_films(args.reference)
+        references = common.evenly(np.arange(len(good)), args.references)
         words = "reference films"
         usual, read, _ = common.describe_films(watch_these, good, references, size, words)
-        require_enough(read, "of the reference films can be read")
+        require_enough(read, words)
         scores, p, z = fold(usual, found, rng)
     else:
-        require_enough(numbers, "of the films can be read")
+        require_enough(numbers, "films")
         scores, p, z = against_itself(found, rng)
 
     # ---- 3. Table, result and picture.
@@ -95,11 +92,11 @@ def main(argv=None):
     common.finish(args, result, result_words(result, args.out), surprise=page)
 
 
-def require_enough(films, what):
-    """UserError when there are too few films to say what is usual."""
-    if len(films) < FEWEST:
+def require_enough(read, what):
+    """UserError when too few films can be read to say what is usual."""
+    if len(read) < FEWEST:
         advice = f"fewer than {FEWEST} make no p-value; give a --reference folder with more"
-        raise UserError(f"{len(films)} {what}: {advice}")
+        raise UserError(f"{len(read)} {what} can be read: {advice}")
 
 
 # ---------------------------------------------------------------- errors of the world model
