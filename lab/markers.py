@@ -372,11 +372,11 @@ def result_table(title, result, sources, *more):
     title: what is measured; sources: the words for every source of result["settings"]; more: what
     the numbers after those of both questions are
     """
-    rows = [["", "percent (95 % interval)", *QUESTIONS.values(), *more]]
+    rows = [["percent (95 % interval)", *QUESTIONS.values(), *more]]
     for setting, found in result["settings"].items():
         for words, values in zip(sources, found.values(), strict=True):
             cells = ["{percent:.1f} ({low:.1f}, {high:.1f})".format(**v) for v in values.values()]
-            rows.append([setting, words, *cells])
+            rows.append([f"{setting}: {words}", *cells])
     films = f"{result['films']} films, {result['seeds']} seeds; {result['overlap']}"
     return "\n".join([title, common.columns(rows), films])
 
