@@ -33,7 +33,7 @@ from plumbing.keys import DROP_PATH, TRAIN_JITTER, torch_generator
 from plumbing.launch import Loader, UserError, flag
 from plumbing.pack import UnreadableFilms
 from plumbing.results import METRIC
-from plumbing.seedrun import SeedLog, SeedRun
+from plumbing.seedrun import SeedRun
 from plumbing.splits import draw_few
 from plumbing.weights import load_encoder, make_vit, resized
 
@@ -440,7 +440,7 @@ def train(run: SeedRun, args, task: TaskData, team):
     examples = TrainExamples(task.films["train"], run.seed)
     loader = iter(make_loader(examples, args, team, args.workers, run.seed, run.step, end))
     forward = launch.prepare_forward(run.model, args.compile, team)
-    log = SeedLog(run, args.batch) if team.lead else None
+    log = run.open_log(args.batch) if team.lead else None
     bar = tqdm(None, f"seed {run.seed}", end, disable=not team.lead, unit="step", initial=run.step)
     is_stopping = False
     with StopRequest() as stop, bar:
@@ -457,7 +457,8 @@ def train(run: SeedRun, args, task: TaskData, team):
                     row["val"], row["val_loss"] = validate(run, args, task, team)
                     bar.set_postfix_str(f"val {row['val']:.2f}, best {run.best}")
                 if team.lead:
-                    log.row(**row)
+                    row["images_per_s"], _ = log.speed(run.step)
+                    log.row(run.step, **row)
             is_stopping = team.any(stop.requested)
             should_save = should_validate or is_stopping or run.step % args.save_every == 0
             if team.lead and should_save:

@@ -140,9 +140,9 @@ def health_picture(features, log):
     for name, each in features.items():
         share = spectrum(each - each.mean(0))
         share = share[share > 1e-6]  # centring takes one direction away
-        values[name] = (np.arange(1, 1 + len(share)), share)
+        values[name] = (np.arange(1, 1 + len(share)), np.log10(share))
     title = "Singular values of the centred features"
-    pages = [pictures.curves(values, title, "direction", "share", log_y=True)]
+    pages = [pictures.curves(values, title, "direction", "log10 of the share")]
     rows = [row for row in log if row.get("loss") and row.get("rankme")]
     if len(rows) > 1:
         pages.append(curves_picture(rows, ["loss"]))

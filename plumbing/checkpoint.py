@@ -132,52 +132,47 @@ def remove_leftovers(folder):
 
 
 # ---- One run per folder
-held_locks = {}  # {path: open file} of the locks that this process has
+held_locks = {}  # {path: open file} of the locks that this process has, until it ends
 
 
 def lock(folder):
-    """Keep a folder for this run until it ends; clear it of what a killed run left half-written.
+    """Keep a folder for this run; clear it of what a killed run left half-written.
 
     UserError when another run is at work in it.
     """
-    claim(Path(folder) / "run.lock", folder)
+    claim(Path(folder) / ".lock", folder)
     remove_leftovers(folder)
 
 
-def claim(path, what) -> Path:
+def claim(path, what):
     """Keep `what`, a folder or file, for this process by the system's lock on the file `path`.
 
-    The system frees it when the process ends, however it ends. What the file says is only for the
-    message. Raises UserError, before anything else is touched, when another process has it.
-    → what `release` takes
+    The system frees it when the process ends, however it ends; the file stays. What that says is
+    only for the message: UserError, before anything else is touched, when another process has it.
     """
     path = Path(path).absolute()
     if path in held_locks:  # one run after the other in one process
-        return path
-    new_folders = [folder for folder in path.parents if not folder.exists()]
-    words = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}"
+        return
     with explain_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", **UTF8)
         if not lock_file(file):
             file.close()
-            raise in_use(path, what)
+            owner = path.read_text(encoding="utf-8", errors="replace") or "another process"
+            raise UserError(
+                f"{what} is in use by {owner}: wait for its end or choose another --out"
+            )
         held_locks[path] = file
-        launch.last_acts.callback(release, path, new_folders)
         file.truncate(0)
-        file.write(words)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
         file.flush()
-    if owner_of(path) != words:  # an owner who ended just now has deleted the file that we opened
-        held_locks.pop(path).close()
-        raise in_use(path, what)
-    return path
 
 
 def lock_file(file) -> bool:
     """Lock an open file → False when another process has it. Some disks have no locks: then True"""
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked process does not inherit it
         else:  # Windows locks bytes against reading, too: one far behind the text
             os.lseek(file.fileno(), 2**30, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -186,45 +181,6 @@ def lock_file(file) -> bool:
     except OSError as error:
         tqdm.write(f"warning: {file.name} cannot be locked ({error.strerror}): start one run only")
     return True
-
-
-def owner_of(path: Path) -> str:
-    """Who has a lock, as its file says; "" where that is gone."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def in_use(path: Path, what) -> UserError:
-    """The error that says who has `what`."""
-    owner = owner_of(path).partition("\n")[0][:200] or "another process"
-    return UserError(f"{what} is in use by {owner}: wait for its end or choose another --out")
-
-
-def release(path: Path, new_folders=()):
-    """Free a lock and delete its file, and the folders that were made for it, where empty."""
-    file = held_locks.pop(path, None)
-    if not file:
-        return
-    if not fcntl:  # Windows deletes no open file; elsewhere, nobody else must have it by then
-        file.close()
-    with contextlib.suppress(OSError):
-        path.unlink()
-        for folder in new_folders:
-            folder.rmdir()
-    file.close()
-
-
-def forget_locks():
-    """Close what a forked process inherited, so that no lock outlives the process that took it."""
-    for file in held_locks.values():
-        file.close()
-    held_locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=forget_locks)
 
 
 # ---- Checkpoints
@@ -241,26 +197,13 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
-def stand_in(module: str, name: str, function):
-    """Give a function of ours the name under which a checkpoint asks for NumPy's."""
-
-    def called(*args):
-        return function(*args)
-
-    called.__module__ = module
-    called.__qualname__ = name
-    return called
-
-
 # Harmless things that people's checkpoints hold beside tensors: the authors' file a Namespace, many
 # a best score or a random state of NumPy, which names its functions by version 1 or 2.
 HARMLESS = [argparse.Namespace, np.dtype, np.ndarray]
 HARMLESS += {type(np.dtype(code)) for code in np.typecodes["All"]}
-for numpy_core in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    HARMLESS += [
-        stand_in(numpy_core, "scalar", lambda dtype, data: np.frombuffer(data, dtype)[0].item()),
-        stand_in(numpy_core, "_reconstruct", lambda *_: np.empty(0)),  # its state is set next
-    ]
+for thing in (np.float64(0), np.zeros(1)):
+    make = thing.__reduce__()[0]
+    HARMLESS += [(make, f"numpy{core}.multiarray.{make.__name__}") for core in (".core", "._core")]
 
 
 def load_checkpoint(path) -> dict:
@@ -273,7 +216,7 @@ def load_checkpoint(path) -> dict:
         what = "a folder, not a checkpoint" if path.is_dir() else "no such checkpoint file"
         raise BadCheckpoint(f"{path}: {what}")
     try:
-        if is_safetensors(path):
+        if path.suffix == ".safetensors":
             return read_safetensors(path)
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -301,12 +244,6 @@ def why_not_loaded(error: Exception) -> str:
     return f"not a checkpoint that can be loaded safely ({reason})"
 
 
-def is_safetensors(path: Path) -> bool:
-    """Tell whether a file begins as safetensors do: eight bytes of length, then JSON."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
 def read_safetensors(path: Path) -> dict:
     """Read {name: tensor} from a .safetensors file.
 
@@ -315,27 +252,23 @@ def read_safetensors(path: Path) -> dict:
     """
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
     kinds |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
     tensors = {}
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, size)))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            if 8 + length + last > size:
-                raise ValueError(f"cut short: {name} is not whole")
-            file.seek(8 + length + first)
-            data = bytearray(file.read(last - first))
-            flat = torch.frombuffer(data, dtype=kinds[entry["dtype"]])
-            tensors[name] = flat.view(entry["shape"])
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        data = bytearray(content[start + first : start + last])
+        if len(data) < last - first:
+            raise ValueError(f"cut short: {name} is not whole")
+        tensors[name] = torch.frombuffer(data, dtype=kinds[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
-def newest_run(file: str = "encoder.pt", root="runs") -> Path | None:
-    """Find `file` of the newest pre-training run (a folder with encoder.pt) below `root`."""
-    found = [path for path in Path(root).rglob(file) if path.with_name("encoder.pt").is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+def newest_run(root="runs") -> Path | None:
+    """Find encoder.pt of the newest pre-training run below `root`."""
+    return max(Path(root).rglob("encoder.pt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def weights_in(path) -> Path:
@@ -434,7 +367,7 @@ def resume_run(folder: Path, recipe: dict, parts: dict, team) -> int:
             "choose another --out, or move it away"
         )
     start = saved["step"] if saved else 0
-    if not team.agrees_on(start):
+    if set(team.gather_objects(start)) != {start}:
         raise UserError(
             f"--out {folder} must lie on a disk that all nodes share: "
             "they do not find the same last.pt there"
@@ -465,7 +398,7 @@ class StopRequest:
     def note(self, number, _frame):
         """Handle a signal."""
         if number == signal.SIGINT and self.requested:
-            raise launch.Stopped(number)
+            raise KeyboardInterrupt
         self.requested = self.requested or number
 
     def end(self, team, where: str):
@@ -478,20 +411,21 @@ class StopRequest:
 
 # ---- log.csv
 class Log:
-    """log.csv, one row per logged step. Opened again at `step`, it drops the rows after it.
-
-    Rows that cannot be written, as on a full disk, wait for the next row: no run ends for them.
+    """log.csv, one row per logged step, of `batch` films. Opened again at `step`, it drops the rows
+    after it.
     """
 
-    def __init__(self, path, columns, step: int = 0):
+    def __init__(self, path, columns, step: int = 0, batch: int = 1):
         self.path = Path(path)
         self.columns = list(columns)
+        self.batch = batch
+        self.last_step = step
+        self.last_time = time.perf_counter()
         kept = self.read_until(step) if step else []
         lines = [",".join(self.columns)]
         for row in kept:
             lines.append(",".join(row.get(column, "") for column in self.columns))
         write_text(path, "\n".join(lines) + "\n")
-        self.waiting = []  # lines
 
     def read_until(self, step: int) -> list[dict]:
         """The rows up to `step` of an earlier log; one that was edited is kept beside, too."""
@@ -505,24 +439,26 @@ class Log:
             tqdm.write(f"warning: {lost} rows of {self.path} cannot be read; {aside} keeps them")
         return [row for row in rows if float(row["step"]) <= step]
 
-    def row(self, **values):
-        """Append one row; floats with six significant digits."""
+    def speed(self, step: int) -> tuple[float, float]:
+        """Films per second since the last call, and how many seconds that is."""
+        now = time.perf_counter()
+        seconds = now - self.last_time
+        films = (step - self.last_step) * self.batch
+        self.last_step = step
+        self.last_time = now
+        return films / seconds, seconds
+
+    def row(self, step: int, **values):
+        """Append the row of a step; floats with six significant digits."""
+        values = {"step": step, "images": step * self.batch} | values
         cells = []
         for column in self.columns:
             value = values[column]
             cells.append(f"{value:.6g}" if isinstance(value, float) else str(value))
-        self.waiting.append(",".join(cells) + "\n")
-        size = self.path.stat().st_size if self.path.is_file() else 0
-        try:
+        with go_on_without(f"the row of step {step}"), explain_writing(self.path):
             # closed again: every row is on disk at once
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(self.waiting))
-            self.waiting = []
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # no half row
-            if len(self.waiting) == 1:
-                tqdm.write(f"warning: {self.path} cannot be written now: {error.strerror}")
+                file.write(",".join(cells) + "\n")
 
 
 def read_log(path) -> list[dict]:

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import difflib
 import errno
-import inspect
 import math
 import multiprocessing
 import os
@@ -34,20 +33,10 @@ class UserError(Exception):
     one_line = True
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal ended the script at a place where nothing was to be saved. number: the signal's."""
-
-    def __init__(self, number: int = signal.SIGINT):
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number  # as the shell counts
-
-
 # A cluster's order to end and Slurm's early warning (--signal=USR1@120), Ctrl-C, a closed terminal.
 ENDING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 ENDING = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]  # Windows has two
 FULL = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, "EDQUOT", errno.ENOSPC)}  # a disk, a quota
-last_acts = contextlib.ExitStack()  # what must be done at every end of a run, such as to unlock it
-atexit.register(last_acts.close)
 
 
 class Console:
@@ -88,14 +77,11 @@ def run_script(main):
     """
     consoles = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Console, consoles)
-    handlers = catch_signals()
+    catch_signals()
     try:
         code = exit_code_of(main)
     finally:
-        last_acts.close()
         end_children()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         sys.stdout.flush()
         lost = sys.stdout.error
         if not lost and not sys.stderr.error:  # else Python would stumble over what is left
@@ -120,9 +106,9 @@ def exit_code_of(main) -> int:
         print(f"error: {line}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt as end:
-        stopped = end if isinstance(end, Stopped) else Stopped()
-        print(f"{stopped}: ended; what was saved is kept", file=sys.stderr, flush=True)
-        return stopped.exit_code
+        number = signal.Signals(*end.args or [signal.SIGINT])
+        print(f"{number.name}: ended; what was saved is kept", file=sys.stderr, flush=True)
+        return 128 + number  # as the shell counts
     return 0
 
 
@@ -160,23 +146,21 @@ def in_one_line(error: Exception) -> str:
     return ""
 
 
-def catch_signals() -> dict:
-    """Let SIGTERM and its like raise Stopped, so that last acts are done. → {signal: old handler}
+def catch_signals():
+    """Let SIGTERM and its like end the script as Ctrl-C does, so that nothing is left behind.
 
-    Ranks other than the first have none to do and may wait in a collective: they end at once.
+    Ranks other than the first have nothing to clear and may wait in a collective: they end at once.
     """
-    handlers = {}
     if int(os.environ.get("RANK", 0)) > 0:
-        return handlers
+        return
     for number in ENDING:
         if signal.getsignal(number) == signal.SIG_DFL:  # not what nohup has made it ignore
-            handlers[number] = signal.signal(number, stop_here)
-    return handlers
+            signal.signal(number, stop_here)
 
 
 def stop_here(number, _frame):
     """Handle a signal where nothing is to be saved."""
-    raise Stopped(number)
+    raise KeyboardInterrupt(number)
 
 
 def begin_worker(_worker_id=None):
@@ -426,20 +410,6 @@ class Team:
             tensor /= self.size
         return tensor
 
-    def agrees_on(self, value) -> bool:
-        """True on every rank when all of them pass the same value."""
-        return len(set(self.gather_objects(value))) == 1
-
-    def gather(self, rows):
-        """Join the rows (n, ...) of all ranks, each of which has as many. → (size · n, ...) on the
-        lead rank, None on the others
-        """
-        if self.size == 1:
-            return rows
-        parts = [torch.empty_like(rows) for _ in range(self.size)] if self.lead else None
-        dist.gather(rows.contiguous(), parts)
-        return torch.cat(parts) if self.lead else None
-
     def gather_objects(self, value) -> list:
         """The values of all ranks, in their order, on every rank; of any kind that pickles."""
         values = [value] * self.size
@@ -448,11 +418,7 @@ class Team:
         return values
 
     def leave(self):
-        """End the run: do its last acts, then leave the group when every rank is done.
-
-        So torchrun sees a clean exit.
-        """
-        last_acts.close()
+        """End the run: leave the group when every rank is done, so torchrun sees a clean exit."""
         if self.size > 1:
             self.wait()
             dist.destroy_process_group()
@@ -478,26 +444,22 @@ def start_team(name: str = "auto") -> Team:
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
     """Turn --device into a torch.device. Raises UserError when this machine has none such."""
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda, but this PyTorch sees no GPU: "
-            "use --device cpu or install a CUDA build of torch"
-        )
-    if name.startswith("mps") and not torch.backends.mps.is_available():
-        raise UserError("--device mps, but this PyTorch sees no Apple GPU: use --device cpu")
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = "cuda" if there["cuda"] else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: wanted auto, cpu, cuda, cuda:1 or mps")
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"--device {device}, but this PyTorch sees {count} GPU(s)")
+        device = torch.device("meta")  # where nothing is computed
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise UserError(
+            f"--device {name}: wanted auto, cpu, cuda, cuda:1 or mps, and this PyTorch sees "
+            f"{there['cuda']} NVIDIA or AMD GPU(s) and {there['mps']} of Apple's"
+        )
     return device
 
 
@@ -512,15 +474,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     """Settle --precision: auto is bfloat16 where the hardware multiplies it, else float32."""
     if name != "auto":
         return name
-    if device.type == "cuda" and torch.version.hip:  # AMD numbers its GPUs in another way
-        has_bfloat16 = torch.cuda.is_bf16_supported()
-    elif device.type == "cuda":  # is_bf16_supported is true of V100 and T4, too: they emulate it
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "mps":  # untested
-        has_bfloat16 = False
-    else:  # a CPU without these instructions emulates it, slower than float32
+    if device.type == "cuda":  # V100 and T4 only emulate it
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # a CPU without these instructions emulates it, slower than float32; mps is untested
         ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        has_bfloat16 = ask is not None and ask()
+        has_bfloat16 = device.type == "cpu" and ask is not None and ask()
     return "bfloat16" if has_bfloat16 else "float32"
 
 
@@ -551,12 +509,7 @@ def prepare_forward(model, compile: str, team: Team):
     if team.size == 1:
         return model
     team.wait()  # for a rank that opens its films longer than the others
-    devices = [team.device] if on_gpu else None
-    known = inspect.signature(DistributedDataParallel).parameters
-    switch = "forward_sync_buffers"  # so called since torch 2.13, which warns of the old name
-    if switch not in known:
-        switch = "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=devices, **{switch: False})
+    return DistributedDataParallel(model, device_ids=[team.device] if on_gpu else None)
 
 
 def average_gradients(forward, now: bool):

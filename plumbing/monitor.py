@@ -59,12 +59,10 @@ class Monitor:
         if team.lead:
             columns = ["step", "epoch", "images", "loss", *names, "lr", "momentum"]
             columns += ["feature_std", "rankme", "images_per_s", "data_wait"]
-            self.log = Log(out / "log.csv", columns, start)
+            self.log = Log(out / "log.csv", columns, start, args.batch)
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not team.lead, smoothing=0.1)
         self.is_finite = torch.ones((), device=team.device)  # stays there: reading it waits
-        self.last_step = start  # the last logged one, when it was, and the wait since then
-        self.last_time = time.perf_counter()
-        self.waited = 0.0
+        self.waited = 0.0  # seconds since the last row
 
     def __enter__(self):
         return self
@@ -95,30 +93,22 @@ class Monitor:
             return
         self.check(done)
         means = self.team.mean(torch.stack([values.mean() for values in losses.values()]))
-        pooled = self.team.gather(first_films(pooled, self.args.micro, HEALTH_FILMS))
+        before = self.team.rank * self.args.batch // self.team.size  # films of lower ranks
+        pooled = first_films(pooled, self.args.micro, max(0, HEALTH_FILMS - before)).cpu()
+        parts = self.team.gather_objects(pooled)
         if not self.team.lead:
             return
-        pooled = pooled[:HEALTH_FILMS].flatten(0, 1).float()
+        pooled = torch.cat(parts).flatten(0, 1).float().to(self.team.device)
         row = dict.fromkeys(self.names, "")  # some ablated worlds lack some terms
         row |= dict(zip(losses, means.tolist(), strict=True))
         row |= dict(lr=lr, momentum=momentum)
         row |= dict(feature_std=feature_std(pooled), rankme=rankme(pooled))
-        row |= self.speed(done)
-        steps_per_epoch = self.total // self.args.epochs
-        images = done * self.args.batch
-        self.log.row(step=done, epoch=done / steps_per_epoch, images=images, **row)
-        self.show(done, row)
-
-    def speed(self, done):
-        """Films per second, and the share of time spent waiting for them, since the last row."""
-        now = time.perf_counter()
-        seconds = now - self.last_time
-        films = (done - self.last_step) * self.args.batch
-        measured = dict(images_per_s=films / seconds, data_wait=self.waited / seconds)
-        self.last_step = done
-        self.last_time = now
+        row["images_per_s"], seconds = self.log.speed(done)
+        row["data_wait"] = self.waited / seconds
         self.waited = 0.0
-        return measured
+        steps_per_epoch = self.total // self.args.epochs
+        self.log.row(done, epoch=done / steps_per_epoch, **row)
+        self.show(done, row)
 
     def show(self, done, row):
         """Put a row's main numbers behind the progress bar, and warn of a collapse above it."""

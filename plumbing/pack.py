@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import struct
 import time
 import zlib
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.checkpoint import claim, explain_writing, release, write_text
+from plumbing.checkpoint import claim, explain_writing, replace_with
 from plumbing.film import UnreadableFilm, read_shrunk
 from plumbing.folder import in_threads
 from plumbing.launch import Loader, UserError
@@ -309,7 +308,7 @@ def pack_and_report(films, out, workers: int):
     """
     out = find_out(out)
     began = time.time()
-    lock = claim(f"{out}.lock", out)
+    claim(out.with_name(f".{out.name}.lock"), out)
     states = states_of(films)
     old = Pack(out) if out.exists() else None
     renewed = renew(films, states, old) if old else films
@@ -323,9 +322,8 @@ def pack_and_report(films, out, workers: int):
         print(f"bad, left out: {name}: {reason}")
     print(
         f"{out}: {len(packed):,} films, short side {packed.side}, {out.stat().st_size:,} "
-        f"bytes, checksums verified; {rate}"
+        f"bytes; {rate}"
     )
-    release(lock)
 
 
 def state_of_file(path) -> list[int] | None:
@@ -366,32 +364,26 @@ class Renewed:
         return self.films.verified(i)
 
 
-def refuse_other_side(films, old: Pack):
-    """UserError when the pack `old` was made with another --side."""
-    if old.side != films.side:
-        raise UserError(
-            f"{old.path} was packed at --side {old.side}, not {films.side}: choose another --out, "
-            "or delete it"
-        )
-
-
 def renew(films, states: list, old: Pack) -> Renewed | None:
     """What to pack when the pack `old` is there already; None when nothing has changed since.
 
     states: of the films. UserError when `old` was made otherwise, or when films have come while
     others have gone: what is no longer there cannot be made again, so nobody else decides.
     """
-    refuse_other_side(films, old)
+    if old.side != films.side:
+        raise UserError(
+            f"{old.path} was packed at --side {old.side}, not {films.side}: choose another --out, "
+            "or delete it"
+        )
     number = {name: i for i, name in enumerate(films.names)}
     names = old.names + [name for name, _ in old.unreadable]
-    is_there = [name in number for name in names]
+    gone = [name for name in names if name not in number]
     same = {}  # {number of a film: its place in `names`}
     for place, (name, state) in enumerate(zip(names, old.states, strict=True)):
         i = number.get(name)
         if i is not None and state in (None, states[i]):
             same[i] = place
-    gone = [name for name, there in zip(names, is_there, strict=True) if not there]
-    new = len(films) - sum(is_there)
+    new = len(films) - (len(names) - len(gone))
     changed = len(films) - len(same) - new
     if gone:
         words = f"{len(gone):,} of the {len(names):,} films in {old.path} are no longer there"
@@ -414,43 +406,36 @@ def pack_films(films, out, workers: int = 0, states: list | None = None) -> Pack
     """Write every readable film into the packed file `out`. states: of the films, see states_of.
 
     Killed at any moment, the same call goes on where it was: until the file is complete there is
-    <out>.part, and <out>.journal with one line per film, written after the film's bytes:
-    `height width CRC-32 reason`, zeros and the reason for a film that cannot be read.
+    <out>.part, and <out>.journal with a line per film, written after the film's bytes: what it was
+    made from, [side, name, state], and what it became, [height, width, CRC-32, reason], which are
+    zeros and the reason for a film that cannot be read.
     """
     part = Path(f"{out}.part")
     journal = Path(f"{out}.journal")
     states = states_of(films) if states is None else states
-    lines = write_films(films, part, journal, workers)
-    packed, unreadable, table = divide_lines(films, lines)
-    verify(part, [films.names[i] for i in packed], table)
-    state_of = dict(zip(films.names, states, strict=True))
+    sources = [[films.side, *each] for each in zip(films.names, states, strict=True)]
+    with explain_writing(part):
+        rows = take_up(part, journal, sources)
+    # Unbuffered, so that closing them after an error does not try again.
+    with open(part, "ab", 0) as file, open(journal, "ab", 0) as log:
+        rest = read_all(films, len(rows), workers, "pack")
+        for source, (film, reason) in zip(sources[len(rows) :], rest, strict=True):
+            content = b"" if film is None else film.tobytes()
+            height, width = (0, 0) if film is None else film.shape
+            rows.append([height, width, zlib.crc32(content), reason])
+            with explain_writing(part):
+                write_wholly(file, content)  # before its line says so
+                write_wholly(log, journal_line(source, rows[-1]))
     with explain_writing(out):
-        append_index(part, films, packed, table, unreadable, state_of)
+        append_index(part, films, rows, states)
         os.replace(part, out)
         journal.unlink()
     return Pack(out)
 
 
-def write_films(films, part: Path, journal: Path, workers: int) -> list[str]:
-    """Write the films that are not in `part` yet, and their lines into `journal` → all its lines"""
-    with explain_writing(part):
-        if not journal.exists() or not part.exists():
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(MAGIC)
-            write_text(journal, describe_films(films) + "\n")
-        lines = cut_to_whole_films(part, journal, describe_films(films))
-    # Unbuffered, so that closing them after an error does not try again.
-    with open(part, "ab", 0) as file, open(journal, "ab", 0) as log:
-        for film, reason in read_all(films, len(lines), workers, "pack"):
-            content = b"" if film is None else film.tobytes()
-            line = f"0 0 0 {reason}"
-            if film is not None:
-                line = f"{film.shape[0]} {film.shape[1]} {zlib.crc32(content)} "
-            with explain_writing(part):
-                write_wholly(file, content)  # before its line says so
-                write_wholly(log, f"{line}\n".encode(errors="backslashreplace"))
-            lines.append(line)
-    return lines
+def journal_line(source, row) -> bytes:
+    """The journal's line of a film."""
+    return json.dumps([source, row]).encode() + b"\n"
 
 
 def write_wholly(file, content: bytes):
@@ -460,84 +445,64 @@ def write_wholly(file, content: bytes):
         rest = rest[file.write(rest) :]
 
 
-def divide_lines(films, lines: list[str]) -> tuple:
-    """The journal's lines → numbers of the packed films, [[name, reason]] of the unreadable ones,
-    and (n, 3) height, width, CRC-32 of the packed ones. UserError when there is none.
+def take_up(part: Path, journal: Path, sources: list) -> list:
+    """Cut what an interrupted packing left to the first films that are whole and still the same.
+
+    A kill may have cut the last line and the last film; a power cut may have left zeros for both.
+    → the journal's rows of these films, none where nothing was begun
     """
-    rows = [line.split(" ", 3) for line in lines]
-    packed = [i for i, row in enumerate(rows) if row[0] != "0"]
-    unreadable = [[films.names[i], row[3]] for i, row in enumerate(rows) if row[0] == "0"]
+    part.parent.mkdir(parents=True, exist_ok=True)
+    lines = journal.read_bytes().splitlines() if journal.exists() else []
+    rows = []
+    end = len(MAGIC)
+    with open(part, "ab+") as file:
+        file.seek(end)
+        for line, source in zip(lines, sources, strict=False):
+            try:
+                made_from, row = json.loads(line)
+                size = row[0] * row[1]
+                is_whole = made_from == source and zlib.crc32(file.read(size)) == row[2]
+            except (ValueError, TypeError, IndexError):
+                break
+            if not is_whole:
+                break
+            rows.append(row)
+            end += size
+        if not rows:
+            file.truncate(0)
+            file.write(MAGIC)
+        file.truncate(end)
+    kept = zip(sources, rows, strict=False)
+    replace_with(journal, lambda path: path.write_bytes(b"".join(journal_line(*k) for k in kept)))
+    return rows
+
+
+def append_index(part: Path, films, rows: list, states: list) -> None:
+    """Append index and footer, after which the file is complete. UserError when it has no film.
+
+    rows: of the journal, one per film; states: of the films.
+    """
+    packed = [i for i, row in enumerate(rows) if row[0]]
+    unreadable = [i for i, row in enumerate(rows) if not row[0]]
     if not packed:
-        name, reason = unreadable[0]
-        raise UserError(f"none of the {len(films)} films can be read, first {name}: {reason}")
-    return packed, unreadable, np.array([[int(word) for word in rows[i][:3]] for i in packed])
-
-
-def describe_films(films) -> str:
-    """First line of the journal: packing goes on only with the same films at the same side."""
-    return f"{films.side} {len(films)} {zlib.crc32(json.dumps(films.names).encode())}"
-
-
-LINE = re.compile(r"\d+ \d+ \d+ ")  # of the journal: height, width, CRC-32, then the reason
-
-
-def cut_to_whole_films(part: Path, journal: Path, first_line: str) -> list[str]:
-    """Cut what an interrupted packing left to whole films → the journal's lines of these.
-
-    The kill may have cut the last line and the last film; after a power cut, the films' bytes may
-    be fewer than the journal says.
-    """
-    text = journal.read_text(encoding="utf-8", errors="replace")  # a kill may cut a letter
-    first, *lines = text.split("\n")[:-1] or [""]
-    is_line = [LINE.match(line) is not None for line in lines] + [False]
-    lines = lines[: is_line.index(False)]  # a power cut may leave zeros
-    if first != first_line:
         raise UserError(
-            f"{part} was begun from other films or another --side, or {journal.name} is damaged: "
-            f"delete it and {journal.name} to begin again"
+            f"none of the {len(films)} films can be read, first {films.names[0]}: {rows[0][3]}"
         )
-    shapes = [[int(number) for number in line.split()[:2]] for line in lines]
-    offsets = film_offsets(shapes)
-    is_whole = offsets[1:] <= part.stat().st_size
-    lines = lines[: int(is_whole.sum())]
-    os.truncate(part, offsets[len(lines)])
-    write_text(journal, "\n".join([first_line, *lines, ""]))
-    return lines
-
-
-def verify(part: Path, names: list[str], table: np.ndarray) -> None:
-    """Compare every film in `part` with its checksum. table: (n, 3) height, width, CRC-32"""
-    offsets = film_offsets(table[:, :2])
-    content = np.asarray(np.memmap(part, np.uint8, "r"))
-    for k, name in enumerate(tqdm(names, desc="verify", unit=" films", disable=None)):
-        if zlib.crc32(content[offsets[k] : offsets[k + 1]]) != table[k, 2]:
-            raise UserError(
-                f"{part}: {name} is not as it was written: "
-                "see to the disk, delete the file, pack again"
-            )
-
-
-def append_index(part: Path, films, packed, table: np.ndarray, unreadable: list, state_of) -> None:
-    """Append index and footer, after which the file is complete.
-
-    packed: numbers of the packed films in `films`; table: theirs, (n, 3) height, width, CRC-32;
-    unreadable: [[name, reason]] of the others; state_of: {name: its file's state} of all.
-    """
-    names = [films.names[i] for i in packed]
     about = {
-        "names": names,
+        "names": [films.names[i] for i in packed],
         "patients": [films.patients[i] for i in packed],
         "side": films.side,
         "folder": os.path.basename(os.path.abspath(films.root)),
-        "bad": unreadable,
-        "states": [state_of[name] for name in names + [name for name, _ in unreadable]],
+        "bad": [[films.names[i], rows[i][3]] for i in unreadable],
+        "states": [states[i] for i in packed + unreadable],
     }
+    shapes = np.array([rows[i][:2] for i in packed], np.int32)
     stream = io.BytesIO()
-    np.save(stream, table[:, :2].astype(np.int32))
-    np.save(stream, table[:, 2].astype(np.uint32))
+    np.save(stream, shapes)
+    np.save(stream, np.array([rows[i][2] for i in packed], np.uint32))
     np.save(stream, np.frombuffer(json.dumps(about).encode(), np.uint8))
     index = stream.getvalue()
-    start = int(film_offsets(table[:, :2])[-1])
+    start = int(film_offsets(shapes)[-1])
     with open(part, "ab") as file:
         file.write(index)
         file.write(FOOTER.pack(start, len(index), zlib.crc32(index), MAGIC))

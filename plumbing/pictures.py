@@ -154,11 +154,11 @@ class Axes:
 
     SCALE = 4
 
-    def __init__(self, size, xs, ys, has_zero: bool):
+    def __init__(self, size, xs, ys):
         self.left, self.top, self.right, self.bottom = 58, 34, size[0] - 16, size[1] - 44
         self.x0, self.x1 = xs.min(), xs.max()
         self.y0, self.y1 = ys.min(), ys.max()
-        if has_zero and self.y0 < 0.5 * self.y1:
+        if self.y0 < 0.5 * self.y1:  # not far from it: the axis begins at 0
             self.y0 = min(self.y0, 0.0)
         if self.x1 <= self.x0:
             self.x1 = self.x0 + 1
@@ -190,49 +190,40 @@ class Axes:
         at = tuple(self.SCALE * each for each in at)
         self.pen.text(at, words, colour, font(size * self.SCALE), anchor=anchor)
 
-    def scales(self, log_y):
+    def scales(self):
         """Draw both axes with their numbers."""
         for v in ticks(self.y0, self.y1):
             self.line([(self.x0, v), (self.x1, v)], PALE)
             left, height = self.place(self.x0, v)
-            self.text((left - 6, height), f"{10**v:.3g}" if log_y else f"{v:g}", 12, "rm")
+            self.text((left - 6, height), f"{v:g}", 12, "rm")
         for v in ticks(self.x0, self.x1, 6):
             left, height = self.place(v, self.y0)
             self.text((left, height + 5), f"{v:g}", 12, "ma")
         self.line([(self.x0, self.y1), (self.x0, self.y0), (self.x1, self.y0)], INK)
 
 
-def to_values(x, y, log_y):
-    """The numbers that a chart shows: floats, of y the logarithm where the axis is logarithmic."""
-    y = np.asarray(y, float)
-    return np.asarray(x, float), np.log10(np.maximum(y, 1e-12)) if log_y else y
-
-
-def curves(series, title, x_label, y_label, log_y=False, dots=None, is_rising=False) -> Image.Image:
+def curves(series, title, x_label, y_label, dots=None, is_rising=False) -> Image.Image:
     """Draw a line chart of {name: (x, y)}, with axes, round ticks and a legend; NaN is left out.
 
     A single value is a dot; without any the chart is empty. dots: {name: (x, y)}, single values
     beside the line of that name. is_rising: then the legend stands at the foot, below the lines.
     """
-    lines = {name: to_values(*each, log_y) for name, each in series.items()}
-    single = {name: to_values(*each, log_y) for name, each in (dots or {}).items()}
-    both = [*lines.values(), *single.values()]
-    xs = np.concatenate([[], *(x for x, _ in both)])
-    ys = np.concatenate([[], *(y for _, y in both)])
-    points = np.stack([xs, ys], 1)[np.isfinite(ys)]
+    lines = {name: np.array(each, float).T for name, each in series.items()}  # (n, 2)
+    single = {name: np.array(each, float).T for name, each in (dots or {}).items()}
+    points = np.concatenate([np.zeros((0, 2)), *lines.values(), *single.values()])
+    points = points[np.isfinite(points[:, 1])]
     if not len(points):
         points = np.zeros((1, 2))
     if is_rising:
         room = 0.35 * np.ptp(points[:, 1])  # for the legend
         points = np.vstack([points, points.min(0) - [0, room]])
-    axes = Axes((640, 320), *points.T, has_zero=not log_y)
-    axes.scales(log_y)
+    axes = Axes((640, 320), *points.T)
+    axes.scales()
     axes.text((axes.left, 10), f"{title}  ({y_label} by {x_label})", 13, "la")
-    for k, (name, (x, y)) in enumerate(lines.items()):
+    for k, (name, line) in enumerate(lines.items()):
         colour = COLOURS[k % len(COLOURS)]
-        is_drawn = np.isfinite(y)
-        axes.line(np.stack([x, y], 1)[is_drawn], colour, width=1.6)
-        for point in np.stack(single.get(name, ([], [])), 1):
+        axes.line(line[np.isfinite(line[:, 1])], colour, width=1.6)
+        for point in single.get(name, ()):
             axes.line([point], colour, width=1.4)
         if len(lines) > 1:
             first = axes.bottom - 16 * len(lines) - 8 if is_rising else axes.top + 4

@@ -231,11 +231,11 @@ def name_of(path: Path, root: Path) -> str:
 
 def probabilities(kind: str, logits) -> np.ndarray:
     """Turn the logits (c,) of a film into the probability of every class. (c,)"""
-    logits = np.asarray(logits, np.float64)
-    if kind == "classes":  # exactly one holds
-        odds = np.exp(logits - logits.max())
-        return odds / odds.sum()
-    return np.exp(-np.logaddexp(0, -logits))  # the sigmoid, without overflow
+    logits = torch.as_tensor(logits, dtype=torch.float64)
+    share = (
+        logits.softmax(0) if kind == "classes" else logits.sigmoid()
+    )  # exactly one holds, or any
+    return share.numpy()
 
 
 @torch.no_grad()

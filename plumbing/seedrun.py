@@ -6,7 +6,6 @@ that is needed to go on, best.pt the model that was best on validation, which is
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,12 +173,10 @@ def share_batch(args, films: int, processes: int) -> list[str]:
     args.micro = largest_divisor(share, args.micro or 128)
     if args.batch >= wanted:
         return []
-    if wanted > films:
-        return [f"The batch is {args.batch}, not {wanted}: there are {films} films."]
-    return [
-        f"The batch is {args.batch}, not {wanted}, so that {processes} processes can share it: "
-        "the numbers are not those of one process."
-    ]
+    why = f"there are {films} films"
+    if wanted <= films:
+        why = f"so that {processes} processes share it; the numbers are not those of one process"
+    return [f"The batch is {args.batch}, not {wanted}: {why}."]
 
 
 class Steps(NamedTuple):
@@ -317,6 +314,11 @@ class SeedRun:
             self.step = saved["step"]
             self.best = Best(**saved["best"])
 
+    def open_log(self, batch: int) -> checkpoint.Log:
+        """Open log.csv where the run stands."""
+        columns = ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"]
+        return checkpoint.Log(self.folder / "log.csv", columns, self.step, batch)
+
     def save(self):
         """Write last.pt."""
         state = {
@@ -337,25 +339,3 @@ class SeedRun:
         checkpoint.write_json(self.folder / "result.json", result)
         if result["over"]:
             (self.folder / "last.pt").unlink(missing_ok=True)
-
-
-class SeedLog(checkpoint.Log):
-    """log.csv of a seed. Films per second count from one row to the next."""
-
-    COLUMNS = ["step", "epoch", "images", "loss", "lr", "val", "val_loss", "images_per_s"]
-
-    def __init__(self, run: SeedRun, batch: int):
-        super().__init__(run.folder / "log.csv", self.COLUMNS, run.step)
-        self.run = run
-        self.batch = batch
-        self.last_step = run.step
-        self.last_time = time.perf_counter()
-
-    def row(self, **values):
-        """Write the row of step run.step."""
-        step = self.run.step
-        now = time.perf_counter()
-        rate = (step - self.last_step) * self.batch / (now - self.last_time)
-        super().row(step=step, images=step * self.batch, images_per_s=rate, **values)
-        self.last_step = step
-        self.last_time = now

@@ -56,35 +56,46 @@ ALONE = 0.1  # of all steps, a new predictor learns while the encoders it was gi
 
 
 # ---- Files → networks
-
-
 def load_world(path: str | Path) -> CheXWorld:
     """Load a world model with its predictor: a run's last.pt, or the authors' pre-trained file.
 
     Raises BadCheckpoint, also for a run of lab/ablation.py.
     """
-    checkpoint = load_checkpoint(path)
-    try:
+    world = world_in(load_checkpoint(path), path)
+    if world is None:
+        raise BadCheckpoint(
+            f"{path}: holds no predictor, which is needed here: "
+            "give a run's last.pt or the authors' pre-trained file"
+        )
+    return world
+
+
+def world_in(checkpoint: dict, path: str | Path) -> CheXWorld | None:
+    """Make the world model that a checkpoint holds; None where it has no predictor."""
+    with explain_unfit(path, "CheXWorld"):
         if "world" in checkpoint:
             world = make_world(checkpoint["config"], path)
             world.load_state_dict(checkpoint["world"])
             return world
         tensors = tensors_in(checkpoint)
         roots = roots_of(tensors, [OFFICIAL])
-        if roots:
-            state = part_of(tensors, roots[0])
-            width = state["encoder.patch_embed.proj.weight"].shape[0]
-            return from_official(state, heads=width // 64)
+        if not roots:
+            return None
+        state = part_of(tensors, roots[0])
+        width = state["encoder.patch_embed.proj.weight"].shape[0]
+        return from_official(state, heads=width // 64)
+
+
+@contextlib.contextmanager
+def explain_unfit(path: str | Path, network: str):
+    """Turn what the weights of another network raise while they are read into a BadCheckpoint."""
+    try:
+        yield
     except BadCheckpoint:
         raise
     except UNFIT as error:
-        raise BadCheckpoint(
-            f"{path}: weights that do not fit CheXWorld ({reason_of(error)})"
-        ) from None
-    raise BadCheckpoint(
-        f"{path}: holds no predictor, which is needed here: "
-        "give a run's last.pt or the authors' pre-trained file"
-    )
+        reason = str(error) if isinstance(error, Unlike) else brief(error)
+        raise BadCheckpoint(f"{path}: weights that do not fit {network} ({reason})") from None
 
 
 def make_world(config: dict, path: str | Path) -> CheXWorld:
@@ -116,12 +127,12 @@ def load_encoder(
     Raises BadCheckpoint.
     """
     checkpoint = load_checkpoint(path)
-    try:
+    world = None if "world" in checkpoint else world_in(checkpoint, path)
+    if world is not None:
+        encoder = world.target_encoder if which == "target" else world.encoder
+        return encoder.requires_grad_(True)
+    with explain_unfit(path, "a ViT"):
         tensors = tensors_in(checkpoint)
-        if "world" not in checkpoint and roots_of(tensors, [OFFICIAL]):
-            world = load_world(path)
-            encoder = world.target_encoder if which == "target" else world.encoder
-            return encoder.requires_grad_(True)
         root = choose_root(roots_of(tensors, PATCH_EMBEDDING), tensors, which)
         state = part_of(tensors, root)
         config = checkpoint.get("config")
@@ -130,12 +141,6 @@ def load_encoder(
         beside = settings_beside(Path(path))
         rgb, colours = normalisation(beside, state)
         vit = vit_from(state, beside.get("num_attention_heads"), rgb)
-    except BadCheckpoint:
-        raise
-    except UNFIT as error:
-        raise BadCheckpoint(
-            f"{path}: these weights do not fit a ViT ({reason_of(error)})"
-        ) from None
     if say:
         say(describe_origin(root, tensors, f"{vit.config['heads']} heads, {colours}"))
     return vit
@@ -153,13 +158,7 @@ class Unlike(ValueError):
     """Weights of a network that ours is not; the message is a sentence for the user."""
 
 
-def reason_of(error: Exception) -> str:
-    """Say what is wrong with weights that raised this error."""
-    return str(error) if isinstance(error, Unlike) else brief(error)
-
-
 # ---- What lies in a file
-
 # The last part of a name that tells where a network begins.
 OFFICIAL = "predictor.policy_net.0.weight"
 PATCH_EMBEDDING = ["patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"]
@@ -247,8 +246,6 @@ def describe_origin(root: str, tensors: dict, decisions: str) -> str:
 
 
 # ---- Other papers' ViTs
-
-
 class ScaledBlock(Block):
     """A block whose two branches are scaled per channel, as in DINOv2 (layer scale)."""
 
@@ -447,8 +444,6 @@ def fold_rgb(weight, bias, rgb: tuple = IMAGENET) -> tuple:
 
 
 # ---- The authors' file
-
-
 class OfficialPredictor(Predictor):
     """The authors' predictor, whose policy network takes the action as it is drawn."""
 
@@ -516,8 +511,6 @@ def official_predictor(theirs: dict, width: int) -> dict:
 
 
 # ---- Another image or patch size
-
-
 def resized(vit: ViT, image: int, patch: int, drop_path: float = 0.0) -> ViT:
     """Copy a ViT for another image or patch size, in px.
 
@@ -564,8 +557,6 @@ def axes_of_table(positions: torch.Tensor, grid: int) -> tuple | None:
 
 
 # ---- Where a pre-training starts
-
-
 @dataclasses.dataclass
 class Origin:
     """The weights that a pre-training starts from: a whole world's, or those of an encoder alone.
@@ -663,8 +654,8 @@ def new_origin(path: Path) -> Origin:
     """Load a run's or the authors' world, or else an encoder, to start a run from."""
     checkpoint = load_checkpoint(path)
     about = dict(path=path, digest=digest(path.read_bytes()))
-    if holds_world(checkpoint):
-        world = load_world(path)
+    world = world_in(checkpoint, path)
+    if world is not None:
         parts = dict(encoder=world.encoder, target=world.target_encoder, predictor=world.predictor)
         return Origin(**about, config=world.config, words="a whole world", **parts)
     notes = []
@@ -674,14 +665,6 @@ def new_origin(path: Path) -> Origin:
         words = "the encoder of a fine-tuned model, which has learnt from labels; its head is left"
     config = vit.config | predictor_sizes(vit.dim)
     return Origin(**about, config=config, words=words, notes=notes, encoder=vit, target=vit)
-
-
-def holds_world(checkpoint: dict) -> bool:
-    """Tell whether a checkpoint is of a run, or the authors': both have a predictor."""
-    try:
-        return "world" in checkpoint or bool(roots_of(tensors_in(checkpoint), [OFFICIAL]))
-    except Unlike:
-        return False  # load_encoder says what is wrong
 
 
 def predictor_sizes(dim: int) -> dict:
@@ -699,21 +682,17 @@ def begun_origin(path: Path, last: Path) -> Origin:
     with contextlib.suppress(UserError):  # the folder may have been emptied since
         path = weights_in(path)
     saved = load_last(last, {"recipe", "config"})
-    began_from = saved["recipe"].get("weights")
-    if began_from is None:
-        raise UserError(
-            f"{last.parent} holds a run that did not start from --weights: "
-            "choose another --out, or delete it to start anew"
-        )
-    words = "this run started from it, and goes on from its own last.pt"
-    now = digest(path.read_bytes()) if path.is_file() else None
-    if now is None:
-        words = f"no longer there; not needed, the run goes on from {last}"
-    elif now != began_from:
+    began_from = saved["recipe"].get("weights", "none")
+    is_there = path.is_file()
+    now = digest(path.read_bytes()) if is_there else began_from
+    if now != began_from or began_from == "none":
         raise UserError(
             f"--weights {path} is not the file that the run in {last.parent} started from "
-            f"(SHA-256 {now}…, then {began_from}…): give that one, or another --out"
+            f"(SHA-256 {now}, then {began_from}): give that one, or another --out"
         )
+    words = "this run started from it, and goes on from its own last.pt"
+    if not is_there:
+        words = f"no longer there; not needed, the run goes on from {last}"
     return Origin(path, began_from, saved["config"], words)
 
 

@@ -74,12 +74,14 @@ def test_health_is_that_of_the_first_films_however_large_the_batch(tmp_path, mon
 
 
 def test_only_the_lead_computes_health_and_only_from_what_it_needs(tmp_path, monkeypatch):
-    """Rank 1 of 4 sends its first films, at most as many as are looked at, and is done."""
+    """Rank 1 of 4, whose films are the 9th to 16th, sends the first three, and is done."""
     sent = []
     for name in ("mean", "any"):
         monkeypatch.setattr(launch.Team, name, lambda _self, value: value)
-    monkeypatch.setattr(launch.Team, "gather", lambda _self, rows: sent.append(rows))
-    monkeypatch.setattr(monitor, "HEALTH_FILMS", 3)
+    monkeypatch.setattr(
+        launch.Team, "gather_objects", lambda _self, rows: sent.append(rows) or [rows]
+    )
+    monkeypatch.setattr(monitor, "HEALTH_FILMS", 11)
     monkeypatch.setattr(monitor, "rankme", None)
     args = SimpleNamespace(batch=32, micro=4, epochs=2, log_every=1)
     with Monitor(tmp_path, ("l11",), args, launch.Team(1, 4, TEAM.device), 0, 4, 10) as seen:

@@ -1,7 +1,6 @@
 """Pictures: where things land on the page, numbers get their colours, files are whole."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from plumbing import pictures
@@ -54,11 +53,10 @@ def test_ticks_are_round_and_inside():
         assert digits <= {"1", "2", "5"} and len(digits) == 1
 
 
-@pytest.mark.parametrize("log_y", [False, True])
-def test_curves_draw_each_series_where_its_values_lie(log_y):
+def test_curves_draw_each_series_where_its_values_lie():
     x = np.arange(100)
     series = {"low": (x, np.full(100, 1.0)), "high": (x, np.full(100, 100.0))}
-    page = np.asarray(pictures.curves(series, "two", "step", "value", log_y=log_y)).astype(int)
+    page = np.asarray(pictures.curves(series, "two", "step", "value")).astype(int)
 
     def row_of(colour):
         found = np.abs(page - np.array(colour)).sum(2) < 60
@@ -69,8 +67,7 @@ def test_curves_draw_each_series_where_its_values_lie(log_y):
     top = 34
     bottom = 320 - 44
     assert page.shape == (320, 640, 3) and top <= high < top + 20
-    # 1 of 100 lies at the foot of a log axis, and one percent up a linear one
-    assert abs(low - bottom) < (2 if log_y else 5)
+    assert abs(low - bottom) < 5  # 1 of 100 lies one percent up the axis
 
 
 def test_curves_survive_nan_and_single_points():
