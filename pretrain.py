@@ -273,18 +273,16 @@ def train_step(forward, optimizer, batches, args, team):
     accumulate = args.batch // team.size // args.micro
     losses = {}
     pooled = []
-    advice = f"lower --micro, now {args.micro} films per forward pass, or add --checkpointing"
-    with launch.explain_full_gpu(advice):
-        for k, batch in enumerate(batches, 1):
-            is_last = k == accumulate
-            with launch.average_gradients(forward, now=is_last):
-                with launch.autocast(team.device, args.precision):
-                    terms, targets = forward(**batch)
-                (terms["loss"] / accumulate).backward()
-            for name, value in terms.items():
-                losses.setdefault(name, []).append(value.detach())
-            pooled.append(targets)
-        norm = launch.clip_and_step(forward, optimizer, args.clip)
+    for k, batch in enumerate(batches, 1):
+        is_last = k == accumulate
+        with launch.average_gradients(forward, now=is_last):
+            with launch.autocast(team.device, args.precision):
+                terms, targets = forward(**batch)
+            (terms["loss"] / accumulate).backward()
+        for name, value in terms.items():
+            losses.setdefault(name, []).append(value.detach())
+        pooled.append(targets)
+    norm = launch.clip_and_step(forward, optimizer, args.clip)
     losses = {name: torch.stack(values) for name, values in losses.items()}
     return losses, torch.cat(pooled), norm
 

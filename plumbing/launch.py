@@ -17,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import typing
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
@@ -29,8 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 # ---- Errors, signals and how a script ends
 class UserError(Exception):
     """An error that the user can mend: one line that says what, where and what to do."""
-
-    one_line = True
 
 
 # A cluster's order to end and Slurm's early warning (--signal=USR1@120), Ctrl-C, a closed terminal.
@@ -125,6 +122,8 @@ def in_one_line(error: Exception) -> str:
         return text
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}: make room there"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "the GPU's memory is full: lower --micro, or add pretrain.py's --checkpointing"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
         return "the machine's memory is full: smaller --image, --batch or --micro take less"
     if any(words in text for words in LOST_RANK):
@@ -355,9 +354,8 @@ def add_flag(parser, field):
     if field.default is not None:
         help += f" [{field.default}]".replace("%", "%%")
     choices = field.metadata["choices"]
-    kind = [*typing.get_args(field.type), field.type][0]  # of int | None, the int
-    value = dict(type=kind, choices=choices, default=field.default)
-    metavar = None if choices else kind.__name__.upper()
+    value = dict(type=field.type, choices=choices, default=field.default)
+    metavar = None if choices else field.type.__name__.upper()
     parser.add_argument(f"--{field.name}", **value, metavar=metavar, help=help)
 
 
@@ -484,9 +482,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: str):
     """Return the context in which a forward pass runs in `precision`."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def send(tensor, device):
@@ -547,15 +543,6 @@ def fit_to_machine(args, team: Team):
     micro = largest_divisor(share, limit)
     precision = choose_precision(args.precision, team.device)
     return dataclasses.replace(args, precision=precision, micro=micro)
-
-
-@contextlib.contextmanager
-def explain_full_gpu(advice: str):
-    """Turn PyTorch's page about a full GPU into one line that ends with `advice`."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(f"the GPU's memory is full: {advice}") from None
 
 
 # ---- Schedules

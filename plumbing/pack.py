@@ -125,9 +125,14 @@ def hold_in_memory(films: Films, workers: int | None, device) -> tuple:
 
 
 # ---------------------------------------------------------------- films that cannot be read
-def is_too_many(unreadable: int, total: int) -> bool:
-    """Whether so many unreadable films stop a run: more than one, and more than 1 % of all."""
-    return unreadable > max(1, 0.01 * total)
+def refuse_too_many(unreadable: list[str], total: int):
+    """UserError when so many films cannot be read: more than one, and more than 1 % of all."""
+    if len(unreadable) > max(1, 0.01 * total):
+        raise UserError(
+            f"{len(unreadable):,} of {total:,} films cannot be read, more than one and more than "
+            f"1 %: {', '.join(unreadable[:3])} …: no training takes them; mend them or take them "
+            "away (python data.py check --data … names them all)"
+        )
 
 
 class UnreadableFilms:
@@ -145,15 +150,8 @@ class UnreadableFilms:
         if name in self.reasons:
             return
         self.reasons[name] = reason
-        count = len(self.reasons)
-        tqdm.write(f"bad film, skipped ({count} so far): {name}: {reason}")
-        if is_too_many(count, self.total):
-            first = ", ".join(list(self.reasons)[:3])
-            raise UserError(
-                f"{count} of {self.total} films cannot be read, more than one and more than 1 %: "
-                f"{first} …: "
-                "python data.py check --data … names them all; mend them or take them away"
-            )
+        tqdm.write(f"bad film, skipped ({len(self.reasons)} so far): {name}: {reason}")
+        refuse_too_many(list(self.reasons), self.total)
 
     def note_batch(self, batch):
         """Note the films of a loaded batch that another one stands in for."""
@@ -239,25 +237,36 @@ def film_offsets(shapes) -> np.ndarray:
 
 
 class Attempts(torch.utils.data.Dataset):
-    """Item i → (film i, "") or (None, why it cannot be read): reading that never raises."""
+    """Item i → (film i, "") or (None, why it cannot be read): reading that never raises.
 
-    def __init__(self, films):
+    taken: {number of a film: its number in the pack `old`}, from which it is taken.
+    """
+
+    def __init__(self, films, old=None, taken=None):
         self.films = films
+        self.old = old
+        self.taken = taken or {}
+
+    def __len__(self):
+        return len(self.films)
 
     def __getitem__(self, i):
+        if i in self.taken:
+            with contextlib.suppress(UnreadableFilm):  # damaged there: read its file again
+                return self.old.verified(self.taken[i]), ""
         try:
             return self.films.verified(i), ""
         except UnreadableFilm as error:
             return None, str(error)
 
 
-def read_all(films, start: int, workers: int, task: str) -> Iterator[tuple]:
+def read_all(films: Attempts, start: int, workers: int, task: str) -> Iterator[tuple]:
     """Read all films from number `start` on, in order: yields (film or None, reason).
 
     workers: processes that read; task: the word before the progress bar.
     """
     loader = Loader(
-        Attempts(films),
+        films,
         batch_size=None,
         sampler=range(start, len(films)),
         num_workers=workers,
@@ -273,22 +282,19 @@ def check_and_report(films, workers: int):
     UserError when they are so many that training would stop.
     """
     began = time.time()
-    unreadable = 0
-    for name, (film, reason) in zip(films.names, read_all(films, 0, workers, "check"), strict=True):
+    unreadable = []
+    read = read_all(Attempts(films), 0, workers, "check")
+    for name, (film, reason) in zip(films.names, read, strict=True):
         if film is None:
             tqdm.write(f"bad: {name}: {reason}")
-            unreadable += 1
-    share = unreadable / len(films)
+            unreadable.append(name)
+    share = len(unreadable) / len(films)
     rate = len(films) / (time.time() - began)
     print(
-        f"{len(films) - unreadable:,} of {len(films):,} films can be read, {unreadable:,} bad "
-        f"({share:.2%}); {rate:.0f} films/s with {workers} workers"
+        f"{len(films) - len(unreadable):,} of {len(films):,} films can be read, "
+        f"{len(unreadable):,} bad ({share:.2%}); {rate:.0f} films/s with {workers} workers"
     )
-    if is_too_many(unreadable, len(films)):
-        raise UserError(
-            f"{unreadable:,} of {len(films):,} films cannot be read, more than one and more than "
-            "1 %: training would stop; mend those named above, or take them away"
-        )
+    refuse_too_many(unreadable, len(films))
 
 
 # ---------------------------------------------------------------- writing it
@@ -311,12 +317,12 @@ def pack_and_report(films, out, workers: int):
     claim(out.with_name(f".{out.name}.lock"), out)
     states = states_of(films)
     old = Pack(out) if out.exists() else None
-    renewed = renew(films, states, old) if old else films
-    if renewed is None:
+    taken = renew(films, states, old) if old else {}
+    if taken is None:
         packed = old
         rate = "already there"
     else:
-        packed = pack_films(renewed, out, workers, states)
+        packed = pack_films(films, out, workers, states, old, taken)
         rate = f"{len(films) / (time.time() - began):.0f} films/s with {workers} workers"
     for name, reason in packed.unreadable:
         print(f"bad, left out: {name}: {reason}")
@@ -341,31 +347,10 @@ def states_of(films) -> list:
     return in_threads(state_of_file, files) + [None] * (len(films) - films.file_count)
 
 
-class Renewed:
-    """The films to pack, of which an older pack holds some: these are taken from there.
+def renew(films, states: list, old: Pack) -> dict | None:
+    """Which films the pack `old` still holds as they are, {number: number there}.
 
-    taken: {number of a film: its number in the older pack}
-    """
-
-    def __init__(self, films, old, taken):
-        vars(self).update(vars(films))
-        self.films = films
-        self.old = old
-        self.taken = taken
-
-    def __len__(self):
-        return len(self.films)
-
-    def verified(self, i):
-        """Film i, compared with its checksum where it has one."""
-        if i in self.taken:
-            with contextlib.suppress(UnreadableFilm):  # damaged there: read its file again
-                return self.old.verified(self.taken[i])
-        return self.films.verified(i)
-
-
-def renew(films, states: list, old: Pack) -> Renewed | None:
-    """What to pack when the pack `old` is there already; None when nothing has changed since.
+    None: all of them, nothing is to be packed.
 
     states: of the films. UserError when `old` was made otherwise, or when films have come while
     others have gone: what is no longer there cannot be made again, so nobody else decides.
@@ -398,13 +383,13 @@ def renew(films, states: list, old: Pack) -> Renewed | None:
     if not new and not changed and has_same_patients:
         return None
     print(f"{old.path} is made anew: {new:,} films are new, {changed:,} have changed since")
-    taken = {i: place for i, place in same.items() if place < len(old.names)}
-    return Renewed(films, old, taken)
+    return {i: place for i, place in same.items() if place < len(old.names)}
 
 
-def pack_films(films, out, workers: int = 0, states: list | None = None) -> Pack:
-    """Write every readable film into the packed file `out`. states: of the films, see states_of.
+def pack_films(films, out, workers=0, states: list | None = None, old=None, taken=None) -> Pack:
+    """Write every readable film into the packed file `out`.
 
+    states: of the films, see states_of. old, taken: see Attempts.
     Killed at any moment, the same call goes on where it was: until the file is complete there is
     <out>.part, and <out>.journal with a line per film, written after the film's bytes: what it was
     made from, [side, name, state], and what it became, [height, width, CRC-32, reason], which are
@@ -418,7 +403,7 @@ def pack_films(films, out, workers: int = 0, states: list | None = None) -> Pack
         rows = take_up(part, journal, sources)
     # Unbuffered, so that closing them after an error does not try again.
     with open(part, "ab", 0) as file, open(journal, "ab", 0) as log:
-        rest = read_all(films, len(rows), workers, "pack")
+        rest = read_all(Attempts(films, old, taken), len(rows), workers, "pack")
         for source, (film, reason) in zip(sources[len(rows) :], rest, strict=True):
             content = b"" if film is None else film.tobytes()
             height, width = (0, 0) if film is None else film.shape

@@ -574,16 +574,6 @@ def test_a_step_of_micro_batches_equals_one_of_the_whole_batch():
     assert largest_difference(whole, parts) < 1e-5
 
 
-def test_a_full_gpu_is_one_line_that_says_what_to_do():
-    def full(**_batch):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. " + "Tried to allocate. " * 30)
-
-    args = pretrain.Config(batch=4, micro=2, precision="float32")
-    with pytest.raises(UserError, match="lower --micro, now 2 .*--checkpointing") as error:
-        pretrain.train_step(full, None, [{}, {}], args, ALONE)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.slow
 def test_a_demo_whose_phantoms_are_gone_draws_them_again_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "closing", lambda *ignored: None)

@@ -110,4 +110,4 @@ def test_mistakes_are_said_in_one_line(here, words, message):
     out = [] if "--out" in words else ["--out", "x"]
     with pytest.raises(Exception, match=message) as error:
         here(*words, *out)
-    assert error.value.one_line and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)

@@ -28,18 +28,16 @@ class Config:
     lr: float = flag(2e-4, "learning rate, 100 % of it")
     max_steps: int = flag(None, "stop early")
     size: str = flag("tiny", "network", ["tiny", "base"])
-    optional: int | None = flag(None, "either")
     no_action: bool = flag(False, "ablation")
     derived: int = 7
 
 
 def test_defaults_and_values():
-    assert parse(Config, "", []) == Config() == Config(None, 2e-4, None, "tiny", None, False, 7)
-    words = "--data /x --lr 1e-3 --max_steps=5 --size base --optional 3 --no_action"
+    assert parse(Config, "", []) == Config() == Config(None, 2e-4, None, "tiny", False, 7)
+    words = "--data /x --lr 1e-3 --max_steps=5 --size base --no_action"
     given = parse(Config, "", words.split())
-    assert given == Config("/x", 1e-3, 5, "base", 3, True, 7)
-    kinds = (type(given.lr), type(given.max_steps), type(given.optional))
-    assert kinds == (float, int, int)
+    assert given == Config("/x", 1e-3, 5, "base", True, 7)
+    assert (type(given.lr), type(given.max_steps)) == (float, int)
 
 
 def test_a_leading_tilde_is_the_home_folder_in_every_flag(monkeypatch):
@@ -64,7 +62,7 @@ WRONG = {
     "--lr 1 --dta x --size base": ["did you mean --data?"],
     "--zzz": ["--zzz"],
     "stray": ["stray"],
-    "--max 3": ["--max"],
+    "--max 3": ["did you mean --max_steps?"],
     "--max_steps three": ["--max_steps", "three"],
     "--lr": ["--lr", "expected one argument"],
     "--size huge": ["--size", "huge", "tiny", "base"],
@@ -80,13 +78,7 @@ def test_a_wrong_flag_is_one_line(argv, words):
     message = str(error.value)
     assert "\n" not in message and "train.py --help" in message, message
     assert all(word in message for word in words), message
-
-
-def test_a_negative_seed_is_refused_as_every_script_keys_its_numbers_by_it():
-    Seeded = dataclasses.make_dataclass("Seeded", [("seed", int, flag(None, "of everything"))])
-    assert [parse(Seeded, "", a.split()).seed for a in ("", "--seed 0", "--seed 3")] == [None, 0, 3]
-    with pytest.raises(UserError, match="--seed -1: must be 0 or more"):
-        parse(Seeded, "", ["--seed", "-1"])
+    assert ("did you mean" in message) == any("did you mean" in word for word in words)
 
 
 def test_a_rank_that_lost_another_says_so_in_one_line(tmp_path):
@@ -132,23 +124,24 @@ def test_values_that_no_program_can_use(words, reason):
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError("no"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you")],
-)
-def test_full_memory_is_one_line(error, capfd):
+FULL = {
+    "error: the machine's memory is full": MemoryError("no"),
+    "error: the machine's": RuntimeError(
+        "[enforce] DefaultCPUAllocator: can't allocate memory: you"
+    ),
+    "error: the GPU's memory is full": torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to"),
+}
+
+
+@pytest.mark.parametrize("words", FULL)
+def test_full_memory_is_one_line(words, capfd):
     def main():
-        raise error
+        raise FULL[words]
 
     with pytest.raises(SystemExit):
         launch.run_script(main)
-    assert capfd.readouterr().err.startswith("error: the machine's memory is full")
-
-
-def test_nothing_is_suggested_for_a_stranger():
-    with pytest.raises(UserError) as error:
-        parse(Config, "", ["--quux", "1"])
-    assert "did you mean" not in str(error.value)
+    said = capfd.readouterr().err
+    assert said.startswith(words) and said.count("\n") == 1
 
 
 def test_help_shows_the_doc_every_flag_and_its_default(capsys):
@@ -407,14 +400,6 @@ def test_one_process_without_compile_is_the_model_itself():
     assert compiled is not layer and next(compiled.parameters()) is layer.weight
     with launch.average_gradients(layer, now=False):
         pass
-
-
-def test_a_full_gpu_is_explained_and_other_errors_are_not():
-    with pytest.raises(UserError, match="^the GPU's memory is full: lower --micro$"):
-        with launch.explain_full_gpu("lower --micro"):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
-    with pytest.raises(RuntimeError, match="shapes"), launch.explain_full_gpu("lower --micro"):
-        raise RuntimeError("shapes differ")
 
 
 @dataclasses.dataclass
