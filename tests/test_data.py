@@ -206,7 +206,7 @@ def test_unreadable_films_are_named_once_and_too_many_stop(total, allowed, capsy
     assert list(unreadable.reasons) == [f"{k}.png" for k in range(allowed)]
     said = capsys.readouterr().out.splitlines()
     assert len(said) == allowed and said[0] == "bad film, skipped (1 so far): 0.png: broken"
-    with pytest.raises(UserError, match=f"{allowed + 1} of {total} films .* 1 %: 0.png"):
+    with pytest.raises(UserError, match=f"{allowed + 1} of {total:,} films .* 1 %: 0.png"):
         unreadable.note("another.png", "broken")
 
 
