@@ -298,38 +298,33 @@ def read_whole(films, numbers, size):
     return images, np.array(read, int), unreadable
 
 
-def describe_batches(describe, films, numbers, size, words="films", batch=32):
+def in_memory(name, shape, dtype):
+    """Make the array that holds what is said of all films."""
+    return np.empty(shape, dtype)
+
+
+def describe_films(describe, films, numbers, size, words="films", batch=32, make=in_memory):
     """Describe many films as `read_whole` reads them, batch by batch. UserError when none is read.
 
-    describe: images (b, 1, size, size) → {name: array (b, …)}
-    Yields ({name: array}, numbers of the readable films, {name of an unreadable film: reason});
-    the first is empty when none of a batch can be read.
-    """
-    count = 0
-    for first in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
-        images, read, failed = read_whole(films, numbers[first : first + batch], size)
-        count += len(read)
-        yield describe(images) if len(read) else {}, read, failed
-    require_readable(range(count), words)
-
-
-def describe_films(describe, films, numbers, size, words="films", batch=32):
-    """The same, put together; see describe_batches.
-
+    describe: images (b, 1, size, size) → {name: array (b, …)}; make(name, shape, dtype) → the empty
+    array that shall hold those of all films
     → {name: array (n, …)}, numbers of the readable films (n,), {name of an unreadable film: reason}
     """
-    parts = {}
+    whole = {}
     readable = []
     unreadable = {}
-    for found, read, failed in describe_batches(describe, films, numbers, size, words, batch):
+    for first in tqdm(range(0, len(numbers), batch), desc=words, leave=False):
+        images, read, failed = read_whole(films, numbers[first : first + batch], size)
         unreadable |= failed
+        done = len(readable)
         readable.extend(read)
+        found = describe(images) if len(read) else {}
         for name, array in found.items():
-            parts.setdefault(name, []).append(array)
-    whole = {}
-    for name in list(parts):  # each part is let go as soon as it has been copied
-        whole[name] = np.concatenate(parts.pop(name))
-    return whole, np.array(readable), unreadable
+            if name not in whole:
+                whole[name] = make(name, (len(numbers), *array.shape[1:]), array.dtype)
+            whole[name][done : len(readable)] = array
+    require_readable(readable, words)
+    return select(whole, slice(len(readable))), np.array(readable), unreadable
 
 
 def require_readable(read, what="films"):

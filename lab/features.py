@@ -18,6 +18,8 @@ The films are worked through batch by batch, so that memory does not bound how m
 
 import dataclasses
 import functools
+import math
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -26,8 +28,8 @@ import torch
 
 from lab import common
 from model import pool_cells
-from plumbing.checkpoint import explain_writing, replace_with, write_csv
-from plumbing.launch import flag, run_script
+from plumbing.checkpoint import replace_with, write_csv
+from plumbing.launch import UserError, flag, run_script
 from plumbing.weights import load_encoder
 
 LARGEST_CSV = 100_000_000  # numbers; more are for programs, which read features.npz
@@ -43,12 +45,13 @@ def main(argv=None):
     encoder = load_encoder(common.find_weights(args.weights), say=print).to(device).eval()
     films, _ = common.open_set(args, 20)
     numbers = common.evenly(common.named(args.table, films), args.films)
-    batches = common.describe_batches(
-        functools.partial(describe, encoder), films, numbers, encoder.image
-    )
     out = Path(args.out)
+    by_encoder = functools.partial(describe, encoder)
     with tempfile.TemporaryDirectory(dir=out, prefix=".features", ignore_cleanup_errors=True) as at:
-        found, read, unreadable = collect(batches, Path(at))
+        make = functools.partial(on_disk, Path(at))
+        found, read, unreadable = common.describe_films(
+            by_encoder, films, numbers, encoder.image, make=make
+        )
         names = [films.names[i] for i in read]
         files = write_files(out, names, **found)
         dim = found.pop("mean").shape[1]
@@ -60,27 +63,13 @@ def main(argv=None):
     common.finish(args, result, "\n".join(lines))
 
 
-def collect(batches, folder: Path):
-    """Keep what describe_batches yields in files of `folder`, since memory may not hold it all.
-
-    → {name: array (n, …), read from the disk as needed}, numbers of the readable films,
-    {name of an unreadable film: reason}
-    """
-    shapes = {}
-    read = []
-    unreadable = {}
-    for found, numbers, failed in batches:
-        read.extend(numbers)
-        unreadable |= failed
-        for name, array in found.items():
-            shapes[name] = array.shape[1:]
-            with explain_writing(folder / name), open(folder / name, "ab") as file:
-                file.write(array.tobytes())  # float32
-    found = {
-        name: np.memmap(folder / name, np.float32, "r", shape=(len(read), *shape))
-        for name, shape in shapes.items()
-    }
-    return found, read, unreadable
+def on_disk(folder: Path, name, shape, dtype):
+    """Make an array in a file, since memory may not hold it. UserError on a full disk."""
+    size = math.prod(shape) * dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"{folder}: {size / 1e9:.1f} GB are wanted, {free / 1e9:.1f} GB are free")
+    return np.memmap(folder / name, dtype, "w+", shape=shape)
 
 
 def write_files(out: Path, names, mean, cells) -> list[str]:

@@ -6,9 +6,11 @@ the run, and prints both tables; beside a fine-tuned model it judges linear prob
 films.
 """
 
+import itertools
 import time
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 
 from lab.common import evenly, random_twin, read_whole
 from lab.domain import domain_test, result_table
@@ -95,25 +97,16 @@ def curves_picture(rows, losses):
 
 
 # ---------------------------------------------------------------- beside a fine-tuned model
-class Together:
+class Together(ConcatDataset):
     """The films of a task's splits, {split: films}, one after the other, without their masks."""
 
     def __init__(self, films: dict):
-        self.examples = []
-        self.names = []
-        self.places = []
-        for split in ("train", "val", "test"):
-            part = films[split]
-            self.examples += part.examples
-            self.names += part.names
-            self.places += [(part, i) for i in range(len(part))]
-
-    def __len__(self):
-        return len(self.places)
+        super().__init__([films[split] for split in ("train", "val", "test")])
+        self.examples = list(itertools.chain(*(part.examples for part in self.datasets)))
+        self.names = list(itertools.chain(*(part.names for part in self.datasets)))
 
     def __getitem__(self, number):
-        part, i = self.places[number]
-        film, _ = part[i]
+        film, _ = super().__getitem__(number)
         return film
 
 

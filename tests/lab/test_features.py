@@ -1,6 +1,7 @@
 """Features of films: each number against a loop over patches, and the files that are written."""
 
 import csv
+import functools
 import json
 import math
 import tracemalloc
@@ -8,12 +9,13 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from lab_for_tests import good, make_place, noise  # noqa: F401 (place is a fixture)
+from lab_for_tests import Films, good, make_place, noise  # noqa: F401 (place is a fixture)
 from PIL import Image
 
 import augment
-from lab import features
+from lab import common, features
 from model import ViT
+from plumbing.launch import UserError
 from plumbing.weights import load_encoder
 
 
@@ -84,25 +86,33 @@ def test_features_of_a_folder_with_a_broken_film(place):
 def test_memory_does_not_grow_with_the_films(tmp_path, monkeypatch):
     """Batches of 2 MB, 40 of them: never are more than a few held; a batch may have no film."""
     monkeypatch.setattr(features, "LARGEST_CSV", 1000)
+    names = [f"{k}.png" for k in range(400)]
+    films = {name: np.full((8, 8), k % 256, np.uint8) for k, name in enumerate(names)}
+    films |= dict.fromkeys(names[70:80])  # these cannot be read
 
-    def batches():
-        for k in range(40):
-            if k == 7:
-                yield {}, np.array([], int), {"broken": "because"}
-                continue
-            cells = np.full((10, 16, 3200), k, np.float32)
-            yield {"mean": cells[:, 0, :5], "cells": cells}, np.arange(10) + 10 * k, {}
+    def describe(images):
+        grey = 255 * images[:, 0, 0, 0].numpy()
+        cells = np.repeat(grey[:, None], 16 * 3200, 1).reshape(-1, 16, 3200)
+        return {"mean": cells[:, 0, :5], "cells": cells}
 
+    make = functools.partial(features.on_disk, tmp_path)
     tracemalloc.start()
-    found, read, unreadable = features.collect(batches(), tmp_path)
+    found, read, unreadable = common.describe_films(
+        describe, Films(films), np.arange(400), 8, batch=10, make=make
+    )
     (tmp_path / "cells.csv").touch()  # of other films
-    names = [str(i) for i in read]
-    assert features.write_files(tmp_path, names, **found) == ["features.npz", "features.csv"]
+    written = features.write_files(tmp_path, [names[i] for i in read], **found)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    assert written == ["features.npz", "features.csv"]
     assert peak < 25e6 and found["cells"].nbytes == 390 * 16 * 3200 * 4
-    assert len(read) == 390 and unreadable == {"broken": "because"}
-    assert (found["mean"][:, 2] == np.array(read) // 10).all()
+    assert len(read) == 390 and list(unreadable) == names[70:80]
+    assert np.allclose(found["mean"][:, 2], read % 256, atol=1e-3)
     assert not (tmp_path / "cells.csv").exists()
     with np.load(tmp_path / "features.npz") as arrays:
         assert (arrays["mean"] == found["mean"]).all()
+
+
+def test_a_disk_that_is_too_full_is_said_before_films_are_described(tmp_path):
+    with pytest.raises(UserError, match="3000000.0 GB are wanted, .* are free"):
+        features.on_disk(tmp_path, "cells", (3 * 10**15,), np.dtype(np.uint8))
