@@ -27,6 +27,7 @@ from plumbing.table import Finder, plain, read_list
 from plumbing.weights import load_world, make_vit
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
+NOBODY = (set(), set())  # what trained_on would say of those
 
 
 @dataclasses.dataclass
@@ -221,13 +222,19 @@ def trained_on(weights, films):
 
     The hold-out of its run is repeated on the films given and, when that is not it, on the run's
     own; the list that comes out must have the digest in the checkpoint. None when nobody can tell,
-    as of a run with --weights: nobody knows what these had seen.
+    as of a run with --weights: nobody knows what these had seen. For an encoder.pt, the last.pt
+    beside it tells.
     """
-    run = run_of(weights)
-    recipe = checkpoint.load_checkpoint(weights).get("recipe", {})
+    last = Path(weights)
+    if last.name == "encoder.pt":
+        last = last.with_name("last.pt")
+    run = run_of(last)
+    if not run or not last.is_file():
+        return None
+    recipe = checkpoint.load_checkpoint(last).get("recipe", {})
     if "weights" in recipe:
         return None
-    for data in dict.fromkeys((str(films.root), run["data"])) if run else ():
+    for data in dict.fromkeys((str(films.root), run["data"])):
         try:
             own = open_films(data, patients=run["patients"])
             paths = (run["probe"] or "").split(",")

@@ -19,7 +19,7 @@ import torch
 
 from lab import common
 from lab.features import describe
-from lab.probe import RANDOM, films_seen, judge_tables, judged_words, seen_words
+from lab.probe import RANDOM, judge_tables, judged_words, seen_words
 from lab.report import curves_picture
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
@@ -67,8 +67,8 @@ def main(argv=None):
         _, judged = next(judge_tables([labels], films, encoders, size))
         result["probe"] = judged["test"]["values"]
         result["probe_intervals"] = judged
-        seen = seen_words(films_seen(path, films, args.data), labels, films)
-        words.append(judged_words(labels, judged, seen))
+        learnt = common.trained_on(path, films) if args.data else common.NOBODY
+        words.append(judged_words(labels, judged, seen_words(learnt, labels, films)))
         differences = judged["test"]["differences"]["target encoder"]
         knows = differences[RANDOM]["word"]
     result["verdict"] = verdict(rows["target encoder"], rows[RANDOM], knows)

@@ -108,11 +108,8 @@ def open_study(args, device):
     world = common.load_predictions(weights).to(device).eval()
     patients = args.patients or common.run_of(weights).get("patients")
     films, table = common.open_set(args, 3 * args.films, patients=patients)
-    numbers = np.arange(len(films))
-    learnt = (set(), set())  # of the synthetic patients, none
-    if args.data:
-        numbers = common.named(args.table, films)
-        learnt = common.trained_on(weights, films)
+    numbers = common.named(args.table, films)
+    learnt = common.trained_on(weights, films) if args.data else common.NOBODY
     rows = common.rows_of(table, films, split=None) if table else []
     has_marker = [i for i, row in rows if row.get("marker")]
     numbers = np.setdiff1d(numbers, has_marker)

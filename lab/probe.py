@@ -55,7 +55,7 @@ def main(argv=None):
     refuse_twins("--table", paths)
     tables = [Labels(path).complete(films) for path in paths]
     result = {"weights": str(path), "seed": args.seed, "tables": {}}
-    learnt = films_seen(path, films, args.data)
+    learnt = common.trained_on(path, films) if args.data else common.NOBODY
     for table, judged in judge_tables(tables, films, encoders, encoder.image):
         seen = seen_words(learnt, table, films)
         result["tables"][table.path.stem] = {"seen": seen, **judged, "notes": table.notes}
@@ -63,22 +63,10 @@ def main(argv=None):
     common.finish(args, result, f"{len(tables)} tables judged")
 
 
-def films_seen(weights, films, data):
-    """Find the films, and patients, of an encoder's pre-training. → two sets; None: not known
-
-    data: the flag --data; without it the films are synthetic, of patients that no run has seen.
-    """
-    if not data:
-        return set(), set()
-    last = weights.with_name("last.pt")  # which tells; encoder.pt beside it is from the same run
-    is_of_run = weights.name in ("last.pt", "encoder.pt") and last.is_file()
-    return common.trained_on(last, films) if is_of_run else None
-
-
 def seen_words(learnt, table: Labels, films) -> str:
     """Say how many films of a table, or other films of their patients, were in pre-training.
 
-    learnt: what `films_seen` says
+    learnt: what common.trained_on says
     """
     where = table.locate(films)
     is_there = where >= 0

@@ -136,8 +136,7 @@ def test_how_many_films_the_encoder_saw_is_said(tmp_path):
     words = probe.seen_words(learnt, labels, films)
     assert words.endswith(": 0 of 1 of test, 2 of 3 of train and val")
     assert "nobody can tell" in probe.seen_words(None, labels, films)
-    assert probe.films_seen(tmp_path / "vit.pth", films, "folder") is None
-    assert probe.films_seen(tmp_path / "vit.pth", films, None) == (set(), set())
+    assert common.trained_on(tmp_path / "vit.pth", films) is None
 
 
 @pytest.mark.slow
