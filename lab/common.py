@@ -238,14 +238,13 @@ def trained_on(weights, films):
         try:
             own = open_films(data, patients=run["patients"])
             paths = (run["probe"] or "").split(",")
-            tables = [Labels(path).complete(own) for path in paths if path]
+            tables = [Labels(path, own).complete() for path in paths if path]
             train, _ = hold_out_films(own, tables, run["holdout"], run["seed"])
-            located = [table.locate(own) for table in tables]
         except UserError:  # films or tables have gone
             continue
         names = [own.names[i] for i in train]
         if checkpoint.digest_of_names(names) == recipe.get("names"):
-            patients = np.array(patients_of(own, tables, located))
+            patients = np.array(patients_of(own, tables))
             return set(names), set(patients[train].tolist())
     return None
 

@@ -63,7 +63,7 @@ def main(argv=None):
     words = [f"{len(read)} films, pooled features of {encoders['target encoder'].dim} dimensions"]
     words.append(variety_table(rows))
     if table:
-        labels = Labels(table).complete(films)
+        labels = Labels(table, films).complete()
         _, judged = next(judge_tables([labels], films, encoders, size))
         result["probe"] = judged["test"]["values"]
         result["probe_intervals"] = judged

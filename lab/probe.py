@@ -53,7 +53,7 @@ def main(argv=None):
     films, tables = common.open_set(args, args.films)
     paths = str(tables).split(",")
     refuse_twins("--table", paths)
-    tables = [Labels(path).complete(films) for path in paths]
+    tables = [Labels(path, films).complete() for path in paths]
     result = {"weights": str(path), "seed": args.seed, "tables": {}}
     learnt = common.trained_on(path, films) if args.data else common.NOBODY
     for table, judged in judge_tables(tables, films, encoders, encoder.image):
@@ -68,10 +68,9 @@ def seen_words(learnt, table: Labels, films) -> str:
 
     learnt: what common.trained_on says
     """
-    where = table.locate(films)
-    is_there = where >= 0
-    patients = patients_of(films, [table], [where])
-    is_seen = common.seen_by(learnt, films, patients)[where[is_there]]
+    is_there = table.where >= 0
+    patients = patients_of(films, [table])
+    is_seen = common.seen_by(learnt, films, patients)[table.where[is_there]]
     is_test = table.split[is_there] == "test"
     return common.seen_words(
         learnt, {"of test": is_seen[is_test], "of train and val": is_seen[~is_test]}
@@ -89,17 +88,16 @@ def judge_tables(tables: list[Labels], films, encoders: dict, size: int):
     """
     if not tables:
         return
-    places = [table.locate(films) for table in tables]
-    present = np.unique(np.concatenate(places))
+    present = np.unique(np.concatenate([table.where for table in tables]))
     present = present[present >= 0]
     words = f"films of {', '.join(table.path.stem for table in tables)}"
     print(f"linear probes: {len(present):,} {words}", flush=True)
     features, read = describe_set(films, present, encoders, size, words)
     row_of = {film: row for row, film in enumerate(read)}
     pairs = pairs_of(list(encoders))
-    for table, where in zip(tables, places, strict=True):
-        kept = np.flatnonzero([film in row_of for film in where])  # there, and readable
-        rows = [row_of[film] for film in where[kept]]
+    for table in tables:
+        kept = np.flatnonzero([film in row_of for film in table.where])  # there, and readable
+        rows = [row_of[film] for film in table.where[kept]]
         about = table.y[kept], np.array(table.patients)[kept], table.split[kept] == "test"
         yield table, judge_table({name: x[rows] for name, x in features.items()}, *about, pairs)
 

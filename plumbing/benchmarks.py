@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from plumbing.film import EMPTY_MASK, UnreadableFilm, film_size, read_mask
 from plumbing.folder import Index
 from plumbing.launch import UserError
-from plumbing.own_table import read_own_table, target_of
+from plumbing.own_table import Row, read_own_table, target_of
 from plumbing.splits import Example, Splits, complete, disjoint, warn_of_copies
 from plumbing.table import (
     MISSING,
@@ -33,7 +33,6 @@ from plumbing.table import (
     Finder,
     answer,
     as_path,
-    number,
     read_list,
     read_table,
     require_columns,
@@ -61,18 +60,8 @@ CHESTDR = tuple(
 
 
 # ---------------------------------------------------------------- what a reader returns
-class Row(NamedTuple):
-    """One film of a set; patient None: the film's name; target and mask: as in splits.Example."""
-
-    name: str
-    target: tuple
-    patient: str | None = None
-    mask: tuple | None = None
-    path: Path | None = None  # where it was found already
-
-
 class Found(NamedTuple):
-    """What a reader finds."""
+    """What a reader finds. A row without a patient is of a patient called like the film."""
 
     parts: dict[str, list[Row]]  # by split, or {"all": rows} where the set defines no test split
     notes: list[str] = []  # one line per decision
@@ -96,11 +85,17 @@ def find_file(index: Index, *names: str) -> Path:
 
 
 def read_number(table: Path, line: dict, cell: str) -> float:
-    """The number in a cell of a line, 0 where it is missing. UserError that names the line."""
+    """The number in a cell of a line, 0 where it is missing; spreadsheets may write 1,0.
+
+    UserError that names the line when it is none.
+    """
+    if answer(cell) is MISSING:
+        return 0.0
     try:
-        return number(cell)
-    except UserError as error:
-        raise UserError(f"{table}: {next(iter(line.values()))}: {error}") from None
+        return float(cell.replace(",", "."))
+    except ValueError:
+        first = next(iter(line.values()))
+        raise UserError(f"{table}: {first}: {cell[:60]!r} is no number") from None
 
 
 def rows_of_lists(lists: dict, patient_of: Callable = str) -> dict[str, list[Row]]:
@@ -114,18 +109,27 @@ def rows_of_lists(lists: dict, patient_of: Callable = str) -> dict[str, list[Row
     return parts
 
 
-def choose_rows(rows: dict[str, Row], lists: dict, table: Path, source: str) -> dict:
-    """Divide the rows of a table, {name: row}, as lists without labels say: {split: names}.
+def divide_rows(index: Index, rows: dict[str, Row], table: Path, *patterns: str) -> Found:
+    """Divide the rows of a table, {name without suffix: row}, as lists without labels say.
 
-    source: how the lists are called, for the UserError when they name a film without a row.
+    patterns: as Index.lists takes them. Without the lists, all rows stay together. UserError when a
+    list names a film without a row.
     """
-    unknown = [name for name in chain(*lists.values()) if name not in rows]
-    if unknown:
-        raise UserError(
-            f"{table}: {len(unknown)} films of {source} have no row, "
-            f"the first: {', '.join(unknown[:3])}"
-        )
-    return {split: [rows[name] for name in names] for split, names in lists.items()}
+    lists = index.lists(*patterns)
+    if not lists:
+        return Found({"all": list(rows.values())})
+    source = ", ".join(pattern.format("*") for pattern in patterns)
+    parts = {}
+    for split, films in lists.items():
+        names = [without_suffix(name) for name, _ in films]  # some releases write .png behind them
+        unknown = [name for name in names if name not in rows]
+        if unknown:
+            raise UserError(
+                f"{table}: {len(unknown)} {split} films of {source} have no row, "
+                f"the first: {', '.join(unknown[:3])}"
+            )
+        parts[split] = [rows[name] for name in names]
+    return Found(parts, [f"split: {source}"])
 
 
 # ---------------------------------------------------------------- classification
@@ -154,15 +158,9 @@ def read_nih(index, shots):
         unknown = set(findings).difference(NIH, ["No Finding"])
         if unknown:
             raise UserError(f"{table}: {name}: {unknown.pop()!r} is no finding of ChestX-ray14")
-        rows[name] = Row(name, target_of(findings, NIH), nih_patient(name))
-    names = {}
-    for split, list_name in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
-        paths = index.files(list_name)
-        if not paths:
-            return Found({"all": list(rows.values())})
-        names[split] = [name for name, _ in read_list(paths[0])]
-    parts = choose_rows(rows, names, table, "train_val_list.txt, test_list.txt")
-    return Found(parts, ["test: test_list.txt"])
+        row = Row(name, target_of(findings, NIH), nih_patient(name))
+        rows[without_suffix(name)] = row
+    return divide_rows(index, rows, table, "{}_val_list.txt", "{}_list.txt")
 
 
 def nih_patient(name):
@@ -231,6 +229,9 @@ def chexpert_target(table, line):
     return tuple(target)
 
 
+RSNA_LISTS = "RSNAPneumonia_{}.txt"
+
+
 def read_rsna(index, shots):
     """RSNA pneumonia: one of three classes per film."""
     table = find_file(index, "stage_2_detailed_class_info.csv")
@@ -239,19 +240,7 @@ def read_rsna(index, shots):
         if line["class"] not in RSNA:
             raise UserError(f"{table}: class {line['class']!r} is none of {', '.join(RSNA)}")
         rows[line["patientId"]] = Row(line["patientId"], target_of([line["class"]], RSNA))
-    return split_rsna(index, rows, table)
-
-
-def split_rsna(index, rows, table, notes=()):
-    """Divide the rows, {name: row}, by RSNAPneumonia_*.txt, where these lists are there."""
-    lists = index.lists("RSNAPneumonia_{}.txt")
-    if not lists:
-        return Found({"all": list(rows.values())}, [*notes])
-    names = {}
-    for split, films in lists.items():  # some releases of the lists write .png behind the names
-        names[split] = [without_suffix(name) for name, _ in films]
-    parts = choose_rows(rows, names, table, "RSNAPneumonia_*.txt")
-    return Found(parts, ["split: RSNAPneumonia_*.txt", *notes])
+    return divide_rows(index, rows, table, RSNA_LISTS)
 
 
 def read_chestdr(index, shots):
@@ -304,12 +293,14 @@ def read_rsna_seg(index, shots):
         if answer(line["Target"]) == YES:
             cells = [line[key] for key in ("x", "y", "width", "height")]
             x, y, width, height = [read_number(table, line, cell) for cell in cells]
-            refuse_outside(table, line["patientId"], max(x + width, y + height) > max(CANVAS))
+            is_outside = min(x, y, width, height) < 0 or max(x + width, y + height) > max(CANVAS)
+            refuse_outside(table, line["patientId"], is_outside)
             of_film.append((x, y, width, height))
     rows = {}
     for name, of_film in boxes.items():
         rows[name] = Row(name, (), mask=("boxes", tuple(of_film), CANVAS))
-    return split_rsna(index, rows, table, [CANVAS_NOTE])
+    found = divide_rows(index, rows, table, RSNA_LISTS)
+    return found._replace(notes=[*found.notes, CANVAS_NOTE])
 
 
 def read_siim(index, shots):
@@ -372,20 +363,19 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
     ]
     patients, patient_note = own.name_patients(list(map(str, below)))
     own.refuse_contradictions(paths, patients)
-    masks = find_masks(index, own, paths) if own.masks else [None] * len(paths)
+    masks = find_masks(index, own, paths)
     refuse_unfit_masks(own, paths, masks)
-    splits = own.splits or ["all"] * len(paths)
     parts = {}
-    for row, split in enumerate(splits):
-        film = Row(own.films[row], own.targets[row], patients[row], masks[row], paths[row])
-        parts.setdefault(split, []).append(film)
-    if own.splits and not trained and not {"train", "test"} <= set(parts):
+    for row, patient, mask, path in zip(own.rows, patients, masks, paths, strict=True):
+        film = row._replace(patient=patient, mask=mask, path=path)
+        parts.setdefault(row.split or "all", []).append(film)
+    if own.has_splits and not trained and not {"train", "test"} <= set(parts):
         raise UserError(
             f"{table}: the split must be train and test and perhaps val; "
             f"it says {', '.join(sorted(parts))} only"
         )
     notes = [*own.notes, *notes, patient_note]
-    return Found(parts, notes, kind=own.kind, labels=own.labels, against=own.against)
+    return Found(parts, notes, kind=own.goal.kind, labels=own.goal.labels, against=own.goal.against)
 
 
 def every_film(index, kind, labels) -> Found:
@@ -407,22 +397,23 @@ def find_films(index, own) -> tuple[list[Path], list[str]]:
     numbers, notes = own.locate(films)
     paths = []
     absent = []
-    for name, line, i in zip(own.films, own.lines, numbers, strict=True):
+    for row, i in zip(own.rows, numbers, strict=True):
         below = index.root / films[i] if i >= 0 else None
-        is_elsewhere = Path(name).is_absolute() and Path(name).is_file()
-        if is_elsewhere and not (below and below.samefile(name)):  # a film has one path only
-            paths.append(Path(name).resolve())
+        written = Path(row.name)
+        is_elsewhere = written.is_absolute() and written.is_file()
+        if is_elsewhere and not (below and below.samefile(written)):  # a film has one path only
+            paths.append(written.resolve())
         elif below:
             paths.append(below)
         else:
-            absent.append(f"{name} (line {line})")
+            absent.append(f"{row.name} (line {row.line})")
     if absent:
         raise UserError(
-            f"{own.path}: {len(absent)} of the {len(own.films)} films are not below {index.root}, "
+            f"{own.path}: {len(absent)} of the {len(own.rows)} films are not below {index.root}, "
             f"the first: {', '.join(absent[:3])}"
         )
     others = len(films) - len(set(paths))
-    if others > 0 and own.kind != "mask":
+    if others > 0 and own.goal.kind != "mask":
         notes.append(f"films: {others} below --data stand in no row that counts")
     return paths, notes
 
@@ -434,27 +425,24 @@ def find_masks(index, own, paths) -> list[tuple | None]:
     """
     films = {path.absolute() for path in paths}
     pictures = [name for name in index.films if index.root.absolute() / name not in films]
-    places = Finder(pictures).find([name or "" for name in own.masks])
+    places = Finder(pictures).find([row.mask or "" for row in own.rows])
     masks = []
-    for name, line, place in zip(own.masks, own.lines, places, strict=True):
-        beside = [folder / as_path(name or "") for folder in (own.path.parent, index.root)]
-        if Path(name or "").is_absolute():
-            beside.insert(0, Path(name))
-        beside = [path for path in beside if path.absolute() not in films]
-        found = [path for path in beside if name and path.is_file()]
+    for row, place in zip(own.rows, places, strict=True):
+        name = row.mask
+        if not name:
+            masks.append(None if name is None else EMPTY_MASK)
+            continue
+        beside = [Path(name)] if Path(name).is_absolute() else []
+        beside += [folder / as_path(name) for folder in (own.path.parent, index.root)]
+        found = [path for path in beside if path.is_file() and path.absolute() not in films]
         found = found[:1] or [index.root / pictures[i] for i in place.films]
-        if name is None:
-            masks.append(None)
-        elif not name:
-            masks.append(EMPTY_MASK)
-        elif len(found) == 1:
-            masks.append(("file", found[0]))
-        else:
+        if len(found) != 1:
             what = f"fits {found[0]} and {found[1]}" if found else "is not there"
             raise UserError(
-                f"{own.path}, line {line}: mask {name[:60]!r} {what}: pictures of masks are "
+                f"{own.path}, line {row.line}: mask {name[:60]!r} {what}: pictures of masks are "
                 f"wanted, beside the table or below {index.root}"
             )
+        masks.append(("file", found[0]))
     return masks
 
 
@@ -463,17 +451,18 @@ def refuse_unfit_masks(own, paths, masks):
 
     UserError that names the row of the first that cannot be read or is not of its film's shape.
     """
-    files = [row for row, mask in enumerate(masks) if mask and mask[0] == "file"]
+    films = zip(own.rows, paths, masks, strict=True)
+    files = [film for film in films if film[2] and film[2][0] == "file"]
     unfit = []
-    for row in tqdm(files, "masks", leave=False, disable=not files):
+    for row, path, mask in tqdm(files, "masks", leave=False, disable=not files):
         try:
-            shape = film_size(paths[row])
+            shape = film_size(path)
         except UserError:
             shape = None  # what is wrong with the film is said when it is read
         try:
-            read_mask(masks[row], shape)
+            read_mask(mask, shape)
         except UnreadableFilm as error:
-            unfit.append(f"line {own.lines[row]}, {own.films[row]}: {error}")
+            unfit.append(f"line {row.line}, {row.name}: {error}")
     if unfit:
         raise UserError(
             f"{own.path}: {len(unfit)} of {len(files)} masks cannot be used, the first: {unfit[0]}"

@@ -10,7 +10,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError, features
 
 from plumbing.launch import UserError
 
@@ -38,9 +38,6 @@ IMAGE_STARTS = (
 DICOM_TAGS = "02000000 02001000 08000000 08000500 08000800 08001600".split()
 DICOM_TAGS += "00020000 00020010 00080000 00080005 00080008 00080016".split()
 DICOM_STARTS = tuple(bytes.fromhex(tag) for tag in DICOM_TAGS)
-
-# Transfer syntaxes of JPEG 2000, which openjpeg decodes; libjpeg decodes the other compressed ones.
-OPENJPEG = tuple(f"1.2.840.10008.1.2.4.{k}" for k in (90, 91, 201, 202, 203))
 
 # What a decoder thinks of a file is no news for the console, a thousand times over: a film is read,
 # or refused with a reason. Here, since every process that reads films imports this file.
@@ -86,7 +83,7 @@ def read_film(path, side: int = 0) -> np.ndarray:
     side: the short side that is wanted, px. A JPEG may then be decoded at 1/2, 1/4 or 1/8 of its
     size, never below `side`; 0 = full size.
     """
-    with explain_unreadable():
+    with explain_unreadable(path):
         head = read_head(path)
         if sniff(head) == "dicom":
             return refuse_flat(read_dicom(path, has_header=head[128:132] == b"DICM"))
@@ -94,14 +91,17 @@ def read_film(path, side: int = 0) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def explain_unreadable():
+def explain_unreadable(path):
     """Turn whatever a decoder raises on a broken file into UnreadableFilm with a short reason."""
     try:
         yield
     except UnreadableFilm:
         raise
     except UnidentifiedImageError:
-        raise UnreadableFilm("damaged image header") from None
+        head = read_head(path)
+        if sniff(head) == "image":
+            raise UnreadableFilm("damaged image header") from None
+        raise UnreadableFilm(f"neither an image nor DICOM (begins with {head[:12]!r})") from None
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise UnreadableFilm(reason.splitlines()[0]) from None
@@ -114,20 +114,6 @@ def read_head(path) -> bytes:
     if not head:
         raise UnreadableFilm("empty file")
     return head
-
-
-@contextlib.contextmanager
-def open_image(path):
-    """Open a file with Pillow; UnreadableFilm when no format that Pillow knows fits its content."""
-    try:
-        image = Image.open(path, formats=PILLOW_FORMATS)
-    except UnidentifiedImageError:
-        head = read_head(path)
-        if sniff(head) == "image":
-            raise
-        raise UnreadableFilm(f"neither an image nor DICOM (begins with {head[:12]!r})") from None
-    with image:
-        yield image
 
 
 def read_shrunk(path, side: int) -> np.ndarray:
@@ -171,7 +157,7 @@ def read_image(path, side: int) -> np.ndarray:
     under a transparent border is still the film, and compositing would draw edges. More than 8 bit
     are spread by percentiles as in DICOM, since 12-bit films are often saved unscaled in 16 bits.
     """
-    with open_image(path) as image:
+    with Image.open(path, formats=PILLOW_FORMATS) as image:
         # For a JPEG: decode luma alone, and at a reduced scale.
         image.draft("L", (side, side) if side else None)
         is_cut = is_cut_to_8_bit(image)
@@ -348,10 +334,9 @@ def decode_pixels(data) -> np.ndarray:
             return open_frame(data)
         if "missing dependencies" not in str(error):
             raise
-    syntax = data.file_meta.TransferSyntaxUID
-    decoder = "openjpeg" if syntax in OPENJPEG else "libjpeg"
     raise UnreadableFilm(
-        f"{syntax.name}: no decoder installed: pip install pylibjpeg pylibjpeg-{decoder}"
+        f"{data.file_meta.TransferSyntaxUID.name}: no decoder installed: "
+        "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
     )
 
 
@@ -449,13 +434,13 @@ def read_mask(mask: tuple, shape=None) -> np.ndarray:
 
     mask: ("file", path), a picture, of which counts what marked_in says; ("rle", run lengths,
     canvas) or ("boxes", rectangles (x, y, width, height), canvas), drawn on a canvas of
-    (height, width) px. shape: of the film; a picture may have another size, not another shape.
-    Raises UnreadableFilm.
+    (height, width) px and within it. shape: of the film; a picture may have another size, not
+    another shape. Raises UnreadableFilm.
     """
     kind, what, *canvas = mask
     name = os.path.basename(what) if kind == "file" else kind
     try:
-        with explain_unreadable():
+        with explain_unreadable(what):
             return read_mask_file(what, shape) if kind == "file" else draw_mask(*mask)
     except UnreadableFilm as error:
         raise UnreadableFilm(f"its mask ({name}): {error}") from None
@@ -470,8 +455,6 @@ def draw_mask(kind: str, items, canvas) -> np.ndarray:
             drawn |= decode_rle(item, height, width)
         else:
             x, y, w, h = item
-            if min(item) < 0 or x + w > width or y + h > height:
-                raise UnreadableFilm(f"{item} reaches outside of {width} × {height} px")
             drawn[int(y) : int(y + h), int(x) : int(x + w)] = True
     return drawn
 
@@ -488,7 +471,7 @@ def read_mask_file(path, shape) -> np.ndarray:
         values = decode_pixels(pydicom.dcmread(path))
         marked = marked_in(values.max(axis=2) if values.ndim == 3 else values)
     else:
-        with open_image(path) as image:
+        with Image.open(path, formats=PILLOW_FORMATS) as image:
             is_lossy = head.startswith(b"\xff\xd8") or head[12:16] in (b"VP8 ", b"VP8X")
             marked = marked_in(mask_values(image), is_lossy)  # JPEG, or WEBP
     if shape:
@@ -569,12 +552,10 @@ def refuse_grey(values: np.ndarray) -> None:
     """
     is_marked = values > 0.25
     share_between = np.mean(is_marked & (values < 0.75))
-    middle = values[1:-1, 1:-1]
-    is_even = (middle > 0.1) & (middle < 0.9)
-    for k in range(9):  # the 3 × 3 neighbours
-        row, column = divmod(k, 3)
-        neighbour = values[row : row + middle.shape[0], column : column + middle.shape[1]]
-        is_even &= np.abs(neighbour - middle) < 0.03
+    picture = Image.fromarray(values.astype(np.float32))
+    higher = picture.filter(ImageFilter.MaxFilter(3)) - values  # than a pixel, of its neighbours
+    lower = values - picture.filter(ImageFilter.MinFilter(3))
+    is_even = (values > 0.1) & (values < 0.9) & (higher < 0.03) & (lower < 0.03)
     if share_between > 0.15 or is_even.sum() > 0.02 * is_marked.sum():
         raise UnreadableFilm(
             "a grey picture, no mask: save it with 0 for the background and 255 for what counts"
@@ -587,12 +568,7 @@ def decode_rle(text: str, height: int, width: int) -> np.ndarray:
     Pairs of (gap since the last run's end, length of the run) go down the columns, left to right.
     """
     flat = np.zeros(height * width, bool)
-    end = 0
-    numbers = [int(word) for word in text.split()]
-    for gap, length in zip(numbers[::2], numbers[1::2], strict=False):  # '-1' alone: no run
-        start = end + gap
-        end = start + length
+    edges = np.cumsum([int(word) for word in text.split()])
+    for start, end in zip(edges[::2], edges[1::2], strict=False):  # '-1' alone: no run
         flat[start:end] = True
-    if end > height * width:
-        raise UserError(f"run lengths reach pixel {end}, the film has {height * width}")
     return flat.reshape(width, height).T

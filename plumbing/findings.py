@@ -25,6 +25,7 @@ from plumbing.table import (
     is_negative,
     plain,
     read_cells,
+    whole_number,
 )
 
 # What columns are called, as table.plain writes it; the first that is there counts.
@@ -42,7 +43,6 @@ LABEL = (
 SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
 
 # What is no class.
-INTEGER = r"[+-]?\d+([.,]0*)?"
 NO_CLASS = {
     "an error of the spreadsheet": SHEET_ERROR,
     "run lengths": re.compile(r"\d+(\s+\d+)+"),
@@ -76,31 +76,18 @@ class Sheet:
         self.lines = [line for line, _ in rows]
         columns = zip(*(cells for _, cells in rows), strict=True)
         self.cells = {name: cells for name, cells in zip(header, columns, strict=True) if name}
+        self.named = {plain(name): name for name in self.cells}
 
     def refuse(self, row: int, message: str):
         """Raise UserError about a row."""
         raise UserError(f"{self.path}, line {self.lines[row]}: {message}")
 
     def column(self, names, what: str) -> str | None:
-        """The column for `what` by the first of its usual names that is there; None without any.
-
-        UserError when two columns have that name but for case and spaces.
-        """
-        columns = {}
-        for column in self.cells:
-            columns.setdefault(plain(column), []).append(column)
-        fitting = [column for name in names for column in columns.get(name, [])]
-        if not fitting:
-            return None
-        twins = columns[plain(fitting[0])]
-        if len(twins) > 1:
-            raise UserError(
-                f"{self.path}: {' and '.join(twins)} may both be the column of the {what}: "
-                "rename or delete one"
-            )
+        """The column for `what` by the first of its usual names that is there; None without any."""
+        fitting = [self.named[name] for name in names if name in self.named]
         if len(fitting) > 1:
             self.notes.append(f"{what}: column {fitting[0]}, not {', '.join(fitting[1:])}")
-        return fitting[0]
+        return fitting[0] if fitting else None
 
     def film_column(self) -> str:
         """The column that names the films. UserError when there is none, or a row has no film."""
@@ -123,15 +110,13 @@ class Sheet:
     def asked_columns(self, asked: str, taken) -> list[str]:
         """The columns that --column names, one or several with commas between."""
         found = []
-        for name in [asked] if plain(asked) in map(plain, self.cells) else asked.split(","):
-            column = self.column([plain(name)], "label")
+        for name in [asked] if plain(asked) in self.named else asked.split(","):
+            column = self.named.get(plain(name))
             if column is None:
                 like = difflib.get_close_matches(name, self.cells, 1)
-                mean = f"did you mean {like[0]}?" if like else ""
-                raise UserError(
-                    f"{self.path}: no column {name}; {mean or 'its columns are '}"
-                    f"{'' if mean else ', '.join(self.cells)}"
-                )
+                hint = f"its columns are {', '.join(self.cells)}"
+                hint = f"did you mean {like[0]}?" if like else hint
+                raise UserError(f"{self.path}: no column {name}; {hint}")
             if column in taken:
                 raise UserError(f"{self.path}: column {column} names {taken[column]}, no label")
             found.append(column)
@@ -150,8 +135,8 @@ class Goal(NamedTuple):
     kind: str  # labels or mask
     labels: tuple
     targets: list
-    masks: list | None
     notes: list[str]
+    masks: list | None = None
     against: str = ""
 
 
@@ -203,13 +188,6 @@ def answer_or_negative(cell: str):
     return NO if value == OTHER and is_negative(cell) else value
 
 
-def certain(value, uncertain: str):
-    """An answer, of UNCERTAIN what --uncertain counts it as: YES, NO, or MISSING for ignore."""
-    if value == UNCERTAIN:
-        return {"positive": YES, "negative": NO}.get(uncertain, MISSING)
-    return value
-
-
 # ---------------------------------------------------------------- columns of yes and no
 def answer_columns(sheet: Sheet, taken) -> list[str]:
     """The columns that answer yes or no.
@@ -226,11 +204,6 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
             refuse_other(sheet, column)
         if not count[OTHER] and count[YES] + count[NO]:
             found.append(column)
-    twins = [column for column in found if [*map(plain, found)].count(plain(column)) > 1]
-    if twins:
-        raise UserError(
-            f"{sheet.path}: {' and '.join(twins)} may be one label: rename or delete one"
-        )
     if not found:
         raise UserError(
             f"{sheet.path}: no column label or mask, and none of 0 and 1; "
@@ -240,7 +213,7 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
 
 
 def refuse_other(sheet: Sheet, column: str):
-    """UserError that names the first cell of a column that is no answer."""
+    """UserError that names the first cell of a column that is no answer, if there is one."""
     for row, cell in enumerate(sheet.cells[column]):
         if answer_or_negative(cell) == OTHER:
             sheet.refuse(
@@ -255,33 +228,29 @@ def read_answers(sheet: Sheet, columns: list[str], uncertain: str) -> Goal:
     values = []
     missing = Counter()
     unsure = Counter()
+    become = {UNCERTAIN: {"positive": YES, "negative": NO}.get(uncertain, MISSING)}
     for column in columns:
+        refuse_other(sheet, column)
         answers = [answer_or_negative(cell) for cell in sheet.cells[column]]
-        if OTHER in answers:
-            refuse_other(sheet, column)
         missing[column] += answers.count(MISSING)
         unsure[column] += answers.count(UNCERTAIN)
-        values.append([certain(value, uncertain) for value in answers])
+        values.append([become.get(value, value) for value in answers])
     targets = [None if set(row) == {MISSING} else row for row in zip(*values, strict=True)]
     notes = [f"labels: column{'s' * (len(columns) > 1)} {', '.join(columns)}"]
     if len(columns) > 1 and missing.total():
         notes.append(f"missing: {counted(missing)}: they count in no loss and no AUROC")
     if unsure.total():
-        notes.append(f"uncertain: {counted(unsure)}: {what_becomes(uncertain)}")
-    return Goal("labels", tuple(columns), targets, None, notes)
+        fate = f"counted as {uncertain}"
+        if uncertain == "ignore":
+            fate = "left out (--uncertain positive or negative counts them)"
+        notes.append(f"uncertain: {counted(unsure)}: {fate}")
+    return Goal("labels", tuple(columns), targets, notes)
 
 
 def counted(count: Counter) -> str:
     """How many values of which columns."""
     each = [f"{column} {cells}" for column, cells in count.items() if cells]
     return f"{count.total()} values ({', '.join(each)})"
-
-
-def what_becomes(uncertain: str) -> str:
-    """What --uncertain does to uncertain values."""
-    if uncertain == "ignore":
-        return "left out (--uncertain positive or negative counts them)"
-    return f"counted as {uncertain}"
 
 
 # ---------------------------------------------------------------- columns of names
@@ -305,7 +274,7 @@ def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
         notes.append(f"{labels[1]} is learnt against {labels[0]}: each film is one of the two")
         labels = labels[1:]
     targets = [found if found is None else target_of(found, labels) for found in findings]
-    return Goal("labels", tuple(labels), targets, None, notes, against)
+    return Goal("labels", tuple(labels), targets, notes, against=against)
 
 
 def in_order(name: str) -> tuple[int, str]:
@@ -325,8 +294,8 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
         )
     notes = [f"labels: column {column}"]
     said = {cell for cell in cells if answer(cell) not in (MISSING, UNCERTAIN)}
-    if all(re.fullmatch(INTEGER, cell) for cell in said):
-        findings = [{code_of(cell)} if cell in said else None for cell in cells]
+    if None not in map(whole_number, said):  # '2.0', as pandas writes it beside blanks, is '2'
+        findings = [{str(whole_number(cell))} if cell in said else None for cell in cells]
         refuse_no_classes(sheet, column, findings, MAX_CODES)
         refuse_odd_codes(sheet, column, findings)
         notes.append("numbers are taken as classes, 0 like the others")
@@ -366,11 +335,6 @@ def target_of(findings, labels) -> tuple[int, ...]:
     return tuple(int(label in findings) for label in labels)
 
 
-def code_of(cell: str) -> str:
-    """A class that is a number as text: '2.0', as pandas writes it beside blanks, is '2'."""
-    return str(int(re.split("[.,]", cell)[0]))
-
-
 def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
     """Divide cells like 'Effusion|Mass' into names; None where nothing is said.
 
@@ -395,8 +359,12 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
                     "and spell each as elsewhere",
                 )
             divided += parts if all(are_known) else [name]
-        for name in divided or ():
-            refuse_no_name(sheet, row, column, name)
+        for name in filter(what_instead, divided or ()):
+            sheet.refuse(
+                row,
+                f"column {column} says {name[:60]!r}, {what_instead(name)} and no class: correct "
+                "it, or say with --column what to learn",
+            )
         split.append(divided)
     return split
 
@@ -418,17 +386,6 @@ def parts_of(cell: str, divider: str) -> list[str]:
         return list(filter(None, parts)) or ["none"]  # an empty list finds nothing
     parts = [part.strip(" /&,") for part in re.split(divider, cell)]
     return list(filter(None, parts))
-
-
-def refuse_no_name(sheet: Sheet, row: int, column: str, name: str):
-    """UserError when a part of a cell is no name of a class."""
-    what = what_instead(name)
-    if what:
-        sheet.refuse(
-            row,
-            f"column {column} says {name[:60]!r}, {what} and no class: correct it, or say with "
-            "--column what to learn",
-        )
 
 
 @functools.lru_cache(100_000)
@@ -479,12 +436,8 @@ def refuse_no_classes(sheet: Sheet, column: str, findings, limit: int):
 def is_mask_column(sheet: Sheet, column: str, asked: str | None) -> bool:
     """Whether a column names pictures of masks: by its name, unless asked for, or by its cells."""
     is_called_mask = plain(column) in MASK and not asked
-    return is_called_mask or any(map(is_picture_name, sheet.cells[column]))
-
-
-def is_picture_name(cell: str) -> bool:
-    """Whether a cell names a file that is a picture by its suffix."""
-    return Path(as_path(cell)).suffix.lower() in SUFFIXES
+    suffixes = {Path(as_path(cell)).suffix.lower() for cell in sheet.cells[column]}
+    return is_called_mask or not suffixes.isdisjoint(SUFFIXES)
 
 
 def read_masks(sheet: Sheet, column: str) -> Goal:
@@ -506,4 +459,4 @@ def read_masks(sheet: Sheet, column: str) -> Goal:
     notes = [f"masks: column {column}"]
     if masks.count(""):
         notes.append(f"masks: {masks.count('')} rows have none: their masks are empty")
-    return Goal("mask", (column,), targets, masks, notes)
+    return Goal("mask", (column,), targets, notes, masks)

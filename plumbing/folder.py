@@ -94,25 +94,6 @@ def walk(root):
     return sorted(files), skipped
 
 
-def look_through(root: Path) -> tuple[list[str], list[str], dict[str, str]]:
-    """List what lies below `root` → (paths of films, paths of all other files, {path: why skipped})
-
-    All are sorted and relative to root.
-    """
-    films = []
-    others = []
-    files, skipped = walk(root)
-    answers = in_threads(is_film_or_why, [f"{root}/{name}" for name in files])
-    for name, answer in zip(files, answers, strict=True):
-        if isinstance(answer, str):
-            skipped[name] = answer
-        elif answer:
-            films.append(name)
-        else:
-            others.append(name)
-    return films, others, skipped
-
-
 def is_film_or_why(path: str) -> bool | str:
     """Whether a file looks like a film, or why it cannot be looked at."""
     try:
@@ -121,31 +102,19 @@ def is_film_or_why(path: str) -> bool | str:
         return f"cannot be looked at: {error.strerror}"
 
 
-def describe_skipped(skipped: dict[str, str]) -> list[str]:
-    """One line for every reason why entries were skipped, with the first of them."""
+def describe(skipped: dict[str, str], names: list[str]) -> list[str]:
+    """One line for every reason why entries were skipped, and on odd names, with the first five."""
+    kinds = {}
+    for name, why in skipped.items():
+        kinds.setdefault(f"skipped, {why}", []).append(name)
+    odd = [name for name in names if re.search(r"[\ud800-\udfff]", name)]
+    if odd:  # of an old system or a foreign archive
+        kinds["read, though their names are not UTF-8"] = odd
     lines = []
-    for why in sorted(set(skipped.values())):
-        names = [name for name, reason in skipped.items() if reason == why]
-        lines.append(f"skipped, {why}: {len(names):,}: {first_few(names)}")
+    for kind, found in sorted(kinds.items()):
+        more = ", …" if len(found) > 5 else ""
+        lines.append(f"{kind}: {len(found):,}: {', '.join(found[:5])}{more}")
     return lines
-
-
-def describe_odd_names(names: list[str]) -> list[str]:
-    """A line on names that are no UTF-8 (of an old system or a foreign archive): they are read."""
-    odd = []
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            odd.append(name)
-    if not odd:
-        return []
-    return [f"names that are not UTF-8: {len(odd):,}, read and written so: {first_few(odd)}"]
-
-
-def first_few(names: list[str]) -> str:
-    """The first five names, and a sign that there are more."""
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 # ---------------------------------------------------------------- files and films by name
@@ -159,9 +128,13 @@ class Index:
 
     def __init__(self, root):
         self.root = Path(root)
-        self.films, others, skipped = look_through(self.root)
-        self.names = sorted(self.films + others)
-        self.notes = describe_skipped(skipped) + describe_odd_names(self.names)
+        files, skipped = walk(self.root)
+        kinds = in_threads(is_film_or_why, [f"{self.root}/{name}" for name in files])
+        kind_of_file = dict(zip(files, kinds, strict=True))
+        self.films = [name for name in files if kind_of_file[name] is True]
+        skipped |= {name: why for name, why in kind_of_file.items() if isinstance(why, str)}
+        self.names = [name for name in files if name not in skipped]
+        self.notes = describe(skipped, self.names)
         self.unmasked = [name for name in self.films if not MASK_FOLDER.search(name)]
         self.finder = Finder(self.unmasked)
 
@@ -391,12 +364,9 @@ def list_nih(lists: list[Path]) -> FilmSet | None:
 
 
 def read_stems(paths: list[Path]) -> set[str]:
-    """The file names in some lists of one name per line, without suffix."""
-    stems = set()
-    for path in paths:
-        words = path.read_text(encoding="utf-8", errors="replace").split()
-        stems.update(os.path.splitext(word)[0] for word in words)
-    return stems
+    """The names of the films in some split lists, without suffix."""
+    films = itertools.chain.from_iterable(map(read_list, paths))
+    return {os.path.splitext(name)[0] for name, _ in films}
 
 
 # ---------------------------------------------------------------- which films to train on
@@ -407,13 +377,10 @@ def choose_films(index: Index, packs: dict, mimic_all: bool = False):
     → ({film: patient}, lines that say what was recognised). A film of no set is its own patient.
     """
     is_list = (".csv", ".csv.gz", "_list.txt")
-    paths = [index.root / name for name in index.names if name.endswith(is_list)]
-    lists = [path for path in paths if path.is_file()]  # a dead link is not
+    lists = [index.root / name for name in index.names if name.endswith(is_list)]
     sets = [list_mimic(lists, mimic_all), list_chexpert(lists), list_nih(lists)]
     sets = [film_set for film_set in sets if film_set]
-    packed = set()
-    for path, pack in packs.items():
-        packed |= packed_paths(path, pack)
+    packed = set().union(*[packed_paths(path, pack) for path, pack in packs.items()])
     for film_set in sets:
         keys = {film_set.key(name) for name in packed}
         film_set.found |= keys & film_set.wanted.keys()

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,6 @@ from plumbing.findings import (
     target_of,
 )
 from plumbing.launch import UserError
-from plumbing.splits import Example, tally
 from plumbing.table import (
     MISSING,
     NO,
@@ -38,6 +38,7 @@ from plumbing.table import (
     as_path,
     is_negative,
     plain,
+    whole_number,
     without_suffix,
 )
 
@@ -84,9 +85,9 @@ def read_patients(sheet: Sheet, column: str) -> list[str | None]:
             sheet.refuse(row, f"column {column} says {cell}, an error of the spreadsheet")
         if re.fullmatch(r"\d[.,]\d+[eE]\+?\d+", cell):
             sheet.refuse(row, f"column {column} says {cell}: a spreadsheet rounded the number")
-        is_number = re.fullmatch(r"0*(\d+)([.,]0*)?", cell)
-        key = is_number[1] if is_number else cell.casefold()
-        patients.append(first.setdefault(key, is_number[1] if is_number else cell))
+        number = whole_number(cell)
+        who = cell if number is None else str(number)
+        patients.append(first.setdefault(who.casefold(), who))
     return patients
 
 
@@ -176,63 +177,50 @@ def read_splits(sheet: Sheet, column: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- the table
+class Row(NamedTuple):
+    """What a table or a list says of one film. What it does not say is None."""
+
+    name: str  # as written
+    target: tuple | None  # 0, 1 or None (not known) per label, () of masks; None: nothing is known
+    patient: str | None = None
+    mask: str | tuple | None = None  # a file's name, "" for an empty one; or as film.read_mask asks
+    split: str | None = None
+    line: int = 0  # where it stands in the file
+    path: Path | None = None  # of the film, where it was found already
+
+
 @dataclass
 class OwnTable:
     """A table whose columns are understood.
 
-    Row by row: films as written; targets: 0, 1 or None (not known) per label, () of masks; masks:
-    names of files, "" for an empty one; patients and splits, None where the table has no such
-    column; lines: where a row stands in the file. against: see Goal.
+    rows: those of which something is known; unknown: the table of the others, which tell patients.
     """
 
     path: Path
-    kind: str
-    labels: tuple
+    goal: Goal
     notes: list[str]
     patient_column: str | None
-    films: list[str]
-    targets: list[tuple | None]
-    masks: list[str | None] | None
-    patients: list[str | None] | None
-    splits: list[str] | None
-    lines: list[int]
-    against: str = ""
-    unknown: "OwnTable | None" = None  # the rows that were left out: they tell patients
-
-    def known(self) -> "OwnTable":
-        """The table without the rows of which nothing is known. UserError when none is left."""
-        rows = [row for row, target in enumerate(self.targets) if target is not None]
-        rest = [row for row, target in enumerate(self.targets) if target is None]
-        if not rows:
-            raise UserError(
-                f"{self.path}: nothing is known of any row: all is missing or uncertain"
-            )
-        return replace(self.take(rows), unknown=self.take(rest))
+    has_splits: bool
+    rows: list[Row]
+    unknown: "OwnTable | None" = None
 
     def to_test(self) -> "OwnTable":
         """The rows that a finished model is tested on: of split test, else all.
 
         UserError when the table has a column of splits that names no test.
         """
-        if not self.splits:
-            note = f"test: all {len(self.films)} rows, for the table has no splits"
-            return replace(self, splits=["test"] * len(self.films), notes=[*self.notes, note])
-        rows = [row for row, split in enumerate(self.splits) if split == "test"]
+        rows = [row for row in self.rows if row.split == "test"]
+        note = f"test: the {len(rows)} rows of split test, of {len(self.rows)} rows"
+        if not self.has_splits:
+            rows = [row._replace(split="test") for row in self.rows]
+            note = f"test: all {len(rows)} rows, for the table has no splits"
         if not rows:
+            said = ", ".join(sorted({row.split for row in self.rows}))
             raise UserError(
-                f"{self.path}: no row of split test, it says {', '.join(sorted(set(self.splits)))}:"
-                " without the column all rows are tested"
+                f"{self.path}: no row of split test, it says {said}: without the column all rows "
+                "are tested"
             )
-        note = f"test: the {len(rows)} rows of split test, of {len(self.films)} rows"
-        return replace(self.take(rows), notes=[*self.notes, note])
-
-    def take(self, rows: list[int]) -> "OwnTable":
-        """The table with these rows only."""
-        kept = {}
-        for name in ("films", "targets", "masks", "patients", "splits", "lines"):
-            values = getattr(self, name)
-            kept[name] = values and [values[row] for row in rows]
-        return replace(self, **kept)
+        return replace(self, rows=rows, notes=[*self.notes, note])
 
     def locate(self, films) -> tuple[np.ndarray, list[str]]:
         """Find the film of every row: its number in `films`, a list of paths; -1: not there. (n,)
@@ -241,8 +229,9 @@ class OwnTable:
         """
         found = []
         odd = {}  # {how films differ from what is written: [which]}
-        places = Finder(films).find_one(self.films, self.path, self.lines)
-        for name, place in zip(self.films, places, strict=True):
+        names = [row.name for row in self.rows]
+        places = Finder(films).find_one(names, self.path, [row.line for row in self.rows])
+        for name, place in zip(names, places, strict=True):
             found.append(place.films[0] if place.films else -1)
             if not place.films:
                 continue
@@ -252,7 +241,7 @@ class OwnTable:
                 odd.setdefault("in other folders than they say", []).append(f"{name} is {film}")
             elif how_spelt(name, real):
                 odd.setdefault(how_spelt(name, real), []).append(f"{name} is {real}")
-        notes = [f"{len(names)} films {how}: {names[0]}" for how, names in odd.items() if names]
+        notes = [f"{len(names)} films {how}: {names[0]}" for how, names in odd.items()]
         return np.array(found, int), notes
 
     def name_patients(self, names) -> tuple[list[str], str]:
@@ -261,14 +250,14 @@ class OwnTable:
         names: the paths of the films. A film whose patient nobody knows is its own. → patients,
         a note that says how they are known
         """
-        told = self.patients
+        told = [row.patient for row in self.rows]
         note = f"patients: column {self.patient_column}"
-        if told and None in told:
+        if not self.patient_column:
+            told, note = patients_in_names([row.name for row in self.rows])
+            if told is None:
+                told, note = patients_in_names(names)
+        elif None in told:
             note += f"; {told.count(None)} films have none and count as one each"
-        if told is None:
-            told, note = patients_in_names(self.films)
-        if told is None:
-            told, note = patients_in_names(names)
         return [who or name for who, name in zip(told or names, names, strict=True)], note
 
     def refuse_contradictions(self, located, patients):
@@ -277,25 +266,21 @@ class OwnTable:
         """
         first = {}
         home = {}  # patient: row
-        splits = self.splits or [None] * len(self.films)
-        masks = self.masks or [None] * len(self.films)
-        rows = zip(located, self.targets, patients, splits, masks, strict=True)
-        for row, (film, *said) in enumerate(rows):
-            before, said_before = first.setdefault(film, (row, said))
+        for row, film, patient in zip(self.rows, located, patients, strict=True):
+            said = dict(label=row.target, patient=patient, split=row.split, mask=row.mask)
+            other, said_before = first.setdefault(film, (row, said))
             if said != said_before:
-                differ = zip(("label", "patient", "split", "mask"), said, said_before, strict=True)
-                what = " and ".join(name for name, one, other in differ if one != other)
+                what = " and ".join(name for name in said if said[name] != said_before[name])
                 raise UserError(
-                    f"{self.path}, lines {self.lines[before]} and {self.lines[row]}: "
-                    f"{self.films[row]} stands twice, with a different {what}: keep one row "
-                    "(several findings in one cell are joined with |)"
+                    f"{self.path}, lines {other.line} and {row.line}: {row.name} stands twice, "
+                    f"with a different {what}: keep one row (several findings in one cell are "
+                    "joined with |)"
                 )
-            other = home.setdefault(patients[row], row)
-            if splits[other] != splits[row]:
+            other = home.setdefault(patient, row)
+            if other.split != row.split:
                 raise UserError(
-                    f"{self.path}, lines {self.lines[other]} and {self.lines[row]}: patient "
-                    f"{patients[row]} has films in {splits[other]} and in {splits[row]}: patients "
-                    "must not cross splits"
+                    f"{self.path}, lines {other.line} and {row.line}: patient {patient} has films "
+                    f"in {other.split} and in {row.split}: patients must not cross splits"
                 )
 
 
@@ -318,42 +303,31 @@ def read_own_table(
     """
     sheet = Sheet(path)
     film = sheet.film_column()
-    taken = {film: "the film"}
     patient = sheet.column(PATIENT, "patient")
     split = split_column(sheet, {film, patient})
-    taken |= {name: what for name, what in ((patient, "the patient"), (split, "the split")) if name}
+    taken = {film: "the film", patient: "the patient", split: "the split"}  # perhaps None
     if trained:
         goal = goal_of_model(sheet, column, taken, uncertain, *trained)
     else:
         goal = read_goal(sheet, column, taken, uncertain, can_be_mask)
+    nothing = [None] * len(sheet.lines)
+    patients = read_patients(sheet, patient) if patient else nothing
+    splits = read_splits(sheet, split) if split else nothing
     films = sheet.cells[film]
-    splits = read_splits(sheet, split) if split else None
-    patients = read_patients(sheet, patient) if patient else None
-    notes = [*goal.notes, *sheet.notes, *left_out(sheet, films, goal)]
+    said = films, goal.targets, patients, goal.masks or nothing, splits, sheet.lines
+    rows = [Row(*cells) for cells in zip(*said, strict=True)]
+    unknown = [row for row in rows if row.target is None]
+    notes = [*goal.notes, *sheet.notes]
+    if unknown:
+        first = f"line {unknown[0].line}, {unknown[0].name}"
+        notes.append(
+            f"left out: {len(unknown)} of {len(rows)} rows, where nothing is known (first: {first})"
+        )
+    if len(unknown) == len(rows):
+        raise UserError(f"{path}: nothing is known of any row: all is missing or uncertain")
     notes.append(f"split: column {split}" if split else "split: none in the CSV")
-    return OwnTable(
-        path=sheet.path,
-        kind=goal.kind,
-        labels=goal.labels,
-        notes=notes,
-        patient_column=patient,
-        films=films,
-        targets=goal.targets,
-        masks=goal.masks,
-        patients=patients,
-        splits=splits,
-        lines=sheet.lines,
-        against=goal.against,
-    ).known()
-
-
-def left_out(sheet: Sheet, films, goal: Goal) -> list[str]:
-    """Say how many rows are left out because nothing is known of them."""
-    rows = [row for row, target in enumerate(goal.targets) if target is None]
-    if not rows:
-        return []
-    first = f"line {sheet.lines[rows[0]]}, {films[rows[0]]}"
-    return [f"left out: {len(rows)} of {len(films)} rows, where nothing is known (first: {first})"]
+    rest = OwnTable(sheet.path, goal, notes, patient, split is not None, unknown)
+    return replace(rest, rows=[row for row in rows if row.target is not None], unknown=rest)
 
 
 # ---------------------------------------------------------------- a table for a trained model
@@ -366,6 +340,11 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels, against="") -> G
     columns = {} if asked else columns_of_labels(sheet, taken, labels)
     column = sheet.asked_columns(asked, taken)[0] if asked else sheet.column(LABEL, "label")
     unknown = (None,) * len(labels)
+    # One of two codes such as 1 and 2 is no answer to the label "2": 1 would be its no.
+    is_question = len(labels) == 1 and not labels[0].isdecimal()
+    if not columns and column and is_question:
+        if OTHER not in map(answer_or_negative, sheet.cells[column]):
+            columns = {labels[0]: column}
     if columns:
         goal = read_answers(sheet, list(columns.values()), uncertain)
         values = [row and dict(zip(columns, row, strict=True)) for row in goal.targets]
@@ -375,34 +354,18 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels, against="") -> G
             targets = [row if one else unknown for row, one in zip(targets, is_one, strict=True)]
         absent = [label for label in labels if label not in columns]
         notes = goal.notes + ([f"not in the table: {', '.join(absent)}"] if absent else [])
-        notes += not_compared(sheet, {*taken, *columns.values()})
-    elif column is None:
-        targets = [unknown] * len(sheet.lines)
-        notes = [f"labels: no column label or {', '.join(labels)}: nothing to compare with"]
-        notes += not_compared(sheet, taken)
-    elif is_answer_to(labels, sheet.cells[column]):
-        goal = read_answers(sheet, [column], uncertain)
-        targets = [row or unknown for row in goal.targets]
-        notes = goal.notes
-    else:
+    elif column:
         findings, notes = read_findings(sheet, column, uncertain)
         targets, more = match_findings(sheet, column, findings, kind, labels, against)
         notes = notes + more
-    return Goal(kind, tuple(labels), targets, None, notes)
-
-
-def is_answer_to(labels, cells) -> bool:
-    """Whether a column answers yes or no to a model's one label. Where the label is a number, one
-    of two codes such as 1 and 2, it does not: 1 would be its no.
-    """
-    is_code = len(labels) == 1 and labels[0].isdecimal()
-    return len(labels) == 1 and not is_code and OTHER not in map(answer_or_negative, cells)
-
-
-def not_compared(sheet, taken) -> list[str]:
-    """Name the columns that a model's labels are not compared with, in a note if there are any."""
-    rest = [name for name in sheet.cells if name not in taken]
-    return [f"columns not compared: {', '.join(rest)}"] if rest else []
+    else:
+        targets = [unknown] * len(sheet.lines)
+        notes = [f"labels: no column label or {', '.join(labels)}: nothing to compare with"]
+    used = {*taken, *(columns.values() or [column])}
+    rest = [name for name in sheet.cells if name not in used]
+    if rest:
+        notes.append(f"columns not compared: {', '.join(rest)}")
+    return Goal(kind, tuple(labels), targets, notes)
 
 
 def columns_of_labels(sheet, taken, labels) -> dict[str, str]:
@@ -410,14 +373,13 @@ def columns_of_labels(sheet, taken, labels) -> dict[str, str]:
 
     A column called label or class is none when it holds other names than yes and no.
     """
-    found = {label: sheet.column([plain(label)], "label") for label in labels}
-    return {
-        label: column
-        for label, column in found.items()
-        if column
-        and column not in taken
-        and (plain(column) not in LABEL or OTHER not in map(answer, sheet.cells[column]))
-    }
+    found = {}
+    for label in labels:
+        column = sheet.named.get(plain(label))
+        if column and column not in taken:
+            if plain(column) not in LABEL or OTHER not in map(answer, sheet.cells[column]):
+                found[label] = column
+    return found
 
 
 def match_findings(sheet, column, findings, kind, labels, against) -> tuple[list[tuple], list[str]]:
@@ -454,11 +416,9 @@ def match_findings(sheet, column, findings, kind, labels, against) -> tuple[list
 def masks_of_model(sheet, asked, taken, labels) -> Goal:
     """The masks to compare those of a trained model with; None where the table names none."""
     column = sheet.asked_columns(asked, taken)[0] if asked else sheet.column(MASK, "mask")
-    targets = [()] * len(sheet.lines)
-    if column is None:
-        masks = [None] * len(sheet.lines)
-        return Goal("mask", tuple(labels), targets, masks, ["masks: no column mask"])
-    return read_masks(sheet, column)._replace(labels=tuple(labels), targets=targets)
+    goal = Goal("mask", (), [], ["masks: no column mask"])
+    goal = read_masks(sheet, column) if column else goal
+    return goal._replace(labels=tuple(labels), targets=[()] * len(sheet.lines))
 
 
 # ---------------------------------------------------------------- linear probes
@@ -469,101 +429,84 @@ def refuse_twins(flag: str, paths: list[str]):
 
 
 class Labels:
-    """The table of a linear probe: a table of one's own with labels and a column split.
+    """The table of a linear probe: a table of one's own with labels and a column split, of which
+    some films are there.
 
     classes: their names. Row by row: names, y (n, classes) of 0, 1 and NaN (not known), split (n,),
-    patients. others: {film: patient} of rows without a label. notes: what was decided and left out.
+    patients, where (n,): the number of the film in `films`, -1 where it is not there. others:
+    {film: patient} of rows without a label. notes: what was decided and left out.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, films):
+        """Read the table and find its films.
+
+        UserError when no film is there, when a row fits two films, as view1_frontal.jpg would, or
+        when two rows contradict each other; of equal rows the first counts.
+        """
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(
                 f"probe table {path}: no such file; "
                 "a CSV with the columns filename,label,split is wanted"
             )
-        self.table = read_own_table(self.path, can_be_mask=False)
-        if self.table.kind == "mask" or not self.table.splits:
-            lacks = "label" if self.table.kind == "mask" else "split"
+        table = read_own_table(self.path, can_be_mask=False)
+        if table.goal.kind == "mask" or not table.has_splits:
+            lacks = "label" if table.goal.kind == "mask" else "split"
             raise UserError(f"probe table {path}: no column {lacks}, which a probe needs")
-        self.names = self.table.films
-        self.classes = list(self.table.labels)
-        self.y = np.array(self.table.targets, float)
-        self.split = np.array(self.table.splits)
-        self.notes = self.table.notes
-        self.located = None, None
-        self.others = {}
-        self.check(list(map(as_path, self.names)), self.names)
+        self.classes = list(table.goal.labels)
+        self.names = [row.name for row in table.rows]
+        self.y = np.array([row.target for row in table.rows], float)
+        self.split = np.array([row.split for row in table.rows])
+        self.notes = [*table.notes]
+        self.place(table, films.names)
 
-    def check(self, located, names):
-        """Name the patients by the films' paths `names`, where the table does not. UserError when
-        rows of a film (`located`) contradict each other, or a patient is in two splits.
-        """
-        self.patients, self.patient_note = self.table.name_patients(names)
-        self.table.refuse_contradictions(located, self.patients)
+    def place(self, table: OwnTable, films: list[str]):
+        """Find the films and patients of the rows, as __init__ says."""
+        where, odd = table.locate(films)
+        located = [
+            films[i] if i >= 0 else as_path(name) for i, name in zip(where, self.names, strict=True)
+        ]
+        self.patients, self.patient_note = table.name_patients(located)
+        table.refuse_contradictions(located, self.patients)
+        absent = np.flatnonzero(where < 0)
+        if len(absent) == len(where):
+            raise UserError(
+                f"probe table {self.path}: none of its {len(where)} films is in the data "
+                f"(first: {self.names[0]})"
+            )
+        self.notes += odd
+        if len(absent):
+            first = self.names[absent[0]]
+            self.notes.append(f"{len(absent)} of {len(where)} films are not there: {first}, ...")
+        is_first = np.isin(np.arange(len(where)), np.unique(where, return_index=True)[1])
+        is_repeated = (where >= 0) & ~is_first
+        if is_repeated.any():
+            self.notes.append(f"{is_repeated.sum()} repeated rows dropped")
+        self.where = np.where(is_repeated, -1, where)
+        where, _ = table.unknown.locate(films)
+        rows = [row for row, i in zip(table.unknown.rows, where, strict=True) if i >= 0]
+        where = where[where >= 0]
+        told, _ = replace(table.unknown, rows=rows).name_patients([films[i] for i in where])
+        self.others = dict(zip(where, told, strict=True))
 
-    def by_split(self, rows) -> dict[str, list[Example]]:
-        """Some rows as examples, {split: examples}."""
-        parts = {split: [] for split in SPLITS}
-        for row in rows:
-            example = Example(Path(self.names[row]), self.table.targets[row], self.patients[row])
-            parts[self.table.splits[row]].append(example)
-        return parts
-
-    def complete(self, films) -> "Labels":
-        """The table itself, when a probe of these films can be fitted, chosen and tested on it.
+    def complete(self) -> "Labels":
+        """The table itself, when a probe can be fitted, chosen and tested on it.
 
         UserError when a split has no film, or no class has positive and negative films to learn
-        from and to test on. Rows whose films are not there are counted in the notes.
+        from and to test on.
         """
-        parts = self.by_split(np.flatnonzero(self.locate(films) >= 0))
-        lacking = [split for split in SPLITS if not parts[split]]
+        y_of = {split: self.y[(self.split == split) & (self.where >= 0)] for split in SPLITS}
+        lacking = [split for split in SPLITS if not len(y_of[split])]
         if lacking:
             raise UserError(f"probe table {self.path}: no film of split {' and '.join(lacking)}")
         for split in ("train", "test"):
-            counts = [tally(parts[split], k) for k in range(len(self.classes))]
-            if not any(count[YES] and count[NO] for count in counts):
+            y = y_of[split]
+            if not ((y == YES).any(0) & (y == NO).any(0)).any():
                 raise UserError(
                     f"probe table {self.path}: no class of {', '.join(self.classes)} has positive "
                     f"and negative films in {split}"
                 )
         return self
-
-    def locate(self, films) -> np.ndarray:
-        """Find each row's film: its number in `films`, -1 where it is not there. (n,)
-
-        UserError when none is there, when a row fits two films, as view1_frontal.jpg would, or when
-        two rows of a film contradict each other; of equal rows the first counts.
-        """
-        known, found = self.located
-        if known is films:
-            return found
-        found, odd = self.table.locate(films.names)
-        absent = np.flatnonzero(found < 0)
-        if len(absent) == len(found):
-            raise UserError(
-                f"probe table {self.path}: none of its {len(found)} films is in the data "
-                f"(first: {self.names[0]})"
-            )
-        self.notes = [*self.table.notes, *odd]
-        if len(absent):
-            first = self.names[absent[0]]
-            self.notes.append(f"{len(absent)} of {len(found)} films are not there: {first}, ...")
-        names = list(self.names)
-        for row in np.flatnonzero(found >= 0):
-            names[row] = films.names[found[row]]
-        self.check(names, names)
-        _, first = np.unique(found, return_index=True)
-        is_repeated = (found >= 0) & ~np.isin(np.arange(len(found)), first)
-        if is_repeated.any():
-            self.notes.append(f"{is_repeated.sum()} repeated rows dropped")
-        found = np.where(is_repeated, -1, found)
-        where, _ = self.table.unknown.locate(films.names)
-        paths = [films.names[i] for i in where if i >= 0]
-        rest = self.table.unknown.take(np.flatnonzero(where >= 0))
-        self.others = dict(zip(where[where >= 0], rest.name_patients(paths)[0], strict=True))
-        self.located = films, found
-        return found
 
     def describe(self) -> str:
         """Say what was decided and left out."""
@@ -580,6 +523,6 @@ def open_tables(probe: str | None, films, team) -> list[Labels]:
     refuse_twins("--probe", paths)
     tables = []
     for path in paths:
-        tables.append(Labels(path).complete(films))
+        tables.append(Labels(path, films).complete())
         team.say(tables[-1].describe())
     return tables

@@ -745,17 +745,13 @@ def draw_demo(args, image: int, team):
     folder = Path(args.out) / "phantoms"
     table = folder / "phantoms.csv"
     size = max(128, image * 3 // 2)
+    has_begun = (Path(args.out) / "last.pt").exists()  # then the recipe is compared later
     if table.is_file():
-        drawn = len(table.read_text(encoding="utf-8").splitlines()) - 1
-        if drawn != args.phantoms:
+        films = sorted(folder.glob("films/phantom_*.png"))
+        is_same = len(films) == args.phantoms
+        if not is_same or not (has_begun or was_drawn_with(films[0], size, args.seed)):
             raise UserError(
-                f"{folder} holds {drawn} phantoms, not {args.phantoms}: "
-                "choose another --out, or delete the folder"
-            )
-        has_begun = (Path(args.out) / "last.pt").exists()  # then the recipe is compared later
-        if not has_begun and not was_drawn_with(folder, size, args.seed):
-            raise UserError(
-                f"{folder} holds phantoms of another --seed or --image: "
+                f"{folder} holds phantoms of another --phantoms, --seed or --image: "
                 "choose another --out, or delete the folder"
             )
     elif team.lead:
@@ -765,13 +761,12 @@ def draw_demo(args, image: int, team):
     return dataclasses.replace(args, data=str(folder / "films"), probe=args.probe or str(table))
 
 
-def was_drawn_with(folder, size: int, seed: int) -> bool:
-    """Whether the films of a folder were drawn at this size from this seed: film 0 tells."""
+def was_drawn_with(path, size: int, seed: int) -> bool:
+    """Whether a file is the first film of this size from this seed."""
     try:
-        film = np.asarray(Image.open(Path(folder) / "films" / "phantom_000000.png"))
+        return np.array_equal(Image.open(path), make_phantom(seed, 0, size)["film"])
     except OSError:
         return False
-    return np.array_equal(film, make_phantom(seed, 0, size)["film"])
 
 
 # ------------------------------------------------------------------------------------- command line

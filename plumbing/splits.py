@@ -23,11 +23,10 @@ def hold_out_films(films, tables, holdout: int, seed: int) -> tuple[np.ndarray, 
     who has a held-out film is left out of training as well: a model that has seen a patient's ribs
     is not judged on the same ribs.
     """
-    located = [table.locate(films) for table in tables]
-    patients = patients_of(films, tables, located)
+    patients = patients_of(films, tables)
     held = set()
-    for table, where in zip(tables, located, strict=True):
-        held |= set(where[(table.split == "test") & (where >= 0)].tolist())
+    for table in tables:
+        held |= set(table.where[(table.split == "test") & (table.where >= 0)].tolist())
     if not tables:
         order = numpy_rng(HOLD_OUT, seed).permutation(len(films))
         held = set(order[: min(holdout, len(films) // 10)].tolist())
@@ -40,15 +39,12 @@ def hold_out_films(films, tables, holdout: int, seed: int) -> tuple[np.ndarray, 
     return np.array(train), np.array(sorted(held), dtype=int)
 
 
-def patients_of(films, tables, located) -> list[str]:
-    """Name the patient of every film: as its folder tells, else as a label table does.
-
-    located: for every table where the films of its rows are, as Labels.locate says.
-    """
+def patients_of(films, tables) -> list[str]:
+    """Name the patient of every film: as its folder tells, else as a label table does."""
     patients = list(films.patients)
-    for table, where in zip(tables, located, strict=True):
+    for table in tables:
         names = set(table.names)
-        told = [*zip(where, table.patients, strict=True), *table.others.items()]
+        told = [*zip(table.where, table.patients, strict=True), *table.others.items()]
         for i, patient in told:
             # A film under its own name has no known patient in the folder: the table may know one.
             is_unknown = i >= 0 and patients[i] == films.names[i]
@@ -167,20 +163,33 @@ def disjoint(parts: dict) -> tuple[dict, list[str]]:
     """
     kept = {}
     notes = []
-    home = {}  # path: the split that keeps it
+    first = {}  # path: (split, example)
+    home = {}  # patient: split
     for split in ("test", "train", "val"):
-        examples = parts.get(split, [])
-        unique = unite_repeated(examples, split)
-        if len(unique) < len(examples):
-            notes.append(f"{split}: {len(examples) - len(unique)} repeated rows dropped")
-        for other in kept:
-            shared = sum(home.get(path) == other for path in unique)
-            if shared:
-                notes.append(f"{split}: {shared} films removed that are in {other} too")
-        kept[split] = [example for path, example in unique.items() if path not in home]
-        for example in kept[split]:
-            home[example.path] = split
-    refuse_shared_patients(kept)
+        kept[split] = []
+        dropped = Counter()  # by the split that has them
+        for example in parts.get(split, []):
+            name = example.path.name
+            if example.path in first:
+                other, same = first[example.path]
+                dropped[other] += 1
+                if other == split and same != example:
+                    raise UserError(
+                        f"{name} stands twice in {split}, with different labels: keep one row"
+                    )
+                continue
+            first[example.path] = split, example
+            kept[split].append(example)
+            other = home.setdefault(example.patient, split)
+            if other != split:
+                raise UserError(
+                    f"patient {example.patient} has films in {other} and in {split} ({name}): "
+                    "patients must not cross splits"
+                )
+        for other, films in dropped.items():
+            what = f"films removed that are in {other} too"
+            what = "repeated rows dropped" if other == split else what
+            notes.append(f"{split}: {films} {what}")
     return kept, notes
 
 
@@ -220,31 +229,6 @@ def middle_of(path: Path, size: int) -> str | Path:
             return digest(file.read(65536))
     except OSError:
         return path
-
-
-def unite_repeated(examples: list[Example], split: str) -> dict[Path, Example]:
-    """The examples by path, each once; UserError when a film has two different labels."""
-    unique = {}
-    for example in examples:
-        first = unique.setdefault(example.path, example)
-        if first != example:
-            raise UserError(
-                f"{example.path.name} stands twice in {split}, with different labels: keep one row"
-            )
-    return unique
-
-
-def refuse_shared_patients(parts: dict):
-    """UserError when a patient has films in more than one split."""
-    home = {}  # patient: split
-    for split, examples in parts.items():
-        for example in examples:
-            other = home.setdefault(example.patient, split)
-            if other != split:
-                raise UserError(
-                    f"patient {example.patient} has films in {other} and in {split} "
-                    f"({example.path.name}): patients must not cross splits"
-                )
 
 
 def draw_few(examples, fraction=1.0, shots: int | None = None, draw=0) -> list[Example]:

@@ -33,15 +33,8 @@ ANSWERS |= dict.fromkeys(("n.a.", "n.a", "n.d.", "not available", "not applicabl
 ANSWERS |= dict.fromkeys(("not done", "not assessed", "not known"))
 ANSWERS[""] = MISSING
 
-# How files begin that are no tables of text.
-NO_TABLES = {
-    b"PK\x03\x04": "an Excel workbook or another zip file",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
-    b"PAR1": "a Parquet file",
-    b"<": "a web page or XML",
-    b"{": "JSON",
-    b"[": "JSON",
-}
+# How Excel's workbooks (new and old), Parquet files, web pages and JSON begin.
+NO_TABLES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"<", b"{", b"[")
 
 
 # ---------------------------------------------------------------- files
@@ -69,8 +62,8 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     header (the rows of NIH's table end with a comma). A row may lack its last cells. UserError when
     the file is no such table, or a cell belongs to no column.
     """
-    text, separator = without_hint(read_text(Path(path)))
-    separator = separator or find_separator(text)
+    text = read_text(Path(path))
+    separator = find_separator(text)
     text = re.sub(f'" +(?=[{separator}\r\n])', '"', text)  # a space after a quotation mark
     lines = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
@@ -108,9 +101,11 @@ def read_text(path: Path) -> str:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read as a table ({reason})") from None
     advice = "save it as CSV, UTF-8"
-    for start, what in NO_TABLES.items():
-        if data.removeprefix(b"\xef\xbb\xbf").startswith(start):
-            raise UserError(f"{path}: cannot be read as a table: it is {what}; {advice}")
+    if data.removeprefix(b"\xef\xbb\xbf").startswith(NO_TABLES):
+        raise UserError(
+            f"{path}: cannot be read as a table: it is an Excel workbook, a web page, JSON or the "
+            f"like; {advice}"
+        )
     encoding = "utf-8-sig"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
@@ -128,15 +123,8 @@ def read_text(path: Path) -> str:
     text = unicodedata.normalize("NFC", text)  # é as one letter, whoever wrote it
     if "\0" in text:
         raise UserError(f"{path}: cannot be read as a table: it holds zero bytes; {advice}")
-    return text
-
-
-def without_hint(text: str) -> tuple[str, str | None]:
-    """Take away the first line 'sep=;' by which Excel is told the separator. → (text, separator)"""
-    hint = re.match(r'"?sep=([,;\t])"?[ \t]*(\r\n|\r|\n)', text)
-    if not hint:
-        return text, None
-    return hint[2] + text[hint.end() :], hint[1]  # the line end stays, so that lines keep numbers
+    # Excel's hint 'sep=;' in the first line goes; the line stays, so that lines keep their numbers.
+    return re.sub(r'^"?sep=[,;\t]"?[ \t]*(?=[\r\n])', "", text)
 
 
 def find_separator(text: str) -> str:
@@ -150,10 +138,15 @@ def find_separator(text: str) -> str:
 
 
 def refuse_twins(path, header):
-    """UserError when two columns have the same name."""
-    twins = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
-    if twins:
-        raise UserError(f"{path}: two columns are called {twins[0]}: rename or delete one")
+    """UserError when the names of two columns differ in case, spaces and the like at most."""
+    first = {}
+    for name in filter(None, header):
+        if plain(name) in first:
+            raise UserError(
+                f"{path}: two columns are called {first[plain(name)]} and {name}: rename or delete "
+                "one"
+            )
+        first[plain(name)] = name
 
 
 def refuse_strays(path, header, line, cells):
@@ -193,17 +186,10 @@ def read_list(path: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 
 # ---------------------------------------------------------------- cells
-def number(text: str) -> float:
-    """The number in a cell of an official list, 0 where it is missing. UserError when it is none.
-
-    A list that a spreadsheet has saved anew may write 1,0.
-    """
-    if answer(text) is MISSING:
-        return 0.0
-    try:
-        return float(text.replace(",", "."))
-    except ValueError:
-        raise UserError(f"{text[:60]!r} is no number") from None
+def whole_number(cell: str) -> int | None:
+    """The whole number in a cell, as '2', '2.0' or '2,0'; None when it is none."""
+    is_whole = re.fullmatch(r"([+-]?\d+)([.,]0*)?", cell)
+    return int(is_whole[1]) if is_whole else None
 
 
 @functools.lru_cache(100_000)
@@ -212,10 +198,8 @@ def answer(cell: str):
     word = cell.strip().casefold().replace("\u2212", "-")  # the minus of typesetters
     if word in ANSWERS:
         return ANSWERS[word]
-    if re.fullmatch(r"[+-]?\d+([.,]0*)?", word):
-        value = int(re.split("[.,]", word)[0])
-        return value if value in (YES, NO, UNCERTAIN) else OTHER
-    return OTHER
+    value = whole_number(word)
+    return value if value in (YES, NO, UNCERTAIN) else OTHER
 
 
 @functools.lru_cache(100_000)
@@ -263,26 +247,18 @@ class Finder:
             table = {}
             for i, path in enumerate(self.films):
                 if self.parts[i] >= depth:
-                    tail = path if self.parts[i] == depth else tail_of(path, depth)
-                    table.setdefault(key_of(tail), []).append(i)
+                    table.setdefault(key_of(tail_of(path, depth)), []).append(i)
             self.of_depth[depth] = table
         return self.of_depth[depth]
 
     def find(self, names) -> list[Place]:
         """Find the film of every row: none, one, or all that fit equally well."""
-        paths = [as_path(name) for name in names]
-        places = [Place(self.fitting(path)) for path in paths]
-        used = {i for place in places for i in place.films}
-        weak = {}  # row: the one film that has its name, in another folder
-        for row, (path, place) in enumerate(zip(paths, places, strict=True)):
-            if not place.films and "/" in path:
-                found = self.with_name(path)
-                if len(found) == 1:
-                    weak[row] = found[0]
-        asked = Counter(weak.values())
-        for row, i in weak.items():
-            if i not in used and asked[i] == 1:
-                places[row] = Place([i], is_elsewhere=True)
+        places = [self.place(as_path(name)) for name in names]
+        used = {i for place in places if not place.is_elsewhere for i in place.films}
+        asked = Counter(place.films[0] for place in places if place.is_elsewhere)
+        for row, place in enumerate(places):
+            if place.is_elsewhere and (place.films[0] in used or asked[place.films[0]] > 1):
+                places[row] = Place([])
         return places
 
     def find_one(self, names, table, lines) -> list[Place]:
@@ -302,26 +278,20 @@ class Finder:
         found = self.tails(path.count("/") + 1).get(key_of(path), [])
         return self.closest(found, path)
 
-    def fitting(self, path: str) -> list[int]:
-        """The films whose path ends with `path`, or with whose path `path` ends."""
-        found = self.ending(path)
-        if found:
-            return found
-        for shorter in range(path.count("/"), 0, -1):
-            tail = tail_of(path, shorter)
-            found = self.tails(shorter).get(key_of(tail), [])
-            whole = [i for i in found if self.parts[i] == shorter]
+    def place(self, path: str) -> Place:
+        """The films whose path ends with `path`, or with whose path `path` ends; without any, the
+        one that has the most last parts in common with it.
+        """
+        alike = []
+        depth = path.count("/") + 1
+        for k in range(depth, 0, -1):
+            tail = tail_of(path, k)
+            found = self.tails(k).get(key_of(tail), [])
+            whole = [i for i in found if k in (depth, self.parts[i])]
             if whole:
-                return self.closest(whole, tail)
-        return []
-
-    def with_name(self, path: str) -> list[int]:
-        """The films that have at least the last part of `path` in common with it."""
-        for depth in range(path.count("/"), 0, -1):
-            found = self.ending(tail_of(path, depth))
-            if found:
-                return found
-        return []
+                return Place(self.closest(whole, tail))
+            alike = alike or self.closest(found, tail)
+        return Place(alike, is_elsewhere=True) if len(alike) == 1 else Place([])
 
     def closest(self, found: list[int], tail: str) -> list[int]:
         """Those that fit best: whole path, then name with suffix, then letters as written."""

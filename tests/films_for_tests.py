@@ -43,3 +43,40 @@ def run(*words, **options):
         text=True,
         **options,
     )
+
+
+def write_dicom(path, values, header=True, **tags):
+    """Write a DICOM file of 12 bits per pixel; tags override what it says. → path"""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = (
+        pydicom.uid.ExplicitVRLittleEndian if header else pydicom.uid.ImplicitVRLittleEndian
+    )
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    d = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    shown = {
+        "SOPClassUID": meta.MediaStorageSOPClassUID,
+        "SOPInstanceUID": "1.2.3",
+        "Modality": "DX",
+        "Rows": values.shape[-2],
+        "Columns": values.shape[-1],
+        "SamplesPerPixel": 1,
+        "BitsAllocated": 16,
+        "BitsStored": 12,
+        "HighBit": 11,
+        "PixelRepresentation": 0,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "PixelData": values.astype("<u2").tobytes(),
+    }
+    for key, value in (shown | tags).items():
+        setattr(d, key, value)
+    if header:
+        d.save_as(path, enforce_file_format=True)
+    else:
+        del d.file_meta
+        d.preamble = None
+        d.save_as(path, implicit_vr=True, little_endian=True)
+    return path

@@ -8,6 +8,7 @@ import re
 import runpy
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from lab import runs
 from model import ViT
 from plumbing.benchmarks import load_task
+from plumbing.folder import Index
 from plumbing.own_table import Labels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy's
@@ -313,7 +315,9 @@ def test_the_example_tables_are_read(table, outcome, tmp_path):
     answers = [value for example in examples for value in example.target]
     assert sum(value or 0 for value in answers) == positive
     if "split" in lines[0]:
-        assert Labels(tmp_path / "own.csv").classes == list(splits.labels)
+        films = Index(tmp_path / "films").films
+        labels = Labels(tmp_path / "own.csv", SimpleNamespace(names=films))
+        assert labels.classes == list(splits.labels)
 
 
 FILM_COLUMNS = ("filename", "Image Index", "dicom_id", "Path", "filename;label;patient_id;split")

@@ -33,11 +33,11 @@ class Corner(torch.nn.Module):
         return (0 * features if self.blank else features)[:, :, None].repeat(1, 1, self.copies)
 
 
-def make_labels(tmp_path, lines):
+def make_labels(tmp_path, lines, films):
     (tmp_path / "table.csv").write_text(
         "filename,label,patient_id,split\n" + "\n".join(lines) + "\n"
     )
-    return own_table.Labels(tmp_path / "table.csv")
+    return own_table.Labels(tmp_path / "table.csv", films)
 
 
 def judge_one(labels, films, encoders):
@@ -62,7 +62,8 @@ def planted(tmp_path, count, step):
         lines.append(f"{i}.png,{'bright' if bright else 'normal'},p{i // 2},{split}")
     order = list(films)
     rng.shuffle(order)
-    return Films({name: films[name] for name in order}), make_labels(tmp_path, lines)
+    films = Films({name: films[name] for name in order})
+    return films, make_labels(tmp_path, lines, films)
 
 
 def test_a_planted_finding_is_above_random_and_a_blind_encoder_below_pixels(tmp_path, capsys):
@@ -96,7 +97,7 @@ def test_random_labels_are_level_and_scored_on_films_of_test_alone(tmp_path):
     split = np.repeat(["train", "val", "test"], [40, 20, 60])
     y = np.random.default_rng(3).integers(0, 2, 120)
     labels = [f"{i}.png,{'x' if y[i] else 'normal'},p{i},{split[i]}" for i in range(120)]
-    labels = make_labels(tmp_path, labels)
+    labels = make_labels(tmp_path, labels, films)
     encoders = {"corner": Corner(), BLIND: Corner(True)}
     judged = judge_one(labels, films, encoders)["test"]
     images, _, _ = common.read_whole(films, np.arange(120), 32)
@@ -131,7 +132,7 @@ def test_how_many_films_the_encoder_saw_is_said(tmp_path):
     """By film and by patient; b2.png, another film of b.png's patient, was in pre-training."""
     films = Films({f"{name}.png": noise(0) for name in ("a", "b", "b2", "c", "d")})
     lines = ["a.png,x,p,train", "b.png,normal,q,train", "c.png,x,r,val", "d.png,normal,s,test"]
-    labels = make_labels(tmp_path, lines)
+    labels = make_labels(tmp_path, lines, films)
     learnt = {"b2.png", "c.png"}, {"q", "r"}
     words = probe.seen_words(learnt, labels, films)
     assert words.endswith(": 0 of 1 of test, 2 of 3 of train and val")

@@ -18,11 +18,6 @@ from plumbing.film import UnreadableFilm
 from plumbing.metrics import ridge_scores
 
 
-def make_labels(tmp_path, text):
-    (tmp_path / "table.csv").write_text(text)
-    return own_table.Labels(tmp_path / "table.csv")
-
-
 @pytest.mark.slow
 def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     torch.manual_seed(0)
@@ -30,7 +25,8 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     films = Films({f"{i}.png": noise(i) if i != 4 else None for i in range(40)})
     split = ["train", "val", "test"]
     lines = [f"{i}.png,{'x' if i // 3 % 2 else 'normal'},{split[i % 3]}\n" for i in range(40)]
-    labels = make_labels(tmp_path, "filename,label,split\n" + "".join(lines))
+    (tmp_path / "table.csv").write_text("filename,label,split\n" + "".join(lines))
+    labels = own_table.Labels(tmp_path / "table.csv", films)
     (tmp_path / "log.csv").write_text("step,l11,l22,l12,l21,rankme\n1,1,2,3,4,\n2,1,2,3,4,5\n")
     args = SimpleNamespace(seed=0, image=64, weights=None)
     report.closing(args, tmp_path, world, films, np.array([3, 4]), [labels])

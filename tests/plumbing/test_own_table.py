@@ -20,9 +20,10 @@ from plumbing.table import plain
 
 
 # ---------------------------------------------------------------- label tables of probes
-def make_labels(tmp_path, text):
+def make_labels(tmp_path, text, *films):
+    """The table of a probe, of some films (of a to e, unless others are given)."""
     (tmp_path / "table.csv").write_text(text)
-    return Labels(tmp_path / "table.csv")
+    return Labels(tmp_path / "table.csv", films_named(*films or "abcde"))
 
 
 def films_named(*names):
@@ -40,22 +41,6 @@ def test_two_tables_of_one_name_are_refused_since_one_would_hide_the_other():
     with pytest.raises(UserError, match="two tables of one name"):
         open_tables("hospital_a/labels.csv,hospital_b/labels.csv", None, None)
     assert open_tables(None, None, None) == []
-
-
-def test_labels_of_several_classes(tmp_path):
-    rows = [
-        "filename,label,patient_id,split",
-        "a.png,effusion|nodule,p1,train",
-        "b.png,normal,p2,Val",
-        "c.png, nodule ,,test",
-        "d.png,No Finding,p3,test",
-    ]
-    labels = make_labels(tmp_path, "\n".join(rows))
-    assert labels.classes == ["effusion", "nodule"]
-    assert labels.y.tolist() == [[1, 1], [0, 0], [0, 1], [0, 0]]
-    assert labels.split.tolist() == ["train", "val", "test", "test"]
-    assert labels.patients == ["p1", "p2", "c.png", "p3"]
-    assert labels.names == ["a.png", "b.png", "c.png", "d.png"]
 
 
 SPLIT_ROWS = "filename,label,split\na,x,train\nb,x,val\n"
@@ -82,22 +67,20 @@ def test_a_wrong_table_of_a_probe_is_one_line(tmp_path, text, words):
 
 
 def test_a_missing_table_is_one_line(tmp_path):
-    refused(lambda: Labels(tmp_path / "none.csv"), "no such file")
+    refused(lambda: Labels(tmp_path / "none.csv", films_named()), "no such file")
 
 
 def test_a_probe_needs_films_of_all_three_splits_and_both_answers(tmp_path):
-    films = films_named("a.png", "b.png", "c.png", "d.png")
     rows = SPLIT_ROWS + "d,normal,train\n"
-    refused(lambda: make_labels(tmp_path, rows).complete(films), "no film of split test")
+    refused(make_labels(tmp_path, rows).complete, "no film of split test")
     rows += "c,normal,test\n"
-    refused(lambda: make_labels(tmp_path, rows).complete(films), "no class of x .* in test")
-    labels = make_labels(tmp_path, rows + "e,x,test\n")
-    refused(lambda: labels.complete(films), "no class of x .* in test")  # e is not there
-    assert labels.complete(films_named("a", "b", "c", "d", "e")) is labels
-    rows = rows.replace("d,normal", "d,x") + "e,x,test\n"
-    refused(
-        lambda: make_labels(tmp_path, rows).complete(films_named(*"abcde")), "no class .* in train"
-    )
+    refused(make_labels(tmp_path, rows).complete, "no class of x .* in test")
+    rows += "e,x,test\n"
+    refused(make_labels(tmp_path, rows, *"abcd").complete, "no class of x .* in test")
+    labels = make_labels(tmp_path, rows)
+    assert labels.complete() is labels
+    rows = rows.replace("d,normal", "d,x")
+    refused(make_labels(tmp_path, rows).complete, "no class .* in train")
 
 
 def test_rows_find_their_films_by_the_tail_of_the_path(tmp_path):
@@ -109,29 +92,30 @@ def test_rows_find_their_films_by_the_tail_of_the_path(tmp_path):
         "gone.jpg,x,test",
         "plain.png,x,test",
     ]
-    films = films_named(
-        "patient2/view1.jpg", "deep/below/plain.png", "patient1/view1.jpg", "patient3/view1.jpg"
-    )
-    labels = make_labels(tmp_path, "\n".join(rows))
-    assert labels.locate(films).tolist() == [2, 0, -1, 1]
+    films = "patient2/view1.jpg deep/below/plain.png patient1/view1.jpg patient3/view1.jpg".split()
+    labels = make_labels(tmp_path, "\n".join(rows), *films)
+    assert labels.where.tolist() == [2, 0, -1, 1]
     assert "1 of 4 films are not there: gone.jpg, ..." in labels.describe()
 
 
 def test_a_row_that_fits_two_films_or_a_table_that_fits_none_is_refused(tmp_path):
-    labels = make_labels(tmp_path, "filename,label,split\nview1.jpg,x,train\n")
-    films = films_named("patient1/view1.jpg", "patient2/view1.jpg")
-    refused(lambda: labels.locate(films), "line 2: view1.jpg fits both", "patient2/view1.jpg")
-    refused(lambda: labels.locate(films_named("other.jpg")), "none of its 1 films")
+    text = "filename,label,split\nview1.jpg,x,train\n"
+    films = "patient1/view1.jpg", "patient2/view1.jpg"
+    refused(
+        lambda: make_labels(tmp_path, text, *films), "line 2: view1.jpg fits both", "patient2/view1"
+    )
+    refused(lambda: make_labels(tmp_path, text, "other.jpg"), "none of its 1 films")
 
 
 def test_rows_that_turn_out_to_be_of_one_film_must_agree(tmp_path):
     rows = "filename,label,split\nx/a.png,x,train\na.png,x,train\nb,normal,train\n"
-    films = films_named("x/a.png", "b.png")
-    labels = make_labels(tmp_path, rows)
-    assert labels.locate(films).tolist() == [0, -1, 1]
+    labels = make_labels(tmp_path, rows, "x/a.png", "b.png")
+    assert labels.where.tolist() == [0, -1, 1]
     assert "1 repeated rows dropped" in labels.describe()
-    labels = make_labels(tmp_path, rows.replace("\na.png,x", "\na.png,normal"))
-    refused(lambda: labels.locate(films), "lines 2 and 3: a.png stands twice")
+    rows = rows.replace("\na.png,x", "\na.png,normal")
+    refused(
+        lambda: make_labels(tmp_path, rows, "x/a.png", "b.png"), "lines 2 and 3: a.png stands twice"
+    )
 
 
 # ---------------------------------------------------------------- tables with a known truth
@@ -273,10 +257,9 @@ def read_by_both(root, path, uncertain="ignore"):
             name = row.path.relative_to(root).as_posix()
             films[name] = row.target, row.patient, None if split == "all" else split
     if "all" not in found.parts and uncertain == "ignore":
-        labels = Labels(path)
-        where = labels.locate(films_named(*FOLDER))
+        labels = Labels(path, films_named(*FOLDER))
         probe = {}
-        for row, i in enumerate(where):
+        for row, i in enumerate(labels.where):
             target = tuple(None if np.isnan(v) else int(v) for v in labels.y[row])
             probe[FOLDER[i]] = target, labels.patients[row], labels.split[row]
         assert probe == films and labels.classes == list(found.labels)
@@ -458,7 +441,7 @@ def test_nobody_is_no_patient_and_numbers_are_one_however_excel_wrote_them(folde
 def test_columns_that_fit_one_role_alike_are_refused_and_others_said(folder, tmp_path):
     refused(
         lambda: read_rows(folder, tmp_path, "file,label,Patient ID,patient_id", "film00,1,2,3"),
-        "Patient ID and patient_id may both be the column of the patient",
+        "two columns are called Patient ID and patient_id: rename or delete one",
     )
     found = read_rows(
         folder, tmp_path, "path,file,label,diagnosis", "x,film00,1,Mass", "y,film01,0,"
@@ -748,7 +731,7 @@ def test_codes_for_missing_are_no_classes_and_twins_no_two_labels(folder, tmp_pa
     assert len(read_rows(folder, tmp_path, "file,label", *rows).labels) == 10
     refused(
         lambda: read_rows(folder, tmp_path, "file,Mass,mass", "film00,1,0", "film01,0,1"),
-        "Mass and mass may be one label",
+        "two columns are called Mass and mass: rename or delete one",
     )
 
 

@@ -48,17 +48,12 @@ def test_shapes_and_types_at_every_size(size):
 
 
 def test_same_seed_and_index_same_film_others_differ():
-    first, again = make_phantom(7, 4, 96), make_phantom(7, 4, 96)
-    assert all(np.array_equal(first[key], again[key]) for key in first)
+    first = make_phantom(7, 4, 96)
+    np.random.seed(1)
     assert not np.array_equal(first["film"], make_phantom(8, 4, 96)["film"])
     assert not np.array_equal(first["film"], make_phantom(7, 5, 96)["film"])
-
-
-def test_making_other_films_first_changes_nothing():
-    np.random.seed(1)
-    alone = make_phantom(2, 9, 64)["film"]
-    [make_phantom(2, index, 64) for index in (3, 8)]
-    assert np.array_equal(alone, make_phantom(2, 9, 64)["film"])
+    again = make_phantom(7, 4, 96)
+    assert all(np.array_equal(first[key], again[key]) for key in first)
 
 
 def test_anatomy_is_the_same_at_another_size():
@@ -338,10 +333,6 @@ def test_drawing_again_leaves_nothing_of_another_drawing(tmp_path):
     assert [len(list((tmp_path / kind).iterdir())) for kind in ("films", "masks", "hearts")] == [
         3
     ] * 3
-    assert phantom.was_drawn_with(tmp_path, 64, 2)
-    assert not phantom.was_drawn_with(tmp_path, 64, 1)
-    assert not phantom.was_drawn_with(tmp_path, 96, 2)
-    assert not phantom.was_drawn_with(tmp_path / "none", 64, 2)
 
 
 @dataclasses.dataclass
@@ -363,10 +354,6 @@ def test_the_demo_draws_once_and_takes_no_others(tmp_path):
     assert drawn.data == str(tmp_path / "phantoms" / "films")
     assert drawn.probe == str(tmp_path / "phantoms" / "phantoms.csv")
     assert phantom.draw_demo(Demo(str(tmp_path)), 64, team) == drawn
-    for other, image, words in (
-        (dict(seed=1), 64, "holds phantoms of another --seed or --image"),
-        (dict(), 128, "holds phantoms of another --seed or --image"),
-        (dict(phantoms=3), 64, "holds 2 phantoms, not 3"),
-    ):
-        with pytest.raises(UserError, match=words):
+    for other, image in ((dict(seed=1), 64), (dict(), 128), (dict(phantoms=3), 64)):
+        with pytest.raises(UserError, match="phantoms of another --phantoms, --seed or --image"):
             phantom.draw_demo(Demo(str(tmp_path), **other), image, team)

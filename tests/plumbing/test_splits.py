@@ -31,10 +31,10 @@ def make_films(patients):
     return Films(names=list(patients), patients=list(patients.values()))
 
 
-def make_labels(tmp_path, rows):
+def make_labels(tmp_path, rows, films):
     path = tmp_path / "table.csv"
     path.write_text("\n".join(["filename,label,split,patient_id", *rows]))
-    return Labels(path)
+    return Labels(path, films)
 
 
 def example(name, target=(0,), patient=None):
@@ -59,7 +59,7 @@ def test_the_test_films_of_a_table_are_held_out_and_the_table_may_know_the_patie
     unknown = {name: name for name in ("d.png", "e.png", "f.png")}  # the folder knows nobody
     films = make_films(known | unknown)
     rows = ["a.png,x,test,9", "c.png,x,train,8", "d.png,x,test,7"]
-    tables = [make_labels(tmp_path, rows), make_labels(tmp_path, ["e.png,x,train,7"])]
+    tables = [make_labels(tmp_path, part, films) for part in (rows, ["e.png,x,train,7"])]
     train, held = hold_out_films(films, tables, holdout=2, seed=0)
     assert [films.names[i] for i in held] == ["a.png", "d.png"]
     assert [films.names[i] for i in train] == ["c.png", "f.png"]  # b, e: of a held-out patient
@@ -68,14 +68,14 @@ def test_the_test_films_of_a_table_are_held_out_and_the_table_may_know_the_patie
 def test_rows_without_a_label_still_tell_whose_films_are_held_out(tmp_path):
     films = make_films({name: name for name in ("a.png", "b.png", "c.png", "d.png")})
     rows = ["a.png,1,test,7", "b.png,NA,test,7", "c.png,-1,train,7", "d.png,0,train,8"]
-    train, held = hold_out_films(films, [make_labels(tmp_path, rows)], holdout=2, seed=0)
+    train, held = hold_out_films(films, [make_labels(tmp_path, rows, films)], 2, seed=0)
     assert [films.names[i] for i in held] == ["a.png"]
     assert [films.names[i] for i in train] == ["d.png"]
 
 
 def test_holding_everything_out_is_refused(tmp_path):
     films = make_films({"a.png": "p", "b.png": "p"})
-    table = make_labels(tmp_path, ["a.png,x,test,p"])
+    table = make_labels(tmp_path, ["a.png,x,test,p"], films)
     with pytest.raises(UserError, match="every film is held out"):
         hold_out_films(films, [table], holdout=2, seed=0)
 
