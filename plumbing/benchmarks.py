@@ -109,23 +109,21 @@ def rows_of_lists(lists: dict, patient_of: Callable = str) -> dict[str, list[Row
     return parts
 
 
-def divide_rows(index: Index, rows: dict[str, Row], table: Path, *patterns: str) -> Found:
+def divide_rows(rows: dict[str, Row], lists: dict, table: Path, source: str) -> Found:
     """Divide the rows of a table, {name without suffix: row}, as lists without labels say.
 
-    patterns: as Index.lists takes them. Without the lists, all rows stay together. UserError when a
-    list names a film without a row.
+    Without lists, all rows stay together. source: how the lists are called, for the note and for
+    the UserError when they name a film without a row.
     """
-    lists = index.lists(*patterns)
     if not lists:
         return Found({"all": list(rows.values())})
-    source = ", ".join(pattern.format("*") for pattern in patterns)
     parts = {}
     for split, films in lists.items():
         names = [without_suffix(name) for name, _ in films]  # some releases write .png behind them
         unknown = [name for name in names if name not in rows]
         if unknown:
             raise UserError(
-                f"{table}: {len(unknown)} {split} films of {source} have no row, "
+                f"{table}: {len(unknown)} films of {source} have no row, "
                 f"the first: {', '.join(unknown[:3])}"
             )
         parts[split] = [rows[name] for name in names]
@@ -160,7 +158,10 @@ def read_nih(index, shots):
             raise UserError(f"{table}: {name}: {unknown.pop()!r} is no finding of ChestX-ray14")
         row = Row(name, target_of(findings, NIH), nih_patient(name))
         rows[without_suffix(name)] = row
-    return divide_rows(index, rows, table, "{}_val_list.txt", "{}_list.txt")
+    files = dict(train=index.files("train_val_list.txt"), test=index.files("test_list.txt"))
+    lists = {split: read_list(paths[0]) for split, paths in files.items() if paths}
+    lists = lists if len(lists) == 2 else {}
+    return divide_rows(rows, lists, table, "train_val_list.txt, test_list.txt")
 
 
 def nih_patient(name):
@@ -240,7 +241,7 @@ def read_rsna(index, shots):
         if line["class"] not in RSNA:
             raise UserError(f"{table}: class {line['class']!r} is none of {', '.join(RSNA)}")
         rows[line["patientId"]] = Row(line["patientId"], target_of([line["class"]], RSNA))
-    return divide_rows(index, rows, table, RSNA_LISTS)
+    return divide_rows(rows, index.lists(RSNA_LISTS), table, RSNA_LISTS.format("*"))
 
 
 def read_chestdr(index, shots):
@@ -299,7 +300,7 @@ def read_rsna_seg(index, shots):
     rows = {}
     for name, of_film in boxes.items():
         rows[name] = Row(name, (), mask=("boxes", tuple(of_film), CANVAS))
-    found = divide_rows(index, rows, table, RSNA_LISTS)
+    found = divide_rows(rows, index.lists(RSNA_LISTS), table, RSNA_LISTS.format("*"))
     return found._replace(notes=[*found.notes, CANVAS_NOTE])
 
 

@@ -18,7 +18,7 @@ from plumbing.checkpoint import replace_with, write_csv, write_json
 from plumbing.film import film_size
 from plumbing.launch import UserError
 from plumbing.splits import SPLITS, Splits, class_warnings, tally
-from plumbing.table import read_cells
+from plumbing.table import plain, read_cells
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
 PUBLISHED = {  # tasks whose epochs are published
@@ -198,7 +198,7 @@ def write_predictions(folder: Path, task, rows: dict):
     columns = ["dice", "has_mask"]
     if task.kind != "mask":
         taken = ("film", "patient")
-        columns = [f"class {name}" if name in taken else name for name in task.labels]
+        columns = [f"class {name}" if plain(name) in taken else name for name in task.labels]
         columns += [f"true_{name}" for name in task.labels]
     lines = []
     for i, row in rows.items():
