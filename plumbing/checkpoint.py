@@ -456,9 +456,15 @@ class Log:
             value = values[column]
             cells.append(f"{value:.6g}" if isinstance(value, float) else str(value))
         with go_on_without(f"the row of step {step}"), explain_writing(self.path):
-            # closed again: every row is on disk at once
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(",".join(cells) + "\n")
+            size = self.path.stat().st_size if self.path.is_file() else 0
+            try:
+                # closed again: every row is on disk at once
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(",".join(cells) + "\n")
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)  # half a row would spoil the next one
+                raise
 
 
 def read_log(path) -> list[dict]:

@@ -102,7 +102,7 @@ def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, full_disk):
 def test_a_run_goes_on_without_rows_that_a_full_disk_refuses(tmp_path, full_disk, capsys):
     log = Log(tmp_path / "log.csv", ["step", "note"])
     log.row(step=1, note="x")
-    with full_disk(13):
+    with full_disk(16):  # in the midst of the row
         log.row(step=2, note="y")
     assert "going on without the row of step 2: " in capsys.readouterr().out
     log.row(step=3, note="")
