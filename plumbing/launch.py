@@ -123,7 +123,10 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error.filename or 'a file'} cannot be written: {error.strerror}: make room there"
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "the GPU's memory is full: lower --micro, or add pretrain.py's --checkpointing"
+        return (
+            "the GPU's memory is full: lower --micro, add pretrain.py's --checkpointing, or use "
+            "--device cpu"
+        )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
         return "the machine's memory is full: smaller --image, --batch or --micro take less"
     if any(words in text for words in LOST_RANK):
@@ -442,11 +445,9 @@ def start_team(name: str = "auto") -> Team:
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
     """Turn --device into a torch.device. Raises UserError when this machine has none such."""
-    there = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
+    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available())}
+    # device_count alone also counts GPUs whose driver is too old for this PyTorch.
+    there["cuda"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if there["cuda"] else "cpu"
     try:
@@ -454,9 +455,16 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")  # where nothing is computed
     if (device.index or 0) >= there.get(device.type, 0):
+        advice = "auto, cpu, cuda, cuda:1 or mps is wanted"
+        if device.type == "cuda" and not there["cuda"]:
+            advice = "install a CUDA build of torch that fits the driver, or use --device cpu"
+        elif device.type == "cuda":
+            advice = f"process {local_rank} asks for {device}: start fewer, or choose another GPU"
+        elif device.type == "mps":
+            advice = "use --device cpu"
         raise UserError(
-            f"--device {name}: wanted auto, cpu, cuda, cuda:1 or mps, and this PyTorch sees "
-            f"{there['cuda']} NVIDIA or AMD GPU(s) and {there['mps']} of Apple's"
+            f"--device {name}: this PyTorch sees {there['cuda']} NVIDIA or AMD GPU(s) and "
+            f"{there['mps']} of Apple's: {advice}"
         )
     return device
 

@@ -321,8 +321,19 @@ def test_a_device_that_is_not_there(device):
     assert "\n" not in str(error.value)
 
 
+def test_a_gpu_that_is_not_there_comes_with_advice(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the driver is too old for PyTorch
+    assert launch.find_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="sees 0 .*: install a CUDA build of torch .* --device cpu"):
+        launch.find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="sees 1 .*: process 1 asks for cuda:1: start fewer"):
+        launch.find_device("cuda", local_rank=1)
+
+
 def test_apples_gpu_is_taken_when_asked_for_and_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="^--device mps: .* sees 0 NVIDIA or AMD .* 0 of Apple"):
         launch.start_team("mps")
