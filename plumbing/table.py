@@ -63,7 +63,9 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     the file is no such table, or a cell belongs to no column.
     """
     text = read_text(Path(path))
-    separator = find_separator(text)
+    hint = re.match(r'"?sep=([,;\t])"?[ \t]*(?=[\r\n])', text)  # for Excel, in a line of its own
+    text = text[hint.end() :] if hint else text  # the line end stays, so that lines keep numbers
+    separator = hint[1] if hint else find_separator(text)
     text = re.sub(f'" +(?=[{separator}\r\n])', '"', text)  # a space after a quotation mark
     lines = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
@@ -123,8 +125,7 @@ def read_text(path: Path) -> str:
     text = unicodedata.normalize("NFC", text)  # é as one letter, whoever wrote it
     if "\0" in text:
         raise UserError(f"{path}: cannot be read as a table: it holds zero bytes; {advice}")
-    # Excel's hint 'sep=;' in the first line goes; the line stays, so that lines keep their numbers.
-    return re.sub(r'^"?sep=[,;\t]"?[ \t]*(?=[\r\n])', "", text)
+    return text
 
 
 def find_separator(text: str) -> str:

@@ -75,6 +75,12 @@ def test_a_table_is_read_however_it_is_saved(tmp_path, data):
     assert read_table(tmp_path / "t.csv", "name", "Erguß") == [{"name": "ä.png", "Erguß": "1"}]
 
 
+def test_a_separator_that_the_file_names_counts(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("sep=;\nname;size, px, of the film\na;1,5\n")
+    assert read_cells(path) == (["name", "size, px, of the film"], [(3, ["a", "1,5"])])
+
+
 def test_of_several_separators_in_the_header_the_most_frequent_counts(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("name;size, px;b\na;1,5;2\nb;2;3\n")
