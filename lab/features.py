@@ -19,6 +19,7 @@ The films are worked through batch by batch, so that memory does not bound how m
 import dataclasses
 import functools
 import math
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 
 from lab import common
 from model import pool_cells
-from plumbing.checkpoint import replace_with, write_csv
+from plumbing.checkpoint import explain_writing, replace_with, write_csv
 from plumbing.launch import UserError, flag, run_script
 from plumbing.weights import load_encoder
 
@@ -64,12 +65,21 @@ def main(argv=None):
 
 
 def on_disk(folder: Path, name, shape, dtype):
-    """Make an array in a file, since memory may not hold it. UserError on a full disk."""
+    """Make an array in a file, since memory may not hold it. UserError on a full disk.
+
+    Its place is taken at once: a disk that fills up later would kill the process without a word.
+    """
     size = math.prod(shape) * dtype.itemsize
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise UserError(f"{folder}: {size / 1e9:.1f} GB are wanted, {free / 1e9:.1f} GB are free")
-    return np.memmap(folder / name, dtype, "w+", shape=shape)
+        raise UserError(
+            f"{folder}: {size / 1e9:.1f} GB are wanted, {free / 1e9:.1f} GB are free: "
+            "make room there, or choose another --out"
+        )
+    with explain_writing(folder / name), open(folder / name, "wb") as file:
+        if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+            os.posix_fallocate(file.fileno(), 0, size)
+    return np.memmap(folder / name, dtype, "r+", shape=shape)
 
 
 def write_files(out: Path, names, mean, cells) -> list[str]:

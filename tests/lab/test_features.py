@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import math
+import os
 import tracemalloc
 
 import numpy as np
@@ -116,3 +117,11 @@ def test_memory_does_not_grow_with_the_films(tmp_path, monkeypatch):
 def test_a_disk_that_is_too_full_is_said_before_films_are_described(tmp_path):
     with pytest.raises(UserError, match="3000000.0 GB are wanted, .* are free"):
         features.on_disk(tmp_path, "cells", (3 * 10**15,), np.dtype(np.uint8))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no place")
+def test_the_place_of_features_is_taken_at_once(tmp_path):
+    """Else a disk that fills up later would end the process by SIGBUS."""
+    table = features.on_disk(tmp_path, "cells", (1000, 100), np.dtype(np.float32))
+    assert table.shape == (1000, 100) and not table.any()
+    assert os.stat(tmp_path / "cells").st_blocks * 512 >= table.nbytes
