@@ -434,7 +434,8 @@ def take_up(part: Path, journal: Path, sources: list) -> list:
     """Cut what an interrupted packing left to the first films that are whole and still the same.
 
     A kill may have cut the last line and the last film; a power cut may have left zeros for both.
-    → the journal's rows of these films, none where nothing was begun
+    UserError when already the first film is another one: hours of packing are not thrown away for
+    a wrong --data. → the journal's rows of these films, none where nothing was begun
     """
     part.parent.mkdir(parents=True, exist_ok=True)
     lines = journal.read_bytes().splitlines() if journal.exists() else []
@@ -446,9 +447,15 @@ def take_up(part: Path, journal: Path, sources: list) -> list:
             try:
                 made_from, row = json.loads(line)
                 size = row[0] * row[1]
+                is_other = made_from[:2] != source[:2]
                 is_whole = made_from == source and zlib.crc32(file.read(size)) == row[2]
             except (ValueError, TypeError, IndexError):
                 break
+            if is_other and not rows:
+                raise UserError(
+                    f"{part} was begun from other films or another --side: choose another --out, "
+                    f"or delete it and {journal.name} to begin anew"
+                )
             if not is_whole:
                 break
             rows.append(row)
@@ -457,6 +464,8 @@ def take_up(part: Path, journal: Path, sources: list) -> list:
             file.truncate(0)
             file.write(MAGIC)
         file.truncate(end)
+    if lines:
+        print(f"{part}: packing goes on after {len(rows):,} of {len(lines):,} films")
     kept = zip(sources, rows, strict=False)
     replace_with(journal, lambda path: path.write_bytes(b"".join(journal_line(*k) for k in kept)))
     return rows

@@ -299,8 +299,13 @@ def test_films_that_change_while_packing_is_interrupted_are_packed_as_they_are_n
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(plumbing.pack, "append_index", interrupt)
         pack_films(open_films(root, side=100), tmp_path / "other.pack")
-    packed = pack_films(open_films(root, side=64), tmp_path / "other.pack")
-    assert equals_direct_reading(packed, root, side=64)
+    other = {path: path.read_bytes() for path in tmp_path.glob("other.pack.*")}
+    with pytest.raises(UserError, match="begun from other films or another --side"):
+        pack_films(open_films(root, side=64), tmp_path / "other.pack")
+    (root / "000.png").unlink()
+    with pytest.raises(UserError, match="delete it and other.pack.journal"):
+        pack_films(open_films(root, side=100), tmp_path / "other.pack")
+    assert {path: path.read_bytes() for path in tmp_path.glob("other.pack.*")} == other
 
 
 @pytest.mark.slow
