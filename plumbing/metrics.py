@@ -190,10 +190,10 @@ class Standardised:
     """
 
     def __init__(self, features):
-        features = torch.as_tensor(features).detach().cpu().double()
-        self.mean = features.mean(0)
-        x = features - self.mean
-        deviation = x.square().mean(0).sqrt()
+        x = torch.as_tensor(features).detach().cpu().double()
+        self.mean = x.mean(0)
+        x = x - self.mean  # the former copy is let go: of cells, each takes gigabytes
+        deviation = x.std(0, correction=0)
         varies = deviation > 1e-9 * (1 + self.mean.abs())
         self.scale = torch.where(varies, 1 / deviation.clamp(min=1e-300), 0.0)
         x *= self.scale
@@ -220,11 +220,11 @@ def fit_logistic(films, y, l2: float, start):
     (not known: no loss), the sum of the log losses + l2 / 2 · |w|²; the bias is not penalised.
     start: where the search begins, as the weights.
     """
-    films = torch.cat([films, films.new_ones(len(films), 1)], 1)
-    penalty = films.new_full((films.shape[1], 1), l2)
+    squares = torch.cat([films.square().sum(0), films.new_tensor([len(films)])])[:, None]
+    penalty = torch.full_like(squares, l2)
     penalty[-1] = 0
     # The loss curves about alike in all directions when each is counted in a unit of its own.
-    unit = (films.square().sum(0)[:, None] / 4 + penalty).rsqrt()
+    unit = (squares / 4 + penalty).rsqrt()
     in_units = (start / unit).requires_grad_()
     is_known = ~y.isnan()
     goal = y.nan_to_num(0)
@@ -236,7 +236,7 @@ def fit_logistic(films, y, l2: float, start):
     def loss():
         optimizer.zero_grad()
         weights = unit * in_units
-        logits = films @ weights
+        logits = films @ weights[:-1] + weights[-1]
         losses = softplus(logits, threshold=40) - goal * logits
         total = losses[is_known].sum() + (penalty * weights.square()).sum() / 2
         total.backward()
