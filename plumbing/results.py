@@ -232,10 +232,9 @@ def name_of(path: Path, root: Path) -> str:
 def probabilities(kind: str, logits) -> np.ndarray:
     """Turn the logits (c,) of a film into the probability of every class. (c,)"""
     logits = torch.as_tensor(logits, dtype=torch.float64)
-    share = (
-        logits.softmax(0) if kind == "classes" else logits.sigmoid()
-    )  # exactly one holds, or any
-    return share.numpy()
+    if kind == "classes":  # exactly one holds
+        return logits.softmax(0).numpy()
+    return logits.sigmoid().numpy()
 
 
 @torch.no_grad()

@@ -685,7 +685,12 @@ def begun_origin(path: Path, last: Path) -> Origin:
     began_from = saved["recipe"].get("weights", "none")
     is_there = path.is_file()
     now = digest(path.read_bytes()) if is_there else began_from
-    if now != began_from or began_from == "none":
+    if began_from == "none":
+        raise UserError(
+            f"{last.parent} holds a run that did not start from --weights: "
+            "choose another --out, or delete it to start anew"
+        )
+    if now != began_from:
         raise UserError(
             f"--weights {path} is not the file that the run in {last.parent} started from "
             f"(SHA-256 {now}, then {began_from}): give that one, or another --out"
