@@ -546,6 +546,7 @@ def test(model, task: TaskData, args, folder: Path, team) -> dict:
     """
     films = task.films["test"]
     rows = predict(model, task, "test", args, team, args.ten_crop)
+    # Films without a true mask get no score.
     rows |= {i: np.full(3, np.nan) for i in task.without_truth.intersection(rows)}
     result = {}
     if team.lead:  # the redraws of the interval take some seconds

@@ -309,7 +309,9 @@ def parameter_groups(network, weight_decay):
 
 
 def make_optimizer(world, args, origin, total):
-    """Make AdamW. With --weights the encoder may begin some steps late, which last.pt remembers."""
+    """Make AdamW. With --weights a new predictor may learn alone first, so that the encoder begins
+    some steps late (docs/method.md); last.pt remembers how many.
+    """
     if origin is None:
         groups = parameter_groups(world, args.weight_decay)
     else:
