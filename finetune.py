@@ -645,6 +645,8 @@ def main():
     splits = find_examples(args, root)
     shape = encoder_shape(args, weights, team.say)
     team.say(results.describe_weights(weights, why, shape))
+    if weights and team.lead:
+        splits.notes += report.seen_in_pretraining(weights, root, splits.test)
     team.say(results.describe_task(root, splits))
     results.refuse_untestable(splits)
     task = open_task(args, splits, args.image or shape["image"], root, team)

@@ -217,13 +217,13 @@ def run_of(weights):
     return run
 
 
-def trained_on(weights, films):
+def trained_on(weights, films, of_all=True):
     """Find the films that a world model was trained on, and their patients. → two sets of names
 
     The hold-out of its run is repeated on the films given and, when that is not it, on the run's
     own; the list that comes out must have the digest in the checkpoint. None when nobody can tell,
-    as of a run with --weights: nobody knows what these had seen. For an encoder.pt, the last.pt
-    beside it tells.
+    as of a run with --weights: nobody knows what these had seen; of_all=False asks of that run
+    alone. For an encoder.pt, the last.pt beside it tells.
     """
     last = Path(weights)
     if last.name == "encoder.pt":
@@ -232,7 +232,7 @@ def trained_on(weights, films):
     if not run or not last.is_file():
         return None
     recipe = checkpoint.load_checkpoint(last).get("recipe", {})
-    if "weights" in recipe:
+    if of_all and "weights" in recipe:
         return None
     for data in dict.fromkeys((str(films.root), run["data"])):
         try:
@@ -260,7 +260,7 @@ def seen_by(learnt, films, patients):
     is_seen = np.isin(patients, list(others))
     for place in Finder(films.names).find(sorted(names)):
         is_seen[list(place.films)] = True
-    return is_seen
+    return is_seen | np.isin(patients, patients[is_seen])
 
 
 def seen_words(learnt, parts: dict) -> str:

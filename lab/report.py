@@ -3,7 +3,7 @@
 Not a program: the last act of pretrain.py and of finetune.py. Of a pre-training it writes
 result.json (domain sensitivity test and linear probes, in percent) and curve.png into the folder of
 the run, and prints both tables; beside a fine-tuned model it judges linear probes of the same
-films.
+films. It also tells finetune.py whether pre-training saw the films that it will be tested on.
 """
 
 import itertools
@@ -12,7 +12,15 @@ import time
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from lab.common import evenly, random_twin, read_whole
+from lab.common import (
+    evenly,
+    random_twin,
+    read_whole,
+    run_of,
+    seen_by,
+    seen_words,
+    trained_on,
+)
 from lab.domain import domain_test, result_table
 from lab.probe import (
     MANY_FILMS,
@@ -27,7 +35,10 @@ from lab.probe import (
 )
 from plumbing import pictures
 from plumbing.checkpoint import read_log, write_json
+from plumbing.launch import UserError
 from plumbing.metrics import ridge_scores
+from plumbing.pack import Films
+from plumbing.results import name_of
 
 SEEN = "pre-training saw no test film; it saw all others, without labels"
 CONTINUED = "this run saw no test film, all others without labels; what --weights saw is unknown"
@@ -96,7 +107,35 @@ def curves_picture(rows, losses):
     )
 
 
-# ---------------------------------------------------------------- beside a fine-tuned model
+# ---------------------------------------------------------------- a fine-tuned model
+def seen_in_pretraining(weights, root, examples) -> list[str]:
+    """Say how many test films, or their patients, the pre-training of the weights saw unlabelled.
+
+    examples: the test films, which are compared by their names below `root`, --data.
+    → one line, and a warning where some were seen
+    """
+    films = Films(root, {name_of(film.path, root): film.patient for film in examples}, [], 0, [])
+    try:
+        learnt = trained_on(weights, films, of_all=False)
+        run = run_of(weights)
+    except UserError:  # a damaged last.pt or config.json; the weights may be good all the same
+        learnt = None
+    is_seen = seen_by(learnt, films, np.array(films.patients))
+    words = seen_words(learnt, {"of test": is_seen})
+    if learnt is None:
+        return [words]
+    if run.get("weights"):
+        words += "; what its --weights saw is unknown"
+    if not is_seen.any():
+        return [words]
+    return [
+        words,
+        "warning: new films may be harder than test films that pre-training saw. Give the table of "
+        "labels a column split and pre-train with --probe TABLE, which leaves out its test films "
+        "and all films of their patients",
+    ]
+
+
 class Together(ConcatDataset):
     """The films of a task's splits, {split: films}, one after the other, without their masks."""
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 import augment
 import data
 import finetune
+import pretrain
 from model import Classifier, Segmenter, ViT
 from plumbing import benchmarks, checkpoint, launch, results, seedrun
 from plumbing.film import fit
@@ -547,6 +549,46 @@ def test_films_that_the_model_has_seen_are_counted(films, tmp_path, capsys):
     assert any(warning in note for note in result["notes"])
     examine(films, tmp_path, (films / "labels.csv").read_text(), base)
     assert "trained or chosen" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_test_films_that_pretraining_saw_unlabelled_are_counted(
+    films, tmp_path, monkeypatch, capsys
+):
+    """Without --probe it saw all eight, with --probe none; of --weights before it nobody knows."""
+    monkeypatch.setattr(
+        "pretrain.closing", lambda *_: None
+    )  # no probes: they take most of the time
+    monkeypatch.setattr("lab.report.MANY_FILMS", 0)
+    root = tmp_path / "films"
+    root.mkdir()
+    for k in range(40):  # without their masks, which are no films
+        shutil.copy(films / f"{k:02d}.png", root)
+    shutil.copy(films / "labels.csv", root)
+    common = ["--data", str(root), "--batch", "16", "--epochs", "1", "--device", "cpu"]
+    new = [*common, "--size", "tiny", "--image", "32", "--patch", "8"]
+    held_out = ["--probe", str(root / "labels.csv")]
+    said = {}
+    for name, flags in (
+        ("saw", [*new, "--holdout", "0"]),
+        ("left_out", [*new, *held_out]),
+        ("went_on", [*common, *held_out, "--weights", str(tmp_path / "saw")]),
+    ):
+        run = tmp_path / name
+        pretrain.main(launch.parse(pretrain.Config, "", [*flags, "--out", str(run)]))
+        capsys.readouterr()
+        base = ["--weights", str(run), "--device", "cpu", "--freeze"]
+        result = go(root, run / "judged", base=base, short=[])
+        said[name] = capsys.readouterr().out
+        assert all(note in said[name] for note in result["notes"])
+    seen = "films whose patients pre-training saw, unlabelled: {} of 8 of test"
+    warning = "warning: new films may be harder"
+    assert seen.format(8) in said["saw"] and warning in said["saw"]
+    assert seen.format(0) in said["left_out"] and warning not in said["left_out"]
+    assert seen.format(0) + "; what its --weights saw is unknown" in said["went_on"]
+    (tmp_path / "saw" / "last.pt").unlink()
+    go(root, tmp_path / "alone", base=["--weights", str(tmp_path / "saw"), "--freeze"], short=[])
+    assert "nobody can tell which of these films pre-training saw" in capsys.readouterr().out
 
 
 def test_a_segmenter_is_tested_and_draws_what_it_sees(films, tmp_path, capsys):

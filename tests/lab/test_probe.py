@@ -136,6 +136,8 @@ def test_how_many_films_the_encoder_saw_is_said(tmp_path):
     learnt = {"b2.png", "c.png"}, {"q", "r"}
     words = probe.seen_words(learnt, labels, films)
     assert words.endswith(": 0 of 1 of test, 2 of 3 of train and val")
+    # A patient of whom pre-training knew nothing but the film.
+    assert common.seen_by(({"a.png"}, {"a.png"}), films, list("vvwxy")).tolist()[:3] == [1, 1, 0]
     assert "nobody can tell" in probe.seen_words(None, labels, films)
     assert common.trained_on(tmp_path / "vit.pth", films) is None
 
