@@ -260,7 +260,7 @@ def seen_by(learnt, films, patients):
     is_seen = np.isin(patients, list(others))
     for place in Finder(films.names).find(sorted(names)):
         is_seen[list(place.films)] = True
-    return is_seen | np.isin(patients, patients[is_seen])
+    return is_seen | np.isin(patients, np.array(patients)[is_seen])
 
 
 def seen_words(learnt, parts: dict) -> str:
