@@ -409,13 +409,15 @@ def find_films(index, own) -> tuple[list[Path], list[str]]:
         else:
             absent.append(f"{row.name} (line {row.line})")
     if absent:
+        advice = "delete these rows, or point --data higher"
+        advice = advice if paths else "is --data the right folder?"
         raise UserError(
             f"{own.path}: {len(absent)} of the {len(own.rows)} films are not below {index.root}, "
-            f"the first: {', '.join(absent[:3])}"
+            f"the first: {', '.join(absent[:3])}: {advice}"
         )
     others = len(films) - len(set(paths))
     if others > 0 and own.goal.kind != "mask":
-        notes.append(f"films: {others} below --data stand in no row that counts")
+        notes.append(f"{others} films of the folder are not in the table, or in no row that counts")
     return paths, notes
 
 
@@ -560,6 +562,9 @@ def find_root(name: str, data: str | None = None) -> Path:
     for folder in tried:
         if folder.is_dir():
             return folder
+    if data and Path(data).is_file():
+        what = "a pack is for pretrain.py" if Path(data).suffix == ".pack" else "this is a file"
+        raise UserError(f"--data {data}: {what}: give the folder of the films")
     raise UserError(
         f"no folder {' or '.join(map(str, tried))} for task {name}: give --data DIR. "
         f"Expected: {TASKS[name].tree}"

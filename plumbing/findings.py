@@ -8,7 +8,8 @@ import functools
 import re
 import sys
 from collections import Counter
-from itertools import chain
+from itertools import chain, combinations
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,12 @@ NO_CLASS = {
         r".*\.(npy|npz|nii|gz|mat|json|xml|txt|csv|pth?|h5|hdf5|pkl|pdf|svg|zip)", re.IGNORECASE
     ),
 }
+# How a reader says that he is not sure.
+DOUBT = re.compile(
+    r"[?()\[\]]|\b(possibl[ey]|probabl[ey]|likely|suspect(ed)?|susp|suspicion of|suspicious for|"
+    r"presumed|questionable|query|rule out|maybe)\b\.?",
+    re.IGNORECASE,
+)
 MAX_CODES = 20  # different numbers in a column of classes
 MAX_CLASSES = 300  # different names; PadChest has 174
 
@@ -160,11 +167,23 @@ def read_goal(sheet: Sheet, asked, taken: dict, uncertain: str, can_be_mask: boo
         goal = read_masks(sheet, columns[0])
     else:
         goal = read_label_column(sheet, columns[0], uncertain)
+    refuse_only_yes(sheet, columns, goal)
     rest = [name for name in sheet.cells if name not in taken and name not in columns]
     if is_named:  # only others that could be learnt as well are worth a word
         rest = [name for name in rest if set(map(answer, sheet.cells[name])) >= {YES, NO}]
     unused = [f"columns not learnt: {', '.join(rest)}"] if rest else []
     return goal._replace(notes=[*goal.notes, *unused])
+
+
+def refuse_only_yes(sheet: Sheet, columns, goal: Goal):
+    """UserError when the columns never say no, but have blanks, which are no answer: a habit."""
+    values = set(chain(*filter(None, goal.targets)))
+    blank = sum(answer(cell) is MISSING for column in columns for cell in sheet.cells[column])
+    if goal.kind == "labels" and YES in values and NO not in values and blank:
+        raise UserError(
+            f"{sheet.path}: column {', '.join(columns)} never says no; {blank} blank cells count "
+            "as not known: write 0 where a blank means no"
+        )
 
 
 def read_label_column(sheet: Sheet, column: str, uncertain: str) -> Goal:
@@ -214,12 +233,15 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
 
 def refuse_other(sheet: Sheet, column: str):
     """UserError that names the first cell of a column that is no answer, if there is one."""
+    advice = "correct it, or name the columns to learn: --column A,B"
+    if {YES, UNCERTAIN}.isdisjoint(map(answer, sheet.cells[column])):
+        advice = f"correct it, or learn column {column} alone, as classes: --column {column}"
     for row, cell in enumerate(sheet.cells[column]):
         if answer_or_negative(cell) == OTHER:
             sheet.refuse(
                 row,
-                f"column {column} says {cell[:60]!r}, which is neither 1, 0, -1 nor empty: correct "
-                "it, or name the columns to learn: --column A,B",
+                f"column {column} says {cell[:60]!r}, which is neither 1, 0, -1 nor empty: "
+                + advice,
             )
 
 
@@ -271,7 +293,10 @@ def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
             labels.reverse()
         else:
             against = labels[0]
-        notes.append(f"{labels[1]} is learnt against {labels[0]}: each film is one of the two")
+        notes.append(
+            f"{labels[1]} (1) is learnt against {labels[0]} (0): each film is one of the two; "
+            "should they mean yes and no, write yes and no"
+        )
         labels = labels[1:]
     targets = [found if found is None else target_of(found, labels) for found in findings]
     return Goal("labels", tuple(labels), targets, notes, against=against)
@@ -300,10 +325,13 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
         refuse_odd_codes(sheet, column, findings)
         notes.append("numbers are taken as classes, 0 like the others")
     else:
-        findings, negatives = merge_spellings(split_names(sheet, column))
+        named = split_names(sheet, column)
+        findings, negatives = merge_spellings(named)
         refuse_no_classes(sheet, column, findings, MAX_CLASSES)
+        refuse_slips(sheet, column, named)
         if negatives:
-            notes.append(f"no finding: {', '.join(negatives)}")
+            words = ", ".join(map(repr, negatives))
+            notes.append(f"{words} count{'s' * (len(negatives) == 1)} as no finding")
     if unsure:
         notes.append(f"uncertain: {len(unsure)} rows: left out")
     return findings, notes
@@ -430,6 +458,63 @@ def refuse_no_classes(sheet: Sheet, column: str, findings, limit: int):
             f"{sheet.path}: column {column} has {len(count)} different values in {rows} rows "
             f"(such as {first}): these are no classes; --column NAME says what to learn"
         )
+
+
+def refuse_slips(sheet: Sheet, column: str, named):
+    """UserError on a name that is another one in doubt (pneumonia?), or a rare one that is a slip
+    of the pen away from another (pneumonai): its films would count as negative for the other.
+    """
+    first = {}
+    count = Counter()
+    for row, names in enumerate(named):
+        for name in names or ():
+            first.setdefault(plain(name), (row, name))
+            count[plain(name)] += 1
+    for (other, films), (odd, odd_films) in combinations(count.most_common(), 2):
+        row, name = first[odd]
+        usual = first[other][1]
+        if is_negative(name) and is_negative(usual):
+            continue
+        is_rare = odd_films < 3 or odd_films < 0.02 * films
+        if is_same_in_doubt(name, usual) or (is_rare and is_slip(name, usual)):
+            sheet.refuse(
+                row,
+                f"column {column} says {name!r} ({odd_films} ×) beside {usual!r} ({films} ×), "
+                "which would be two classes: write one of them, or nothing where it is not known; "
+                "if both are meant, make a column of 0 and 1 of each (--column A,B)",
+            )
+
+
+def is_same_in_doubt(one: str, other: str) -> bool:
+    """Whether two names say the same when words of doubt, question marks and brackets go."""
+    bare, other_bare = (plain(" ".join(DOUBT.sub(" ", name).split())) for name in (one, other))
+    return bare == other_bare != ""
+
+
+def is_slip(one: str, other: str) -> bool:
+    """Whether two names differ by one slip in one word: a letter too many, too few, wrong, or
+    changed for its neighbour.
+
+    Words with digits or of up to three letters tell stages and sides (covid2, AP, III), and an a
+    before a word denies it (atypical).
+    """
+    words, others = (
+        re.findall(r"\w+", re.sub(r"_|(?<=[a-z])(?=[A-Z])", " ", name)) for name in (one, other)
+    )
+    if len(words) != len(others):
+        return False
+    pairs = zip(map(str.casefold, words), map(str.casefold, others), strict=True)
+    different = [sorted(pair, key=len) for pair in pairs if pair[0] != pair[1]]
+    if len(different) != 1:
+        return False
+    short, long = different[0]
+    if len(long) - len(short) > 1 or len(short) < 4 or re.search(r"\d", short + long):
+        return False
+    k = len(commonprefix([short, long]))
+    if len(short) < len(long):
+        return short[k:] == long[k + 1 :] and long != f"a{short}"
+    is_swapped = short[k : k + 2] == long[k : k + 2][::-1] and short[k + 2 :] == long[k + 2 :]
+    return is_swapped or short[k + 1 :] == long[k + 1 :]
 
 
 # ---------------------------------------------------------------- columns of masks

@@ -179,13 +179,19 @@ def judge_test(task, rows: dict, targets) -> dict:
     }
 
 
-def with_interval(value: float | None, interval) -> str:
-    """Write a result and its 95 % interval: '91.20 % (95 % interval 88.00 to 94.10)'."""
+def with_interval(value: float | None, interval, patients: int | None = None) -> str:
+    """Write a result and its 95 % interval: '91.20 % (95 % interval 88.00 to 94.10)'.
+
+    patients: how many were tested, to tell why there is no interval; see metrics.bootstrap.
+    """
     if value is None:
         return "undefined"
     words = f"{value:.2f} %"
     if interval:
         words += f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+    elif patients:
+        why = " with too few positives or negatives" if patients >= 3 else ""
+        words += f" (no interval: {patients} test patients{why})"
     return words
 
 
@@ -325,15 +331,17 @@ def describe_summary(summary: dict) -> list[str]:
     values = summary["seeds"]
     has_one_seed = len(values) == 1
     intervals = summary["per_class_intervals"][0] if has_one_seed else None
+    patients = summary["split"]["test"]["patients"] if intervals else None
     lines = [f"test {summary['metric']} in detail:"] if summary["per_class"] else []
     for name, value in summary["per_class"].items():
-        lines.append(f"  {name:32s} {with_interval(value, intervals and intervals[name])}")
+        words = with_interval(value, intervals and intervals[name], patients)
+        lines.append(f"  {name:32s} {words}")
     paper = TASKS[summary["task"]].paper
     beside = f" (paper {paper})" if paper else ""
     if summary["mean"] is None:
         words = "undefined; predictions.csv holds what was predicted"
     elif has_one_seed:
-        words = f"{with_interval(summary['mean'], summary['intervals'][0])}, one seed"
+        words = f"{with_interval(summary['mean'], summary['intervals'][0], patients)}, one seed"
     else:
         words = f"{summary['mean']:.2f} ± {summary['std']:.2f} % over {len(values)} seeds"
     return [*lines, f"test {summary['metric']} {words}{beside}"]

@@ -261,8 +261,14 @@ LACK = {  # what a class suffers from that a split shows on all of its films, or
 }
 
 
+FEW = {  # what it suffers from when they are fewer than 5
+    "val": "which step is best is mostly luck",
+    "test": "its AUROC is mostly luck",
+}
+
+
 def class_warnings(splits: Splits, which=SPLITS) -> list[str]:
-    """One line for every class of which a split has no positive or no negative film."""
+    """One line for every class of which a split has no positive or no negative film, or few."""
     if splits.kind == "mask":
         return []
     lines = []
@@ -271,6 +277,11 @@ def class_warnings(splits: Splits, which=SPLITS) -> list[str]:
         for k, name in enumerate(splits.labels):
             count = tally(examples, k)
             if count[0] and count[1]:
+                films, has = min((count[1], "with"), (count[0], "without"))
+                if films < 5 and split in FEW:
+                    lines.append(
+                        f"warning: {split} has only {films} films {has} {name}: {FEW[split]}"
+                    )
                 continue
             missing = "negative" if count[1] else "positive"
             lines.append(f"warning: {split} has no {missing} film of {name}: {LACK[split]}")

@@ -27,6 +27,8 @@ MISSING = None
 OTHER = "other"  # no answer at all
 ANSWERS = dict.fromkeys("yes y true positive pos present".split(), YES)
 ANSWERS |= dict.fromkeys("no n false negative neg absent".split(), NO)
+ANSWERS |= dict.fromkeys("ja oui si sí sì sim".split(), YES)  # German, Dutch, French, Spanish ...
+ANSWERS |= dict.fromkeys("nein nee non não nao".split(), NO)
 ANSWERS |= dict.fromkeys("uncertain unsure equivocal indeterminate".split(), UNCERTAIN)
 ANSWERS |= dict.fromkeys("na n/a #n/a #nv <na> nan null none nil - -- ? . missing unknown".split())
 ANSWERS |= dict.fromkeys(("n.a.", "n.a", "n.d.", "not available", "not applicable", "no data"))
@@ -79,8 +81,14 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             if not header and any(cells):
                 last = max(k for k, name in enumerate(cells) if name)
                 header = cells[: last + 1]
+                first = line
                 refuse_twins(path, header)
             elif any(cells):
+                if not rows and len(header) == 1 and sum(map(bool, cells)) > 1:
+                    raise UserError(
+                        f"{path}: line {first} ({header[0][:60]!r}) looks like a title, for line "
+                        f"{line} has more cells: delete it"
+                    )
                 if len(cells) > len(header) or "" in header:
                     refuse_strays(path, header, line, cells)
                 rows.append((line, cells[: len(header)]))

@@ -634,6 +634,9 @@ def test_find_root_looks_in_cxr_and_rsna_tasks_share_a_folder(tmp_path, monkeypa
     assert benchmarks.find_root("rsna") == benchmarks.find_root("rsna_seg") == tmp_path / "rsna"
     with pytest.raises(UserError, match="no folder .*nowhere.* for task siim: give --data"):
         benchmarks.find_root("siim", tmp_path / "nowhere")
+    (tmp_path / "films.pack").touch()
+    with pytest.raises(UserError, match="a pack is for pretrain.py: give the folder of the films"):
+        benchmarks.find_root("csv", str(tmp_path / "films.pack"))
 
 
 # ---------------------------------------------------------------- what the readers rest on

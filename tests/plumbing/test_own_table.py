@@ -6,6 +6,8 @@ known truth in random ways.
 
 import csv
 import io
+import re
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +15,11 @@ import pytest
 from PIL import Image
 
 from plumbing import benchmarks
+from plumbing.findings import is_same_in_doubt, is_slip
 from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.own_table import Labels, open_tables
+from plumbing.phantom import FINDINGS as FINDINGS_OF_PHANTOMS
 from plumbing.table import plain
 
 
@@ -590,14 +594,111 @@ def test_films_that_are_found_otherwise_than_written_are_told_and_absent_ones_re
         "1 films with another suffix: film00.dcm is film00.png",
         "1 films in other folders than they say: old/place/film01.png is set/p0/film01.png",
         "1 films with other small and large letters: FILM02.png is film02.png",
-        "films: 20 below --data stand in no row that counts",
+        "20 films of the folder are not in the table, or in no row that counts",
     ):
         assert note in said(found)
     refused(
         lambda: read_rows(folder, tmp_path, "file,label", *rows, "gone.png,1", "gone2.png,0"),
         "2 of the 6 films are not below",
-        "gone.png .line 6., gone2.png",
+        "gone.png .line 6., gone2.png .*: delete these rows, or point --data higher",
     )
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,label", "gone.png,1", "gone2.png,0"),
+        "2 of the 2 films are not below",
+        "is --data the right folder",
+    )
+
+
+SLIPS = [  # names, films of each; the first is refused beside the second, or not
+    ("pneumonia?", 6, "pneumonia", 17, True),
+    ("possible pneumonia", 6, "Pneumonia", 17, True),
+    ("Pneumonia (suspected)", 1, "pneumonia", 17, True),
+    ("pneumonai", 1, "pneumonia", 17, True),
+    ("pneumonias", 2, "pneumonia", 17, True),
+    ("nromal", 1, "normal", 17, True),
+    ("pleural efusion", 1, "Pleural Effusion", 17, True),
+    ("oedema", 1, "edema", 17, True),
+    ("pneumonai", 3, "pneumonia", 17, False),  # not rare: 3 films and more than 2 % of 17
+    ("abnormal", 1, "normal", 17, False),
+    ("atypical", 1, "typical", 17, False),
+    ("empyema", 1, "emphysema", 17, False),
+    ("covid1", 1, "covid2", 17, False),
+    ("stage II", 1, "stage III", 17, False),
+    ("groupB", 1, "groupA", 17, False),
+    ("upper lobe opacity", 1, "lower lobe opacity", 17, False),
+    ("left", 1, "right", 17, False),
+    ("AP", 1, "PA", 17, False),
+    ("no pneumonia", 1, "pneumonia", 17, False),
+    ("pneumonia (viral)", 1, "pneumonia", 17, False),
+]
+
+
+@pytest.mark.parametrize("odd, odd_films, usual, films, is_refused", SLIPS)
+def test_a_slip_or_a_doubt_is_no_class_of_its_own(
+    folder, tmp_path, odd, odd_films, usual, films, is_refused
+):
+    cells = [usual] * films + [odd] * odd_films + ["Cardiomegaly"]
+    rows = [f"film{k % 24:02d},{cell}" for k, cell in enumerate(cells[-24:])]
+
+    def read():
+        return read_rows(folder, tmp_path, "file,label", *rows)
+
+    if not is_refused:
+        assert read()
+        return
+    line = 2 + min(k for k, row in enumerate(rows) if row.endswith(odd))
+    refused(
+        read, f"line {line}: column label says {re.escape(repr(odd))} .{odd_films} ×.", "--column"
+    )
+
+
+def test_a_slip_among_several_findings_counts_as_well(folder, tmp_path):
+    rows = ["film00,Mass|Nodule", "film01,Mass|Nodlue", "film02,Nodule", "film03,normal"]
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,label", *rows),
+        "line 3: column label says 'Nodlue' .1 ×. beside 'Nodule' .2 ×.",
+    )
+
+
+def test_the_names_of_the_sets_are_no_slips_of_each_other():
+    of_sets = [task.labels for task in benchmarks.TASKS.values()]
+    for labels in [*of_sets, FINDINGS_OF_PHANTOMS]:
+        for one, other in combinations([*labels, "No Finding", "normal"], 2):
+            is_told = is_slip(one, other) or is_same_in_doubt(one, other)
+            assert not is_told or plain(one) == plain(other), (one, other)
+
+
+def test_blanks_beside_yes_alone_are_told_to_be_no_answer(folder, tmp_path):
+    for yes in ("yes", "x", "1"):
+        rows = [f"film00,{yes}", "film01,", f"film02,{yes}", "film03,"]
+        refused(
+            lambda rows=rows: read_rows(folder, tmp_path, "file,tb", *rows, column="tb"),
+            "column tb never says no; 2 blank cells count as not known: write 0 where a blank",
+        )
+
+
+def test_yes_and_no_of_other_languages_and_two_unknown_words_are_not_turned_round(folder, tmp_path):
+    for yes, no in (("ja", "Nein"), ("Oui", "non"), ("Sí", "no"), ("sim", "não")):
+        rows = [f"film00,{yes}", f"film01,{no}", f"film02,{yes}"]
+        found = read_rows(folder, tmp_path, "file,tb", *rows, column="tb")
+        assert (found.labels, targets_of(found)) == (("tb",), [(1,), (0,), (1,)])
+    rows = ["film00,evet", "film01,hayir", "film02,evet"]
+    found = read_rows(folder, tmp_path, "file,tb", *rows, column="tb")
+    assert (found.labels, targets_of(found)) == (("hayir",), [(0,), (1,), (0,)])
+    assert "hayir (1) is learnt against evet (0)" in said(found)
+    assert "should they mean yes and no, write yes and no" in said(found)
+
+
+def test_a_column_of_normal_and_a_name_is_told_to_be_learnt_by_its_name(folder, tmp_path):
+    rows = ["film00,normal", "film01,Mass", "film02,normal"]
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,outcome", *rows),
+        "line 3: column outcome says 'Mass'",
+        "as classes: --column outcome",
+    )
+    found = read_rows(folder, tmp_path, "file,outcome", *rows, column="outcome")
+    assert targets_of(found) == [(0,), (1,), (0,)]
+    assert "'normal' counts as no finding" in said(found)
 
 
 MODEL = ("labels", ("Mass", "Nodule"))

@@ -71,3 +71,11 @@ def test_it_is_said_whose_recipe_it_is():
     for task in set(said) - {"vindr", "chexpert", "csv"}:
         assert said[task] == "The recipe is the paper's, but for epochs and batch, which are ours."
     assert "epochs, batch, --head and --pool are ours" in said["csv"]
+
+
+def test_it_is_said_why_there_is_no_interval():
+    assert results.with_interval(91.2, None, 2) == "91.20 % (no interval: 2 test patients)"
+    assert results.with_interval(91.2, None, 9).endswith(
+        "9 test patients with too few positives or negatives)"
+    )
+    assert results.with_interval(91.2, [88, 94.1], 9) == "91.20 % (95 % interval 88.00 to 94.10)"

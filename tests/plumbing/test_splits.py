@@ -158,6 +158,7 @@ def test_labels_that_are_not_known_are_counted_and_are_no_negatives():
     assert counts["train"]["unknown"] == {"a": 2, "b": 2}
     assert counts["test"]["unknown"] == {"b": 1}
     assert class_warnings(splits, ["val", "test"]) == [
+        "warning: val has only 1 films with a: which step is best is mostly luck",
         "warning: val has no positive film of b: it does not count in model selection",
         "warning: test has no positive film of a: it has no AUROC",
         "warning: test has no positive film of b: it has no AUROC",
@@ -179,4 +180,15 @@ def test_classes_without_positives_are_named():
         "warning: train has no positive film of rare: it cannot be learnt",
         "warning: test has no negative film of rare: it has no AUROC",
         "warning: test has no negative film of third: it has no AUROC",
+    ]
+
+
+def test_few_films_with_a_finding_or_without_it_are_told_where_they_choose_or_judge():
+    films = [example(f"{k}.png", (int(k < 4), int(k > 2), int(k % 2))) for k in range(20)]
+    splits = Splits("csv", "labels", ("a", "b", "c"), films, films, films, [])
+    assert class_warnings(splits) == [
+        "warning: val has only 4 films with a: which step is best is mostly luck",
+        "warning: val has only 3 films without b: which step is best is mostly luck",
+        "warning: test has only 4 films with a: its AUROC is mostly luck",
+        "warning: test has only 3 films without b: its AUROC is mostly luck",
     ]

@@ -121,6 +121,15 @@ def test_what_is_no_table_is_one_line(tmp_path, data, message):
     assert "\n" not in str(error.value) and "t.csv" in str(error.value)
 
 
+def test_a_title_above_the_names_of_the_columns_is_told(tmp_path):
+    for title in ("Study of 2024", "Study of 2024,,"):
+        (tmp_path / "t.csv").write_text(f"\n{title}\nfilename,label\na,1\n")
+        with pytest.raises(
+            UserError, match="line 2 .'Study of 2024'. looks like a title, .* line 3"
+        ):
+            read_cells(tmp_path / "t.csv")
+
+
 def test_lists_keep_their_numbers_and_names_their_dots(tmp_path):
     path = tmp_path / "l.txt"
     path.write_bytes(b"a.png 0,1,0\r\nb,1\r\n\r\nc\r\n")
