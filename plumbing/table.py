@@ -81,16 +81,10 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             if not header and any(cells):
                 last = max(k for k, name in enumerate(cells) if name)
                 header = cells[: last + 1]
-                first = line
                 refuse_twins(path, header)
             elif any(cells):
-                if not rows and len(header) == 1 and sum(map(bool, cells)) > 1:
-                    raise UserError(
-                        f"{path}: line {first} ({header[0][:60]!r}) looks like a title, for line "
-                        f"{line} has more cells: delete it"
-                    )
                 if len(cells) > len(header) or "" in header:
-                    refuse_strays(path, header, line, cells)
+                    refuse_strays(path, header, line, cells, not rows)
                 rows.append((line, cells[: len(header)]))
             line = lines.line_num + 1
     except csv.Error as error:
@@ -158,8 +152,13 @@ def refuse_twins(path, header):
         first[plain(name)] = name
 
 
-def refuse_strays(path, header, line, cells):
+def refuse_strays(path, header, line, cells, is_first):
     """UserError when a cell stands beyond the header, or below an empty name but in column 1."""
+    if is_first and len(header) == 1 and any(cells[1:]):
+        raise UserError(
+            f"{path}: the line {header[0][:60]!r} looks like a title, for line {line} has more "
+            "cells: delete it"
+        )
     for k, cell in enumerate(cells):
         has_name = k < len(header) and (header[k] or k == 0)  # pandas writes an index without name
         if cell and not has_name:
