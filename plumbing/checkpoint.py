@@ -216,7 +216,9 @@ def load_checkpoint(path) -> dict:
         what = "a folder, not a checkpoint" if path.is_dir() else "no such checkpoint file"
         raise BadCheckpoint(f"{path}: {what}")
     try:
-        if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"  # eight bytes of length, then JSON
+        if is_safetensors:
             return read_safetensors(path)
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -186,64 +186,162 @@ class Standardised:
     """Features (n, d), each scaled to mean 0 and deviation 1, turned onto their main directions.
 
     With more dimensions than films there are only n directions, k in all: the solution lies in the
-    span of the films. films (n, k): the films along them; squares (k,): the sums of their squares.
+    span of the films. The n × k numbers are never made: every product goes through the raw
+    features, block by block, so that 100,000 films take little more memory than their features.
+    Weights (k + 1, c) of c regressions have the bias last. squares (k + 1,): sums of the squares.
     """
 
     def __init__(self, features):
-        x = torch.as_tensor(features).detach().cpu().double()
-        self.mean = x.mean(0)
-        x = x - self.mean  # the former copy is let go: of cells, each takes gigabytes
-        deviation = x.std(0, correction=0)
+        features = torch.as_tensor(features).detach().cpu()
+        self.features = features
+        self.mean = sum(block.sum(0) for (block,) in self.blocks()) / len(features)
+        squared = sum((block - self.mean).square().sum(0) for (block,) in self.blocks())
+        deviation = (squared / len(features)).sqrt()
         varies = deviation > 1e-9 * (1 + self.mean.abs())
         self.scale = torch.where(varies, 1 / deviation.clamp(min=1e-300), 0.0)
-        x *= self.scale
-        if len(x) < x.shape[1]:  # the smaller Gram matrix: far quicker than a decomposition of x
-            squares, turned = torch.linalg.eigh(x @ x.mT)
+        self.basis, squares = self.directions()
+        self.squares = torch.cat([squares, torch.tensor([float(len(features))])])
+
+    def blocks(self, *others):
+        """Yield (features in float64, others...) of 4,096 films at a time."""
+        for features, *rest in zip(*(x.split(4096) for x in (self.features, *others)), strict=True):
+            yield features.double(), *rest
+
+    def directions(self):
+        """The right singular vectors (d, k) of the scaled features, their squared values (k,)."""
+        count, dim = self.features.shape
+        if dim > count:
+            x = (self.features.double() - self.mean) * self.scale
+            squares, turned = torch.linalg.eigh(x @ x.mT)  # far quicker than a decomposition of x
             is_real = squares > 1e-10 * squares.max()
-            self.squares = squares[is_real]
-            self.basis = x.mT @ (turned[:, is_real] / self.squares.sqrt())  # (d, k)
-        else:
-            squares, self.basis = torch.linalg.eigh(x.mT @ x)
-            self.squares = squares.clamp(min=0)
-        self.films = x @ self.basis
+            squares = squares[is_real]
+            return x.mT @ (turned[:, is_real] / squares.sqrt()), squares
+        gram = torch.zeros(dim, dim, dtype=torch.float64)
+        for (block,) in self.blocks():
+            x = (block - self.mean) * self.scale
+            gram += x.mT @ x
+        squares, basis = torch.linalg.eigh(gram)
+        return basis, squares.clamp(min=0)
 
-    def for_raw(self, weight, bias=0.0):
-        """Turn weight (k, c) and bias (c,) into those of the raw features. → (d, c), (c,)"""
-        weight = self.scale[:, None] * (self.basis @ weight)
-        return weight, bias - self.mean @ weight
+    def coordinates(self, rows):
+        """Films of these numbers, along the main directions. → (len(rows), k)"""
+        return ((self.features[rows].double() - self.mean) * self.scale) @ self.basis
+
+    def for_raw(self, weights):
+        """Turn weights (k + 1, c) into those of the raw features. → weight (d, c), bias (c,)"""
+        weight = self.scale[:, None] * (self.basis @ weights[:-1])
+        return weight, weights[-1] - self.mean @ weight
+
+    def logits(self, weights):
+        """The logits (n, c) of all films."""
+        weight, bias = self.for_raw(weights)
+        return torch.cat([block @ weight + bias for (block,) in self.blocks()])
+
+    def gradient(self, residual):
+        """Sum residual (n, c) times feature over the films. → (k + 1, c)"""
+        raw = sum(block.mT @ rows for block, rows in self.blocks(residual))
+        return self.turn(raw, residual.sum(0))
+
+    def hessian(self, curvature, weights):
+        """Multiply weights by c Hessians, films counting as their curvature (n, c). → (k + 1, c)"""
+        weight, bias = self.for_raw(weights)
+        raw = 0
+        total = 0
+        for block, rows in self.blocks(curvature):
+            change = rows * (block @ weight + bias)
+            raw = raw + block.mT @ change
+            total = total + change.sum(0)
+        return self.turn(raw, total)
+
+    def turn(self, raw, total):
+        """Turn a gradient of raw weights (d, c) and bias (c,) into one of weights. → (k + 1, c)"""
+        centred = raw - self.mean[:, None] * total
+        return torch.cat([self.basis.mT @ (self.scale[:, None] * centred), total[None]])
 
 
-def fit_logistic(films, y, l2: float, start):
-    """Fit c logistic regressions with an L2 penalty. → weights (k + 1, c), the bias last
+def fit_logistic(x: Standardised, y, l2) -> torch.Tensor:
+    """Fit c logistic regressions at once, so that they share the products. → (k + 1, c), bias last
 
-    films (n, k): as Standardised has them. Minimises, for each column of y (n, c) of 0, 1 and nan
-    (not known: no loss), the sum of the log losses + l2 / 2 · |w|²; the bias is not penalised.
-    start: where the search begins, as the weights.
+    Minimises, for each column of y (n, c) of 0, 1 and nan (not known: no loss), the sum of the log
+    losses + l2 / 2 · |w|², l2 (c,); the bias is not penalised. By Newton's method, until a step
+    gains less than a billionth of a millionth per film.
     """
-    squares = torch.cat([films.square().sum(0), films.new_tensor([len(films)])])[:, None]
-    penalty = torch.full_like(squares, l2)
+    penalty = l2.repeat(len(x.squares), 1)
     penalty[-1] = 0
-    # The loss curves about alike in all directions when each is counted in a unit of its own.
-    unit = (squares / 4 + penalty).rsqrt()
-    in_units = (start / unit).requires_grad_()
-    is_known = ~y.isnan()
-    goal = y.nan_to_num(0)
-    stop = dict(max_iter=2000, tolerance_grad=1e-9 * len(y) ** 0.5, tolerance_change=0)
-    optimizer = torch.optim.LBFGS(
-        [in_units], history_size=30, line_search_fn="strong_wolfe", **stop
-    )
+    weights = torch.zeros_like(penalty)
+    logits = torch.zeros_like(y)
+    fitted = torch.zeros_like(penalty)
+    columns = torch.arange(len(l2))  # those that have not converged
+    for _ in range(100):
+        share = logits.sigmoid()
+        gradient = x.gradient((share - y).nan_to_num(0)) + penalty * weights
+        curvature = share * (1 - share) * ~y.isnan()
+        step = newton_step(x, curvature, gradient, penalty)
+        gain = -(gradient * step).sum(0)
+        change = x.logits(step)
+        size = step_size((y, logits, weights, penalty), step, change, gain)
+        weights = weights + size * step
+        logits = logits + size * change
+        fitted[:, columns] = weights
+        going_on = gain > 1e-15 * len(y)
+        if not going_on.any():
+            break
+        columns = columns[going_on]
+        y = y[:, going_on]
+        penalty = penalty[:, going_on]
+        weights = weights[:, going_on]
+        logits = logits[:, going_on]
+    return fitted
 
-    def loss():
-        optimizer.zero_grad()
-        weights = unit * in_units
-        logits = films @ weights[:-1] + weights[-1]
-        losses = softplus(logits, threshold=40) - goal * logits
-        total = losses[is_known].sum() + (penalty * weights.square()).sum() / 2
-        total.backward()
-        return total
 
-    optimizer.step(loss)
-    return (unit * in_units).detach()
+def newton_step(x: Standardised, curvature, gradient, penalty):
+    """Solve Hessian · step = -gradient (k + 1, c) by conjugate gradients, the nearer to the optimum
+    the more exactly. They take few turns, since in the main directions the Hessian is almost
+    diagonal: the squares, times the mean curvature.
+    """
+    diagonal = curvature.mean(0) * x.squares[:, None] + penalty
+    scaling = 1 / diagonal.clamp(min=1e-10)
+    step = torch.zeros_like(gradient)
+    residual = -gradient
+    direction = scaling * residual
+    norm = (residual * direction).sum(0)
+    goal = norm * (norm / len(curvature)).sqrt().clamp(max=0.01)
+    for _ in range(200):
+        going_on = norm > goal
+        if not going_on.any():
+            break
+        image = x.hessian(curvature, direction) + penalty * direction
+        length = torch.where(going_on, norm / (direction * image).sum(0), 0.0)
+        step += length * direction
+        residual = residual - length * image
+        new_norm = (residual * scaling * residual).sum(0)
+        turn = torch.where(norm > 0, new_norm / norm, 0.0)
+        direction = scaling * residual + turn * direction
+        norm = new_norm
+    return step
+
+
+def step_size(state, step, change, gain):
+    """Halve the steps (k + 1, c) that do not lower the loss as they should. → their sizes (c,)
+
+    state: y, logits, weights and penalty of fit_logistic; change (n, c): of the logits.
+    """
+    y, logits, weights, penalty = state
+
+    def loss(size):
+        z = logits + size * change
+        squares = (penalty * (weights + size * step).square()).sum(0)
+        return (softplus(z, threshold=40) - y * z).nansum(0) + squares / 2
+
+    size = torch.ones_like(gain)
+    before = loss(torch.zeros_like(gain))
+    for _ in range(50):
+        wanted = before - 1e-4 * size * gain + 1e-12 * before.abs()
+        is_long = loss(size) > wanted
+        if not is_long.any():
+            break
+        size[is_long] /= 2
+    return size
 
 
 def fit_probe(train_x, train_y, val_x, val_y) -> tuple[np.ndarray, np.ndarray]:
@@ -261,22 +359,17 @@ def fit_probe(train_x, train_y, val_x, val_y) -> tuple[np.ndarray, np.ndarray]:
         return np.full((np.shape(train_x)[1], count), np.nan), np.full(count, np.nan)
     strengths = sorted(L2_GRID, reverse=True)
     x = Standardised(train_x)
-    fitted = torch.zeros(len(x.squares) + 1, count, dtype=torch.float64)
-    weights = []
-    biases = []
-    values = []  # of every strength, the AUROC of every label
-    for l2 in strengths:
-        fitted = fit_logistic(x.films, train_y, l2, fitted)
-        weight, bias = (part.numpy() for part in x.for_raw(fitted[:-1], fitted[-1]))
-        scores = to_array(val_x) @ weight + bias
-        weights.append(weight)
-        biases.append(bias)
-        values.append([auroc(*column) for column in zip(scores.T, val_y.T, strict=True)])
-    values = np.array(values)  # (strengths, c)
-    fallback = strengths.index(L2_FALLBACK)
-    best = np.where(np.isnan(values).any(0), fallback, np.nan_to_num(values).argmax(0))
+    l2 = torch.tensor(strengths, dtype=torch.float64).repeat_interleave(count)
+    fitted = x.for_raw(fit_logistic(x, train_y.repeat(1, len(strengths)), l2))
+    weight, bias = (values.unflatten(-1, (len(strengths), count)).numpy() for values in fitted)
+    best = []
+    for label in range(count):
+        scores = to_array(val_x) @ weight[:, :, label] + bias[:, label]  # (m, strengths)
+        values = [auroc(score, val_y[:, label]) for score in scores.T]
+        is_undefined = np.isnan(values).any()
+        best.append(strengths.index(L2_FALLBACK) if is_undefined else int(np.argmax(values)))
     labels = range(count)
-    return np.array(weights)[best, :, labels].T, np.array(biases)[best, labels]
+    return weight[:, best, labels], bias[best, labels]
 
 
 def linear_probe(train_x, train_y, val_x, val_y, test_x) -> np.ndarray:
@@ -321,15 +414,15 @@ def ridge_scores(x, y, patients, new_x) -> np.ndarray:
 def solve_ridge(x: Standardised, y, patients) -> torch.Tensor:
     """Weights (d, c) of the raw features, for y (n, c) of 0 and 1, each at its best penalty."""
     residual = y - y.mean(0)
-    aim = x.films.mT @ residual  # (k, c)
-    penalties = torch.tensor(RIDGE_GRID) * len(x.scale)
-    shrink = 1 / (x.squares[:, None] + penalties)  # (k, penalties); aim × shrink: the solution
-    best = left_out_errors(x.films, residual, aim, shrink, patients).argmin(0)  # (c,)
-    weight, _ = x.for_raw(aim * shrink[:, best])
+    aim = x.gradient(residual)[:-1]  # (k, c)
+    penalties = torch.tensor(RIDGE_GRID) * x.features.shape[1]
+    shrink = 1 / (x.squares[:-1, None] + penalties)  # (k, penalties); aim × shrink: the solution
+    best = left_out_errors(x, residual, aim, shrink, patients).argmin(0)  # (c,)
+    weight, _ = x.for_raw(torch.cat([aim * shrink[:, best], torch.zeros(1, y.shape[1])]))
     return weight
 
 
-def left_out_errors(films, residual, aim, shrink, patients) -> torch.Tensor:
+def left_out_errors(x: Standardised, residual, aim, shrink, patients) -> torch.Tensor:
     """Sum the squared errors of each patient's films under the fit to all others. → (penalties, c)
 
     Nothing is fitted anew: if H is the matrix that turns labels into fitted ones, and r the
@@ -343,7 +436,7 @@ def left_out_errors(films, residual, aim, shrink, patients) -> torch.Tensor:
     for size in set(films_of.tolist()):
         rows = np.stack([group for group in groups if len(group) == size])  # (patients, size)
         for part in torch.from_numpy(rows).split(max(1, 4096 // size)):
-            z = films[part]  # (patients, size, k)
+            z = x.coordinates(part.flatten()).unflatten(0, part.shape)  # (patients, size, k)
             for total, factor in zip(errors, shrink.T, strict=True):
                 shrunk = z * factor
                 hat = shrunk @ z.mT + 1 / len(residual)
