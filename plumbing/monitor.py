@@ -28,8 +28,8 @@ def describe_network(args, world, visible: int, masked: int, team) -> str:
     )
 
 
-def describe_length(given, args, recipe: dict, films: int, held: int, total: int) -> str:
-    """Say how long the training is, and that a run shorter than the recipe has a shorter warm-up.
+def describe_length(given, args, recipe: dict, films: int, held: int, total: int, team) -> str:
+    """Say how long the training is, what it has other than its recipe, and that a CPU is too slow.
 
     given: what the user set; args: the same, filled in. films, held: their numbers; total: steps.
     """
@@ -38,6 +38,11 @@ def describe_length(given, args, recipe: dict, films: int, held: int, total: int
         lines.append(
             f"warm-up: {args.warmup:.3g} of {args.epochs} epochs, the same share as the recipe's "
             f"{recipe['warmup']:g} of {recipe['epochs']}; --warmup sets another"
+        )
+    if args.recipe == "paper" and args.size in ("base", "large") and team.device.type == "cpu":
+        lines.append(
+            "warning: two CPU cores train ViT-Base on about 1.1 films per second: that is "
+            f"{films * args.epochs / 1.1 / 86400:,.0f} days; --recipe small is for CPUs"
         )
     return "\n".join(lines)
 
@@ -67,8 +72,13 @@ class Monitor:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_error):
+    def __exit__(self, error, *_):
         self.bar.close()  # so that an error stands on a line of its own
+        if error is None and self.end <= self.bar.n < self.total:
+            self.team.say(
+                f"stopped at step {self.bar.n:,} of {self.total:,} by --max_steps; the same "
+                "command without it goes on"
+            )
 
     def timed(self, loader):
         """Pass on what the loader gives, and measure how long the training waits for it."""

@@ -129,8 +129,10 @@ def test_worker_count_changes_nothing(films, reference, tmp_path):
 # ---- Runs that go on
 @pytest.mark.slow
 def test_three_steps_and_the_rest_equal_all_at_once(films, reference, tmp_path):
-    run(films, tmp_path / "parts", "--max_steps", "3")
-    assert "going on at step 3" in run(films, tmp_path / "parts").stdout
+    said = run(films, tmp_path / "parts", "--max_steps", "3").stdout
+    assert "stopped at step 3 of 8 by --max_steps; the same command without it goes on\n" in said
+    said = run(films, tmp_path / "parts").stdout
+    assert "going on at step 3" in said and "stopped at step" not in said
     assert largest_difference(weights(reference), weights(tmp_path / "parts")) == 0
     steps = [row["step"] for row in log(reference)]
     assert [row["step"] for row in log(tmp_path / "parts")] == steps

@@ -101,11 +101,38 @@ def test_features_that_are_not_finite_leave_a_row_not_a_traceback(tmp_path, valu
     assert (row["feature_std"], row["rankme"]) == ("nan", "nan")
 
 
-def test_rows_are_written_when_due_and_at_the_end(tmp_path):
+def test_rows_are_written_when_due_and_at_the_end(tmp_path, capsys):
     with watch(tmp_path, end=5) as seen:
         for done in range(1, 6):
             seen.update(done, losses(1.0, 1.0, 1.0), pooled(), NORM, 0.1, 0.9)
     assert [row["step"] for row in read_log(tmp_path / "log.csv")] == ["2", "4", "5"]
+    stopped = "stopped at step 5 of 10 by --max_steps; the same command without it goes on\n"
+    assert capsys.readouterr().out == stopped
+
+
+@pytest.mark.parametrize("end, steps", [(10, 10), (5, 3)])
+def test_a_run_that_is_over_or_was_told_to_end_was_not_stopped_by_max_steps(
+    tmp_path, capsys, end, steps
+):
+    with watch(tmp_path, end=end) as seen:
+        for done in range(1, steps + 1):
+            seen.update(done, losses(1.0, 1.0, 1.0), pooled(), NORM, 0.1, 0.9)
+    assert not capsys.readouterr().out
+
+
+def test_the_papers_recipe_is_warned_of_on_a_cpu_alone():
+    """By hand: 95,040 films × 300 epochs / 1.1 per second are 300 days."""
+    given = SimpleNamespace(warmup=None)
+    args = dict(recipe="paper", size="base", epochs=300, warmup=40.0)
+
+    def said(device="cpu", **other):
+        team = launch.Team(0, 1, torch.device(device))
+        own = SimpleNamespace(**args | other)
+        return monitor.describe_length(given, own, {"warmup": 40.0}, 95_040, 50, 9, team)
+
+    assert "that is 300 days; --recipe small is for CPUs" in said()
+    for others in (dict(device="cuda"), dict(recipe="small"), dict(size="tiny")):
+        assert "warning" not in said(**others)
 
 
 def test_terms_that_a_step_lacks_stay_empty(tmp_path):
