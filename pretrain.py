@@ -39,8 +39,8 @@ from plumbing.weights import find_origin, start_world
 RECIPES = {
     "demo":  dict(size="tiny", image=64,  patch=8,  batch=16,   epochs=20,  warmup=1.0,
                   lr=1.2e-3,   ema=0.99,  save_every=200),
-    "small": dict(size="tiny", image=128, patch=16, batch=32,   epochs=180, warmup=2.0,
-                  lr=1.5e-3,   ema=0.99,  save_every=200),
+    "small": dict(size="tiny", image=128, patch=16, batch=8,    epochs=120, warmup=9.6,
+                  lr=7.5e-4,   ema=0.9975, save_every=200),
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0,
                   lr=2e-4,     ema=0.996, save_every=500),  # Sec. B.1
     # With --weights; size, image and patch are the file's.
