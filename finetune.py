@@ -663,6 +663,12 @@ def main():
     filled, reasons = fill_in(args, splits.kind, shape, films, team, is_cut)
     steps = seedrun.count_steps(filled, splits.kind, films)
     team.say(results.describe_recipe(filled, splits.kind, films, steps, reasons))
+    if team.device.type == "cpu" and shape["dim"] >= SIZES["base"]["dim"] and not args.freeze:
+        seen = filled.seeds * steps.end * filled.batch
+        team.say(
+            "warning: on a CPU a ViT-Base learns from about one film per second, and here from up "
+            f"to {seen:,}; --freeze takes minutes"
+        )
 
     # ---- 5. Each seed is trained and tested.
     seed_results = []

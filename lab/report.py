@@ -196,5 +196,7 @@ def beside_words(judged: dict, films: int, seconds: float) -> str:
     return (
         f"beside the model: linear probes of the {films:,} films of train and val, judged on "
         f"{judged['films']:,} of test; {judged['patients']:,} patients ({seconds:.0f} s)\n"
-        f"{table_of(judged)}"
+        f"{table_of(judged)}\n"
+        "The model learnt from train, and val chose its step or its penalty; the probes are ridge "
+        "regressions of train and val together."
     )

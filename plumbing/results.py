@@ -17,7 +17,7 @@ from plumbing.benchmarks import TASKS
 from plumbing.checkpoint import replace_with, write_csv, write_json
 from plumbing.film import film_size
 from plumbing.launch import UserError
-from plumbing.splits import SPLITS, Splits, class_warnings, tally
+from plumbing.splits import Splits, class_warnings, tally
 from plumbing.table import plain, read_cells
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
@@ -39,20 +39,31 @@ def describe_task(root: Path, splits: Splits) -> str:
     """Tell what is to be predicted of how many films, what was decided, and what to beware of."""
     metric = METRIC[splits.kind]
     lines = [f"data: {root}, task {splits.task}: {metric} of {', '.join(splits.labels)}"]
+    asked = []
     for split, counts in splits.counts().items():
         if not counts["films"]:  # a finished model is only tested
             continue
+        is_labelled = not is_unlabelled(counts)
+        asked += [split] if is_labelled else []
         line = f"{split}: {counts['films']} films of {counts['patients']} patients"
         unknown = counts.get("unknown", {})
         positive = []
         for name, films in counts.get("positive", {}).items():
             not_known = f" and {unknown[name]} unknown" if name in unknown else ""
             positive.append(f"{name} {films}{not_known}")
-        if positive:
+        if positive and is_labelled:
             line += f" ({', '.join(positive)})"
         lines.append(line)
-    asked = [split for split in SPLITS if getattr(splits, split)]
     return "\n  ".join([*lines, *splits.notes, *class_warnings(splits, asked)])
+
+
+def is_unlabelled(counts: dict) -> bool:
+    """Whether no label is known of any film of a split; of masks, which have none, True.
+
+    counts: those of one split, as Splits.counts gives them.
+    """
+    unknown = counts.get("unknown", {})
+    return all(unknown.get(name) == counts["films"] for name in counts.get("positive", {}))
 
 
 def refuse_untestable(splits: Splits):
@@ -321,9 +332,14 @@ def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[di
 
 
 def conclude(out: Path, summary: dict, team):
-    """Print what `summarise` has written, the metric last."""
+    """Print what `summarise` has written, the metric last, or where the predictions are."""
+    words = "\n".join(describe_summary(summary)) + f": {out}/result.json"
+    if summary["mean"] is None and is_unlabelled(summary["split"]["test"]):
+        words = f"no labels: predictions only, in {out}/predictions.csv"
+        if summary["metric"] == METRIC["mask"]:
+            words = f"no masks to compare with: predictions only, in {out}/masks"
     if team.lead:
-        print("\n".join(describe_summary(summary)) + f": {out}/result.json", flush=True)
+        print(words, flush=True)
 
 
 def describe_summary(summary: dict) -> list[str]:
@@ -339,7 +355,7 @@ def describe_summary(summary: dict) -> list[str]:
     paper = TASKS[summary["task"]].paper
     beside = f" (paper {paper})" if paper else ""
     if summary["mean"] is None:
-        words = "undefined; predictions.csv holds what was predicted"
+        words = "undefined (predictions.csv holds what was predicted)"
     elif has_one_seed:
         words = f"{with_interval(summary['mean'], summary['intervals'][0], patients)}, one seed"
     else:

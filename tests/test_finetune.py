@@ -482,7 +482,9 @@ def test_films_without_labels_are_predicted(films, tmp_path, capsys):
     result, listed = examine(films, tmp_path, text, base)
     said = capsys.readouterr().out
     assert "no column label or square: nothing to compare with" in said
-    assert "test AUROC undefined; predictions.csv holds what was predicted" in said
+    assert "test: 40 films of 40 patients\n" in said and "warning" not in said
+    predictions = f"no labels: predictions only, in {tmp_path}/out/predictions.csv"
+    assert said.splitlines()[-1] == predictions
     assert result["mean"] is None
     assert result["per_class"] == {"square": None}
     assert len(listed) == 40
@@ -556,9 +558,7 @@ def test_test_films_that_pretraining_saw_unlabelled_are_counted(
     films, tmp_path, monkeypatch, capsys
 ):
     """Without --probe it saw all eight, with --probe none; of --weights before it nobody knows."""
-    monkeypatch.setattr(
-        "pretrain.closing", lambda *_: None
-    )  # no probes: they take most of the time
+    monkeypatch.setattr("pretrain.closing", lambda *_: None)  # probes would take most of the time
     monkeypatch.setattr("lab.report.MANY_FILMS", 0)
     root = tmp_path / "films"
     root.mkdir()
@@ -604,6 +604,7 @@ def test_a_segmenter_is_tested_and_draws_what_it_sees(films, tmp_path, capsys):
     assert alone["mean"] is None
     assert [row["dice"] for row in predicted] == ["", ""]
     assert "masks: those of 2 of 2 films are not known: no Dice" in alone["notes"]
+    assert f"predictions only, in {tmp_path}/out/masks\n" in capsys.readouterr().out
     mask = Image.open(tmp_path / "out" / "masks" / "01.png")
     assert mask.size == Image.open(films / "01.png").size
     assert set(np.unique(np.asarray(mask))) <= {0, 255}
@@ -742,6 +743,25 @@ def test_few_films_get_more_epochs_and_smaller_batches_unless_told():
     assert fill_in(40, epochs=3).epochs == 3
     assert fill_in(19).batch == 19
     assert fill_in(1000, batch=300).micro == 100  # the largest divisor up to 128
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "50"], ["--freeze"]])
+def test_a_large_network_on_a_cpu_is_warned_of_before_it_trains(
+    films, tmp_path, monkeypatch, capsys, flags
+):
+    class Begins(Exception):
+        """Training would begin here."""
+
+    def begin(*_):
+        raise Begins
+
+    monkeypatch.setattr(finetune, "train_one_seed", begin)
+    base = ["--weights", "none", "--image", "32", "--patch", "8", "--device", "cpu"]
+    with pytest.raises(Begins):
+        go(films, tmp_path, *flags, base=base, short=[])
+    said = capsys.readouterr().out
+    assert ("from up to 1,200; --freeze takes minutes" in said) == (flags[0] == "--epochs")
+    assert ("warning: on a CPU" in said) == (flags[0] == "--epochs")
 
 
 def test_a_warm_up_that_is_asked_for_is_not_cut_short():
