@@ -43,8 +43,16 @@ LABEL = (
 # What a formula leaves that failed, in any language, and a column that was too narrow.
 SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
 
+# How a reader says that he is not sure.
+DOUBT = re.compile(
+    r"[?()\[\]]|\b(possibl[ey]|probabl[ey]|likely|suspect(ed)?|susp|suspicion of|suspicious for|"
+    r"presumed|questionable|query|rule out|maybe)\b\.?",
+    re.IGNORECASE,
+)
+
 # What is no class.
 NO_CLASS = {
+    "a doubt": DOUBT,
     "an error of the spreadsheet": SHEET_ERROR,
     "run lengths": re.compile(r"\d+(\s+\d+)+"),
     "a date": re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b.*"),
@@ -54,12 +62,6 @@ NO_CLASS = {
         r".*\.(npy|npz|nii|gz|mat|json|xml|txt|csv|pth?|h5|hdf5|pkl|pdf|svg|zip)", re.IGNORECASE
     ),
 }
-# How a reader says that he is not sure.
-DOUBT = re.compile(
-    r"[?()\[\]]|\b(possibl[ey]|probabl[ey]|likely|suspect(ed)?|susp|suspicion of|suspicious for|"
-    r"presumed|questionable|query|rule out|maybe)\b\.?",
-    re.IGNORECASE,
-)
 MAX_CODES = 20  # different numbers in a column of classes
 MAX_CLASSES = 300  # different names; PadChest has 174
 

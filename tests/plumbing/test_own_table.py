@@ -511,6 +511,7 @@ NO_LABELS = [
     (["", "NA"], "column label is empty"),
     (["0", "1", "-9", "0", "1"], "line 4.*'-9', a number below 0, one that no other row has"),
     (["0", "1", "2", "0", "1"], "line 4.*'2', a number below 0, one that no other row has"),
+    (['"Mass, possible"', "normal", "Mass"], "line 2.*'possible', a doubt and no class"),
     (["90%", "10%"], "line 2.*'90%', a number and no class"),
     (["058Y", "060Y"], "line 2.*'058Y', an age and no class"),
 ]
