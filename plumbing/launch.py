@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import inspect
 import math
 import multiprocessing
 import os
@@ -513,7 +514,13 @@ def prepare_forward(model, compile: str, team: Team):
     if team.size == 1:
         return model
     team.wait()  # for a rank that opens its films longer than the others
-    return DistributedDataParallel(model, device_ids=[team.device] if on_gpu else None)
+    devices = [team.device] if on_gpu else None
+    # No buffer ever changes: to send them before every forward pass would be work for nothing.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers"  # so called since torch 2.13, which warns of the old name
+    if switch not in known:
+        switch = "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=devices, **{switch: False})
 
 
 def average_gradients(forward, now: bool):

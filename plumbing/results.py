@@ -44,7 +44,8 @@ def describe_task(root: Path, splits: Splits) -> str:
         if not counts["films"]:  # a finished model is only tested
             continue
         is_labelled = not is_unlabelled(counts)
-        asked += [split] if is_labelled else []
+        if is_labelled:
+            asked.append(split)
         line = f"{split}: {counts['films']} films of {counts['patients']} patients"
         unknown = counts.get("unknown", {})
         positive = []
