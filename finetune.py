@@ -439,7 +439,7 @@ def train(run: SeedRun, args, task: TaskData, team):
     end = run.steps.end
     examples = TrainExamples(task.films["train"], run.seed)
     loader = iter(make_loader(examples, args, team, args.workers, run.seed, run.step, end))
-    forward = launch.prepare_forward(run.model, args.compile, team)
+    forward = launch.prepare_forward(run.model, args.compile, team, run.steps.total)
     log = run.open_log(args.batch) if team.lead else None
     bar = tqdm(None, f"seed {run.seed}", end, disable=not team.lead, unit="step", initial=run.step)
     is_stopping = False

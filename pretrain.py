@@ -440,7 +440,7 @@ def main(args=None, Model=CheXWorld):
         checkpoint.write_json(out / "config.json", dataclasses.asdict(args))
 
     # ---- 8. Train.
-    forward = launch.prepare_forward(world, args.compile, team)  # compiled, and in DDP, as asked
+    forward = launch.prepare_forward(world, args.compile, team, total)  # compiled, and in DDP
     is_stopping = False
     monitor = Monitor(out, world.LOSSES, args, team, start, end, total)
     with checkpoint.StopRequest() as stop, monitor:  # it waits for SIGTERM and Ctrl-C

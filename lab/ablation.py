@@ -8,7 +8,8 @@
 Without a word: one pre-training run per row and seed, linear probes, and fine-tuning on a tenth of
 the films; two rows without pre-training stand below. train takes pretrain.py's flags and Table 3's
 switches. compare fine-tunes on your own tables: from scratch, frozen and in full, with all and with
-few films; --shots 10,20,40,80 also draws the curve over films per class, curve.png. Each run has
+few films; --shots 10,20,40,80 also draws the curve over films per class, curve.png. A second table
+has the differences from scratch on the same test films, each with a 95 % interval. Every run has
 its own folder below --out, which also receives table.md. The same command again goes on: what is
 finished is not run again. Without a word --out also receives result.json.
 """
@@ -28,10 +29,12 @@ import torch
 
 import pretrain
 from lab.domain import GRID
+from lab.probe import in_percent, word
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
-from plumbing import checkpoint, launch, phantom, pictures
+from plumbing import checkpoint, launch, metrics, phantom, pictures, results
 from plumbing.launch import UserError, flag, parse, run_script
 from plumbing.own_table import refuse_twins
+from plumbing.table import read_table
 from plumbing.weights import load_encoder
 
 FINETUNE = Path(__file__).parents[1] / "finetune.py"
@@ -542,8 +545,56 @@ def read_cell(config: CompareConfig, row: str, column: Column) -> dict | None:
     return describe(values) | about
 
 
+def read_judged(folder: Path) -> tuple:
+    """Read what a finished seed of finetune.py predicted of its test films. folder: the seed's.
+
+    → films, patients, and what results.measure takes: kind, table, targets
+    """
+    metric = checkpoint.read_json(folder.parent / "result.json")["metric"]
+    kind = next(kind for kind, name in results.METRIC.items() if name == metric)
+    rows = read_table(folder / "predictions.csv")
+    films = [row.pop("film") for row in rows]
+    patients = [row.pop("patient") for row in rows]
+    values = np.array([[float(cell or "nan") for cell in row.values()] for row in rows])
+    if kind == "mask":  # its columns are Dice and whether there is a mask; the loss is not kept
+        return films, patients, kind, np.column_stack([values, values[:, 0]]), None
+    return films, patients, kind, *np.split(values, 2, axis=1)
+
+
+def from_scratch(config: CompareConfig, row: str, column: Column) -> str:
+    """How far a row lies above scratch on the same test films, and a 95 % interval, in words.
+
+    The difference is the mean over the seeds, each beside the same seed (and draw of films) of
+    scratch; the interval is over test patients, drawn anew for both rows and all seeds alike. It
+    does not know of other seeds. A dash while something is missing.
+    """
+    judged = {}
+    for name in (row, "scratch"):
+        folders = compare_folders(config, name, column)  # one for all seeds, or one per seed
+        seeds = [folders[k % len(folders)] / f"seed{k}" for k in range(config.seeds)]
+        if not all((seed / "result.json").is_file() for seed in seeds):
+            return "–"
+        judged[name] = [read_judged(seed) for seed in seeds]
+    films, patients, *_ = judged[row][0]
+    if any(one[0] != films for one in itertools.chain(*judged.values())):
+        return "–"  # some seeds could not read all films
+
+    def statistic(weights):
+        means = {}
+        for name, seeds in judged.items():
+            values = [results.measure(*about, weights)[:, 0] for _, _, *about in seeds]
+            means[name] = np.mean(values, 0)
+        return (means[row] - means["scratch"])[:, None]
+
+    exact = statistic(np.ones((len(films), 1)))[0]
+    value, interval = in_percent([*exact, *metrics.bootstrap(statistic, patients)[0]])
+    if interval is None:
+        return "–" if value is None else f"{value:+.1f}"
+    return f"{value:+.1f} ({interval[0]:.1f} to {interval[1]:.1f}), {word(interval)}"
+
+
 def write_comparison(config: CompareConfig, rows: list[str]) -> str:
-    """Write table.md of what is finished, and with --shots curve.png. → the table"""
+    """Write table.md of what is finished, and with --shots curve.png. → the two tables"""
     columns = compare_columns(config)
     titles = {column: "–" for column in columns}
     cells = {row: {column: read_cell(config, row, column) for column in columns} for row in rows}
@@ -555,6 +606,12 @@ def write_comparison(config: CompareConfig, rows: list[str]) -> str:
             titles[column] = f"{Path(column.table).stem} {cell['metric']}, {films}"
     lines = [[row, *(cell_text(cell) for cell in cells[row].values())] for row in rows]
     words = markdown([["", *titles.values()], *lines])
+    if "scratch" in rows:
+        lines = [["minus scratch", *titles.values()]]
+        for row in rows:
+            if row != "scratch":
+                lines.append([row, *(from_scratch(config, row, column) for column in columns)])
+        words += f"\n\n{markdown(lines)}"
     checkpoint.write_text(Path(config.out) / "table.md", words + "\n")
     if config.shots:
         charts = [draw_curve(table, cells) for table in config.tables.split(",")]
@@ -597,8 +654,11 @@ def compare(config: CompareConfig) -> None:
         recipe["finetune"] = config.finetune
     keep_recipe(Path(config.out) / "compare.json", recipe)
     words = run_grid(runs, lambda: write_comparison(config, rows))
-    print(f"\n{words}\n\nmean ± standard deviation over {config.seeds} seeds, ", end="")
-    print(f"test films, percent: {config.out}/table.md")
+    print(
+        f"\n{words}\n\nmean ± standard deviation over {config.seeds} seeds, differences with a",
+        end="",
+    )
+    print(f" 95 % interval over test patients; test films, percent: {config.out}/table.md")
     if config.shots:
         print(f"against films per class: {config.out}/curve.png")
 

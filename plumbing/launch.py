@@ -255,7 +255,9 @@ class TrainFlags:
         "of the forward pass; auto = bfloat16 on GPUs and on CPUs that multiply it natively",
         ["auto", "float32", "bfloat16"],
     )
-    compile: str = flag("auto", "torch.compile; auto = on GPUs", ["auto", "on", "off"])
+    compile: str = flag(
+        "auto", "torch.compile; auto = on a GPU, for 3,000 steps or more", ["auto", "on", "off"]
+    )
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, or mps (Apple's GPUs, untested)")
     workers: int = flag(
         None,
@@ -503,13 +505,20 @@ def send(tensor, device):
 
 
 # ---- The training step
-def prepare_forward(model, compile: str, team: Team):
+# Compiling takes half a minute to a minute, which a ViT-Base earns back in 2,000 steps of 128 films
+# (docs/speed.md), and a smaller network later.
+COMPILED_FROM = 3_000
+
+
+def prepare_forward(model, compile: str, team: Team, steps: int = COMPILED_FROM):
     """Wrap a network for training: torch.compile; DistributedDataParallel for several processes.
 
-    compile: on, off or auto (on GPUs only). The wrapped network shares its parameters with `model`.
+    compile: on, off or auto (on a GPU, when a run has COMPILED_FROM steps or more). steps: of the
+    whole run, so that it is compiled, and rounds, in the same way when it goes on. The wrapped
+    network shares its parameters with `model`.
     """
     on_gpu = team.device.type == "cuda"
-    if compile == "on" or (compile == "auto" and on_gpu):
+    if compile == "on" or (compile == "auto" and on_gpu and steps >= COMPILED_FROM):
         model = torch.compile(model)
     if team.size == 1:
         return model

@@ -1,5 +1,6 @@
 """lab.ablation: Table 3 by hand, one ablated run, both grids with the real scripts."""
 
+import csv
 import json
 import re
 
@@ -175,6 +176,69 @@ def test_the_curve_over_films_per_class_by_hand(tmp_path, monkeypatch):
     assert "| pre-trained full | – | – | – |" in table
     assert drawn["lines"] == {"scratch": [(10, 80), (65.0, 90.0)], "pre-trained full": ([], [])}
     assert set(zip(*drawn["dots"]["scratch"], strict=True)) == {(10, 60.0), (10, 70.0), (80, 90.0)}
+
+
+def write_seed(folder, metric, header, rows):
+    """What finetune.py leaves of one seed, as far as the comparison reads it."""
+    folder.mkdir(parents=True)
+    checkpoint.write_json(folder / "result.json", {})
+    checkpoint.write_json(folder.parent / "result.json", {"metric": metric})
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@pytest.mark.parametrize("flag", ["fraction", "shots"])
+def test_the_difference_from_scratch_is_paired(tmp_path, flag):
+    """AUROC by counting pairs, mean of two seeds; the interval from a loop over redraws."""
+    rng = np.random.default_rng(0)
+    patients = np.arange(60) // 2
+    truth = rng.integers(0, 2, 60)
+    films = [f"{i}.png" for i in range(60)]
+    config = ablation.CompareConfig("w", "d", "t.csv", str(tmp_path), seeds=2)
+    column = ablation.Column("t.csv", flag, "10")
+    chances = {}
+    for row, skill in (("scratch", 0.2), ("pre-trained full", 1.5)):
+        for k in (0, 1):
+            chances[row, k] = truth * skill + rng.normal(size=60)
+            folders = ablation.compare_folders(config, row, column)
+            here = folders[k % len(folders)] / f"seed{k}"
+            header = ["film", "patient", "ill", "true_ill"]
+            rows = zip(films, patients, chances[row, k], truth, strict=True)
+            write_seed(here, "AUROC", header, rows)
+
+    def mean_difference(drawn):
+        ill, well = (drawn[truth[drawn] == value] for value in (1, 0))
+        areas = {key: (x[ill][:, None] > x[well]).mean() for key, x in chances.items()}
+        return 50 * sum(v if row != "scratch" else -v for (row, _), v in areas.items())
+
+    words = ablation.from_scratch(config, "pre-trained full", column)
+    value, low, high = map(float, re.findall(r"[-+]?\d+\.\d", words))
+    assert value == pytest.approx(mean_difference(np.arange(60)), abs=0.051)
+    redrawn = []
+    for _ in range(1000):
+        chosen = rng.integers(0, 30, 30)
+        redrawn.append(mean_difference(np.concatenate([[2 * p, 2 * p + 1] for p in chosen])))
+    assert (low, high) == pytest.approx(np.quantile(redrawn, (0.025, 0.975)), abs=2)
+    assert words.endswith(", above") and low > 0
+    (here / "result.json").unlink()
+    assert ablation.from_scratch(config, "pre-trained full", column) == "–"
+
+
+def test_the_difference_of_masks_is_that_of_dice(tmp_path):
+    config = ablation.CompareConfig("w", "d", "t.csv", str(tmp_path), seeds=1)
+    column = ablation.Column("t.csv", "fraction", "1")
+    for row, dice in (("scratch", [0.5, 0.7, 0.9, ""]), ("pre-trained full", [0.6, 0.8, 1.0, ""])):
+        (cell,) = ablation.compare_folders(config, row, column)
+        rows = [[f"{i}.png", f"p{i}", d, "" if d == "" else 1] for i, d in enumerate(dice)]
+        write_seed(cell / "seed0", "Dice", ["film", "patient", "dice", "has_mask"], rows)
+    words = ablation.from_scratch(config, "pre-trained full", column)
+    assert words == "+10.0 (10.0 to 10.0), above"
+    (cell,) = ablation.compare_folders(config, "scratch", column)
+    for file in (cell / "seed0").iterdir():
+        file.unlink()
+    (cell / "seed0").rmdir()
+    write_seed(cell / "seed0", "Dice", ["film", "patient", "dice", "has_mask"], rows[:2])
+    assert ablation.from_scratch(config, "pre-trained full", column) == "–"  # other films
 
 
 def test_every_seed_draws_its_own_films_alike_for_all_rows(tmp_path):

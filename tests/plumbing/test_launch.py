@@ -413,6 +413,14 @@ def test_one_process_without_compile_is_the_model_itself():
         pass
 
 
+def test_only_a_long_run_on_a_gpu_is_compiled_unasked():
+    layer = torch.nn.Linear(2, 2)
+    gpu = launch.Team(0, 1, torch.device("cuda"))  # nothing is computed there
+    assert launch.prepare_forward(layer, "auto", gpu, 2_999) is layer
+    assert launch.prepare_forward(layer, "auto", gpu, 3_000) is not layer
+    assert launch.prepare_forward(layer, "on", gpu, 10) is not layer
+
+
 @dataclasses.dataclass
 class Batch:
     batch: int
