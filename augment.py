@@ -41,9 +41,9 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random(10))
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(low + (high - low) * rng.random(10))
-    box_width = np.sqrt(area * aspect)
-    box_height = np.sqrt(area / aspect)
+    width_by_height = np.exp(low + (high - low) * rng.random(10))
+    box_width = np.sqrt(area * width_by_height)
+    box_height = np.sqrt(area / width_by_height)
     fits = (box_width <= width) & (box_height <= height)
     if fits.any():
         first = fits.argmax()
@@ -180,8 +180,9 @@ def relative_coords(context_box, target_box, grid, context_flip=None, target_fli
 
     Boxes (B, 4) px of the film, flips (B,) bool → (B, N, 2) (row, col) in patches of the context.
     For unflipped boxes of one size this is n·Δ + (u, v): Δ is the target's corner less the
-    context's, in fractions of the size, (u, v) the row and column of a patch. With flips we follow
-    each patch centre from the target view to the film, and from there into the context view.
+    context's, in fractions of the size, (u, v) the row and column of a patch. Since boxes may be
+    flipped, we follow each patch centre from the target view to the film, and from there into the
+    context view.
     """
     context_box = context_box[:, None].float()  # (B, 1, 4)
     target_box = target_box[:, None].float()
@@ -189,7 +190,7 @@ def relative_coords(context_box, target_box, grid, context_flip=None, target_fli
     in_target = mirror(centres.expand(len(target_box), -1, -1), target_flip)  # (B, N, 2)
     on_film = target_box[..., :2] + in_target * target_box[..., 2:]  # px
     in_context = mirror((on_film - context_box[..., :2]) / context_box[..., 2:], context_flip)
-    return in_context * grid - 0.5
+    return in_context * grid - 0.5  # (0, 0) is the centre of the first patch, as in model.py
 
 
 def mirror(fractions, flip):

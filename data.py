@@ -114,21 +114,21 @@ class Batches:
     which step. Yields steps `start_step` to `steps` - 1; steps=None: to the end of the first epoch.
     """
 
-    def __init__(self, n, batch, micro, rank, world, seed, start_step=0, steps=None):
+    def __init__(self, n, batch, micro, rank, processes, seed, start_step=0, steps=None):
         if n < batch:
             raise UserError(
                 f"{n} films are fewer than one batch of {batch}: lower --batch or add films"
             )
-        if batch % (micro * world):
+        if batch % (micro * processes):
             raise UserError(
-                f"batch {batch} is not a multiple of micro-batch {micro} × {world} processes: "
+                f"batch {batch} is not a multiple of micro-batch {micro} × {processes} processes: "
                 "change --batch"
             )
         self.n = n
         self.batch = batch
         self.micro = micro
         self.rank = rank
-        self.share = batch // world
+        self.share = batch // processes  # films of this process
         self.seed = seed
         self.start_step = start_step
         self.steps_per_epoch = n // batch

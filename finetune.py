@@ -464,7 +464,7 @@ def train(run: SeedRun, args, task: TaskData, team):
             if team.lead and should_save:
                 run.save()
     if is_stopping:
-        stop.end(team, f"step {run.step} in {run.folder}")
+        stop.end(team, f"step {run.step} in {run.folder}")  # the script ends here
 
 
 def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:

@@ -94,14 +94,14 @@ def blocks(u, grid, area, aspect=None):
     Sides are whole patches; every place where a block fits is equally likely. → (..., N) bool
     """
     size = (area[0] + (area[1] - area[0]) * u[..., 0]) * grid * grid  # in patches
-    ratio = torch.ones_like(size)
+    height_by_width = torch.ones_like(size)
     if aspect is not None:
-        ratio = aspect[0] * (aspect[1] / aspect[0]) ** u[..., 3]
-    height = (size * ratio).sqrt().round().clamp(1, grid)
-    width = (size / ratio).sqrt().round().clamp(1, grid)
-    rows = covered(u[..., 1], height, grid)  # (..., blocks, n)
-    cols = covered(u[..., 2], width, grid)
-    count = rows.mT @ cols  # (..., n, n): how many blocks cover each patch
+        height_by_width = aspect[0] * (aspect[1] / aspect[0]) ** u[..., 3]
+    height = (size * height_by_width).sqrt().round().clamp(1, grid)
+    width = (size / height_by_width).sqrt().round().clamp(1, grid)
+    in_row = covered(u[..., 1], height, grid)  # (..., blocks, n)
+    in_col = covered(u[..., 2], width, grid)
+    count = in_row.mT @ in_col  # (..., n, n): how many blocks cover each patch
     return (count > 0.5).flatten(-2)  # whole numbers, as floats
 
 

@@ -6,6 +6,7 @@ Dimension key
     B   films, or rows of any batch    2B   both views of B films: the rows of view 1, then view 2
     N   patches of a view, n² of them in an n × n grid
     K   patches that are seen          M    patches that are predicted
+    J   patches of the other view that are predicted: all N, unless fewer are asked for
     L   tokens of any sequence
     D   width of the encoder           d    width of the predictor
 Coordinates are (row, col) in units of patches; (0, 0) is the centre of a view's top-left patch.
@@ -131,8 +132,8 @@ class Block(nn.Module):
     def drop_path(self, x, draws, branch):
         if draws is None or self.drop == 0.0:
             return x
-        keep = draws[:, branch, None, None] >= self.drop  # (B, 1, 1)
-        return x * keep / (1 - self.drop)  # the expectation stays what it was
+        stays = draws[:, branch, None, None] >= self.drop  # (B, 1, 1)
+        return x * stays / (1 - self.drop)  # the expectation stays what it was
 
 
 def run_blocks(blocks, x, save_memory=False, draws=None):
@@ -183,7 +184,7 @@ class ViT(nn.Module):
         self.grid = image // patch  # n: patches per side
         self.save_memory = False
         self.patch_embed = nn.Module()  # a container, for timm's name patch_embed.proj
-        self.patch_embed.proj = nn.Conv2d(1, dim, patch, patch)
+        self.patch_embed.proj = nn.Conv2d(1, dim, patch, patch)  # `embed` uses its weights alone
         positions = sincos(grid_coords(self.grid), dim)[None]  # (1, N, D), fixed
         self.register_buffer("pos_embed", positions)  # saved, since timm's checkpoints hold it
         drops = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # linear over depth
@@ -330,7 +331,7 @@ class CheXWorld(nn.Module):
         action (2B, 4): what T_a did to x: brightness, contrast, gamma, blur sigma.
         asked (2B, J): which patches of the other view to describe; None: all, as in the paper.
         → losses {l11, l22, l12, l21, loss}: l12 is view 1's error in describing view 2;
-        → target features averaged over patches (2B, D), whose spread shows collapse
+        → target features averaged over patches (2B, D): alike for all films if training collapses
         """
         grid = self.own_coords.expand(len(y), -1, -1)  # (2B, N, 2)
         seen_at = take(grid, keep)

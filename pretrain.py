@@ -168,9 +168,9 @@ def choose_recipe(args, films):
 def fill_in(args, name, origin=None):
     """Fill in every setting that the user left open from the recipe `name`. → a new Config
 
-    origin: what find_origin gave; size, image and patch are then those of the file. A run of fewer
-    epochs than the recipe's gets the same share of warm-up, so that it comes to its peak and down
-    again. Raises UserError when a setting cannot work.
+    origin: the weights that --weights starts from, as find_origin read them; size, image and patch
+    are then theirs. A run of fewer epochs than the recipe's gets the same share of warm-up, so that
+    it comes to its peak and down again. Raises UserError when a setting cannot work.
     """
     recipe = OF_THE_PAPER | RECIPES[name] | (origin.settings() if origin else {})
     recipe["recipe"] = name
@@ -462,7 +462,7 @@ def main(args=None, Model=CheXWorld):
             if is_stopping:
                 break
     if is_stopping:
-        stop.end(team, f"step {done} in {out}")
+        stop.end(team, f"step {done} in {out}")  # the script ends here
 
     # ---- 9. Judge the model on the films held out.
     if team.lead:
