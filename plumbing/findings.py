@@ -23,13 +23,14 @@ from plumbing.table import (
     YES,
     answer,
     as_path,
+    column_key,
     is_negative,
     plain,
     read_cells,
     whole_number,
 )
 
-# What columns are called, as table.plain writes it; the first that is there counts.
+# What columns are called, as table.column_key writes it; the first that is there counts.
 FILM = (
     "filename imagefilename imagefile filepath imagepath file image path imageindex imageid "
     "imagename img imgid imgname imgpath dicomid dicom dicomfile dicompath dcm film filmid"
@@ -93,7 +94,10 @@ class Sheet:
 
     def column(self, names, what: str) -> str | None:
         """The column for `what` by the first of its usual names that is there; None without any."""
-        fitting = [self.named[name] for name in names if name in self.named]
+        called = {}
+        for name in self.cells:
+            called.setdefault(column_key(name), []).append(name)
+        fitting = list(chain.from_iterable(called.get(name, ()) for name in names))
         if len(fitting) > 1:
             self.notes.append(f"{what}: column {fitting[0]}, not {', '.join(fitting[1:])}")
         return fitting[0] if fitting else None
@@ -138,7 +142,7 @@ class Goal(NamedTuple):
 
     targets: 0, 1 or None (not known) per label; None for a row without any, which is left out.
     masks: names of files, "" for an empty mask; only of kind mask. against: the other class, where
-    every row is one of two.
+    every row is one of two. unused: the columns that say nothing of all this.
     """
 
     kind: str  # labels or mask
@@ -147,6 +151,7 @@ class Goal(NamedTuple):
     notes: list[str]
     masks: list | None = None
     against: str = ""
+    unused: tuple = ()
 
 
 def read_goal(sheet: Sheet, asked, taken: dict, uncertain: str, can_be_mask: bool) -> Goal:
@@ -171,6 +176,7 @@ def read_goal(sheet: Sheet, asked, taken: dict, uncertain: str, can_be_mask: boo
         goal = read_label_column(sheet, columns[0], uncertain)
     refuse_only_yes(sheet, columns, goal)
     rest = [name for name in sheet.cells if name not in taken and name not in columns]
+    goal = goal._replace(unused=tuple(rest))
     if is_named:  # only others that could be learnt as well are worth a word
         rest = [name for name in rest if set(map(answer, sheet.cells[name])) >= {YES, NO}]
     unused = [f"columns not learnt: {', '.join(rest)}"] if rest else []
@@ -522,7 +528,7 @@ def is_slip(one: str, other: str) -> bool:
 # ---------------------------------------------------------------- columns of masks
 def is_mask_column(sheet: Sheet, column: str, asked: str | None) -> bool:
     """Whether a column names pictures of masks: by its name, unless asked for, or by its cells."""
-    is_called_mask = plain(column) in MASK and not asked
+    is_called_mask = column_key(column) in MASK and not asked
     suffixes = {Path(as_path(cell)).suffix.lower() for cell in sheet.cells[column]}
     return is_called_mask or not suffixes.isdisjoint(SUFFIXES)
 

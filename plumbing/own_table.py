@@ -25,6 +25,7 @@ from plumbing.findings import (
     read_goal,
     read_masks,
     target_of,
+    what_instead,
 )
 from plumbing.launch import UserError
 from plumbing.table import (
@@ -36,25 +37,44 @@ from plumbing.table import (
     Finder,
     answer,
     as_path,
+    column_key,
     is_negative,
     plain,
     whole_number,
     without_suffix,
 )
 
-# What columns are called, as table.plain writes it; the first that is there counts.
-PATIENT = (
-    "patientid patient subjectid subject patientnumber patientno patid pid mrn personid "
-    "participantid participant"
-).split()
+# What columns are called, as table.column_key writes it; the first that is there counts.
+PATIENT = "patientid patient subjectid subject patientnumber patientno patid pid mrn".split()
+PERSON = "patient patienten pat subject person participant proband probanden paciente paziente"
 PATIENT += map(
     "".join,
     product(
-        "patient patienten pat subject person participant".split(),
-        "nr num number nummer no key uid code name identifier index".split(),
+        PERSON.split(),
+        "id nr num number nummer no key uid code name identifier index pseudonym".split(),
     ),
 )
+PATIENT += map(
+    "".join,
+    product(
+        "id n no nr num numero number code codice nde node numerode numerodu".split(),
+        "patient paciente paziente".split(),
+    ),
+)
+PATIENT += "participant proband paciente paziente pat ipp nip pseudonym pseudoid".split()
+PATIENT += "fallnummer fallnr fallid".split()  # a stay: better than nobody
 PATIENT = tuple(dict.fromkeys(PATIENT))
+# What else is called, or holds numbers, like a patient, by parts of its name; and what is not.
+CALLED_PATIENT = re.compile("^pat(?!h|tern)|patient|pacient|pazient|proband|subject|participant")
+CALLED_ID = re.compile("^id|id$|nr$|no$|num$|nummer|number|numero|code|key|pseudo|akte|case|fall")
+OF_A_PATIENT = re.compile(
+    "age|alter|sex|gender|geschl|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|date|"
+    "datum|time|zeit|birth|geb|type|status|history|race|ethnic|comment|kommentar|note|bemerk|diagn"
+)
+OF_AN_EXAM = re.compile(
+    "study|serie|accession|exam|untersuch|auftrag|order|image|film|bild|dicom|instance|acqui|slice|"
+    "follow|visit|verlauf|icd|postal|zip|plz|phone|telef|device|scanner|serial|reader|report|room"
+)
 NOBODY = ("anonymous", "anonymized", "anonymised", "anon", "unnamed")
 SPLIT = "split set fold subset partition".split()
 SPLIT_WORDS = dict.fromkeys("train training tr".split(), "train")
@@ -91,6 +111,26 @@ def read_patients(sheet: Sheet, column: str) -> list[str | None]:
     return patients
 
 
+def looks_like_patient(column: str, cells) -> bool:
+    """Whether a column of no known name seems to say whose films are: it is called like a patient,
+    or holds codes such as P013, or numbers under a name such as 'Aktennr.', some of them again.
+
+    Numbers alone do not tell: widths in px, doses and leucocytes are many and repeat, too.
+    """
+    key = column_key(column)
+    said = [cell for cell in cells if answer(cell) is not MISSING]
+    kinds = len({cell.casefold() for cell in said})
+    if kinds < 5 or OF_A_PATIENT.search(key):
+        return False
+    are_numbers = None not in map(whole_number, said)
+    if CALLED_PATIENT.search(key):
+        is_text = max(len(cell.split()) for cell in said) > 3
+        return are_numbers or not (is_text or all(map(what_instead, said)))
+    are_codes = all(re.fullmatch(r"(?=.*\d)[^\W\d][\w-]*", cell) for cell in said)
+    is_id = are_codes or (are_numbers and bool(CALLED_ID.search(key)))
+    return is_id and len(said) / 3 < kinds < len(said) and not OF_AN_EXAM.search(key)
+
+
 def patients_in_names(names) -> tuple[list[str] | None, str]:
     """Read the patients from the names of films, where all are named as in one of three sets.
 
@@ -103,12 +143,12 @@ def patients_in_names(names) -> tuple[list[str] | None, str]:
         count = sum(map(bool, found))
         if 2 * count > len(found):
             return None, (
-                f"patients: no column patient_id, so every film counts as one, although {count} of "
-                f"{len(found)} films are named like {style}"
+                "patients unknown: no column patient_id, so every film counts as one, although "
+                f"{count} of {len(found)} films are named like {style}"
             )
     return None, (
-        "patients: no column patient_id, so every film counts as one: films of one patient may lie "
-        "on both sides of a split"
+        "patients unknown: no column patient_id, so every film counts as one: films of one patient "
+        "may lie on both sides of a split"
     )
 
 
@@ -194,6 +234,7 @@ class OwnTable:
     """A table whose columns are understood.
 
     rows: those of which something is known; unknown: the table of the others, which tell patients.
+    likely_patient: a column that may be the patient, where none is for sure.
     """
 
     path: Path
@@ -203,6 +244,7 @@ class OwnTable:
     has_splits: bool
     rows: list[Row]
     unknown: "OwnTable | None" = None
+    likely_patient: str | None = None
 
     def to_test(self) -> "OwnTable":
         """The rows that a finished model is tested on: of split test, else all.
@@ -247,8 +289,8 @@ class OwnTable:
     def name_patients(self, names) -> tuple[list[str], str]:
         """Name the patient of every row as the table says, else as the names of the films do.
 
-        names: the paths of the films. A film whose patient nobody knows is its own. → patients,
-        a note that says how they are known
+        names: the paths of the films. A film whose patient nobody knows is its own. UserError when
+        a column seems to know. → patients, a note that says how they are known
         """
         told = [row.patient for row in self.rows]
         note = f"patients: column {self.patient_column}"
@@ -256,6 +298,12 @@ class OwnTable:
             told, note = patients_in_names([row.name for row in self.rows])
             if told is None:
                 told, note = patients_in_names(names)
+            if told is None and self.likely_patient:
+                raise UserError(
+                    f"{self.path}: column {self.likely_patient} looks like the patient, who must "
+                    "not cross splits: rename it patient_id or, if it says something else, delete "
+                    "the column"
+                )
         elif None in told:
             note += f"; {told.count(None)} films have none and count as one each"
         return [who or name for who, name in zip(told or names, names, strict=True)], note
@@ -326,7 +374,9 @@ def read_own_table(
     if len(unknown) == len(rows):
         raise UserError(f"{path}: nothing is known of any row: all is missing or uncertain")
     notes.append(f"split: column {split}" if split else "split: none in the CSV")
+    likely = [name for name in goal.unused if looks_like_patient(name, sheet.cells[name])]
     rest = OwnTable(sheet.path, goal, notes, patient, split is not None, unknown)
+    rest.likely_patient = likely[0] if likely else None
     return replace(rest, rows=[row for row in rows if row.target is not None], unknown=rest)
 
 
@@ -365,7 +415,7 @@ def goal_of_model(sheet, asked, taken, uncertain, kind, labels, against="") -> G
     rest = [name for name in sheet.cells if name not in used]
     if rest:
         notes.append(f"columns not compared: {', '.join(rest)}")
-    return Goal(kind, tuple(labels), targets, notes)
+    return Goal(kind, tuple(labels), targets, notes, unused=tuple(rest))
 
 
 def columns_of_labels(sheet, taken, labels) -> dict[str, str]:
@@ -377,7 +427,7 @@ def columns_of_labels(sheet, taken, labels) -> dict[str, str]:
     for label in labels:
         column = sheet.named.get(plain(label))
         if column and column not in taken:
-            if plain(column) not in LABEL or OTHER not in map(answer, sheet.cells[column]):
+            if column_key(column) not in LABEL or OTHER not in map(answer, sheet.cells[column]):
                 found[label] = column
     return found
 
@@ -418,7 +468,8 @@ def masks_of_model(sheet, asked, taken, labels) -> Goal:
     column = sheet.asked_columns(asked, taken)[0] if asked else sheet.column(MASK, "mask")
     goal = Goal("mask", (), [], ["masks: no column mask"])
     goal = read_masks(sheet, column) if column else goal
-    return goal._replace(labels=tuple(labels), targets=[()] * len(sheet.lines))
+    rest = tuple(name for name in sheet.cells if name not in taken and name != column)
+    return goal._replace(labels=tuple(labels), targets=[()] * len(sheet.lines), unused=rest)
 
 
 # ---------------------------------------------------------------- linear probes

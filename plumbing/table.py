@@ -216,6 +216,14 @@ def plain(name: str) -> str:
     return re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", name.strip().casefold())
 
 
+def column_key(name: str) -> str:
+    """The name of a column without what people write it with, by which its role is found: plain,
+    without dots and accents, # as nr: 'Pat.-Nr.' is patnr, 'N° patient' npatient.
+    """
+    letters = unicodedata.normalize("NFKD", plain(name).replace("#", "nr"))
+    return re.sub(r"\W", "", letters)
+
+
 @functools.lru_cache(100_000)
 def is_negative(name: str) -> bool:
     """Whether a name says that nothing was found."""

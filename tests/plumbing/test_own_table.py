@@ -814,13 +814,66 @@ def test_of_classes_that_exclude_each_other_one_column_says_yes_or_none_counts(f
     assert targets_of(found) == [(1, 0, 0), (0, 0, 1), unknown, unknown, (1, None, 0)]
 
 
-@pytest.mark.parametrize("name", ["Patient Nr", "patient_key", "SubjectNo", "Patienten-Nummer"])
+CALLED = (
+    "Patient Nr|patient_key|SubjectNo|Patienten-Nummer|Pat.-Nr.|Pat. Nr.|Patientennr.|Patienten-ID|"
+    "Patient No.|Patient #|N° patient|Nº paciente|Numéro patient|Numéro de patient|"
+    "Fallnummer|IPP|Pseudonym|Patient (ID)|ID Paziente"
+).split("|")
+
+
+@pytest.mark.parametrize("name", CALLED)
 def test_patients_go_by_other_names_as_well(folder, tmp_path, name):
     rows = ["film00,1,7,train", "film01,0,8,train", "film02,1,7,test"]
     refused(
         lambda: read_rows(folder, tmp_path, f"file,label,{name},split", *rows),
         "patient 7 has films in train and in test",
     )
+
+
+LIKE_A_PATIENT = [  # a column, its cell in row k of 24, whether it is refused as the patient
+    ("Patientenkennung", "{0}", True),
+    ("Patient/in", "Meier {0}", True),
+    ("pat_hash", "a{0}f", True),
+    ("Aktennr.", "{0}", True),
+    ("Kürzel", "P-{0:03d}", True),
+    ("Kürzel", "P-{1:03d}", False),  # no two are alike
+    ("Kürzel", "P{2}", False),  # three of 24, such as a scanner
+    ("Patient Age (y)", "{0}", False),
+    ("Patientengröße", "1{0:02d}", False),
+    ("Patient Position", "P{0}", False),
+    ("Patient seen", "2024-01-{0:02d}", False),
+    ("Patientenaussage", "hustet seit {0} Tagen sehr", False),
+    ("pathway", "W{2}", False),
+    ("Leukozyten", "{0}00", False),
+    ("CRP", "{0},4", False),
+    ("Untersuchungsnr.", "U{0}", False),
+    ("Kommentar", "siehe CT {0}", False),
+    ("ward", "", False),
+]
+
+
+@pytest.mark.parametrize("name, cell, is_refused", LIKE_A_PATIENT)
+def test_a_column_that_looks_like_the_patient_is_refused_and_no_other(
+    folder, tmp_path, name, cell, is_refused
+):
+    cells = [cell.format(k // 2 + 1, k + 1, k % 3) for k in range(24)]
+    rows = [f'film{k:02d},{("normal", "Mass")[k % 2]},"{cells[k]}",test' for k in range(24)]
+
+    def read(**kwargs):
+        return read_rows(folder, tmp_path, f"file,label,{name},split", *rows, **kwargs)
+
+    def probe():
+        return Labels(tmp_path / "t.csv", films_named(*FOLDER))
+
+    rows[0] = rows[0].replace("test", "train")
+    calls = [read, lambda: read(trained=MODEL), probe]
+    for call in calls:
+        if is_refused:
+            refused(
+                call, f"column {re.escape(name)} looks like the patient", "rename it patient_id"
+            )
+        else:
+            call()
 
 
 def test_codes_for_missing_are_no_classes_and_twins_no_two_labels(folder, tmp_path):
