@@ -32,7 +32,6 @@ from plumbing.checkpoint import StopRequest
 from plumbing.keys import DROP_PATH, TRAIN_JITTER, torch_generator
 from plumbing.launch import Loader, UserError, flag
 from plumbing.pack import UnreadableFilms
-from plumbing.results import METRIC
 from plumbing.seedrun import SeedRun
 from plumbing.splits import draw_few
 from plumbing.weights import load_encoder, make_vit, resized
@@ -492,7 +491,8 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     result = seedrun.begin(folder, recipe, steps.end, team)
     if result:
         value = results.with_interval(result["value"], result.get("interval"))
-        team.say(f"seed {seed}: finished before, test {METRIC[task.kind]} {value}")
+        metric = results.metric_of(task.kind, result["per_class"])
+        team.say(f"seed {seed}: finished before, test {metric} {value}")
         return result
 
     # ---- 2. AdamW with a learning rate per layer; the last checkpoint, if there is one.
@@ -502,7 +502,7 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     about |= {"kind": task.kind, "labels": list(task.labels), "against": task.against}
     about["pool"] = args.pool
     learnt_from = [*task.films["train"].examples, *task.films["val"].examples]
-    about["learnt_from"] = seedrun.fingerprints(learnt_from)
+    about |= seedrun.remember(learnt_from)
     run = SeedRun(seed, folder, steps, model, optimizer, about)
     run.resume()
     if run.step:
@@ -532,9 +532,12 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     if team.lead:
         run.save_result(result)
     words = results.with_interval(result["value"], result["interval"])
+    which = f"model at step {run.best.step}"
+    if run.best.step == 0:  # only a head that was solved is validated before the first step
+        which = "linear probe" if args.freeze else "linear probe that it starts from"
     team.say(
-        f"seed {run.seed}: test {METRIC[task.kind]} {words}, of the model at step "
-        f"{run.best.step}, the best on validation ({run.best.value:.2f} %)"
+        f"seed {run.seed}: test {results.metric_of(task.kind, result['per_class'])} {words}, "
+        f"of the {which}, the best on validation ({run.best.value:.2f} %)"
     )
     return result
 

@@ -271,7 +271,10 @@ def seen_words(learnt, parts: dict) -> str:
     if learnt is None:
         return "nobody can tell which of these films pre-training saw, unlabelled"
     counts = [f"{is_seen.sum():,} of {len(is_seen):,} {what}" for what, is_seen in parts.items()]
-    return f"films whose patients pre-training saw, unlabelled: {', '.join(counts)}"
+    return (
+        f"films whose patients pre-training saw, unlabelled: {', '.join(counts)}, by name "
+        "(renamed copies cannot be told)"
+    )
 
 
 def read_whole(films, numbers, size):

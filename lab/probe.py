@@ -98,8 +98,12 @@ def judge_tables(tables: list[Labels], films, encoders: dict, size: int):
     for table in tables:
         kept = np.flatnonzero([film in row_of for film in table.where])  # there, and readable
         rows = [row_of[film] for film in table.where[kept]]
-        about = table.y[kept], np.array(table.patients)[kept], table.split[kept] == "test"
-        yield table, judge_table({name: x[rows] for name, x in features.items()}, *about, pairs)
+        patients = np.array(table.patients)[kept]
+        about = table.y[kept], patients, table.split[kept] == "test"
+        judged = judge_table({name: x[rows] for name, x in features.items()}, *about, pairs)
+        if all(patients == np.array(films.names)[table.where[kept]]):
+            judged = {part: result | {"patients": None} for part, result in judged.items()}
+        yield table, judged
 
 
 def judge_table(features: dict, y, patients, is_test, pairs) -> dict:
@@ -183,9 +187,10 @@ def pairs_of(encoders: list) -> list[tuple]:
 def judge(scores: dict, truth, patients, pairs) -> dict:
     """Judge scores {features: (n, c)} of films, and compare pairs of them. → what is written down
 
-    films, patients: how many; values {features: percent}, intervals {features: [low, high]};
-    differences {features: {other: {difference, interval, word}}}, where of the sets of pixels only
-    the better one is kept. None where something is undefined.
+    films, patients: how many; the caller sets patients to None where nobody knows them. values
+    {features: percent}, intervals {features: [low, high]}; differences {features: {other:
+    {difference, interval, word}}}, where of the sets of pixels only the better one is kept. None
+    where something is undefined.
     """
     values, differences = compare_auroc(scores, truth, patients, pairs)
     best = max(PIXELS, key=lambda name: np.nan_to_num(values[name][0]))
@@ -225,12 +230,20 @@ def judged_words(table: Labels, judged: dict, seen: str) -> str:
     lines = [f"linear probe on {table.path.stem} ({', '.join(table.classes)}); {seen}"]
     words = {
         "test": "test films, judged by a probe fitted to train and val",
-        "all": "films, all that have labels, each judged by a probe fitted to other patients",
+        "all": "films, all that have labels, each judged by a probe fitted to other ",
     }
+    words["all"] += "films" if judged["test"]["patients"] is None else "patients"
     for part, result in judged.items():
-        lines.append(f"{result['films']:,} {words[part]}; {result['patients']:,} patients")
+        lines.append(f"{result['films']:,} {words[part]}; {patients_words(result)}")
         lines.append(table_of(result))
     return "\n".join(lines)
+
+
+def patients_words(judged: dict) -> str:
+    """Say how many patients were judged, or that nobody knows them."""
+    if judged["patients"] is None:
+        return "patients unknown: every film counts as one"
+    return f"{judged['patients']:,} patients"
 
 
 def table_of(result: dict) -> str:
@@ -249,7 +262,9 @@ def cells_of(result: dict, name: str) -> list[str]:
         words = f"{told['word']} ({difference}{bounds(told['interval'], '+')})"
         against["raw" if other in PIXELS else "random"] = words
     shown = "undefined" if value is None else f"{value:.1f}"
-    return [name, shown, bounds(result["intervals"][name]), *against.values()]
+    # All redraws of films that are told apart without error say 100, which tells of no others.
+    interval = None if value == 100 else result["intervals"][name]
+    return [name, shown, bounds(interval), *against.values()]
 
 
 def bounds(interval, sign="") -> str:

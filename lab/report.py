@@ -31,6 +31,7 @@ from lab.probe import (
     judge_tables,
     judged_words,
     pairs_of,
+    patients_words,
     table_of,
 )
 from plumbing import pictures
@@ -187,6 +188,8 @@ def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int
     scores = {name: rows.reshape(len(truth), -1) for name, rows in scores.items()}
     pairs = [(MODEL, pixels) for pixels in PIXELS] + pairs_of(list(encoders))
     judged = judge(scores, truth.reshape(len(truth), -1), patients[is_test], pairs)
+    if not any(film.has_patient for film in together.examples):
+        judged["patients"] = None
     print(beside_words(judged, is_fit.sum(), time.perf_counter() - start), flush=True)
     return judged
 
@@ -195,7 +198,7 @@ def beside_words(judged: dict, films: int, seconds: float) -> str:
     """The result of `beside` in words. films: those of train and val."""
     return (
         f"beside the model: linear probes of the {films:,} films of train and val, judged on "
-        f"{judged['films']:,} of test; {judged['patients']:,} patients ({seconds:.0f} s)\n"
+        f"{judged['films']:,} of test; {patients_words(judged)} ({seconds:.0f} s)\n"
         f"{table_of(judged)}\n"
         "The model learnt from train, and val chose its step or its penalty; the probes are ridge "
         "regressions of train and val together."

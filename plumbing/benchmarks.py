@@ -384,7 +384,7 @@ def every_film(index, kind, labels) -> Found:
     target = () if kind == "mask" else (None,) * len(labels)
     if not index.unmasked:
         raise UserError(f"--data {index.root}: no film below it, so there is nothing to predict")
-    rows = [Row(name, target, path=index.root / name) for name in index.unmasked]
+    rows = [Row(name, target, name, path=index.root / name) for name in index.unmasked]
     notes = [f"test: all {len(rows)} films below the folder, of which no label is known"]
     return Found({"test": rows}, notes, kind=kind, labels=labels)
 
@@ -599,7 +599,7 @@ def load_task(
     if name == "csv":  # what is drawn must not depend on how somebody sorted the rows
         parts = {split: sorted(films, key=lambda film: film.path) for split, films in parts.items()}
     if not only_test:
-        parts, drawn = complete(parts, task.sizes)
+        parts, drawn = complete(parts, task.sizes, by_name=name == "csv")
     parts, dropped = disjoint(parts)
     empty = [split for split in (["test"] if trained else SPLITS) if not parts[split]]
     if empty:
@@ -624,6 +624,6 @@ def examples_of(index, found: Found, split: str, kind, labels) -> list[Example]:
         what = "the table of labels" if split == "all" else f"the {split} list"
         paths = index.find([row.name for row in rows], found.depth, what)
     return [
-        Example(path, row.target, row.patient or row.name, row.mask)
+        Example(path, row.target, row.patient or path.name, row.mask)
         for path, row in zip(paths, rows, strict=True)
     ]

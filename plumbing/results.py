@@ -47,6 +47,8 @@ def describe_task(root: Path, splits: Splits) -> str:
         if is_labelled:
             asked.append(split)
         line = f"{split}: {counts['films']} films of {counts['patients']} patients"
+        if counts["patients"] is None:
+            line = f"{split}: {counts['films']} films, patients unknown: every film counts as one"
         unknown = counts.get("unknown", {})
         positive = []
         for name, films in counts.get("positive", {}).items():
@@ -199,12 +201,28 @@ def with_interval(value: float | None, interval, patients: int | None = None) ->
     if value is None:
         return "undefined"
     words = f"{value:.2f} %"
-    if interval:
+    if interval and interval[0] == interval[1]:
+        words += " (no interval: every redraw of these few gives the same, which others need not)"
+    elif interval:
         words += f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
     elif patients:
         why = " with too few positives or negatives" if patients >= 3 else ""
         words += f" (no interval: {patients} test patients{why})"
     return words
+
+
+def metric_of(kind: str, per_class: dict) -> str:
+    """Name a task's metric and, where it is a mean over labels, over which of them.
+
+    per_class: {label: its AUROC, None where it has none}
+    """
+    if kind != "labels" or len(per_class) == 1:
+        return METRIC[kind]
+    judged = [name for name, value in per_class.items() if value is not None]
+    if len(judged) == 1:
+        return f"AUROC of {judged[0]} alone, the only one of {len(per_class)} that can be judged,"
+    some = "" if len(judged) == len(per_class) else f" of {len(per_class)}, those that have one"
+    return f"AUROC, mean of {len(judged)} labels{some},"
 
 
 def write_predictions(folder: Path, task, rows: dict):
@@ -311,6 +329,7 @@ def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[di
     summary = {
         "task": splits.task,
         "metric": METRIC[splits.kind],
+        "metric_of": metric_of(splits.kind, per_class),
         "mean": mean,
         "std": std,
         "seeds": values,
@@ -348,7 +367,8 @@ def describe_summary(summary: dict) -> list[str]:
     values = summary["seeds"]
     has_one_seed = len(values) == 1
     intervals = summary["per_class_intervals"][0] if has_one_seed else None
-    patients = summary["split"]["test"]["patients"] if intervals else None
+    test = summary["split"]["test"]
+    patients = (test["patients"] or test["films"]) if intervals else None
     lines = [f"test {summary['metric']} in detail:"] if summary["per_class"] else []
     for name, value in summary["per_class"].items():
         words = with_interval(value, intervals and intervals[name], patients)
@@ -361,7 +381,7 @@ def describe_summary(summary: dict) -> list[str]:
         words = f"{with_interval(summary['mean'], summary['intervals'][0], patients)}, one seed"
     else:
         words = f"{summary['mean']:.2f} ± {summary['std']:.2f} % over {len(values)} seeds"
-    return [*lines, f"test {summary['metric']} {words}{beside}"]
+    return [*lines, f"test {summary['metric_of']} {words}{beside}"]
 
 
 def mean_and_std(values: list) -> tuple[float | None, float]:

@@ -15,8 +15,8 @@ from plumbing import checkpoint
 from plumbing.film import EMPTY_MASK
 from plumbing.folder import in_threads
 from plumbing.launch import UserError, largest_divisor
-from plumbing.splits import Splits
-from plumbing.table import plain
+from plumbing.splits import Splits, size_of
+from plumbing.table import plain, without_suffix
 
 
 def choose_out(args) -> Path:
@@ -136,30 +136,71 @@ def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:
     return dataclasses.replace(splits, train=[], val=[], test=test, **of_model), unknown
 
 
-def fingerprints(examples) -> list[str]:
-    """Fingerprints by which films are recognised in another folder: of their names and sizes."""
+def fingerprints(examples) -> dict[str, list]:
+    """Fingerprints by which films are recognised in another folder, in the order of the examples.
 
-    def fingerprint(example):
-        try:
-            size = example.path.stat().st_size
-        except OSError:  # gone since it was listed; reading it will say so
-            size = 0
-        text = f"{example.path.name} {size}"
+    → {learnt_from: of name and size, learnt_names: of the name without folder and suffix,
+    learnt_patients: of the patient, None where nobody knows it}
+    """
+
+    def fingerprint(text: str) -> str:
         return checkpoint.digest(text.encode(errors="surrogateescape"))[:12]
 
-    return in_threads(fingerprint, list(examples))
+    names = [example.path.name for example in examples]
+    sizes = in_threads(size_of, [example.path for example in examples])
+    return {
+        "learnt_from": [fingerprint(f"{n} {max(0, s)}") for n, s in zip(names, sizes, strict=True)],
+        "learnt_names": [fingerprint(without_suffix(name).casefold()) for name in names],
+        "learnt_patients": [
+            fingerprint(example.patient.casefold()) if example.has_patient else None
+            for example in examples
+        ],
+    }
+
+
+def remember(examples) -> dict[str, list[str]]:
+    """What best.pt remembers of the films that it was trained or chosen on: see fingerprints.
+
+    Sorted, so that the order tells nothing.
+    """
+    return {key: sorted({*found} - {None}) for key, found in fingerprints(examples).items()}
+
+
+RECOGNISED = {  # in which words, by what best.pt remembers
+    "learnt_from": "the model was trained or chosen on {} of these {} films; how it does on films "
+    "it has seen says nothing about others",
+    "learnt_patients": "{} of these {} films have the patient ids of films that the model was "
+    "trained or chosen on: unless these are ids of another hospital, it has seen the patients",
+    "learnt_names": "{} of these {} films have the names of films that the model was trained or "
+    "chosen on, though another size: are they the same, saved again?",
+}
 
 
 def warn_of_known_films(examples, saved: dict) -> list[str]:
-    """Warn when the model was trained or chosen on some of the films that it is tested on."""
-    known = set(saved.get("learnt_from", ()))
-    count = sum(name in known for name in fingerprints(examples)) if known else 0
-    if not count:
-        return []
-    return [
-        f"warning: the model was trained or chosen on {count} of these {len(examples)} films; "
-        "how it does on films it has seen says nothing about others"
-    ]
+    """Warn when the model was trained or chosen on some of the films that it is tested on, or on
+    others of their patients; say so when the patients cannot tell.
+    """
+    found = fingerprints(examples)
+    is_known = {}
+    for key, names in found.items():
+        learnt = {*saved.get(key, ())}
+        is_known[key] = [name in learnt for name in names]
+    same = is_known["learnt_from"]
+    pairs = zip(is_known["learnt_names"], same, strict=True)
+    is_known["learnt_names"] = [named and not known for named, known in pairs]
+    notes = []
+    for key, words in RECOGNISED.items():
+        count = sum(is_known[key])
+        if count:
+            notes.append("warning: " + words.format(count, len(examples)))
+    whose = "of these films"
+    if any(found["learnt_patients"]):
+        whose = "" if saved.get("learnt_patients") else "that the model was trained on"
+    if whose:
+        notes.append(
+            f"patients {whose} are unknown: by patient nobody can tell whether it has seen these"
+        )
+    return notes
 
 
 def share_batch(args, films: int, processes: int) -> list[str]:
@@ -234,6 +275,19 @@ def table_fingerprint(labels, films: dict) -> str:
     return checkpoint.digest(repr(said).encode())
 
 
+def refuse_other_run(folder: Path, saved: dict, recipe: dict):
+    """Raise UserError when the seed in `folder` was begun with another recipe, `saved`."""
+    try:
+        checkpoint.refuse_other_recipe(folder, saved, recipe)
+    except UserError as error:
+        if saved.get("films_and_labels") == recipe.get("films_and_labels"):
+            raise
+        raise UserError(
+            f"{error}. films_and_labels: its table named other films, labels, patients or splits, "
+            "or an earlier version drew other splits of it"
+        ) from None
+
+
 def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
     """Write config.json. UserError when the folder holds a run with another recipe.
 
@@ -243,7 +297,7 @@ def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
         checkpoint.remove_leftovers(folder)
         config = folder / "config.json"
         if config.is_file():
-            checkpoint.refuse_other_recipe(folder, checkpoint.read_json(config), recipe)
+            refuse_other_run(folder, checkpoint.read_json(config), recipe)
         elif (folder / "last.pt").exists():
             raise UserError(
                 f"{folder} holds a run without its config.json, so nobody knows its settings: "

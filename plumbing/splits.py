@@ -9,9 +9,9 @@ import numpy as np
 
 from plumbing.checkpoint import digest
 from plumbing.folder import in_threads
-from plumbing.keys import DRAW_FRACTION, DRAW_SHOTS, HOLD_OUT, numpy_rng
+from plumbing.keys import DRAW_FRACTION, DRAW_SHOTS, DRAW_SPLIT, HOLD_OUT, numpy_rng
 from plumbing.launch import UserError
-from plumbing.table import SPLITS
+from plumbing.table import SPLITS, without_suffix
 
 
 # ---------------------------------------------------------------- pre-training
@@ -57,14 +57,20 @@ def patients_of(films, tables) -> list[str]:
 class Example(NamedTuple):
     """One film of a downstream task and what is to be predicted of it.
 
-    target: 0, 1 or None (not known) per label, () for segmentation. mask: as film.read_mask takes
-    it.
+    target: 0, 1 or None (not known) per label, () for segmentation. patient: where nobody knows it
+    the film's own name, with suffix and perhaps folders. mask: as film.read_mask takes it.
     """
 
     path: Path
     target: tuple
     patient: str
     mask: tuple | None = None
+
+    @property
+    def has_patient(self) -> bool:
+        """Whether the patient is known."""
+        own = Path(self.patient).parts
+        return self.path.parts[-len(own) :] != own
 
 
 @dataclass
@@ -88,13 +94,16 @@ class Splits:
     def counts(self) -> dict:
         """Count {split: {films, patients, positive: {label: films}}}; masks have no "positive".
 
+        patients: None where that of no film is known.
         Where a label is not known of some films, these are counted under "unknown", as positive.
         """
         counts = {}
         for split in SPLITS:
             examples = getattr(self, split)
             patients = {example.patient for example in examples}
-            counts[split] = {"films": len(examples), "patients": len(patients)}
+            is_unknown = examples and not any(example.has_patient for example in examples)
+            count = None if is_unknown else len(patients)
+            counts[split] = {"films": len(examples), "patients": count}
             if self.kind == "mask":
                 continue
             tallies = [(name, tally(examples, k)) for k, name in enumerate(self.labels)]
@@ -110,18 +119,23 @@ def tally(examples: list[Example], k: int) -> Counter:
     return Counter(example.target[k] for example in examples)
 
 
-def draw_patients(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
+def draw_patients(examples, count: int, by_name=False) -> tuple[list[Example], list[Example]]:
     """Take away about `count` films of whole patients, always the same. → (the rest, the taken)
 
     Patients are taken in the order of NumPy's permutation 42 of the patients in file order, until
     there are enough films. For VinDr, where every film is a patient, this is the validation split
-    of the paper's code.
+    of the paper's code. by_name: in an order that depends on their names alone (`place_of`), so
+    that few others change sides when films come or go.
     """
     films = Counter(example.patient for example in examples)
     patients = list(films)
+    order = np.random.RandomState(42).permutation(len(patients))
+    if by_name:
+        places = {example.patient: place_of(example) for example in examples}
+        order = sorted(range(len(patients)), key=lambda k: (places[patients[k]], patients[k]))
     taken = set()
     taken_films = 0
-    for k in np.random.RandomState(42).permutation(len(patients)):
+    for k in order:
         if taken_films < count:
             taken.add(patients[k])
             taken_films += films[patients[k]]
@@ -129,29 +143,38 @@ def draw_patients(examples: list[Example], count: int) -> tuple[list[Example], l
     return rest, [example for example in examples if example.patient in taken]
 
 
-def complete(parts: dict, sizes: tuple) -> tuple[dict, list[str]]:
+def place_of(example: Example) -> str:
+    """The place of a film's patient in the order of a draw: a digest of the patient's name.
+
+    Where the patient is not known, of the file's name, whatever its folder and suffix.
+    """
+    name = example.patient if example.has_patient else without_suffix(example.path.name)
+    return digest(f"{DRAW_SPLIT} {name.casefold()}".encode(errors="surrogateescape"))
+
+
+def complete(parts: dict, sizes: tuple, by_name=False) -> tuple[dict, list[str]]:
     """Draw the splits that a set does not define → (parts with all three, notes).
 
     parts: {"all": examples} or {"train": …, "test": …, perhaps "val": …}; sizes: the proportion of
-    train, val and test.
+    train, val and test. by_name: as draw_patients takes it.
     """
+    how = "always the same"
+    if by_name:
+        how = "and stay there when rows or columns of the table change, but for few at the edges"
     train_size, val_size, test_size = sizes
     parts = dict(parts)
     notes = []
     if "all" in parts:
         everything = parts.pop("all")
         count = max(1, round(len(everything) * test_size / sum(sizes)))
-        parts["train"], parts["test"] = draw_patients(everything, count)
+        parts["train"], parts["test"] = draw_patients(everything, count, by_name)
         notes.append(
-            f"test: the data name no test films; {len(parts['test'])} are drawn by patient, "
-            "always the same"
+            f"test: the data name no test films; {len(parts['test'])} are drawn by patient, {how}"
         )
     if not parts.get("val"):
         count = max(1, round(len(parts["train"]) * val_size / (train_size + val_size)))
-        parts["train"], parts["val"] = draw_patients(parts["train"], count)
-        notes.append(
-            f"val: {len(parts['val'])} films held out of train by patient, always the same"
-        )
+        parts["train"], parts["val"] = draw_patients(parts["train"], count, by_name)
+        notes.append(f"val: {len(parts['val'])} films held out of train by patient, {how}")
     return parts, notes
 
 

@@ -87,8 +87,14 @@ def test_a_planted_finding_is_above_random_and_a_blind_encoder_below_pixels(tmp_
         assert low < part["values"]["corner"] < high
     words = probe.judged_words(labels, judged, "seen by nobody")
     line = next(line for line in words.splitlines() if "corner, cells" in line)
-    assert "100.0  100.0 to 100.0" in line and "above (+50.0, +50.0 to +50.0)" in line
+    assert "100.0    no interval" in line and "above (+50.0, +50.0 to +50.0)" in line
     assert "seen by nobody" in words and "48 test films" in words
+    assert "a probe fitted to other patients; 60 patients" in words
+    labels.patients = [films.names[i] for i in labels.where]  # as where no table names them
+    judged = judge_one(labels, films, {BLIND: Corner(True)})
+    words = probe.judged_words(labels, judged, "")
+    assert "a probe fitted to other films; patients unknown: every film counts as one" in words
+    assert judged["all"]["patients"] is None
 
 
 def test_random_labels_are_level_and_scored_on_films_of_test_alone(tmp_path):
@@ -135,7 +141,7 @@ def test_how_many_films_the_encoder_saw_is_said(tmp_path):
     labels = make_labels(tmp_path, lines, films)
     learnt = {"b2.png", "c.png"}, {"q", "r"}
     words = probe.seen_words(learnt, labels, films)
-    assert words.endswith(": 0 of 1 of test, 2 of 3 of train and val")
+    assert ": 0 of 1 of test, 2 of 3 of train and val, by name" in words
     # A patient of whom pre-training knew nothing but the film.
     assert common.seen_by(({"a.png"}, {"a.png"}), films, list("vvwxy")).tolist()[:3] == [1, 1, 0]
     assert "nobody can tell" in probe.seen_words(None, labels, films)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from model import CheXWorld, ViT
 from plumbing import own_table
 from plumbing.film import UnreadableFilm
 from plumbing.metrics import ridge_scores
+from plumbing.splits import Example
 
 
 @pytest.mark.slow
@@ -62,7 +64,7 @@ class Part:
     def __init__(self, films, targets, first):
         patients = range(first, first + len(films))
         pairs = zip(targets, patients, strict=True)
-        self.examples = [SimpleNamespace(target=tuple(t), patient=f"p{p}") for t, p in pairs]
+        self.examples = [Example(Path(f"{p}.png"), tuple(t), f"p{p}") for t, p in pairs]
         self.names = [f"{p}.png" for p in patients]
         self.films = films
 
