@@ -593,6 +593,8 @@ def open_task(args: Config, splits, size, root, team) -> TaskData:
 def test_finished(args: Config, weights, root, out, team):
     """--eval: test best.pt on a task's test films, on a table's, or on all films of a folder."""
     saved = seedrun.load_best(weights)
+    about = checkpoint.sources(weights, data=root, labels=args.labels)
+    checkpoint.refuse_other_result(out, about)
     trained = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
     splits = find_examples(args, root, trained)
     splits, without_truth = seedrun.fit_to_model(splits, saved, weights)
@@ -605,9 +607,9 @@ def test_finished(args: Config, weights, root, out, team):
     result = test(model, task, filled, out, team)
     if task.kind == "mask":
         results.write_masks(out, task, TestExamples(task.films["test"]), model, team)
-    recipe = saved.get("recipe", {})
+    recipe = saved.get("recipe", {}) | about
     result["films"] = recipe.get("films")
-    summary = results.summarise(out, recipe, splits, weights, [result], team)
+    summary = results.summarise(out, recipe, splits, about["weights"], [result], team)
     results.conclude(out, summary, team)
 
 
@@ -680,7 +682,8 @@ def main():
         seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))
 
     # ---- 6. The mean over the seeds; where films are few, linear probes of them beside it.
-    summary = results.summarise(out, vars(args), splits, weights, seed_results, team)
+    recipe = vars(args) | checkpoint.sources(weights, data=root, labels=args.labels)
+    summary = results.summarise(out, recipe, splits, weights, seed_results, team)
     is_over = all(result["over"] for result in seed_results)
     is_judged = report.is_judged(splits.kind, task.films)
     if is_judged and not is_over:

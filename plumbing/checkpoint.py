@@ -316,6 +316,22 @@ def refuse_other_recipe(folder, saved: dict, recipe: dict):
         )
 
 
+def sources(weights, **paths) -> dict:
+    """Say of what a result is, by absolute paths, None where one was not given."""
+    paths |= {"weights": weights}
+    return {name: path and str(Path(path).absolute()) for name, path in paths.items()}
+
+
+def refuse_other_result(folder, about: dict):
+    """Raise UserError when result.json in `folder` is not about the same films and weights.
+
+    about: as `sources` gives it, and as result.json holds it; older ones do not tell.
+    """
+    saved = read_json(Path(folder) / "result.json")
+    if "data" in saved:
+        refuse_other_recipe(folder, {name: saved.get(name) for name in about}, about)
+
+
 def load_last(path, wanted: set) -> dict:
     """Load the last.pt of a run, which must hold `wanted`. UserError: what to do else."""
     try:

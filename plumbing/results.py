@@ -216,13 +216,14 @@ def metric_of(kind: str, per_class: dict) -> str:
 
     per_class: {label: its AUROC, None where it has none}
     """
-    if kind != "labels" or len(per_class) == 1:
-        return METRIC[kind]
     judged = [name for name, value in per_class.items() if value is not None]
+    if kind != "labels" or len(per_class) == 1 or not judged:
+        return METRIC[kind]
     if len(judged) == 1:
         return f"AUROC of {judged[0]} alone, the only one of {len(per_class)} that can be judged,"
-    some = "" if len(judged) == len(per_class) else f" of {len(per_class)}, those that have one"
-    return f"AUROC, mean of {len(judged)} labels{some},"
+    if len(judged) < len(per_class):
+        return f"AUROC, mean of the {len(judged)} of {len(per_class)} labels that can be judged,"
+    return f"AUROC, mean of {len(judged)} labels,"
 
 
 def write_predictions(folder: Path, task, rows: dict):
@@ -319,7 +320,9 @@ def write_masks(folder: Path, task, test_examples, model, team):
 
 
 def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[dict], team) -> dict:
-    """Write result.json of all seeds. recipe: the flags of the training. → what it holds"""
+    """Write result.json of all seeds. recipe: the flags of the training, but data and labels, which
+    are those of the test. → what it holds
+    """
     values = [result["value"] for result in results]
     mean, std = mean_and_std(values)
     per_class = {}
@@ -328,6 +331,8 @@ def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[di
     unreadable = set().union(*[result["bad"] for result in results])
     summary = {
         "task": splits.task,
+        "data": recipe.get("data"),
+        "labels": recipe.get("labels"),
         "metric": METRIC[splits.kind],
         "metric_of": metric_of(splits.kind, per_class),
         "mean": mean,

@@ -482,7 +482,8 @@ def test_films_without_labels_are_predicted(films, tmp_path, capsys):
     result, listed = examine(films, tmp_path, text, base)
     said = capsys.readouterr().out
     assert "no column label or square: nothing to compare with" in said
-    assert "test: 40 films of 40 patients\n" in said and "warning" not in said
+    unknown = "test: 40 films, patients unknown: every film counts as one\n"
+    assert unknown in said and "warning" not in said
     predictions = f"no labels: predictions only, in {tmp_path}/out/predictions.csv"
     assert said.splitlines()[-1] == predictions
     assert result["mean"] is None
@@ -493,7 +494,12 @@ def test_films_without_labels_are_predicted(films, tmp_path, capsys):
         name = f"sub/{row['filename']}"
         (tmp_path / "films" / "sub").mkdir(parents=True, exist_ok=True)
         (tmp_path / "films" / name).write_bytes((films / row["filename"]).read_bytes())
-    _, found = examine(tmp_path / "films", tmp_path, None, base)
+    with pytest.raises(launch.UserError, match="data .* → .*films; labels .*other.csv → None"):
+        examine(tmp_path / "films", tmp_path, None, base)  # would write over the other result
+    (tmp_path / "out" / "result.json").unlink()
+    result, found = examine(tmp_path / "films", tmp_path, None, base)
+    assert result["data"] == str(tmp_path / "films") and result["labels"] is None
+    assert result["weights"] == str(tmp_path / "best.pt")
     assert [row["film"] for row in found] == [f"sub/{k:02d}.png" for k in range(5)]
     scores = [[float(row["square"]) for row in rows] for rows in (found, listed[:5])]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
@@ -550,7 +556,33 @@ def test_films_that_the_model_has_seen_are_counted(films, tmp_path, capsys):
     assert warning in capsys.readouterr().out
     assert any(warning in note for note in result["notes"])
     examine(films, tmp_path, (films / "labels.csv").read_text(), base)
-    assert "trained or chosen" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained or chosen" not in said and "nobody can tell" not in said
+    again = tmp_path / "again"
+    again.mkdir()
+    names = ["filename,label,patient_id"]
+    patients = ["filename,label,patient_id"]
+    for k in range(20, 40):
+        film = Image.open(films / f"{k:02d}.png")
+        film.save(again / f"{k:02d}.JPG", quality=80)
+        film.save(again / f"new{k}.png", optimize=True)
+        names.append(f"{k:02d}.JPG,{k % 2},")
+        patients.append(f"new{k}.png,{k % 2},P{k}")
+    for lines, found, tells in (
+        (names, "12 of these 20 films have the names of films that", False),
+        (patients, "12 of these 20 films have the patient ids of films that", True),
+    ):
+        shutil.rmtree(tmp_path / "out")
+        result, _ = examine(again, tmp_path, "\n".join(lines), base)
+        notes = "\n".join(result["notes"])
+        assert f"warning: {found}" in notes and notes.count("trained or chosen") == 1
+        assert ("patients of these films are unknown: by patient" not in notes) == tells
+    saved = torch.load(best, weights_only=True)
+    assert "p20" not in str(saved["learnt_patients"]) and len(saved["learnt_patients"]) == 32
+    checkpoint.save_atomic(saved | {"learnt_patients": []}, best)
+    shutil.rmtree(tmp_path / "out")
+    result, _ = examine(again, tmp_path, "\n".join(patients), base)
+    assert any("patients that the model was trained on are unknown" in n for n in result["notes"])
 
 
 @pytest.mark.slow

@@ -78,4 +78,20 @@ def test_it_is_said_why_there_is_no_interval():
     assert results.with_interval(91.2, None, 9).endswith(
         "9 test patients with too few positives or negatives)"
     )
+    assert results.with_interval(100, [100, 100], 56).startswith("100.00 % (no interval: every ")
     assert results.with_interval(91.2, [88, 94.1], 9) == "91.20 % (95 % interval 88.00 to 94.10)"
+
+
+def test_it_is_said_of_which_labels_a_mean_is():
+    said = [
+        results.metric_of("labels", dict(zip("abcd", values, strict=False)))
+        for values in ([90], [90, 80, 70, 60], [90, None, 70, None], [None, 80, None, None])
+    ]
+    assert said == [
+        "AUROC",
+        "AUROC, mean of 4 labels,",
+        "AUROC, mean of the 2 of 4 labels that can be judged,",
+        "AUROC of b alone, the only one of 4 that can be judged,",
+    ]
+    assert results.metric_of("mask", {"all films": 1, "films with a mask": None}) == "Dice"
+    assert results.metric_of("labels", {"a": None, "b": None}) == "AUROC"
