@@ -47,9 +47,15 @@ SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
 # How a reader says that he is not sure.
 DOUBT = re.compile(
     r"[?()\[\]]|\b(possibl[ey]|probabl[ey]|likely|suspect(ed)?|susp|suspicion of|suspicious for|"
-    r"presumed|questionable|query|rule out|maybe)\b\.?",
+    r"presumed|questionable|query|rule out|maybe|v\.\s?a|verdacht( auf)?|fraglich(e[rns]?)?|"
+    r"unklare?[rns]?|mögliche?[rns]?|wahrscheinlich(e[rns]?)?|vermutlich(e[rns]?)?|suspicion de|"
+    r"douteu(x|se)|posible|sospecha de|dudos[oa]|possível|provável|suspeita de|possibile|"
+    r"probabile|sospett[oa]( di)?)\b\.?",
     re.IGNORECASE,
 )
+
+# How he says that there is none.
+DENIALS = "no non not without kein keine keinen ohne nicht sans pas sin sem senza nessun".split()
 
 # What is no class.
 NO_CLASS = {
@@ -57,12 +63,19 @@ NO_CLASS = {
     "an error of the spreadsheet": SHEET_ERROR,
     "run lengths": re.compile(r"\d+(\s+\d+)+"),
     "a date": re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b.*"),
-    "a number": re.compile(r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?\s*%?"),
+    "a number": re.compile(
+        r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?\s*%?|[+-]?\d+[.,]\d+\s*[a-zµ]+(/[a-z]+)?", re.IGNORECASE
+    ),
     "an age": re.compile(r"\d+\s*([ymd]|yrs?|years?|months?|days?)", re.IGNORECASE),
     "a file": re.compile(
         r".*\.(npy|npz|nii|gz|mat|json|xml|txt|csv|pth?|h5|hdf5|pkl|pdf|svg|zip)", re.IGNORECASE
     ),
 }
+COMMENT = re.compile(
+    "comment|kommentar|bemerk|anmerk|remar[kq]|freitext|freetext|^notes?$|notiz|hinweis|"
+    "observaciones|observacoes|osservazion"
+)
+NO_FINDING = re.compile("sex|gender|geschl|genre|view|side|seite|visit")  # though of 1 and 2
 MAX_CODES = 20  # different numbers in a column of classes
 MAX_CLASSES = 300  # different names; PadChest has 174
 
@@ -219,9 +232,11 @@ def answer_or_negative(cell: str):
 def answer_columns(sheet: Sheet, taken) -> list[str]:
     """The columns that answer yes or no.
 
-    UserError when there is none, or when most cells of a column are such answers and others not.
+    UserError when there is none, when most cells of a column are such answers and others not, or
+    when a column beside them is of 1 and 2, as where 2 means no.
     """
     found = []
+    coded = []
     for column, cells in sheet.cells.items():
         if column in taken:
             continue
@@ -231,6 +246,11 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
             refuse_other(sheet, column)
         if not count[OTHER] and count[YES] + count[NO]:
             found.append(column)
+        codes = {whole_number(cell) for cell in cells if answer(cell) is not MISSING}
+        if {1, 2} <= codes <= {0, 1, 2, 8, 9} and not NO_FINDING.search(column_key(column)):
+            coded.append(column)
+    if found and coded:
+        refuse_other(sheet, coded[0])
     if not found:
         raise UserError(
             f"{sheet.path}: no column label or mask, and none of 0 and 1; "
@@ -241,7 +261,7 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
 
 def refuse_other(sheet: Sheet, column: str):
     """UserError that names the first cell of a column that is no answer, if there is one."""
-    advice = "correct it, or name the columns to learn: --column A,B"
+    advice = "correct it, or delete the column, or name those to learn: --column A,B"
     if {YES, UNCERTAIN}.isdisjoint(map(answer, sheet.cells[column])):
         advice = f"correct it, or learn column {column} alone, as classes: --column {column}"
     for row, cell in enumerate(sheet.cells[column]):
@@ -296,7 +316,7 @@ def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
         raise UserError(f"{sheet.path}: column {column} names no class beside {NO_WORDS}")
     against = ""
     if len(labels) == 2 and all(found is None or len(found) == 1 for found in findings):
-        denials = [word + plain(labels[0]) for word in ("no", "non", "not", "without")]
+        denials = [word + plain(labels[0]) for word in DENIALS]
         if plain(labels[1]) in denials:  # then other names, too, count as "no", not as "yes"
             labels.reverse()
         else:
@@ -336,6 +356,11 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
         named = split_names(sheet, column)
         findings, negatives = merge_spellings(named)
         refuse_no_classes(sheet, column, findings, MAX_CLASSES)
+        if COMMENT.search(column_key(column)):
+            raise UserError(
+                f"{sheet.path}: column {column} holds comments, as its name says: these are no "
+                "classes; --column NAME says what to learn, or rename the column"
+            )
         refuse_slips(sheet, column, named)
         if negatives:
             words = ", ".join(map(repr, negatives))
@@ -379,7 +404,7 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
     where none does. UserError on a cell between the two, or on a part that is no class.
     """
     cells = sheet.cells[column]
-    divider = r"[|;\n]" if any(re.search(r"[|;\n]", cell) for cell in cells) else ","
+    divider = r"[|;\n]" if any(re.search(r"[|;\n]", cell) for cell in cells) else COMMA
     rows = [None if is_unsaid(cell) else parts_of(cell, divider) for cell in cells]
     alone = {plain(name) for name in chain(*filter(None, rows)) if not JOINT.search(name)}
     split = []
@@ -405,8 +430,9 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
     return split
 
 
-# What may join two findings, or belong to the name of one.
-JOINT = re.compile(r"\s*(?:[,/+&]|\band\b)\s*(?=\S)", re.IGNORECASE)
+# What may join two findings, or belong to the name of one. The comma of 135,4 is none.
+COMMA = r"(?<!\d),|,(?!\d)"
+JOINT = re.compile(rf"\s*(?:{COMMA}|[/+&]|\band\b)\s*(?=\S)", re.IGNORECASE)
 
 
 def is_unsaid(cell: str) -> bool:
@@ -497,6 +523,15 @@ def is_same_in_doubt(one: str, other: str) -> bool:
     """Whether two names say the same when words of doubt, question marks and brackets go."""
     bare, other_bare = (plain(" ".join(DOUBT.sub(" ", name).split())) for name in (one, other))
     return bare == other_bare != ""
+
+
+def is_kind_of(name: str, usual: str) -> bool:
+    """Whether a name holds another and does not deny it: Pneumonie li., Pleuraerguss, but not
+    keine Pneumonie, abnormal or Pseudotumor.
+    """
+    words, usual = (" ".join(re.findall(r"[^\W_]+", text.casefold())) for text in (name, usual))
+    rest = re.sub(rf"\b(?!pseudo)(\w{{3,}})?{re.escape(usual)}(s|es|e|n|en)?\b", "", words)
+    return usual != "" and rest != words and set(DENIALS).isdisjoint(rest.split())
 
 
 def is_slip(one: str, other: str) -> bool:

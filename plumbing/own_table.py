@@ -20,6 +20,9 @@ from plumbing.findings import (
     Goal,
     Sheet,
     answer_or_negative,
+    is_kind_of,
+    is_same_in_doubt,
+    is_slip,
     read_answers,
     read_findings,
     read_goal,
@@ -435,7 +438,8 @@ def columns_of_labels(sheet, taken, labels) -> dict[str, str]:
 def match_findings(sheet, column, findings, kind, labels, against) -> tuple[list[tuple], list[str]]:
     """Compare the findings of each row with a model's labels → targets, notes.
 
-    Names that the model does not know count as none of its labels; UserError when it knows none. Of
+    Names that the model does not know count as none of its labels; UserError when it knows none, or
+    one may be a label: in doubt (label?), with a slip of the pen, or a kind of it (left label). Of
     classes that exclude each other (kind classes, or a label and the class that it was learnt
     `against`) a row must have one, else it is not known. "No finding" is a label where the model
     has it.
@@ -445,6 +449,15 @@ def match_findings(sheet, column, findings, kind, labels, against) -> tuple[list
     label_of = {plain(label): label for label in both}
     count = Counter(name for found in findings if found for name in found)
     others = {name: films for name, films in count.items() if plain(name) not in label_of}
+    for name, label in product(others, both):
+        if is_same_in_doubt(name, label) or is_slip(name, label) or is_kind_of(name, label):
+            row = next(row for row, found in enumerate(findings) if name in (found or ()))
+            sheet.refuse(
+                row,
+                f"column {column} says {name!r}, which may be the model's {label!r}: write that "
+                "where it is meant, or nothing where it is not known; if it is something else, "
+                f"make a column {label} of 0 and 1",
+            )
     if count and len(others) == len(count):
         raise UserError(
             f"{sheet.path}: column {column} names {', '.join(list(others)[:5])}, but none of what "

@@ -16,10 +16,32 @@ from plumbing.launch import UserError
 
 SPLITS = ("train", "val", "test")
 
-# Labels that name no finding, in lower case. A film with one of these is negative for every class.
+# Labels that name no finding, as `word_of` writes it. A film with one is negative for every class.
 NEGATIVE = ("normal", "no finding", "no_finding", "no findings", "none", "negative", "healthy", "0")
+NEGATIVE += ("o.b.", "o.p.b.", "ohne befund", "ohne pathologischen befund", "kein befund", "keine")
+NEGATIVE += ("keine befunde", "kein pathologischer befund", "normalbefund", "unauffallig", "gesund")
+NEGATIVE += (
+    "unauffaellig",
+    "regelrecht",
+    "negativ",
+    "normale",
+    "negatif",
+    "negativo",
+    "r.a.s.",
+    "ras",
+)
+NEGATIVE += (
+    "rien a signaler",
+    "sans anomalie",
+    "pas d'anomalie",
+    "aucune anomalie",
+    "sain",
+    "sano",
+)
+NEGATIVE += ("sin hallazgos", "sin alteraciones", "sem achados", "sem alteracoes", "nella norma")
+NEGATIVE += ("nessun reperto", "senza alterazioni")
 
-# What a cell says that answers yes or no, in lower case; numbers may have decimals (1.0, 0,0).
+# What a cell says that answers yes or no, as `word_of` writes it, or a number (1.0, 0,0).
 YES = 1
 NO = 0
 UNCERTAIN = -1
@@ -27,12 +49,26 @@ MISSING = None
 OTHER = "other"  # no answer at all
 ANSWERS = dict.fromkeys("yes y true positive pos present".split(), YES)
 ANSWERS |= dict.fromkeys("no n false negative neg absent".split(), NO)
-ANSWERS |= dict.fromkeys("ja oui si sí sì sim".split(), YES)  # German, Dutch, French, Spanish ...
-ANSWERS |= dict.fromkeys("nein nee non não nao".split(), NO)
-ANSWERS |= dict.fromkeys("uncertain unsure equivocal indeterminate".split(), UNCERTAIN)
+# German, Dutch, French, Spanish, Portuguese, Italian
+ANSWERS |= dict.fromkeys("ja oui si sim positiv positif positivo vorhanden".split(), YES)
+ANSWERS |= dict.fromkeys("nein nee non nao negativ negatif negativo".split(), NO)
+ANSWERS |= dict.fromkeys(
+    "uncertain unsure equivocal indeterminate unklar fraglich".split(), UNCERTAIN
+)
+ANSWERS |= dict.fromkeys(
+    "unsicher verdacht v.a. incertain douteux dudoso incierto".split(), UNCERTAIN
+)
+ANSWERS |= dict.fromkeys("incerto duvidoso dubbio".split(), UNCERTAIN)
 ANSWERS |= dict.fromkeys("na n/a #n/a #nv <na> nan null none nil - -- ? . missing unknown".split())
 ANSWERS |= dict.fromkeys(("n.a.", "n.a", "n.d.", "not available", "not applicable", "no data"))
-ANSWERS |= dict.fromkeys(("not done", "not assessed", "not known"))
+ANSWERS |= dict.fromkeys(("not done", "not assessed", "not assessable", "not known"))
+ANSWERS |= dict.fromkeys(("k.a.", "k.a", "n.b.", "keine angabe", "keine angaben", "unbekannt"))
+ANSWERS |= dict.fromkeys(
+    ("nicht beurteilbar", "nicht bekannt", "nicht bestimmt", "fehlt", "fehlend")
+)
+ANSWERS |= dict.fromkeys(("non interpretable", "non renseigne", "inconnu", "no valorable"))
+ANSWERS |= dict.fromkeys(("no evaluable", "desconocido", "sin datos", "nao avaliavel"))
+ANSWERS |= dict.fromkeys(("desconhecido", "sem dados", "non valutabile", "sconosciuto"))
 ANSWERS[""] = MISSING
 
 # How Excel's workbooks (new and old), Parquet files, web pages and JSON begin.
@@ -200,10 +236,16 @@ def whole_number(cell: str) -> int | None:
     return int(is_whole[1]) if is_whole else None
 
 
+def word_of(cell: str) -> str:
+    """A cell as lists of words have it: in lower case, without accents and spaces after dots."""
+    letters = unicodedata.normalize("NFD", cell.strip().casefold())
+    return re.sub(r"[\u0300-\u036f]|(?<=\.)\s+", "", letters)
+
+
 @functools.lru_cache(100_000)
 def answer(cell: str):
     """Tell what a cell answers: YES, NO, UNCERTAIN, MISSING, or OTHER for what is no answer."""
-    word = cell.strip().casefold().replace("\u2212", "-")  # the minus of typesetters
+    word = word_of(cell).replace("\u2212", "-")  # the minus of typesetters
     if word in ANSWERS:
         return ANSWERS[word]
     value = whole_number(word)
@@ -227,7 +269,10 @@ def column_key(name: str) -> str:
 @functools.lru_cache(100_000)
 def is_negative(name: str) -> bool:
     """Whether a name says that nothing was found."""
-    return plain(name) in map(plain, NEGATIVE)
+    return plain(word_of(name)).rstrip(".") in NEGATIVE_KEYS
+
+
+NEGATIVE_KEYS = {plain(word).rstrip(".") for word in NEGATIVE}
 
 
 # ---------------------------------------------------------------- paths

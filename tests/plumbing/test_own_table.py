@@ -512,6 +512,9 @@ NO_LABELS = [
     (["0", "1", "-9", "0", "1"], "line 4.*'-9', a number below 0, one that no other row has"),
     (["0", "1", "2", "0", "1"], "line 4.*'2', a number below 0, one that no other row has"),
     (['"Mass, possible"', "normal", "Mass"], "line 2.*'possible', a doubt and no class"),
+    (['"135,4"', "7"], "line 2: column label says '135,4', a number and no class"),
+    (["135", '"135,4"', "4"], "line 2: column label says '135', a number and no class"),
+    (["Mass", '"7,2 mg/l"'], "line 3.*'7,2 mg/l', a number and"),
     (["90%", "10%"], "line 2.*'90%', a number and no class"),
     (["058Y", "060Y"], "line 2.*'058Y', an age and no class"),
 ]
@@ -614,6 +617,11 @@ SLIPS = [  # names, films of each; the first is refused beside the second, or no
     ("pneumonia?", 6, "pneumonia", 17, True),
     ("possible pneumonia", 6, "Pneumonia", 17, True),
     ("Pneumonia (suspected)", 1, "pneumonia", 17, True),
+    ("V.a. Pneumonie", 6, "Pneumonie", 17, True),
+    ("Verdacht auf Pneumonie", 6, "pneumonie", 17, True),
+    ("fragliche Pneumonie", 6, "Pneumonie", 17, True),
+    ("suspicion de pneumonie", 6, "Pneumonie", 17, True),
+    ("keine Pneumonie", 6, "Pneumonie", 17, False),
     ("pneumonai", 1, "pneumonia", 17, True),
     ("pneumonias", 2, "pneumonia", 17, True),
     ("nromal", 1, "normal", 17, True),
@@ -690,6 +698,25 @@ def test_yes_and_no_of_other_languages_and_two_unknown_words_are_not_turned_roun
     assert "should they mean yes and no, write yes and no" in said(found)
 
 
+def test_no_finding_and_not_known_are_understood_in_german(folder, tmp_path):
+    cells = [
+        "o.B.",
+        "Erguss",
+        "unauffällig",
+        "k. A.",
+        "fraglich",
+        "nicht beurteilbar",
+        "Ohne Befund",
+    ]
+    rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
+    found = read_rows(folder, tmp_path, "file,Diagnosis", *rows)
+    assert (found.labels, targets_of(found)) == (("Erguss",), [(0,), (1,), (0,), (0,)])
+    assert "left out: 3 of 7 rows" in said(found)
+    rows = ["film00,Erguss", "film01,kein Erguss"]
+    found = read_rows(folder, tmp_path, "file,Diagnosis", *rows)
+    assert (found.labels, targets_of(found)) == (("Erguss",), [(1,), (0,)])
+
+
 def test_a_column_of_normal_and_a_name_is_told_to_be_learnt_by_its_name(folder, tmp_path):
     rows = ["film00,normal", "film01,Mass", "film02,normal"]
     refused(
@@ -727,6 +754,59 @@ def test_a_table_for_a_trained_model_keeps_every_row(
         lambda: read_rows(folder, tmp_path, "file,label", "film00,Edema", trained=MODEL),
         "none of what the model was trained for",
     )
+
+
+LIKE_A_LABEL = (
+    "Mass li.|two masses|Left mass|V.a. Mass|mass?|Masss|Bronchomass|Pulmonary-Nodule|nodulle"
+)
+UNLIKE = "no mass|keine Mass|Pseudonodule|Amass|Massive|Nodular|Edema|Hernia"
+
+
+@pytest.mark.parametrize("name", [*LIKE_A_LABEL.split("|"), *UNLIKE.split("|")])
+def test_what_may_be_a_label_of_the_model_is_refused_not_counted_as_negative(
+    folder, tmp_path, name
+):
+    known = "Nodule" if "mass" in name.casefold() else "Mass"  # not beside its like
+    rows = [f"film00,{known}", "film01,normal", f"film02,{name}"]
+
+    def read():
+        return read_rows(folder, tmp_path, "file,label", *rows, trained=MODEL)
+
+    if name in UNLIKE.split("|"):
+        assert targets_of(read())[1:] == [(0, 0), (0, 0)]
+    else:
+        words = f"line 4: column label says {re.escape(repr(name))}, which may be the model's"
+        refused(read, words, "make a column (Mass|Nodule) of 0 and 1")
+
+
+def test_a_column_of_1_and_2_beside_findings_of_0_and_1_is_refused(folder, tmp_path):
+    """2 is often no (SPSS); a score of 0 to 3, or of three grades, stays an unlearnt column."""
+    others = ["0", "1", "0", "1", "0", "1"]
+
+    def read(name, *codes, **kwargs):
+        rows = [f"film{k:02d},{others[k]},{code}" for k, code in enumerate(codes)]
+        return read_rows(folder, tmp_path, f"file,Mass,{name}", *rows, **kwargs)
+
+    for codes in ("212212", "129222", "202122"):
+        refused(
+            lambda codes=codes: read("Erguss", *codes), "column Erguss says '2'.*delete the column"
+        )
+    assert read("Erguss", *"212212", column="Mass").labels == ("Mass",)
+    for name, codes in (("sex", "212212"), ("grade", "312322"), ("beds", "323322")):
+        assert f"columns not learnt: {name}" in said(read(name, *codes))
+
+
+def test_a_column_of_comments_is_no_column_of_classes(folder, tmp_path):
+    rows = ["film00,siehe CT,1", "film01,vgl. VA,0", "film02,,1", "film03,siehe CT,0"]
+    for name in ("Kommentar", "Remarks", "Bemerkungen", "notes"):
+        header = f"file,{name},Mass"
+        refused(
+            lambda header=header, name=name: read_rows(
+                folder, tmp_path, header, *rows, column=name
+            ),
+            f"column {name} holds comments",
+        )
+        assert read_rows(folder, tmp_path, header, *rows).labels == ("Mass",)
 
 
 @pytest.mark.parametrize("header", ["file,label,dataset", "file,label,Dataset_type"])

@@ -157,12 +157,24 @@ def test_a_cell_answers_yes_no_perhaps_or_nothing():
     for value, cells in words.items():
         assert {cell: answer(cell) for cell in cells.split()} == dict.fromkeys(cells.split(), value)
     assert answer("") is answer("  ") is MISSING
+    words = {
+        YES: "positiv;Sí;vorhanden",
+        NO: "Não;negativ;Nein",
+        UNCERTAIN: "unklar;Fraglich;V.a.;v. A.;douteux",
+        MISSING: "k.A.;k. A.;Keine Angabe;nicht beurteilbar;Não avaliável;fehlt",
+        OTHER: "o.B.;V.a. Pneumonie;kA",
+    }
+    for value, cells in words.items():
+        assert {answer(cell) for cell in cells.split(";")} == {value}, cells
 
 
 def test_words_for_no_finding_and_spellings_of_one_name():
     for word in NEGATIVE:
         assert is_negative(word.upper()) and is_negative(word.replace(" ", "_"))
-    assert not is_negative("") and not is_negative("Effusion")
+    for word in ("o. B.", "O.B", "Unauffällig", "unauffaellig", "Sem alterações", "RAS", "Gesund"):
+        assert is_negative(word), word
+    for word in ("", "Effusion", "normal?", "abnormal", "OB", "keine Pneumonie", "10", "1.0"):
+        assert not is_negative(word), word
     same = ["Patient ID", "patient_id", "PATIENT-ID", "patientId", " patient  id "]
     assert len(set(map(plain, same))) == 1
     different = ["HIV", "HIV-", "HIV+", "1.5", "15"]
