@@ -33,7 +33,8 @@ from plumbing.table import (
 # What columns are called, as table.column_key writes it; the first that is there counts.
 FILM = (
     "filename imagefilename imagefile filepath imagepath file image path imageindex imageid "
-    "imagename img imgid imgname imgpath dicomid dicom dicomfile dicompath dcm film filmid"
+    "imagename img imgid imgname imgpath dicomid dicom dicomfile dicompath dcm film filmid "
+    "dateiname datei bilddatei fichier nomdefichier archivo arquivo nomefile"
 ).split()
 MASK = "mask maskfile maskfilename maskpath maskname maskimage segmentation".split()
 LABEL = (

@@ -132,7 +132,16 @@ SAY = {
     None: ["", "NA", "nan", "N/A", "null", "-", "?", " "],
 }
 NAMES = {
-    "film": ["filename", "Image Index", "image_id", "PATH", "image-name", "DICOM ID", "File"],
+    "film": [
+        "filename",
+        "Image Index",
+        "image_id",
+        "PATH",
+        "image-name",
+        "DICOM ID",
+        "File",
+        "Dateiname",
+    ],
     "patient": ["patient_id", "Patient ID", "SUBJECT-ID", "PatientID", "pid", "subject"],
     "split": ["split", "Set", "FOLD", "subset"],
     "label": ["label", "Finding Labels", "LABELS", "Diagnosis", "class", "findings"],
