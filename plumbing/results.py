@@ -202,7 +202,7 @@ def with_interval(value: float | None, interval, patients: int | None = None) ->
         return "undefined"
     words = f"{value:.2f} %"
     if interval and interval[0] == interval[1]:
-        words += " (no interval: every redraw of these few gives the same, which others need not)"
+        words += " (no interval: all redraws of these patients say the same; others may differ)"
     elif interval:
         words += f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
     elif patients:

@@ -78,7 +78,7 @@ def test_it_is_said_why_there_is_no_interval():
     assert results.with_interval(91.2, None, 9).endswith(
         "9 test patients with too few positives or negatives)"
     )
-    assert results.with_interval(100, [100, 100], 56).startswith("100.00 % (no interval: every ")
+    assert results.with_interval(100, [100, 100], 56).startswith("100.00 % (no interval: all ")
     assert results.with_interval(91.2, [88, 94.1], 9) == "91.20 % (95 % interval 88.00 to 94.10)"
 
 

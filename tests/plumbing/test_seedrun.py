@@ -61,7 +61,8 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
             rest,
         ):
             changed = recipe_of({}, None, vit, ["mass"], films | {split: other})
-            with pytest.raises(UserError, match="another recipe .films_and_labels .* --out"):
+            why = "another recipe .films_and_labels .* --out.* its table named other films"
+            with pytest.raises(UserError, match=why):
                 begin(tmp_path, changed, 5, team)
     for labels in (["nodule"], ["mass", "nodule"]):
         with pytest.raises(UserError, match="another recipe .films_and_labels"):
