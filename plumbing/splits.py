@@ -158,9 +158,9 @@ def complete(parts: dict, sizes: tuple, by_name=False) -> tuple[dict, list[str]]
     parts: {"all": examples} or {"train": …, "test": …, perhaps "val": …}; sizes: the proportion of
     train, val and test. by_name: as draw_patients takes it.
     """
-    how = "always the same"
-    if by_name:
-        how = "and stay there when rows or columns of the table change, but for few at the edges"
+    has_patients = any(example.has_patient for part in parts.values() for example in part)
+    how = f"by {'patient' if has_patients else 'film'}, "
+    how += "the same when rows or columns change, but for few" if by_name else "always the same"
     train_size, val_size, test_size = sizes
     parts = dict(parts)
     notes = []
@@ -168,13 +168,11 @@ def complete(parts: dict, sizes: tuple, by_name=False) -> tuple[dict, list[str]]
         everything = parts.pop("all")
         count = max(1, round(len(everything) * test_size / sum(sizes)))
         parts["train"], parts["test"] = draw_patients(everything, count, by_name)
-        notes.append(
-            f"test: the data name no test films; {len(parts['test'])} are drawn by patient, {how}"
-        )
+        notes.append(f"test: the data name no test films; {len(parts['test'])} are drawn {how}")
     if not parts.get("val"):
         count = max(1, round(len(parts["train"]) * val_size / (train_size + val_size)))
         parts["train"], parts["val"] = draw_patients(parts["train"], count, by_name)
-        notes.append(f"val: {len(parts['val'])} films held out of train by patient, {how}")
+        notes.append(f"val: {len(parts['val'])} films held out of train {how}")
     return parts, notes
 
 

@@ -442,3 +442,20 @@ def test_a_checkpoint_of_one_byte_has_a_reason(tmp_path):
     (tmp_path / "last.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="safely .it is cut short, or none."):
         checkpoint.load_checkpoint(tmp_path / "last.pt")
+
+
+def test_a_result_of_other_films_is_not_written_over(tmp_path):
+    about = checkpoint.sources("a.pt", data=tmp_path / "x", labels=None)
+    assert about == {
+        "data": f"{tmp_path}/x",
+        "labels": None,
+        "weights": str(Path("a.pt").absolute()),
+    }
+    checkpoint.refuse_other_result(tmp_path, about)  # there is none
+    checkpoint.write_json(tmp_path / "result.json", {"weights": "a.pt"})
+    checkpoint.refuse_other_result(tmp_path, about)  # an older one does not tell
+    checkpoint.write_json(tmp_path / "result.json", about | {"mean": 80})
+    checkpoint.refuse_other_result(tmp_path, about)
+    for name in about:
+        with pytest.raises(UserError, match=f"{name} .* choose another --out"):
+            checkpoint.refuse_other_result(tmp_path, about | {name: "other"})
