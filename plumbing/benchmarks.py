@@ -98,14 +98,16 @@ def read_number(table: Path, line: dict, cell: str) -> float:
         raise UserError(f"{table}: {first}: {cell[:60]!r} is no number") from None
 
 
-def rows_of_lists(lists: dict, patient_of: Callable = str) -> dict[str, list[Row]]:
+def rows_of_lists(lists: dict, patient_of: Callable | None = None) -> dict[str, list[Row]]:
     """Turn split lists that carry labels, {split: [(name, labels)]}, into {split: rows}.
 
     patient_of(name): the patient of a film; by default each film is its own.
     """
     parts = {}
     for split, films in lists.items():
-        parts[split] = [Row(name, labels, patient_of(name)) for name, labels in films]
+        parts[split] = [
+            Row(name, labels, patient_of and patient_of(name)) for name, labels in films
+        ]
     return parts
 
 
@@ -362,7 +364,7 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
     below = [
         path.relative_to(index.root) if path.is_relative_to(index.root) else path for path in paths
     ]
-    patients, patient_note = own.name_patients(list(map(str, below)))
+    patients, patient_note = own.name_patients([path.as_posix() for path in below])
     own.refuse_contradictions(paths, patients)
     masks = find_masks(index, own, paths)
     refuse_unfit_masks(own, paths, masks)

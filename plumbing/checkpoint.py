@@ -317,9 +317,9 @@ def refuse_other_recipe(folder, saved: dict, recipe: dict):
 
 
 def sources(weights, **paths) -> dict:
-    """Say of what a result is, by absolute paths, None where one was not given."""
+    """Say of what a result is, by whole paths without links, None where one was not given."""
     paths |= {"weights": weights}
-    return {name: path and str(Path(path).absolute()) for name, path in paths.items()}
+    return {name: path and str(Path(path).resolve()) for name, path in paths.items()}
 
 
 def refuse_other_result(folder, about: dict):

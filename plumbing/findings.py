@@ -76,7 +76,11 @@ COMMENT = re.compile(
     "comment|kommentar|bemerk|anmerk|remar[kq]|freitext|freetext|^notes?$|notiz|hinweis|"
     "observaciones|observacoes|osservazion"
 )
-NO_FINDING = re.compile("sex|gender|geschl|genre|view|side|seite|visit")  # though of 1 and 2
+NO_FINDING = re.compile(  # though of 1 and 2, or mostly of 0 and 1
+    "sex|sesso|gender|geschl|genre|view|side|seite|visit|site|hospital|klinik$|center|centre|"
+    "zentrum|scanner|gerat|geraet|group|gruppe|grupo|cohort|kohorte|ward|station|"
+    "severity|schwere|score|quality|qualitat|follow|smok|rauch|number|anzahl|count"
+)
 MAX_CODES = 20  # different numbers in a column of classes
 MAX_CLASSES = 300  # different names; PadChest has 174
 
@@ -233,8 +237,8 @@ def answer_or_negative(cell: str):
 def answer_columns(sheet: Sheet, taken) -> list[str]:
     """The columns that answer yes or no.
 
-    UserError when there is none, when most cells of a column are such answers and others not, or
-    when a column beside them is of 1 and 2, as where 2 means no.
+    UserError when there is none, when most cells of a column are such answers and others neither
+    that nor amounts, or when a column beside them is of 1 and 2, as where 2 means no.
     """
     found = []
     coded = []
@@ -243,12 +247,14 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
             continue
         count = Counter(answer_or_negative(cell) for cell in cells)
         answers = count[YES] + count[NO] + count[UNCERTAIN]
-        if count[OTHER] and answers >= count[OTHER] and len(cells) > 1:
+        is_no_finding = bool(NO_FINDING.search(column_key(column)))
+        is_mixed = count[OTHER] and answers >= count[OTHER] and len(cells) > 1
+        if is_mixed and not is_no_finding and not are_amounts(cells):
             refuse_other(sheet, column)
         if not count[OTHER] and count[YES] + count[NO]:
             found.append(column)
         codes = {whole_number(cell) for cell in cells if answer(cell) is not MISSING}
-        if {1, 2} <= codes <= {0, 1, 2, 8, 9} and not NO_FINDING.search(column_key(column)):
+        if {1, 2} <= codes <= {0, 1, 2, 8, 9} and not is_no_finding:
             coded.append(column)
     if found and coded:
         refuse_other(sheet, coded[0])
@@ -258,6 +264,12 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
             f"its columns are {', '.join(sheet.cells)}; --column NAME says what to learn"
         )
     return found
+
+
+def are_amounts(cells) -> bool:
+    """Whether what is no answer are numbers of five or more kinds: pack years, most of them 0."""
+    others = {cell for cell in cells if answer_or_negative(cell) == OTHER}
+    return len(others) >= 5 and all(map(NO_CLASS["a number"].fullmatch, others))
 
 
 def refuse_other(sheet: Sheet, column: str):

@@ -76,7 +76,8 @@ OF_A_PATIENT = re.compile(
 )
 OF_AN_EXAM = re.compile(
     "study|serie|accession|exam|untersuch|auftrag|order|image|film|bild|dicom|instance|acqui|slice|"
-    "follow|visit|verlauf|icd|postal|zip|plz|phone|telef|device|scanner|serial|reader|report|room"
+    "follow|visit|verlauf|icd|postal|zip|plz|phone|telef|device|scanner|serial|reader|report|room|"
+    "operator|befund|radiolog|hospital|klinik|proto[ck]ol|[ck]assette|dete[ck]tor"
 )
 NOBODY = ("anonymous", "anonymized", "anonymised", "anon", "unnamed")
 SPLIT = "split set fold subset partition".split()
@@ -439,10 +440,10 @@ def match_findings(sheet, column, findings, kind, labels, against) -> tuple[list
     """Compare the findings of each row with a model's labels → targets, notes.
 
     Names that the model does not know count as none of its labels; UserError when it knows none, or
-    one may be a label: in doubt (label?), with a slip of the pen, or a kind of it (left label). Of
-    classes that exclude each other (kind classes, or a label and the class that it was learnt
-    `against`) a row must have one, else it is not known. "No finding" is a label where the model
-    has it.
+    one may be a label: in doubt (label?), with a slip of the pen, a kind of it (left label), or the
+    kind that it belongs to. Of classes that exclude each other (kind classes, or a label and the
+    class that it was learnt `against`) a row must have one, else it is not known. "No finding" is a
+    label where the model has it.
     """
     healthy = {label for label in labels if is_negative(label)}
     both = [*labels, against] if against else labels
@@ -450,7 +451,8 @@ def match_findings(sheet, column, findings, kind, labels, against) -> tuple[list
     count = Counter(name for found in findings if found for name in found)
     others = {name: films for name, films in count.items() if plain(name) not in label_of}
     for name, label in product(others, both):
-        if is_same_in_doubt(name, label) or is_slip(name, label) or is_kind_of(name, label):
+        is_kind = is_kind_of(name, label) or is_kind_of(label, name)
+        if is_same_in_doubt(name, label) or is_slip(name, label) or is_kind:
             row = next(row for row, found in enumerate(findings) if name in (found or ()))
             sheet.refuse(
                 row,

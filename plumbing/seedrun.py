@@ -6,6 +6,7 @@ that is needed to go on, best.pt the model that was best on validation, which is
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from plumbing.film import EMPTY_MASK
 from plumbing.folder import in_threads
 from plumbing.launch import UserError, largest_divisor
 from plumbing.splits import Splits, size_of
-from plumbing.table import plain, without_suffix
+from plumbing.table import key_of, plain
 
 
 def choose_out(args) -> Path:
@@ -140,17 +141,20 @@ def fingerprints(examples) -> dict[str, list]:
     """Fingerprints by which films are recognised in another folder, in the order of the examples.
 
     → {learnt_from: of name and size, learnt_names: of the name without folder and suffix,
-    learnt_patients: of the patient, None where nobody knows it}
+    None where several films are called so, as view1_frontal.jpg; learnt_patients: of the patient,
+    None where nobody knows it}
     """
 
     def fingerprint(text: str) -> str:
         return checkpoint.digest(text.encode(errors="surrogateescape"))[:12]
 
     names = [example.path.name for example in examples]
+    keys = [key_of(name) for name in names]
+    count = Counter(keys)
     sizes = in_threads(size_of, [example.path for example in examples])
     return {
         "learnt_from": [fingerprint(f"{n} {max(0, s)}") for n, s in zip(names, sizes, strict=True)],
-        "learnt_names": [fingerprint(without_suffix(name).casefold()) for name in names],
+        "learnt_names": [fingerprint(key) if count[key] == 1 else None for key in keys],
         "learnt_patients": [
             fingerprint(example.patient.casefold()) if example.has_patient else None
             for example in examples
@@ -198,7 +202,8 @@ def warn_of_known_films(examples, saved: dict) -> list[str]:
         whose = "" if saved.get("learnt_patients") else "that the model was trained on"
     if whose:
         notes.append(
-            f"patients {whose} are unknown: by patient nobody can tell whether it has seen these"
+            f"patients {whose} are unknown: nobody can tell by patient whether the model has seen "
+            "them"
         )
     return notes
 

@@ -11,7 +11,7 @@ from plumbing.checkpoint import digest
 from plumbing.folder import in_threads
 from plumbing.keys import DRAW_FRACTION, DRAW_SHOTS, DRAW_SPLIT, HOLD_OUT, numpy_rng
 from plumbing.launch import UserError
-from plumbing.table import SPLITS, without_suffix
+from plumbing.table import SPLITS, key_of
 
 
 # ---------------------------------------------------------------- pre-training
@@ -131,7 +131,8 @@ def draw_patients(examples, count: int, by_name=False) -> tuple[list[Example], l
     patients = list(films)
     order = np.random.RandomState(42).permutation(len(patients))
     if by_name:
-        places = {example.patient: place_of(example) for example in examples}
+        called = Counter(key_of(example.path.name) for example in examples)
+        places = {example.patient: place_of(example, called) for example in examples}
         order = sorted(range(len(patients)), key=lambda k: (places[patients[k]], patients[k]))
     taken = set()
     taken_films = 0
@@ -143,12 +144,16 @@ def draw_patients(examples, count: int, by_name=False) -> tuple[list[Example], l
     return rest, [example for example in examples if example.patient in taken]
 
 
-def place_of(example: Example) -> str:
+def place_of(example: Example, called: Counter) -> str:
     """The place of a film's patient in the order of a draw: a digest of the patient's name.
 
-    Where the patient is not known, of the file's name, whatever its folder and suffix.
+    Where the patient is not known, of the file's name, whatever its folder and suffix; of the path
+    where several films are called so, for 1.png of every folder must not be drawn together. called:
+    how many films bear each name.
     """
-    name = example.patient if example.has_patient else without_suffix(example.path.name)
+    name = key_of(example.path.name)
+    if example.has_patient or called[name] > 1:
+        name = key_of(example.patient)
     return digest(f"{DRAW_SPLIT} {name.casefold()}".encode(errors="surrogateescape"))
 
 
@@ -159,8 +164,8 @@ def complete(parts: dict, sizes: tuple, by_name=False) -> tuple[dict, list[str]]
     train, val and test. by_name: as draw_patients takes it.
     """
     has_patients = any(example.has_patient for part in parts.values() for example in part)
-    how = f"by {'patient' if has_patients else 'film'}, "
-    how += "the same when rows or columns change, but for few" if by_name else "always the same"
+    how = f"by {'patient' if has_patients else 'film'}; "
+    how += "few change sides when rows or columns change" if by_name else "always the same"
     train_size, val_size, test_size = sizes
     parts = dict(parts)
     notes = []

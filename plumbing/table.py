@@ -52,6 +52,7 @@ ANSWERS |= dict.fromkeys("no n false negative neg absent".split(), NO)
 # German, Dutch, French, Spanish, Portuguese, Italian
 ANSWERS |= dict.fromkeys("ja oui si sim positiv positif positivo vorhanden".split(), YES)
 ANSWERS |= dict.fromkeys("nein nee non nao negativ negatif negativo".split(), NO)
+ANSWERS["nicht vorhanden"] = NO
 ANSWERS |= dict.fromkeys(
     "uncertain unsure equivocal indeterminate unklar fraglich".split(), UNCERTAIN
 )

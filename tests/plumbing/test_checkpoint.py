@@ -456,6 +456,10 @@ def test_a_result_of_other_films_is_not_written_over(tmp_path):
     checkpoint.refuse_other_result(tmp_path, about)  # an older one does not tell
     checkpoint.write_json(tmp_path / "result.json", about | {"mean": 80})
     checkpoint.refuse_other_result(tmp_path, about)
+    (tmp_path / "link").symlink_to(tmp_path / "x")  # another way to the same films
+    for way in ("link", "y/../x"):
+        again = checkpoint.sources("a.pt", data=tmp_path / way, labels=None)
+        checkpoint.refuse_other_result(tmp_path, again)
     for name in about:
         with pytest.raises(UserError, match=f"{name} .* choose another --out"):
             checkpoint.refuse_other_result(tmp_path, about | {name: "other"})

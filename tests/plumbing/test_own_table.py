@@ -801,8 +801,38 @@ def test_a_column_of_1_and_2_beside_findings_of_0_and_1_is_refused(folder, tmp_p
             lambda codes=codes: read("Erguss", *codes), "column Erguss says '2'.*delete the column"
         )
     assert read("Erguss", *"212212", column="Mass").labels == ("Mass",)
-    for name, codes in (("sex", "212212"), ("grade", "312322"), ("beds", "323322")):
+    of_a_patient = [("sex", "212212"), ("sex", "112121"), ("Sesso", "212212"), ("site", "112111")]
+    of_a_patient += [("severity", "010213"), ("Raucher", "001201")]
+    for name, codes in (*of_a_patient, ("grade", "312322"), ("beds", "323322")):
         assert f"columns not learnt: {name}" in said(read(name, *codes))
+
+
+def test_amounts_that_are_mostly_0_are_no_answers_but_few_odd_codes_are(folder, tmp_path):
+    amounts = [*"00000000", "7", "12,5", "20", "31.5", "40"]
+    for cells, is_refused in ((amounts, False), ([*amounts[:-1], "7"], True)):
+        rows = [f'film{k:02d},{k % 2},"{cell}"' for k, cell in enumerate(cells)]
+
+        def read(rows=rows):
+            return read_rows(folder, tmp_path, "file,Mass,pack years", *rows)
+
+        if is_refused:
+            refused(read, "column pack years says '7', which is neither")
+        else:
+            assert read().labels == ("Mass",)
+
+
+def test_present_and_not_present_in_german_are_yes_and_no(folder, tmp_path):
+    found = read_rows(folder, tmp_path, "file,label", "film00,vorhanden", "film01,nicht vorhanden")
+    assert (found.labels, targets_of(found)) == (("label",), [(1,), (0,)])
+
+
+def test_a_name_of_which_a_label_of_the_model_is_a_kind_is_refused(folder, tmp_path):
+    rows = ["film00,Fibrosis", "film01,normal", "film02,Pneumonia"]
+    model = ("labels", ("Pulmonary fibrosis", "Pneumonia"), "")
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,label", *rows, trained=model),
+        "line 2: column label says 'Fibrosis', which may be the model's 'Pulmonary fibrosis'",
+    )
 
 
 def test_a_column_of_comments_is_no_column_of_classes(folder, tmp_path):
@@ -938,6 +968,9 @@ LIKE_A_PATIENT = [  # a column, its cell in row k of 24, whether it is refused a
     ("Untersuchungsnr.", "U{0}", False),
     ("Kommentar", "siehe CT {0}", False),
     ("ward", "", False),
+    ("Operator", "OP{0}", False),
+    ("Befunder", "R{0:02d}", False),
+    ("Protokoll", "thx{0}", False),
 ]
 
 

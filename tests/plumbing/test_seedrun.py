@@ -9,7 +9,14 @@ import torch
 import finetune
 from plumbing import checkpoint
 from plumbing.launch import Team, UserError
-from plumbing.seedrun import Best, begin, choose_weights, recipe_of
+from plumbing.seedrun import (
+    Best,
+    begin,
+    choose_weights,
+    recipe_of,
+    remember,
+    warn_of_known_films,
+)
 from plumbing.splits import Example
 
 
@@ -37,6 +44,20 @@ def test_a_tie_on_validation_goes_to_the_lower_loss():
     assert best == Best(value=80.0, loss=0.6, step=5, stale=1)
     assert best.update(80.0, 0.5, 7)
     assert best == Best(value=80.0, loss=0.5, step=7, stale=0)
+
+
+def test_names_that_many_films_bear_recognise_none(tmp_path):
+    def write(*names):
+        for name in names:
+            checkpoint.write_text(tmp_path / name, name)
+        return [Example(tmp_path / name, (0,), name.split("/")[1]) for name in names]
+
+    saved = remember(write("old/p1/view1.png", "old/p2/view1.png", "old/p3/only.png"))
+    assert len(saved["learnt_names"]) == 1
+    saved["learnt_patients"] = ["other"]
+    assert warn_of_known_films(write("new/p14/view1.png"), saved) == []
+    (note,) = warn_of_known_films(write("new/p14/only.jpg"), saved)
+    assert note.startswith("warning: 1 of these 1 films have the names of films")
 
 
 def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):

@@ -1,5 +1,6 @@
 """Splits: no patient on two sides, draws by seed, and the sentences that say what was decided."""
 
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,25 @@ def test_few_patients_change_sides_when_rows_of_a_table_come_or_go(has_patients)
     assert split_of(again) == before
     by_position = [split_of(part, by_name=False) for part in (films, films[2:])]
     assert sum(by_position[0][name] != split for name, split in by_position[1].items()) > 100
+
+
+def test_films_of_one_name_in_many_folders_are_not_drawn_together():
+    films = []
+    for k in range(200):
+        kind = "ill" if k < 100 else "well"
+        films += [example(f"{kind}/case{k}/{view}.png") for view in ("pa", "lateral")]
+    parts, _ = complete({"all": films}, (72, 8, 20), by_name=True)
+    for part in parts.values():
+        assert 0.3 < np.mean([film.path.stem == "pa" for film in part]) < 0.7
+        assert 0.3 < np.mean(["ill" in film.path.parts for film in part]) < 0.7
+
+
+def test_a_name_draws_alike_however_a_machine_writes_its_letters():
+    films = [example(f"Müller{k}.png") for k in range(60)]
+    apart = [example(unicodedata.normalize("NFD", film.patient)) for film in films]
+    here, there = (complete({"all": some}, (72, 8, 20), True)[0] for some in (films, apart))
+    names = [film.path.name for film in here["test"]]
+    assert names == [unicodedata.normalize("NFC", film.path.name) for film in there["test"]]
 
 
 def test_a_film_stays_in_one_split_test_before_train_before_val():
