@@ -445,8 +445,8 @@ def match_findings(sheet, column, findings, kind, labels, against) -> tuple[list
     class that it was learnt `against`) a row must have one, else it is not known. "No finding" is a
     label where the model has it.
     """
-    healthy = {label for label in labels if is_negative(label)}
     both = [*labels, against] if against else labels
+    healthy = {label for label in both if is_negative(label)}
     label_of = {plain(label): label for label in both}
     count = Counter(name for found in findings if found for name in found)
     others = {name: films for name, films in count.items() if plain(name) not in label_of}

@@ -289,7 +289,7 @@ def refuse_other_run(folder: Path, saved: dict, recipe: dict):
             raise
         raise UserError(
             f"{error}. films_and_labels: its table named other films, labels, patients or splits, "
-            "or an earlier version drew other splits of it"
+            "or an earlier version read it or drew its splits otherwise"
         ) from None
 
 

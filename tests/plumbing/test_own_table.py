@@ -826,6 +826,14 @@ def test_present_and_not_present_in_german_are_yes_and_no(folder, tmp_path):
     assert (found.labels, targets_of(found)) == (("label",), [(1,), (0,)])
 
 
+def test_a_model_that_learnt_a_word_for_no_finding_is_judged_as_before(folder, tmp_path):
+    """Version 0.2 knew 'normal', but not 'gesund', as no finding."""
+    model = ("labels", ("krank",), "gesund")
+    rows = ["film00,gesund", "film01,krank"]
+    found = read_rows(folder, tmp_path, "file,label", *rows, trained=model)
+    assert targets_of(found) == [(0,), (1,)]
+
+
 def test_a_name_of_which_a_label_of_the_model_is_a_kind_is_refused(folder, tmp_path):
     rows = ["film00,Fibrosis", "film01,normal", "film02,Pneumonia"]
     model = ("labels", ("Pulmonary fibrosis", "Pneumonia"), "")
