@@ -248,8 +248,10 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
         count = Counter(answer_or_negative(cell) for cell in cells)
         answers = count[YES] + count[NO] + count[UNCERTAIN]
         is_no_finding = bool(NO_FINDING.search(column_key(column)))
-        is_mixed = count[OTHER] and answers >= count[OTHER] and len(cells) > 1
-        if is_mixed and not is_no_finding and not are_amounts(cells):
+        strays = Counter(cell for cell in cells if answer_or_negative(cell) == OTHER)
+        are_codes = is_no_finding and 1 not in strays.values()  # what stands once is a slip
+        is_mixed = answers >= count[OTHER] > 0 and len(cells) > 1
+        if is_mixed and not (are_codes or are_amounts(strays)):
             refuse_other(sheet, column)
         if not count[OTHER] and count[YES] + count[NO]:
             found.append(column)
@@ -266,10 +268,9 @@ def answer_columns(sheet: Sheet, taken) -> list[str]:
     return found
 
 
-def are_amounts(cells) -> bool:
-    """Whether what is no answer are numbers of five or more kinds: pack years, most of them 0."""
-    others = {cell for cell in cells if answer_or_negative(cell) == OTHER}
-    return len(others) >= 5 and all(map(NO_CLASS["a number"].fullmatch, others))
+def are_amounts(strays) -> bool:
+    """Whether the different cells that are no answers are five or more numbers: pack years."""
+    return len(strays) >= 5 and all(map(NO_CLASS["a number"].fullmatch, strays))
 
 
 def refuse_other(sheet: Sheet, column: str):

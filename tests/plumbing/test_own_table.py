@@ -800,9 +800,10 @@ def test_a_column_of_1_and_2_beside_findings_of_0_and_1_is_refused(folder, tmp_p
         refused(
             lambda codes=codes: read("Erguss", *codes), "column Erguss says '2'.*delete the column"
         )
+    refused(lambda: read("effusion right side", *"010x10"), "right side says 'x'")  # a slip
     assert read("Erguss", *"212212", column="Mass").labels == ("Mass",)
-    of_a_patient = [("sex", "212212"), ("sex", "112121"), ("Sesso", "212212"), ("site", "112111")]
-    of_a_patient += [("severity", "010213"), ("Raucher", "001201")]
+    of_a_patient = [("sex", "212212"), ("sex", "112121"), ("Sesso", "212212"), ("site", "112112")]
+    of_a_patient += [("severity", "010202"), ("Raucher", "001220")]
     for name, codes in (*of_a_patient, ("grade", "312322"), ("beds", "323322")):
         assert f"columns not learnt: {name}" in said(read(name, *codes))
 
