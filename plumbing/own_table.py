@@ -72,12 +72,14 @@ CALLED_PATIENT = re.compile("^pat(?!h|tern)|patient|pacient|pazient|proband|subj
 CALLED_ID = re.compile("^id|id$|nr$|no$|num$|nummer|number|numero|code|key|pseudo|akte|case|fall")
 OF_A_PATIENT = re.compile(
     "age|alter|sex|gender|geschl|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|date|"
-    "datum|time|zeit|birth|geb|type|status|history|race|ethnic|comment|kommentar|note|bemerk|diagn"
+    "datum|time|zeit|birth|geb|type|status|history|race|ethnic|comment|kommentar|note|bemerk|diagn|"
+    "idade|edad|^eta(del|$)|peso|poids|taille|talla|altura|estatura|year|jahr|monat|month"
 )
 OF_AN_EXAM = re.compile(
     "study|serie|accession|exam|untersuch|auftrag|order|image|film|bild|dicom|instance|acqui|slice|"
     "follow|visit|verlauf|icd|postal|zip|plz|phone|telef|device|scanner|serial|reader|report|room|"
-    "operator|befund|radiolog|hospital|klinik|proto[ck]ol|[ck]assette|dete[ck]tor"
+    "operator|befund|radiolog|hospital|klinik|proto[ck]ol|[ck]assette|dete[ck]tor|"
+    "zimmer|station|lo[ck]ali|^tnm|^ops|numberof"
 )
 NOBODY = ("anonymous", "anonymized", "anonymised", "anon", "unnamed")
 SPLIT = "split set fold subset partition".split()

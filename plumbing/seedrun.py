@@ -17,7 +17,7 @@ from plumbing.film import EMPTY_MASK
 from plumbing.folder import in_threads
 from plumbing.launch import UserError, largest_divisor
 from plumbing.splits import Splits, size_of
-from plumbing.table import key_of, plain
+from plumbing.table import key_of, plain, whole_number
 
 
 def choose_out(args) -> Path:
@@ -156,10 +156,16 @@ def fingerprints(examples) -> dict[str, list]:
         "learnt_from": [fingerprint(f"{n} {max(0, s)}") for n, s in zip(names, sizes, strict=True)],
         "learnt_names": [fingerprint(key) if count[key] == 1 else None for key in keys],
         "learnt_patients": [
-            fingerprint(example.patient.casefold()) if example.has_patient else None
+            fingerprint(patient_key(example.patient)) if example.has_patient else None
             for example in examples
         ],
     }
+
+
+def patient_key(patient: str) -> str:
+    """What is one of a patient's id however it is written: 13 of a column is 00000013 of a name."""
+    number = whole_number(patient)
+    return patient.casefold() if number is None else str(number)
 
 
 def remember(examples) -> dict[str, list[str]]:

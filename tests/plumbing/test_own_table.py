@@ -978,6 +978,10 @@ LIKE_A_PATIENT = [  # a column, its cell in row k of 24, whether it is refused a
     ("Kommentar", "siehe CT {0}", False),
     ("ward", "", False),
     ("Operator", "OP{0}", False),
+    ("Idade", "3{0:02d}", False),
+    ("Edad del paciente", "{0}", False),
+    ("number of cigarettes", "{0}", False),
+    ("Zimmer", "Z{0}", False),
     ("Befunder", "R{0:02d}", False),
     ("Protokoll", "thx{0}", False),
 ]

@@ -60,6 +60,13 @@ def test_names_that_many_films_bear_recognise_none(tmp_path):
     assert note.startswith("warning: 1 of these 1 films have the names of films")
 
 
+def test_the_patient_of_a_column_is_that_of_the_films_name(tmp_path):
+    saved = remember([Example(tmp_path / "a.png", (0,), "13"), Example(tmp_path / "b", (0,), "p1")])
+    for patient, is_known in (("00000013", True), ("P1", True), ("130", False)):
+        notes = warn_of_known_films([Example(tmp_path / "c.png", (0,), patient)], saved)
+        assert is_known == ("1 of these 1 films have the patient ids" in "".join(notes))
+
+
 def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
     films = {}
     for split in ("train", "val", "test"):
