@@ -298,10 +298,11 @@ def digest_of_names(names: list[str]) -> str:
     return digest("\n".join(names).encode(errors="surrogateescape"))
 
 
-def refuse_other_recipe(folder, saved: dict, recipe: dict):
+def refuse_other_recipe(folder, saved: dict, recipe: dict, or_else=", or delete it to start anew"):
     """Raise UserError when the run in `folder` was started with another recipe than `recipe`.
 
     A recipe is {setting: value} of all that a run's numbers depend on; saved: the old run's.
+    or_else: what can be done but for choosing another folder.
     """
     settings = list(dict.fromkeys([*recipe, *saved]))  # each once, in order
     changed = [
@@ -312,7 +313,7 @@ def refuse_other_recipe(folder, saved: dict, recipe: dict):
     if changed:
         raise UserError(
             f"{folder} holds a run with another recipe ({'; '.join(changed)}): "
-            "choose another --out, or delete it to start anew"
+            f"choose another --out{or_else}"
         )
 
 
@@ -329,7 +330,8 @@ def refuse_other_result(folder, about: dict):
     """
     saved = read_json(Path(folder) / "result.json")
     if "data" in saved:
-        refuse_other_recipe(folder, {name: saved.get(name) for name in about}, about)
+        # A whole training may lie there: nobody should delete that to write a result.
+        refuse_other_recipe(folder, {name: saved.get(name) for name in about}, about, or_else="")
 
 
 def load_last(path, wanted: set) -> dict:

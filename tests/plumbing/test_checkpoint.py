@@ -461,5 +461,5 @@ def test_a_result_of_other_films_is_not_written_over(tmp_path):
         again = checkpoint.sources("a.pt", data=tmp_path / way, labels=None)
         checkpoint.refuse_other_result(tmp_path, again)
     for name in about:
-        with pytest.raises(UserError, match=f"{name} .* choose another --out"):
+        with pytest.raises(UserError, match=f"{name} .* choose another --out$"):
             checkpoint.refuse_other_result(tmp_path, about | {name: "other"})
