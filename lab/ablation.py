@@ -606,7 +606,7 @@ def write_comparison(config: CompareConfig, rows: list[str]) -> str:
             titles[column] = f"{Path(column.table).stem} {cell['metric']}, {films}"
     lines = [[row, *(cell_text(cell) for cell in cells[row].values())] for row in rows]
     words = markdown([["", *titles.values()], *lines])
-    if "scratch" in rows:
+    if "scratch" in rows and len(rows) > 1:
         lines = [["minus scratch", *titles.values()]]
         for row in rows:
             if row != "scratch":
