@@ -515,7 +515,7 @@ def test_too_few_films_left_out_is_said_and_can_be_overruled(many, runs, tmp_pat
     rcdm.main([*words, "--allow_seen"])
     result = json.loads((tmp_path / "rcdm" / "result.json").read_text())
     assert not set(result["shown"]) & learnt  # those that it has not seen come first
-    assert re.search(r": \d\d of \d\d to learn from, 0 of 2 to show$", result["overlap"])
+    assert re.search(r": \d\d of \d\d to learn from, 0 of 2 to show, by name", result["overlap"])
     assert result["overlap"] in capsys.readouterr().out
 
 
