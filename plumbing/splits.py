@@ -309,6 +309,9 @@ def class_warnings(splits: Splits, which=SPLITS) -> list[str]:
                         f"warning: {split} has only {films} films {has} {name}: {FEW[split]}"
                     )
                 continue
+            if not (count[0] or count[1]):
+                lines.append(f"warning: of no film of {split} is {name} known: {LACK[split]}")
+                continue
             missing = "negative" if count[1] else "positive"
             lines.append(f"warning: {split} has no {missing} film of {name}: {LACK[split]}")
     return lines

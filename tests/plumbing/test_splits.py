@@ -204,7 +204,7 @@ def test_labels_that_are_not_known_are_counted_and_are_no_negatives():
         "warning: val has only 1 films with a: which step is best is mostly luck",
         "warning: val has no positive film of b: it does not count in model selection",
         "warning: test has no positive film of a: it has no AUROC",
-        "warning: test has no positive film of b: it has no AUROC",
+        "warning: of no film of test is b known: it has no AUROC",
     ]
     without_finding = draw_few(films, shots=9)  # 0 and 3 have a finding, of 1 and 2 nobody knows
     assert [film.path.name for film in without_finding] == ["0.png", "3.png", "4.png"]
