@@ -18,28 +18,14 @@ SPLITS = ("train", "val", "test")
 
 # Labels that name no finding, as `word_of` writes it. A film with one is negative for every class.
 NEGATIVE = ("normal", "no finding", "no_finding", "no findings", "none", "negative", "healthy", "0")
-NEGATIVE += ("o.b.", "o.p.b.", "ohne befund", "ohne pathologischen befund", "kein befund", "keine")
-NEGATIVE += ("keine befunde", "kein pathologischer befund", "normalbefund", "unauffallig", "gesund")
-NEGATIVE += (
-    "unauffaellig",
-    "regelrecht",
-    "negativ",
-    "normale",
-    "negatif",
-    "negativo",
-    "r.a.s.",
-    "ras",
+OF_OTHER_LANGUAGES = (  # German, French, Spanish, Portuguese, Italian
+    "o.b., o.p.b., ohne befund, ohne pathologischen befund, kein befund, keine, keine befunde, "
+    "kein pathologischer befund, normalbefund, unauffallig, gesund, unauffaellig, regelrecht, "
+    "negativ, normale, negatif, negativo, r.a.s., ras, rien a signaler, sans anomalie, "
+    "pas d'anomalie, aucune anomalie, sain, sano, sin hallazgos, sin alteraciones, "
+    "sem achados, sem alteracoes, nella norma, nessun reperto, senza alterazioni"
 )
-NEGATIVE += (
-    "rien a signaler",
-    "sans anomalie",
-    "pas d'anomalie",
-    "aucune anomalie",
-    "sain",
-    "sano",
-)
-NEGATIVE += ("sin hallazgos", "sin alteraciones", "sem achados", "sem alteracoes", "nella norma")
-NEGATIVE += ("nessun reperto", "senza alterazioni")
+NEGATIVE += tuple(OF_OTHER_LANGUAGES.split(", "))
 
 # What a cell says that answers yes or no, as `word_of` writes it, or a number (1.0, 0,0).
 YES = 1
