@@ -164,8 +164,8 @@ class Run(NamedTuple):
     is_finished: Callable[[], bool]
 
 
-def run_grid(runs: Iterable[Run], write_table: Callable[[], str]) -> str:
-    """Start the runs of a grid that have not finished, one after the other. → the table
+def run_grid(runs: Iterable[Run], write_table: Callable[[], str]) -> None:
+    """Start the runs of a grid that have not finished, one after the other.
 
     A generator of runs looks what is finished when it comes to it. The table is written after every
     run. Raises UserError when a run fails.
@@ -183,7 +183,6 @@ def run_grid(runs: Iterable[Run], write_table: Callable[[], str]) -> str:
         write_table()
     if is_complete:
         print("nothing left to run")
-    return write_table()
 
 
 def run_and_wait(command: list[str]) -> int:
@@ -421,7 +420,8 @@ def table3(config: Config) -> None:
     keys = ("data", "probe", "patients", "flags", "fraction", "finetune")
     recipe = {key: getattr(config, key) for key in keys}
     keep_recipe(Path(config.out) / "ablation.json", recipe)
-    words = run_grid(table3_runs(config), lambda: write_table3(config))
+    run_grid(table3_runs(config), lambda: write_table3(config))
+    words = write_table3(config)
     print(f"\n{words}\n\nmean ± standard deviation over the seeds: {config.out}/table.md, ", end="")
     print(f"{config.out}/result.json")
 
@@ -593,8 +593,11 @@ def from_scratch(config: CompareConfig, row: str, column: Column) -> str:
     return f"{value:+.1f} ({interval[0]:.1f} to {interval[1]:.1f}), {word(interval)}"
 
 
-def write_comparison(config: CompareConfig, rows: list[str]) -> str:
-    """Write table.md of what is finished, and with --shots curve.png. → the two tables"""
+def write_comparison(config: CompareConfig, rows: list[str], has_differences=False) -> str:
+    """Write table.md of what is finished, and with --shots curve.png. → the text of table.md
+
+    has_differences: whether the second table is made, whose intervals take a while.
+    """
     columns = compare_columns(config)
     titles = {column: "–" for column in columns}
     cells = {row: {column: read_cell(config, row, column) for column in columns} for row in rows}
@@ -606,7 +609,7 @@ def write_comparison(config: CompareConfig, rows: list[str]) -> str:
             titles[column] = f"{Path(column.table).stem} {cell['metric']}, {films}"
     lines = [[row, *(cell_text(cell) for cell in cells[row].values())] for row in rows]
     words = markdown([["", *titles.values()], *lines])
-    if "scratch" in rows and len(rows) > 1:
+    if has_differences and "scratch" in rows and len(rows) > 1:
         lines = [["minus scratch", *titles.values()]]
         for row in rows:
             if row != "scratch":
@@ -653,7 +656,8 @@ def compare(config: CompareConfig) -> None:
     if config.finetune:
         recipe["finetune"] = config.finetune
     keep_recipe(Path(config.out) / "compare.json", recipe)
-    words = run_grid(runs, lambda: write_comparison(config, rows))
+    run_grid(runs, lambda: write_comparison(config, rows))
+    words = write_comparison(config, rows, has_differences=True)
     print(
         f"\n{words}\n\nmean ± standard deviation over {config.seeds} seeds, differences with a",
         end="",

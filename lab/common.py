@@ -1,8 +1,8 @@
 """What every analysis needs: its flags, its weights and films, and the folder of its results.
 
-An analysis NAME is a program of its own, `python -m lab.NAME`: `main` reads the flags (`start`),
-chooses weights (`find_weights`) and films (`open_set`), and leaves result.json and its pictures in
---out (`finish`). Synthetic films are of patients that no demo was trained on.
+An analysis NAME is a program of its own, `python -m lab.NAME`: `main` reads the flags and finds the
+weights (`start`), opens films (`open_set`), and leaves result.json and its pictures in --out
+(`finish`). Synthetic films are of patients that no demo was trained on.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from plumbing.weights import load_world, make_vit
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
 NOBODY = (set(), set())  # what trained_on would say of those
+FILES = ("weights", "data", "table", "reference", "patients", "learn", "show")  # flags of files
 
 
 @dataclasses.dataclass
-class Common:
-    weights: str = flag(None, "a run, its last.pt or encoder.pt, the authors' file, another ViT")
+class AboutFilms:
     data: str = flag(None, "folder of films or a .pack file [synthetic films, drawn into --out]")
     out: str = flag(None, "folder of the results [runs/NAME]")
     table: str = flag(None, "CSV about the films: only those it names are used, or its test split")
@@ -41,10 +41,26 @@ class Common:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
 
 
+@dataclasses.dataclass
+class Common(AboutFilms):
+    weights: str = flag(
+        None,
+        "a run, its last.pt or encoder.pt, the authors' file, another ViT [newest run below runs/]",
+    )
+
+
 def start(Config, doc, name, argv=None):
-    """Read the flags of `python -m lab.NAME` and make the folder --out. → (args, device)"""
+    """Read the flags of `python -m lab.NAME`, find the weights, and make the folder --out.
+
+    UserError when that holds the result of other weights or settings. → (args, device)
+    """
     args = parse(Config, doc, argv, prog=f"python -m lab.{name}")
     args = dataclasses.replace(args, out=args.out or f"runs/{name}")
+    if hasattr(args, "weights"):
+        args = dataclasses.replace(args, weights=str(find_weights(args.weights)))
+    saved = checkpoint.read_json(Path(args.out) / "result.json").get("settings")
+    if saved:  # those of earlier versions do not tell
+        checkpoint.refuse_other_recipe(args.out, saved, settings_of(args), or_else="")
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,12 +68,26 @@ def start(Config, doc, name, argv=None):
     return args, start_team(args.device).device
 
 
+def settings_of(args):
+    """Name what a result rests on: all flags but --out and --device, files by their whole paths."""
+    settings = {}
+    for name, value in dataclasses.asdict(args).items():
+        if name in FILES and value:
+            value = str(Path(value).resolve())
+        if name not in ("out", "device"):
+            settings[name] = value
+    return settings
+
+
 def finish(args, result, words, **pages):
-    """Write the pictures and, last, result.json; print the results and where they are."""
+    """Write the pictures and, last, result.json; print the results and where they are.
+
+    args: as `start` gave them, which compares them with those of the next call.
+    """
     out = Path(args.out)
     for name, page in pages.items():
         pictures.save(page, out / f"{name}.png")
-    checkpoint.write_json(out / "result.json", result)
+    checkpoint.write_json(out / "result.json", {"settings": settings_of(args), **result})
     files = [f"{out}/{name}.png" for name in pages] + [f"numbers {out}/result.json"]
     print(words)
     print(", ".join(files))

@@ -47,7 +47,7 @@ class Config(common.Common):
 def main(argv=None):
     # ---- 1. Weights and films, as stored: the table counts their pixels.
     args, device = common.start(Config, __doc__, "correspondence", argv)
-    encoder = load_encoder(common.find_weights(args.weights), say=print)
+    encoder = load_encoder(args.weights, say=print)
     count = args.films + args.references
     films, table = common.open_set(args, 7 * count, side=0)
     if not table:

@@ -36,7 +36,7 @@ WAYS = {"action": "with the action", "no_action": "without the action", "random"
 
 def main(argv=None):
     args, device = common.start(common.Common, __doc__, "domain", argv)
-    world = common.load_predictions(common.find_weights(args.weights)).to(device).eval()
+    world = common.load_predictions(args.weights).to(device).eval()
     films, table = common.open_set(args, 7 * args.films)  # a fifth, by patient, is the test split
     numbers = common.evenly(common.named(table, films), args.films)
     images, read, _ = common.read_whole(films, numbers, world.encoder.image)

@@ -9,8 +9,8 @@ Each film is seen whole, squeezed to a square. Writes one row per film, as
     features.csv   filename, then the D numbers of the mean: f0, f1, ...
     cells.csv      filename, then the 16 D numbers of the cells: c0_f0, c0_f1, ...; only where these
                    are at most 100 million numbers (a gigabyte)
-    result.json    of which data, table and weights, how many films, and the unreadable ones, which
-                   have no row, with their reasons
+    result.json    of which films and weights, how many films, and the unreadable ones, which have
+                   no row, with their reasons
 
     features = numpy.load("features/features.npz")
 
@@ -30,13 +30,7 @@ import torch
 
 from lab import common
 from model import pool_cells
-from plumbing.checkpoint import (
-    explain_writing,
-    refuse_other_result,
-    replace_with,
-    sources,
-    write_csv,
-)
+from plumbing.checkpoint import explain_writing, replace_with, write_csv
 from plumbing.launch import UserError, flag, run_script
 from plumbing.weights import load_encoder
 
@@ -50,10 +44,7 @@ class Config(common.Common):
 
 def main(argv=None):
     args, device = common.start(Config, __doc__, "features", argv)
-    path = common.find_weights(args.weights)
-    about = sources(path, data=args.data, table=args.table)
-    refuse_other_result(args.out, about)
-    encoder = load_encoder(path, say=print).to(device).eval()
+    encoder = load_encoder(args.weights, say=print).to(device).eval()
     films, _ = common.open_set(args, 20)
     numbers = common.evenly(common.named(args.table, films), args.films)
     out = Path(args.out)
@@ -70,7 +61,7 @@ def main(argv=None):
     lines = [f"unreadable: {name}: {reason}" for name, reason in unreadable.items()]
     count = f"{len(names)} films, {len(unreadable)} unreadable; {dim} features each"
     lines.append(f"{count} in {', '.join(f'{out}/{file}' for file in files)}")
-    result = about | {"films": len(names), "unreadable": unreadable, "features": dim}
+    result = {"films": len(names), "unreadable": unreadable, "features": dim}
     common.finish(args, result, "\n".join(lines))
 
 

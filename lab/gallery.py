@@ -14,11 +14,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from lab.common import find_weights, start
+from lab.common import start
 from plumbing import pictures
 from plumbing.launch import UserError, flag, run_script
 
-ANALYSES = ("views", "domain", "correspondence", "health", "surprise", "markers", "letters")
+ANALYSES = ("domain", "correspondence", "health", "surprise", "markers", "letters")
 PAGES = {  # folder: its pictures
     "views": ["views"],
     "domain": ["choices", "errors"],
@@ -45,9 +45,10 @@ class Config:
 
 def main(argv=None):
     args, _ = start(Config, __doc__, "gallery", argv)
-    weights = str(find_weights(args.weights))
     out = Path(args.out)
-    common = ["--weights", weights, "--seed", str(args.seed), "--device", args.device]
+    common = ["--seed", str(args.seed), "--device", args.device]
+    run("views", *common, "--out", str(out / "views"))
+    common += ["--weights", args.weights]
     for name in ANALYSES:
         run(name, *common, "--out", str(out / name))
     for mode in ("local", "global"):

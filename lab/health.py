@@ -3,78 +3,62 @@ weights.
 
     python -m lab.health                                     # newest run, synthetic films
     python -m lab.health --weights encoder.pt --data FILMS
-    python -m lab.health --weights runs/pretrain --data FILMS --table labels.csv
 
 The pooled features of many films should spread in many directions. A collapsed encoder says nearly
-the same of every film: small standard deviation, RankMe near 1, mean cosine near 1. Where a table
-has labels, a linear probe says whether the features know more than random ones.
+the same of every film: small standard deviation, RankMe near 1, mean cosine near 1. Whether the
+features know anything is asked by lab.probe.
 
 Writes result.json (with a verdict in words) and health.png: the spectrum, and the run's own curves.
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from lab import common
 from lab.features import describe
-from lab.probe import RANDOM, judge_tables, judged_words, seen_words
+from lab.probe import RANDOM
 from lab.report import curves_picture
 from plumbing import pictures
 from plumbing.checkpoint import load_checkpoint, read_log
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import feature_std, rankme, spectrum
-from plumbing.own_table import Labels
 from plumbing.weights import load_encoder
 
 COLLAPSED = """collapsed: the encoder says nearly the same of every film. \
 Train again with a lower --lr, a higher --ema or a longer --warmup"""
-IGNORANT = """not collapsed, yet it knows less than random weights do: \
-too short a training, or films unlike those of the table"""
 SUSPICIOUS = """suspicious: less variety than random weights have. \
 Normal in the first tenth of a training; later, lower --lr or raise --ema"""
 HEALTHY = "healthy: films differ in many directions"
-KNOWS_MORE = ", and a probe finds more than in random weights"
 
 
 @dataclasses.dataclass
 class Config(common.Common):
     films: int = flag(400, "films to look at, evenly from all")
-    table: str = flag(None, "CSV filename,label,split: a probe against random weights and pixels")
 
 
 def main(argv=None):
     args, device = common.start(Config, __doc__, "health", argv)
-    path = common.find_weights(args.weights)
-    encoders = load_encoders(path, args.seed)
+    encoders = load_encoders(args.weights, args.seed)
     size = encoders["target encoder"].image
     encoders = {name: vit.to(device).eval() for name, vit in encoders.items()}
-    films, table = common.open_set(args, 3 * args.films)
-    numbers = common.evenly(np.arange(len(films)), args.films)
+    films, _ = common.open_set(args, args.films)
+    numbers = common.evenly(common.named(args.table, films), args.films)
 
     def means(images):
         return {name: describe(vit, images)["mean"] for name, vit in encoders.items()}
 
     features, read, _ = common.describe_films(means, films, numbers, size)
     rows = {name: variety(values) for name, values in features.items()}
-    result = {"films": len(read), **rows}
-    knows = None
-    words = [f"{len(read)} films, pooled features of {encoders['target encoder'].dim} dimensions"]
-    words.append(variety_table(rows))
-    if table:
-        labels = Labels(table, films).complete()
-        _, judged = next(judge_tables([labels], films, encoders, size))
-        result["probe"] = judged["test"]["values"]
-        result["probe_intervals"] = judged
-        learnt = common.trained_on(path, films) if args.data else common.NOBODY
-        words.append(judged_words(labels, judged, seen_words(learnt, labels, films)))
-        differences = judged["test"]["differences"]["target encoder"]
-        knows = differences[RANDOM]["word"]
-    result["verdict"] = verdict(rows["target encoder"], rows[RANDOM], knows)
-    words.append("verdict: " + result["verdict"])
-    page = health_picture(features, read_log(path.with_name("log.csv")))
-    common.finish(args, result, "\n".join(words), health=page)
+    said = verdict(rows["target encoder"], rows[RANDOM])
+    words = (
+        f"{len(read)} films, pooled features of {encoders['target encoder'].dim} dimensions\n"
+        f"{variety_table(rows)}\nverdict: {said}"
+    )
+    page = health_picture(features, read_log(Path(args.weights).with_name("log.csv")))
+    common.finish(args, {"films": len(read), **rows, "verdict": said}, words, health=page)
 
 
 def load_encoders(path, seed):
@@ -118,19 +102,16 @@ def variety_table(rows):
     return common.columns(lines)
 
 
-def verdict(own, fresh, knows):
+def verdict(own, fresh):
     """Say in one sentence what a worried user should think and do.
 
-    own, fresh: variety of the encoder and of random weights; knows: how the encoder's probe stands
-    to that of random weights (lab.probe.word), None without a probe
+    own, fresh: variety of the encoder and of random weights
     """
     if own["feature_std"] < 0.02 or own["rankme"] < 1.5:
         return COLLAPSED
-    if knows == "below":
-        return IGNORANT
     if own["rankme"] < fresh["rankme"] and own["feature_std"] < fresh["feature_std"]:
         return SUSPICIOUS
-    return HEALTHY + KNOWS_MORE if knows == "above" else HEALTHY
+    return HEALTHY
 
 
 # ---------------------------------------------------------------- picture

@@ -104,12 +104,11 @@ def open_study(args, device):
 
     → Study, {what is written down of it: overlap says what the world model knows of the films}
     """
-    weights = common.find_weights(args.weights)
-    world = common.load_predictions(weights).to(device).eval()
-    patients = args.patients or common.run_of(weights).get("patients")
+    world = common.load_predictions(args.weights).to(device).eval()
+    patients = args.patients or common.run_of(args.weights).get("patients")
     films, table = common.open_set(args, 3 * args.films, patients=patients)
     numbers = common.named(args.table, films)
-    learnt = common.trained_on(weights, films) if args.data else common.NOBODY
+    learnt = common.trained_on(args.weights, films) if args.data else common.NOBODY
     rows = common.rows_of(table, films, split=None) if table else []
     has_marker = [i for i, row in rows if row.get("marker")]
     numbers = np.setdiff1d(numbers, has_marker)

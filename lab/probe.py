@@ -11,7 +11,8 @@ test give the AUROC. Where those are few, all films are judged, too, each by a p
 patients. The 95 % interval is over patients, and two sets of features are compared on the same
 redraws of patients: above or below is said where the interval of their difference leaves out 0.
 
-Writes result.json.
+Writes result.json. The AUROC is the mean over the findings of a table; where it has several, each
+stands there, too, with an interval of its own.
 """
 
 import dataclasses
@@ -47,15 +48,14 @@ class Config(common.Common):
 
 def main(argv=None):
     args, device = common.start(Config, __doc__, "probe", argv)
-    path = common.find_weights(args.weights)
-    encoder = load_encoder(path, say=print).to(device).eval()
+    encoder = load_encoder(args.weights, say=print).to(device).eval()
     encoders = {"encoder": encoder, RANDOM: common.random_twin(encoder, args.seed)}
     films, tables = common.open_set(args, args.films)
     paths = str(tables).split(",")
     refuse_twins("--table", paths)
     tables = [Labels(path, films).complete() for path in paths]
-    result = {"weights": str(path), "seed": args.seed, "tables": {}}
-    learnt = common.trained_on(path, films) if args.data else common.NOBODY
+    result = {"tables": {}}
+    learnt = common.trained_on(args.weights, films) if args.data else common.NOBODY
     for table, judged in judge_tables(tables, films, encoders, encoder.image):
         seen = seen_words(learnt, table, films)
         result["tables"][table.path.stem] = {"seen": seen, **judged, "notes": table.notes}
@@ -100,23 +100,32 @@ def judge_tables(tables: list[Labels], films, encoders: dict, size: int):
         rows = [row_of[film] for film in table.where[kept]]
         patients = np.array(table.patients)[kept]
         about = table.y[kept], patients, table.split[kept] == "test"
-        judged = judge_table({name: x[rows] for name, x in features.items()}, *about, pairs)
+        own = {name: x[rows] for name, x in features.items()}
+        judged = judge_table(own, *about, pairs, table.classes)
         if all(patients == np.array(films.names)[table.where[kept]]):
             judged = {part: result | {"patients": None} for part, result in judged.items()}
         yield table, judged
 
 
-def judge_table(features: dict, y, patients, is_test, pairs) -> dict:
-    """Fit and judge the probes of one table, whose films have these {name: features (n, d)}."""
+def judge_table(features: dict, y, patients, is_test, pairs, findings) -> dict:
+    """Fit and judge the probes of one table, whose films have these {name: features (n, d)}.
+
+    findings: the names of the columns of y (n, c)
+    """
     fit = ~is_test
     scores = {
         name: ridge_scores(x[fit], y[fit], patients[fit], x[is_test])
         for name, x in features.items()
     }
-    judged = {"test": judge(scores, y[is_test], patients[is_test], pairs)}
+    parts = {"test": (scores, y[is_test], patients[is_test])}
     if is_test.sum() < FEW_TEST_FILMS and len(y) <= MANY_FILMS:
         scores = {name: cross_validated(x, y, patients) for name, x in features.items()}
-        judged["all"] = judge(scores, y, patients, pairs)
+        parts["all"] = (scores, y, patients)
+    judged = {}
+    for part, films in parts.items():
+        judged[part] = judge(*films, pairs)
+        if len(findings) > 1:
+            judged[part]["findings"] = judge_each(*films, findings)
     return judged
 
 
@@ -208,6 +217,17 @@ def judge(scores: dict, truth, patients, pairs) -> dict:
         "intervals": {name: interval for name, (_, interval) in rows.items()},
         "differences": kept,
     }
+
+
+def judge_each(scores: dict, truth, patients, findings) -> dict:
+    """Judge every finding alone. → {finding: {features: {value, interval}}}, as `judge` has them"""
+    judged = {}
+    for k, finding in enumerate(findings):
+        alone = {name: each[:, [k]] for name, each in scores.items()}
+        values, _ = compare_auroc(alone, truth[:, [k]], patients)
+        rows = {name: in_percent(row) for name, row in values.items()}
+        judged[finding] = {name: {"value": v, "interval": i} for name, (v, i) in rows.items()}
+    return judged
 
 
 def in_percent(row):

@@ -38,35 +38,35 @@ from plumbing.metrics import auroc
 from plumbing.table import NO
 
 PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")  # kinds of wrong
-FEWEST = 40  # reference films: half of them calibrate, and p is never below 1 / (half + 1)
+REFERENCES = 400  # at most so many good films are looked at: half of them fit, half calibrate
+FEWEST = 40  # of them: half of them calibrate, and p is never below 1 / (half + 1)
 
 
 @dataclasses.dataclass
 class Config(common.Common):
     films: int = flag(1000000, "at most so many films of --data, evenly from all")
     reference: str = flag(None, "folder of good films [each half of --data judges the other]")
-    references: int = flag(400, "at most so many good films: half fit, half calibrate")
     alpha: float = flag(0.05, "flag films with p up to this: the share of good films flagged too")
     table: str = flag(None, "CSV filename,label (normal, or what is wrong): AUROC of the surprise")
 
 
 def main(argv=None):
     args, device = common.start(Config, __doc__, "surprise", argv)
-    world = common.load_predictions(common.find_weights(args.weights)).to(device).eval()
-    args = args if args.data else planted(args)
+    world = common.load_predictions(args.weights).to(device).eval()
+    data, reference, table = (args.data, args.reference, args.table) if args.data else planted(args)
 
     # ---- 1. Errors of all films.
-    films = open_films(args.data)
-    numbers = common.evenly(common.named(args.table, films), args.films)
+    films = open_films(data)
+    numbers = common.evenly(common.named(table, films), args.films)
     watch_these = functools.partial(watch, world)
     size = world.encoder.image
     found, numbers, unreadable = common.describe_films(watch_these, films, numbers, size)
 
     # ---- 2. Scores and p-values, by films that say what is usual.
     rng = numpy_rng(SURPRISE, args.seed)
-    if args.reference:
-        good = open_films(args.reference)
-        references = common.evenly(np.arange(len(good)), args.references)
+    if reference:
+        good = open_films(reference)
+        references = common.evenly(np.arange(len(good)), REFERENCES)
         words = "reference films"
         usual, read, _ = common.describe_films(watch_these, good, references, size, words)
         require_enough(read, words)
@@ -78,13 +78,13 @@ def main(argv=None):
     # ---- 3. Table, result and picture.
     names = [films.names[i] for i in numbers]
     write_table(Path(args.out) / "surprise.csv", names, p, scores, unreadable)
-    labels = labels_of(args.table, films, numbers) if args.table else None
+    labels = labels_of(table, films, numbers) if table else None
     result = {
         "films": len(names),
         "unreadable": unreadable,
         "flagged": int((p <= args.alpha).sum()),
         "alpha": args.alpha,
-        "auroc": separation(labels, scores) if args.table else {},
+        "auroc": separation(labels, scores) if table else {},
     }
     by_kind = labels if result["auroc"] else None
     shown, titles, columns = choose_shown(names, by_kind, scores["surprise"])
@@ -193,16 +193,14 @@ def mahalanobis(fitting, values):
 def judge(fitting, films):
     """Score films by all measures, given what fitting films show; both what `watch` sees.
 
-    → {measure: (n,)}: `surprise` is the one to use, its parts and the baselines stand beside it
+    → {measure: (n,)}: `surprise` is the one to use, the others are baselines
     """
-    above = {}
+    above = []
     for key in ("whole", "swept"):
         z = np.maximum(unusual(fitting[key], films[key]), 0)
-        above[key] = np.square(z).mean(1)  # squared, so that one very wrong place weighs more
+        above.append(np.square(z).mean(1))  # squared, so that one very wrong place weighs more
     return {
-        "surprise": (above["whole"] + above["swept"]) / 2,
-        "whole film alone": above["whole"],
-        "swept blocks alone": above["swept"],
+        "surprise": np.mean(above, 0),
         "plain mean error": (films["whole"] + films["swept"]).mean(1),
         "nearest neighbours": knn_distance(fitting["features"], films["features"]),
         "pixel mean and std": mahalanobis(fitting["pixels"], films["pixels"]),
@@ -238,7 +236,7 @@ def against_itself(found, rng):
 # ---------------------------------------------------------------- films and their labels
 def planted(args, count=100):
     """Draw synthetic films: reference/ as they come, archive/ the same with wrong ones among them
-    (PLANTED). → args that name these folders and their table
+    (PLANTED). → archive, reference, the table of the archive
     """
     if args.table or args.reference:
         raise UserError("--table and --reference want --data, the films that they speak of")
@@ -246,9 +244,8 @@ def planted(args, count=100):
     archive = folder / "archive"
     reference = folder / "reference"
     table = folder / "archive.csv"
-    args = dataclasses.replace(args, table=table, data=str(archive), reference=reference)
     if table.is_file():
-        return args
+        return archive, reference, table
     archive.mkdir(parents=True, exist_ok=True)
     reference.mkdir(exist_ok=True)
     kinds = ["reference"] * (2 * count) + ["normal"] * count
@@ -262,7 +259,7 @@ def planted(args, count=100):
         path = (reference if kind == "reference" else archive) / name
         pictures.save(Image.fromarray(planted_film(args.seed, i, kind)), path)
     write_csv(table, ["filename", "label"], rows)  # last: with it the films are complete
-    return args
+    return archive, reference, table
 
 
 def planted_film(seed, i, kind):

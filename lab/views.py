@@ -16,7 +16,7 @@ from plumbing.launch import UserError, flag, run_script
 
 
 @dataclasses.dataclass
-class Config(common.Common):
+class Config(common.AboutFilms):
     films: int = flag(4, "films to show")
     image: int = flag(128, "side of the crops, px")
     patch: int = flag(16, "side of a patch, px")
@@ -32,8 +32,8 @@ def main(argv=None):
     count = len(numbers)
     recipe = pretrain.Config(image=args.image, patch=args.patch, batch=count, seed=args.seed)
     page = pretrain.draw_views(views, recipe, count)
-    result = {"films": count, "image": args.image, "patch": args.patch}
-    common.finish(args, result, f"{count} films as a training step shows them", views=page)
+    words = f"{count} films as a training step shows them"
+    common.finish(args, {"films": count}, words, views=page)
 
 
 if __name__ == "__main__":

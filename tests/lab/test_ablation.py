@@ -1,8 +1,10 @@
 """lab.ablation: Table 3 by hand, one ablated run, both grids with the real scripts."""
 
 import csv
+import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ DOMAIN = {"action": 30.0, "no_action": 20.0, "random": 8.0}
 
 
 def test_ablation_table_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "run_grid", lambda runs, write: write())
+    monkeypatch.setattr(ablation, "run_grid", lambda *_: None)
     words = ["--out", str(tmp_path), "--seeds", "2", "--rows", "local;full, no Δ"]
     words += ["--data", "films", "--probe", "t.csv"]
     written_cells(ablation.Config(out=str(tmp_path)))
@@ -58,6 +60,14 @@ def test_ablation_table_by_hand(tmp_path, monkeypatch):
     assert lines[2].endswith("| 2 | 84.7 |") and lines[3].endswith("| 1 | 87.6 |")
     config = ablation.Config()
     assert len({ablation.folder(config, row, 0) for row in ablation.ROWS}) == len(ablation.ROWS)
+
+
+def save_encoder(path, seed=0):
+    """Write the weights of a tiny encoder, for 16 px in patches of 8."""
+    torch.manual_seed(seed)
+    vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
+    saved = {"encoder": vit.state_dict(), "config": vit.config, "step": 1}
+    checkpoint.save_atomic(saved, path)
 
 
 COMPARE = "compare --data d --tables t --weights w".split()
@@ -150,7 +160,6 @@ def test_ablation_runs_the_real_scripts_and_goes_on(place):
 def test_the_curve_over_films_per_class_by_hand(tmp_path, monkeypatch):
     """Means and dots of every row and draw; a cell that is not finished is left out."""
     drawn = {}
-    monkeypatch.setattr(ablation, "run_grid", lambda runs, write: write())
     monkeypatch.setattr(
         ablation.pictures,
         "curves",
@@ -242,9 +251,8 @@ def test_the_difference_of_masks_is_that_of_dice(tmp_path):
 
 
 def test_every_seed_draws_its_own_films_alike_for_all_rows(tmp_path):
-    vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
     path = tmp_path / "encoder.pt"
-    checkpoint.save_atomic({"encoder": vit.state_dict(), "config": vit.config}, path)
+    save_encoder(path)
     config = ablation.CompareConfig(
         str(path), "d", "a/t.csv", str(tmp_path / "c"), shots="10", seeds=3, finetune="--pool cells"
     )
@@ -265,14 +273,37 @@ def test_every_seed_draws_its_own_films_alike_for_all_rows(tmp_path):
         assert [words[:6] for words in each] == wanted
 
 
+def test_intervals_are_computed_once_and_means_are_kept_after_every_run(tmp_path, monkeypatch):
+    """They take seconds per cell, and a grid has dozens of runs."""
+    judged = []
+    tables = []
+
+    def finish(command):
+        words = map(str, command)
+        out = next(Path(word) for flag, word in itertools.pairwise(words) if flag == "--out")
+        table = tmp_path / "c" / "table.md"
+        tables.append(table.read_text() if table.is_file() else "")
+        result = {"seeds": [60.0], "metric": "AUROC", "trained_on": [9, 9]}
+        checkpoint.write_json(out / "result.json", result)
+
+    monkeypatch.setattr(ablation, "run_and_wait", finish)
+    monkeypatch.setattr(ablation, "from_scratch", lambda _, *cell: judged.append(cell) or "+1.0")
+    save_encoder(tmp_path / "encoder.pt")
+    words = ["compare", "--data", "d", "--tables", "a/t.csv,b/u.csv", "--seeds", "1"]
+    words += ["--weights", str(tmp_path / "encoder.pt"), "--out", str(tmp_path / "c")]
+    ablation.main([*words, "--rows", "scratch,pre-trained frozen", "--fractions", "1"])
+    assert [table.count("60.0") for table in tables] == [0, 1, 2, 3]
+    assert len(judged) == 2 and not any("minus scratch" in table for table in tables)
+    table = (tmp_path / "c" / "table.md").read_text()
+    assert table.count("60.0") == 4 and "| pre-trained frozen | +1.0 | +1.0 |" in table
+
+
 @pytest.mark.slow
 def test_compare_makes_the_table_and_goes_on(place):
-    vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
-    saved = {"encoder": vit.state_dict(), "config": vit.config, "step": 1}
+    save_encoder(place / "encoder.pt")
     rows = read_table(place / "set" / "phantoms.csv", "filename", "label", "patient_id", "split")
     lines = [",".join(row.values()) for row in rows]
     (place / "set" / "labels.csv").write_text("\n".join([",".join(rows[0]), *lines]))
-    checkpoint.save_atomic(saved, place / "encoder.pt")
     words = ["ablation", "compare", "--weights", "encoder.pt", "--data", "set/films"]
     words += ["--tables", "set/labels.csv", "--fractions", "0.5", "--seeds", 2]
     words += ["--rows", "pre-trained frozen", "--out", "c", "--shots", "2"]
@@ -293,17 +324,14 @@ def test_compare_makes_the_table_and_goes_on(place):
     assert "nothing left to run" in again and "finetune.py" not in again
     assert (place / "c" / "table.md").read_text() == table
     assert len(json.loads(cell.read_text())["seeds"]) == 2
-    torch.manual_seed(1)
-    other = ViT(**vit.config)
-    checkpoint.save_atomic(saved | {"encoder": other.state_dict()}, place / "encoder.pt")
+    save_encoder(place / "encoder.pt", seed=1)
     refused = run(place, *words)
     assert refused.returncode == 1 and "another recipe (weights" in refused.stderr
 
 
 def test_rows_of_the_comparison_differ_in_weights_and_freezing(tmp_path):
-    vit = ViT(16, 8, **{key: SIZES["tiny"][key] for key in ("dim", "depth", "heads")})
     path = str(tmp_path / "encoder.pt")
-    checkpoint.save_atomic({"encoder": vit.state_dict(), "config": vit.config}, path)
+    save_encoder(path)
     scratch = ["--weights", "none", "--size", "tiny", "--image", 16, "--patch", 8]
     assert ablation.weight_flags("scratch", path) == scratch
     assert ablation.weight_flags("random frozen", path) == [*scratch, "--freeze"]

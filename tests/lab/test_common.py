@@ -1,5 +1,7 @@
 """What the analyses share: whole films against Pillow, tables and weights, mistakes of users."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from lab_for_tests import Films, make_here, make_place, noise  # noqa: F401 (fix
 from PIL import Image
 
 from lab import common
+from plumbing.checkpoint import write_json
 from plumbing.launch import UserError
 
 
@@ -90,6 +93,27 @@ def test_weights_are_the_newest_runs_and_last_goes_before_encoder(place, tmp_pat
 
 
 DATA = ["--data", "set/films"]
+
+
+def test_a_result_of_other_weights_or_settings_is_not_written_over(place, here):
+    words = ["health", *DATA, "--films", 4, "--out", "kept"]
+    here(*words)
+    result = place / "kept" / "result.json"
+    before = result.read_text()
+    here(*words, "--weights", place / "runs" / "tiny", "--device", "cpu")  # the newest, as before
+    assert result.read_text() == before
+    for more, changed in (
+        (["--weights", "runs/tiny/encoder.pt"], "weights .*last.pt → .*encoder.pt"),
+        (["--films", 5], "films 4 → 5"),
+        (["--seed", 1], "seed 0 → 1"),
+        (["--data", "set"], "data .*films → .*set"),
+    ):
+        with pytest.raises(UserError, match=f"kept holds .*{changed}.*choose another --out$"):
+            here(*words, *more)
+    assert result.read_text() == before
+    write_json(result, {"films": 4})  # an earlier version's
+    here(*words, "--films", 5)
+    assert json.loads(result.read_text())["settings"]["films"] == 5
 
 
 @pytest.mark.parametrize(

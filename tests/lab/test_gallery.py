@@ -25,10 +25,11 @@ def test_every_program_is_run_and_every_picture_collected(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr(gallery, "run", draw)
     gallery.main("--data set/films --out g --docs pictures --steps 5 --seed 3".split())
-    assert [name for name, _ in commands] == [*gallery.ANALYSES, "rcdm", "rcdm"]
+    assert [name for name, _ in commands] == ["views", *gallery.ANALYSES, "rcdm", "rcdm"]
     for name, words in commands:
         text = " ".join(words)
-        assert "--weights runs/tiny/last.pt --seed 3 --device auto" in text
+        assert "--seed 3 --device auto" in text
+        assert ("--weights runs/tiny/last.pt" in text) == (name != "views")
         assert ("--steps 5 --data set/films" in text) == (name == "rcdm")
     pages = {path.name for path in (place / "pictures").iterdir()}
     assert "domain_choices.png" in pages and "markers_examples.png" in pages

@@ -14,8 +14,8 @@ def test_variety_knows_collapse():
     same = health.variety(np.ones((50, 8)) + 1e-4 * rng.standard_normal((50, 8)))
     free = health.variety(rng.standard_normal((50, 8)))
     assert same["rankme"] < 1.1 and free["rankme"] > 7
-    assert health.verdict(same, free, None).startswith("collapsed")
-    assert health.verdict(free, free, None).startswith("healthy")
+    assert health.verdict(same, free).startswith("collapsed")
+    assert health.verdict(free, free).startswith("healthy")
 
 
 def test_mean_cosine_is_that_of_all_pairs():
@@ -31,4 +31,4 @@ def test_health(place):
     result = json.loads((place / "h" / "result.json").read_text())
     assert result["films"] == 40
     assert {"target encoder", "context encoder", "random initialisation"} <= set(result)
-    assert "verdict" in words and (place / "h" / "health.png").is_file()
+    assert f"verdict: {result['verdict']}" in words and (place / "h" / "health.png").is_file()

@@ -164,4 +164,4 @@ def test_the_program_paints_patients_that_its_decoders_have_not_seen(
 
 def test_a_letter_that_is_too_large_is_refused(here):
     with pytest.raises(letters.UserError, match="--letter 0.5"):
-        here("letters", "--weights", "runs/tiny", "--letter", 0.5)
+        here("letters", "--weights", "runs/tiny", "--letter", 0.5, "--out", "x")

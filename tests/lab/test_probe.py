@@ -114,6 +114,30 @@ def test_random_labels_are_level_and_scored_on_films_of_test_alone(tmp_path):
     assert judged["differences"]["corner"][BLIND]["word"] == "level with"
 
 
+def test_every_finding_of_a_table_is_judged_alone_beside_the_mean():
+    """One finding is in the features, one is not, and one has no positive test film."""
+    rng = np.random.default_rng(4)
+    y = rng.integers(0, 2, (150, 3)).astype(float)
+    is_test = np.arange(150) >= 60
+    y[is_test, 2] = 0
+    patients = np.arange(150)
+    x = rng.normal(size=(150, 6))
+    x[:, 0] += 2 * y[:, 0]
+    features = dict.fromkeys([BLIND, *probe.PIXELS], rng.normal(size=(150, 4))) | {"encoder": x}
+    findings = ["mass", "nodule", "rib"]
+    part = probe.judge_table(features, y, patients, is_test, [], findings)["test"]
+    told = [part["findings"][finding]["encoder"] for finding in findings]
+    guess = metrics.ridge_scores(x[:60], y[:60], patients[:60], x[60:])
+    areas = [100 * roc_auc_score(y[60:, k], guess[:, k]) for k in (0, 1)]
+    assert [one["value"] for one in told[:2]] == pytest.approx(areas)
+    assert part["values"]["encoder"] == pytest.approx(np.mean(areas))
+    assert told[0]["interval"][0] > 80 and told[1]["interval"][0] < 50 < told[1]["interval"][1]
+    assert told[2] == {"value": None, "interval": None}
+    alone = probe.judge_table(features, y[:, :1], patients, is_test, [], findings[:1])["test"]
+    assert "findings" not in alone and alone["values"]["encoder"] == pytest.approx(areas[0])
+    assert alone["intervals"]["encoder"] == told[0]["interval"]
+
+
 def test_many_films_are_cast_onto_main_directions_and_keep_what_they_tell(tmp_path, monkeypatch):
     films, labels = planted(tmp_path, 120, 40)
     monkeypatch.setattr(probe, "MANY_FILMS", 100)
