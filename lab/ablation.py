@@ -8,10 +8,11 @@
 Without a word: one pre-training run per row and seed, linear probes, and fine-tuning on a tenth of
 the films; two rows without pre-training stand below. train takes pretrain.py's flags and Table 3's
 switches. compare fine-tunes on your own tables: from scratch, frozen and in full, with all and with
-few films; --shots 10,20,40,80 also draws the curve over films per class, curve.png. A second table
-has the differences from scratch on the same test films, each with a 95 % interval. Every run has
-its own folder below --out, which also receives table.md. The same command again goes on: what is
-finished is not run again. Without a word --out also receives result.json.
+few films; --shots 10,20,40,80 also draws the curve over films per class, curve.png. Every run has
+its own folder below --out, which also receives table.md; once all have finished, that of compare
+ends with the differences from scratch on the same test films, each with a 95 % interval. The same
+command again goes on: what is finished is not run again. Without a word --out also receives
+result.json.
 """
 
 import dataclasses
