@@ -19,12 +19,12 @@ from data import open_films
 from model import CheXWorld
 from plumbing import checkpoint, phantom, pictures
 from plumbing.film import UnreadableFilm
-from plumbing.findings import Sheet
 from plumbing.launch import UserError, count_cpus, flag, parse, start_team
-from plumbing.own_table import PATIENT, SPLIT_WORDS, Labels, read_patient_table, split_column
+from plumbing.own_table import Labels, read_patient_table
 from plumbing.splits import hold_out_films, patients_of
-from plumbing.table import Finder, plain, read_list
+from plumbing.table import Finder, Sheet, read_list
 from plumbing.weights import load_world, make_vit
+from plumbing.words import split_of
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
 NOBODY = (set(), set())  # what trained_on would say of those
@@ -159,23 +159,23 @@ def open_set(args, count, side=320, patients=None):
 
 def rows_of(table, films, said=lambda row: None, split="test"):
     """Find the rows of a CSV whose films are there; only those of one split where it has
-    such. Its columns of films and splits go by any of their usual names (plumbing.findings). Of
+    such. Its columns of films and splits go by any of their usual names (plumbing.words). Of
     several rows of a film the first counts. UserError when a row fits two films, or when two rows
     of a film differ in what is wanted of them, said(row). → [(the film's number, row)]
     """
     if not Path(table).is_file():
         raise UserError(f"--table {table}: no such file")
     sheet = Sheet(table)
-    film = sheet.film_column()
-    column = split_column(sheet, {film})
+    film = sheet.film
     rows = [
         dict(zip(sheet.cells, row, strict=True)) for row in zip(*sheet.cells.values(), strict=True)
     ]
     numbers = range(len(rows))
-    if column and split:
-        is_wanted = [SPLIT_WORDS.get(plain(cell)) == split for cell in sheet.cells[column]]
+    if sheet.split and split:
+        is_wanted = [split_of(cell) == split for cell in sheet.cells[sheet.split]]
         numbers = [k for k in numbers if is_wanted[k]] or numbers
-        print(f"table {table}: {len(numbers)} of {len(rows)} rows, column {column}", flush=True)
+        said_of = f"{len(numbers)} of {len(rows)} rows, column {sheet.split}"
+        print(f"table {table}: {said_of}", flush=True)
     found = {}
     absent = 0
     names = [rows[k][film] for k in numbers]
@@ -185,7 +185,7 @@ def rows_of(table, films, said=lambda row: None, split="test"):
         absent += not place.films
         for i in place.films:
             if said(found.setdefault(i, rows[k])) != said(rows[k]):
-                sheet.refuse(k, f"{rows[k][film]} stands twice, and differs: keep one row")
+                sheet.refuse(f"{rows[k][film]} stands twice, and differs: keep one row", k)
     if not found:
         raise UserError(
             f"--table {table}: none of its {len(rows)} films is in the data "
@@ -225,9 +225,9 @@ def patients_with(films, tables):
         if str(table).endswith(".txt"):
             continue
         sheet = Sheet(table)
-        names = sheet.cells[sheet.film_column()]
+        names = sheet.cells[sheet.film]
         is_here = any(place.films for place in Finder(films.names).find(names))
-        if not is_here or not sheet.column(PATIENT, "patient"):
+        if not is_here or not sheet.patient:
             continue
         told, _ = read_patient_table(table, films.names)
         for i, name in enumerate(films.names):

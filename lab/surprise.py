@@ -31,11 +31,12 @@ from lab.features import describe
 from model import take
 from plumbing import phantom, pictures
 from plumbing.checkpoint import write_csv
-from plumbing.findings import LABEL, Sheet, answer_or_negative, is_unsaid, merge_spellings
+from plumbing.findings import merge_spellings
 from plumbing.keys import SURPRISE, numpy_rng
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import auroc
-from plumbing.table import NO
+from plumbing.table import Sheet
+from plumbing.words import NO, answer, is_unsaid
 
 PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")  # kinds of wrong
 REFERENCES = 400  # at most so many good films are looked at: half of them fit, half calibrate
@@ -280,13 +281,13 @@ def labels_of(table, films, numbers):
     is uncertain. → (n,)
     """
     sheet = Sheet(table)
-    column = sheet.column(LABEL, "label")
+    column = sheet.column("label")
     if not column:
         print(f"table {table}: no column label, so no AUROC", flush=True)
         return np.array([""] * len(numbers))
     cells = dict(common.rows_of(table, films, lambda row: row[column]))
     named = [None if is_unsaid(cells[i][column]) else [cells[i][column]] for i in numbers]
-    words = [[] if cell and answer_or_negative(cell[0]) == NO else cell for cell in named]
+    words = [[] if cell and answer(cell[0]) == NO else cell for cell in named]
     found, _ = merge_spellings(words)  # Mass and mass are one kind
     return np.array(["" if kinds is None else "".join(kinds) or "normal" for kinds in found])
 

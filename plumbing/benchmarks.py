@@ -20,24 +20,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from plumbing.film import EMPTY_MASK, UnreadableFilm, film_size, read_mask
+from plumbing.findings import target_of
 from plumbing.folder import Index
 from plumbing.launch import UserError
-from plumbing.own_table import Row, read_own_table, target_of
+from plumbing.own_table import Row, read_own_table
 from plumbing.splits import Example, Splits, complete, disjoint, warn_of_copies
-from plumbing.table import (
-    MISSING,
-    NO,
-    SPLITS,
-    UNCERTAIN,
-    YES,
-    Finder,
-    answer,
-    as_path,
-    read_list,
-    read_table,
-    require_columns,
-    without_suffix,
-)
+from plumbing.table import Finder, as_path, read_list, read_table, require_columns, without_suffix
+from plumbing.words import MISSING, NO, SPLITS, UNCERTAIN, YES, answer
 
 # Labels, in the order of the official lists.
 NIH = tuple(
@@ -372,9 +361,9 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
     for row, patient, mask, path in zip(own.rows, patients, masks, paths, strict=True):
         film = row._replace(patient=patient, mask=mask, path=path)
         parts.setdefault(row.split or "all", []).append(film)
-    if own.has_splits and not trained and not {"train", "test"} <= set(parts):
-        raise UserError(
-            f"{table}: the split must be train and test and perhaps val; "
+    if own.sheet.split and not trained and not {"train", "test"} <= set(parts):
+        own.sheet.refuse(
+            "the split must be train and test and perhaps val; "
             f"it says {', '.join(sorted(parts))} only"
         )
     notes = [*own.notes, *notes, patient_note]
@@ -413,9 +402,9 @@ def find_films(index, own) -> tuple[list[Path], list[str]]:
     if absent:
         advice = "delete these rows, or point --data higher"
         advice = advice if paths else "is --data the right folder?"
-        raise UserError(
-            f"{own.path}: {len(absent)} of the {len(own.rows)} films are not below {index.root}, "
-            f"the first: {', '.join(absent[:3])}: {advice}"
+        own.sheet.refuse(
+            f"{len(absent)} of the {len(own.rows)} films are not below {index.root}, the first: "
+            f"{', '.join(absent[:3])}: {advice}"
         )
     others = len(films) - len(set(paths))
     if others > 0 and own.goal.kind != "mask":
@@ -438,14 +427,14 @@ def find_masks(index, own, paths) -> list[tuple | None]:
             masks.append(None if name is None else EMPTY_MASK)
             continue
         beside = [Path(name)] if Path(name).is_absolute() else []
-        beside += [folder / as_path(name) for folder in (own.path.parent, index.root)]
+        beside += [folder / as_path(name) for folder in (own.sheet.path.parent, index.root)]
         found = [path for path in beside if path.is_file() and path.absolute() not in films]
         found = found[:1] or [index.root / pictures[i] for i in place.films]
         if len(found) != 1:
             what = f"fits {found[0]} and {found[1]}" if found else "is not there"
             raise UserError(
-                f"{own.path}, line {row.line}: mask {name[:60]!r} {what}: pictures of masks are "
-                f"wanted, beside the table or below {index.root}"
+                f"{own.sheet.path}, line {row.line}: mask {name[:60]!r} {what}: pictures of masks "
+                f"are wanted, beside the table or below {index.root}"
             )
         masks.append(("file", found[0]))
     return masks
@@ -469,8 +458,8 @@ def refuse_unfit_masks(own, paths, masks):
         except UnreadableFilm as error:
             unfit.append(f"line {row.line}, {row.name}: {error}")
     if unfit:
-        raise UserError(
-            f"{own.path}: {len(unfit)} of {len(files)} masks cannot be used, the first: {unfit[0]}"
+        own.sheet.refuse(
+            f"{len(unfit)} of {len(files)} masks cannot be used, the first: {unfit[0]}"
         )
 
 

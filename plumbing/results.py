@@ -18,7 +18,8 @@ from plumbing.checkpoint import replace_with, write_csv, write_json
 from plumbing.film import film_size
 from plumbing.launch import UserError
 from plumbing.splits import Splits, class_warnings, tally
-from plumbing.table import plain, read_cells
+from plumbing.table import read_cells
+from plumbing.words import plain
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
 PUBLISHED = {  # tasks whose epochs are published

@@ -17,7 +17,8 @@ from plumbing.film import EMPTY_MASK
 from plumbing.folder import in_threads
 from plumbing.launch import UserError, largest_divisor
 from plumbing.splits import Splits, size_of
-from plumbing.table import key_of, plain, whole_number
+from plumbing.table import key_of
+from plumbing.words import plain, whole_number
 
 
 def choose_out(args) -> Path:

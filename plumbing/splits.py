@@ -11,7 +11,8 @@ from plumbing.checkpoint import digest
 from plumbing.folder import in_threads
 from plumbing.keys import DRAW_FRACTION, DRAW_SHOTS, DRAW_SPLIT, HOLD_OUT, numpy_rng
 from plumbing.launch import UserError
-from plumbing.table import SPLITS, key_of
+from plumbing.table import key_of
+from plumbing.words import SPLITS
 
 
 # ---------------------------------------------------------------- pre-training

@@ -1,4 +1,4 @@
-"""The one reader of CSV files, what a cell may say, and which film a row means."""
+"""The one reader of CSV files: their cells, the roles of their columns, the film of a row."""
 
 import csv
 import functools
@@ -13,50 +13,17 @@ from typing import NamedTuple
 
 from plumbing.film import SUFFIXES
 from plumbing.launch import UserError
-
-SPLITS = ("train", "val", "test")
-
-# Labels that name no finding, as `word_of` writes it. A film with one is negative for every class.
-NEGATIVE = ("normal", "no finding", "no_finding", "no findings", "none", "negative", "healthy", "0")
-OF_OTHER_LANGUAGES = (  # German, French, Spanish, Portuguese, Italian
-    "o.b., o.p.b., ohne befund, ohne pathologischen befund, kein befund, keine, keine befunde, "
-    "kein pathologischer befund, normalbefund, unauffallig, gesund, unauffaellig, regelrecht, "
-    "negativ, normale, negatif, negativo, r.a.s., ras, rien a signaler, sans anomalie, "
-    "pas d'anomalie, aucune anomalie, sain, sano, sin hallazgos, sin alteraciones, "
-    "sem achados, sem alteracoes, nella norma, nessun reperto, senza alterazioni"
+from plumbing.words import (
+    COLUMNS,
+    MISSING,
+    SHEET_ERROR,
+    SPLITS,
+    answer,
+    column_key,
+    patient_of,
+    plain,
+    split_of,
 )
-NEGATIVE += tuple(OF_OTHER_LANGUAGES.split(", "))
-
-# What a cell says that answers yes or no, as `word_of` writes it, or a number (1.0, 0,0).
-YES = 1
-NO = 0
-UNCERTAIN = -1
-MISSING = None
-OTHER = "other"  # no answer at all
-ANSWERS = dict.fromkeys("yes y true positive pos present".split(), YES)
-ANSWERS |= dict.fromkeys("no n false negative neg absent".split(), NO)
-# German, Dutch, French, Spanish, Portuguese, Italian
-ANSWERS |= dict.fromkeys("ja oui si sim positiv positif positivo vorhanden".split(), YES)
-ANSWERS |= dict.fromkeys("nein nee non nao negativ negatif negativo".split(), NO)
-ANSWERS["nicht vorhanden"] = NO
-ANSWERS |= dict.fromkeys(
-    "uncertain unsure equivocal indeterminate unklar fraglich".split(), UNCERTAIN
-)
-ANSWERS |= dict.fromkeys(
-    "unsicher verdacht v.a. incertain douteux dudoso incierto".split(), UNCERTAIN
-)
-ANSWERS |= dict.fromkeys("incerto duvidoso dubbio".split(), UNCERTAIN)
-ANSWERS |= dict.fromkeys("na n/a #n/a #nv <na> nan null none nil - -- ? . missing unknown".split())
-ANSWERS |= dict.fromkeys(("n.a.", "n.a", "n.d.", "not available", "not applicable", "no data"))
-ANSWERS |= dict.fromkeys(("not done", "not assessed", "not assessable", "not known"))
-ANSWERS |= dict.fromkeys(("k.a.", "k.a", "n.b.", "keine angabe", "keine angaben", "unbekannt"))
-ANSWERS |= dict.fromkeys(
-    ("nicht beurteilbar", "nicht bekannt", "nicht bestimmt", "fehlt", "fehlend")
-)
-ANSWERS |= dict.fromkeys(("non interpretable", "non renseigne", "inconnu", "no valorable"))
-ANSWERS |= dict.fromkeys(("no evaluable", "desconocido", "sin datos", "nao avaliavel"))
-ANSWERS |= dict.fromkeys(("desconhecido", "sem dados", "non valutabile", "sconosciuto"))
-ANSWERS[""] = MISSING
 
 # How Excel's workbooks (new and old), Parquet files, web pages and JSON begin.
 NO_TABLES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"<", b"{", b"[")
@@ -72,11 +39,8 @@ def read_table(path, *columns: str) -> list[dict[str, str]]:
     header, lines = read_cells(path)
     require_columns(path, header, columns)
     blank = dict.fromkeys(header, "")
-    rows = []
-    for _, cells in lines:
-        row = blank | dict(zip(header, cells, strict=False))
-        rows.append({name: row[name] for name in columns} if columns else row)
-    return rows
+    rows = [blank | dict(zip(header, cells, strict=False)) for _, cells in lines]
+    return [{name: row[name] for name in columns or header} for row in rows]
 
 
 def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -104,7 +68,7 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             if not header and any(cells):
                 last = max(k for k, name in enumerate(cells) if name)
                 header = cells[: last + 1]
-                refuse_twins(path, header)
+                refuse_double_names(path, header)
             elif any(cells):
                 if len(cells) > len(header) or "" in header:
                     refuse_strays(path, header, line, cells, not rows)
@@ -163,7 +127,7 @@ def find_separator(text: str) -> str:
     return max(",;\t", key=header.count)
 
 
-def refuse_twins(path, header):
+def refuse_double_names(path, header):
     """UserError when the names of two columns differ in case, spaces and the like at most."""
     first = {}
     for name in filter(None, header):
@@ -216,50 +180,131 @@ def read_list(path: Path) -> list[tuple[str, tuple[int, ...]]]:
     return films
 
 
-# ---------------------------------------------------------------- cells
-def whole_number(cell: str) -> int | None:
-    """The whole number in a cell, as '2', '2.0' or '2,0'; None when it is none."""
-    is_whole = re.fullmatch(r"([+-]?\d+)([.,]0*)?", cell)
-    return int(is_whole[1]) if is_whole else None
+# ---------------------------------------------------------------- columns and their roles
+class Sheet:
+    """A table by columns: cells {column: one per row}, lines: where each row stands in the file.
 
-
-def word_of(cell: str) -> str:
-    """A cell as lists of words have it: in lower case, without accents and spaces after dots."""
-    letters = unicodedata.normalize("NFD", cell.strip().casefold())
-    return re.sub(r"[\u0300-\u036f]|(?<=\.)\s+", "", letters)
-
-
-@functools.lru_cache(100_000)
-def answer(cell: str):
-    """Tell what a cell answers: YES, NO, UNCERTAIN, MISSING, or OTHER for what is no answer."""
-    word = word_of(cell).replace("\u2212", "-")  # the minus of typesetters
-    if word in ANSWERS:
-        return ANSWERS[word]
-    value = whole_number(word)
-    return value if value in (YES, NO, UNCERTAIN) else OTHER
-
-
-@functools.lru_cache(100_000)
-def plain(name: str) -> str:
-    """The name without case, spaces, underscores and hyphens, by which names are compared."""
-    return re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", name.strip().casefold())
-
-
-def column_key(name: str) -> str:
-    """The name of a column without what people write it with, by which its role is found: plain,
-    without dots and accents, # as nr: 'Pat.-Nr.' is patnr, 'N° patient' npatient.
+    film, patient and split: the columns of these roles, the last two None where there is none;
+    others: the rest. notes: what was decided.
     """
-    letters = unicodedata.normalize("NFKD", plain(name).replace("#", "nr"))
-    return re.sub(r"\W", "", letters)
 
+    def __init__(self, path):
+        self.path = Path(path)
+        self.notes = []
+        header, rows = read_cells(path)
+        if not rows:
+            raise UserError(f"{path}: no row below its header ({', '.join(header) or 'empty'})")
+        for line, cells in rows:
+            if len(cells) < len(header):
+                raise UserError(
+                    f"{path}, line {line}: {len(cells)} cells where the header has {len(header)}: "
+                    "is the file cut off?"
+                )
+        self.lines = [line for line, _ in rows]
+        columns = zip(*(cells for _, cells in rows), strict=True)
+        self.cells = {name: cells for name, cells in zip(header, columns, strict=True) if name}
+        self.named = {plain(name): name for name in self.cells}
+        self.film = self.find_film()
+        self.patient = self.column("patient")
 
-@functools.lru_cache(100_000)
-def is_negative(name: str) -> bool:
-    """Whether a name says that nothing was found."""
-    return plain(word_of(name)).rstrip(".") in NEGATIVE_KEYS
+    def refuse(self, message: str, row: int | None = None):
+        """Raise UserError about the table, or about one row of it."""
+        where = self.path if row is None else f"{self.path}, line {self.lines[row]}"
+        raise UserError(f"{where}: {message}")
 
+    def column(self, role: str) -> str | None:
+        """The column of a role by the first of its usual names that is there; None without any."""
+        names = COLUMNS[role]
+        fitting = [name for name in self.cells if column_key(name) in names]
+        fitting.sort(key=lambda name: names.index(column_key(name)))
+        if len(fitting) > 1:
+            self.notes.append(f"{role}: column {fitting[0]}, not {', '.join(fitting[1:])}")
+        return fitting[0] if fitting else None
 
-NEGATIVE_KEYS = {plain(word).rstrip(".") for word in NEGATIVE}
+    def answers(self, column: str) -> list:
+        """What the cells of a column answer: YES, NO, UNCERTAIN, MISSING or OTHER."""
+        return list(map(answer, self.cells[column]))
+
+    def find_film(self) -> str:
+        """Find the column of films. UserError when there is none, or a row names no film."""
+        column = self.column("film")
+        if not column and any(Path(name).suffix.lower() in SUFFIXES for name in self.cells):
+            self.refuse(
+                "its first row holds data: write the names of the columns above it, such as "
+                "filename,label"
+            )
+        if not column:
+            self.refuse(
+                "no column filename (or file, image, path, Image Index, image_id, dicom_id ...); "
+                f"its columns are {', '.join(self.cells)}"
+            )
+        answers = self.answers(column)
+        if MISSING in answers:
+            row = answers.index(MISSING)
+            self.refuse(f"column {column} names no film ({self.cells[column][row]!r})", row)
+        return column
+
+    @functools.cached_property
+    def split(self) -> str | None:
+        """The column of splits: of a usual name, else the one whose cells say train, val or test.
+
+        UserError when several columns say so, or a column such as is_test does: else other films
+        would be tested than the table means.
+        """
+        column = self.column("split")
+        if column:
+            return column
+        found = []
+        for name, cells in self.cells.items():
+            if name in (self.film, self.patient):
+                continue
+            if plain(name).startswith("is") and split_of(plain(name).removeprefix("is")):
+                self.refuse(f"column {name}: write a column split that says train, val or test")
+            said = set(map(split_of, cells))
+            if None not in said and len(said) > 1:
+                found.append(name)
+        if len(found) > 1:
+            self.refuse(
+                f"{' and '.join(found)} may both be the column of the split: rename or delete one"
+            )
+        return found[0] if found else None
+
+    @functools.cached_property
+    def others(self) -> list[str]:
+        """The columns without these roles: one of them may say what is to be learnt."""
+        return [name for name in self.cells if name not in (self.film, self.patient, self.split)]
+
+    def patients(self) -> list[str | None]:
+        """Read the patient of every row, as words.patient_of tells; 'P1' and 'p1' are one.
+
+        None without such a column. UserError on what a spreadsheet spoilt.
+        """
+        column = self.patient
+        if not column:
+            return [None] * len(self.lines)
+        first = {}  # as the first row writes it
+        patients = []
+        for row, cell in enumerate(self.cells[column]):
+            if SHEET_ERROR.fullmatch(cell):
+                self.refuse(f"column {column} says {cell}, an error of the spreadsheet", row)
+            if re.fullmatch(r"\d[.,]\d+[eE]\+?\d+", cell):
+                self.refuse(f"column {column} says {cell}: a spreadsheet rounded the number", row)
+            who = patient_of(cell)
+            patients.append(who and first.setdefault(who.casefold(), who))
+        return patients
+
+    def splits(self) -> list[str | None]:
+        """Read the split of every row, None without such a column. UserError when a cell names
+        none.
+        """
+        if not self.split:
+            return [None] * len(self.lines)
+        splits = list(map(split_of, self.cells[self.split]))
+        if None in splits:
+            row = splits.index(None)
+            cell = self.cells[self.split][row]
+            self.refuse(f"column {self.split} must say {', '.join(SPLITS)}, not {cell!r}", row)
+        return splits
 
 
 # ---------------------------------------------------------------- paths

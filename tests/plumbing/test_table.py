@@ -1,4 +1,4 @@
-"""Tables: what is forgiven and what refused, what a cell answers, which film a row means."""
+"""Tables: what is forgiven and what refused, and which film a row means."""
 
 import gzip
 import time
@@ -6,23 +6,7 @@ import time
 import pytest
 
 from plumbing.launch import UserError
-from plumbing.table import (
-    MISSING,
-    NEGATIVE,
-    NO,
-    OTHER,
-    UNCERTAIN,
-    YES,
-    Finder,
-    answer,
-    is_negative,
-    plain,
-    read_cells,
-    read_list,
-    read_table,
-    whole_number,
-    without_suffix,
-)
+from plumbing.table import Finder, read_cells, read_list, read_table, without_suffix
 
 
 # ---------------------------------------------------------------- files
@@ -138,47 +122,6 @@ def test_lists_keep_their_numbers_and_names_their_dots(tmp_path):
     assert without_suffix("DX.1.2.392.png") == "DX.1.2.392"
     assert without_suffix("CR.1.3.12") == "CR.1.3.12"
     assert without_suffix("a/b.dicom") == "a/b"
-
-
-# ---------------------------------------------------------------- cells
-def test_whole_numbers_may_have_a_point_or_a_comma():
-    cells = ["2", "2.0", "+2,", "-9", "2.5", "2e3", "", "two"]
-    assert [whole_number(cell) for cell in cells] == [2, 2, 2, -9, None, None, None, None]
-
-
-def test_a_cell_answers_yes_no_perhaps_or_nothing():
-    words = {
-        YES: "1 1.0 1. 1,0 +1 yes Y TRUE positive Present",
-        NO: "0 0.0 0,00 -0.0 no N False NEGATIVE absent",
-        UNCERTAIN: "-1 -1.0 -1,0 \u22121 uncertain Equivocal",
-        MISSING: "NA N/A #N/A nan NaN NULL None - ? <NA> unknown",
-        OTHER: "2 0.5 -2 10 1.5 M pneumonia 1|0 1e3 0-1",
-    }
-    for value, cells in words.items():
-        assert {cell: answer(cell) for cell in cells.split()} == dict.fromkeys(cells.split(), value)
-    assert answer("") is answer("  ") is MISSING
-    words = {
-        YES: "positiv;Sí;vorhanden",
-        NO: "Não;negativ;Nein",
-        UNCERTAIN: "unklar;Fraglich;V.a.;v. A.;douteux",
-        MISSING: "k.A.;k. A.;Keine Angabe;nicht beurteilbar;Não avaliável;fehlt",
-        OTHER: "o.B.;V.a. Pneumonie;kA",
-    }
-    for value, cells in words.items():
-        assert {answer(cell) for cell in cells.split(";")} == {value}, cells
-
-
-def test_words_for_no_finding_and_spellings_of_one_name():
-    for word in NEGATIVE:
-        assert is_negative(word.upper()) and is_negative(word.replace(" ", "_"))
-    for word in ("o. B.", "O.B", "Unauffällig", "unauffaellig", "Sem alterações", "RAS", "Gesund"):
-        assert is_negative(word), word
-    for word in ("", "Effusion", "normal?", "abnormal", "OB", "keine Pneumonie", "10", "1.0"):
-        assert not is_negative(word), word
-    same = ["Patient ID", "patient_id", "PATIENT-ID", "patientId", " patient  id "]
-    assert len(set(map(plain, same))) == 1
-    different = ["HIV", "HIV-", "HIV+", "1.5", "15"]
-    assert len(set(map(plain, different))) == 5
 
 
 # ---------------------------------------------------------------- paths

@@ -1,0 +1,296 @@
+"""What people call the columns of their tables, and what the words in the cells mean.
+
+Every such list stands here, once, in English, German, Dutch, French, Spanish, Portuguese and
+Italian. Nothing here knows a table: a name or a cell goes in, and what it means comes out.
+"""
+
+import functools
+import re
+import unicodedata
+from itertools import product
+from os.path import commonprefix
+
+
+# ---------------------------------------------------------------- spellings
+@functools.lru_cache(100_000)
+def plain(name: str) -> str:
+    """The name without case, spaces, underscores and hyphens, by which names are compared."""
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", name.strip().casefold())
+
+
+def column_key(name: str) -> str:
+    """The name of a column without what people write it with, by which its role is found: plain,
+    without dots and accents, # as nr: 'Pat.-Nr.' is patnr, 'N° patient' npatient.
+    """
+    letters = unicodedata.normalize("NFKD", plain(name).replace("#", "nr"))
+    return re.sub(r"\W", "", letters)
+
+
+@functools.lru_cache(100_000)
+def word_of(cell: str) -> str:
+    """A cell as words are compared: plain, without accents, last dots, and spaces after dots."""
+    letters = unicodedata.normalize("NFD", cell.strip().casefold())
+    return plain(re.sub(r"[\u0300-\u036f]|(?<=\.)\s+", "", letters)).rstrip(".")
+
+
+# ---------------------------------------------------------------- columns
+PERSON = "patient patienten pat subject person participant proband probanden paciente paziente"
+NUMBER = "id nr num number nummer no key uid code name identifier index pseudonym"
+NUMBER_OF = "id n no nr num numero number code codice nde node numerode numerodu"
+
+# The usual names of a column, by its role, as column_key writes them; the first in a table counts.
+COLUMNS = {
+    "film": (
+        "filename imagefilename imagefile filepath imagepath file image path imageindex imageid "
+        "imagename img imgid imgname imgpath dicomid dicom dicomfile dicompath dcm film filmid "
+        "dateiname datei bilddatei fichier nomdefichier archivo arquivo nomefile"
+    ).split(),
+    "mask": "mask maskfile maskfilename maskpath maskname maskimage segmentation".split(),
+    "label": (
+        "label labels findinglabels findinglabel findings finding class classes classname "
+        "diagnosis diagnoses target targets pathology pathologies disease category groundtruth"
+    ).split(),
+    "patient": [
+        *"patientid patient subjectid subject patientnumber patientno patid pid mrn".split(),
+        *map("".join, product(PERSON.split(), NUMBER.split())),
+        *map("".join, product(NUMBER_OF.split(), "patient paciente paziente".split())),
+        *"participant proband paciente paziente pat ipp nip pseudonym pseudoid".split(),
+        *"fallnummer fallnr fallid".split(),  # a stay: better than nobody
+    ],
+    "split": "split set fold subset partition".split(),
+}
+
+# What any other column tells, by parts of its name.
+PARTS = {
+    "patient": "^pat(?!h|tern)|patient|pacient|pazient|proband|subject|participant",
+    "number": "^id|id$|nr$|no$|num$|nummer|number|numero|code|key|pseudo|akte|case|fall",
+    "sex": "sex|sesso|gender|geschl|genre",
+    "trait": (  # age, size and dates of a person
+        "age|alter|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|date|datum|time|"
+        "zeit|birth|geb|type|status|history|race|ethnic|diagn|idade|edad|^eta(del|$)|peso|poids|"
+        "taille|talla|altura|estatura|year|jahr|monat|month"
+    ),
+    "comment": (
+        "comment|kommentar|bemerk|anmerk|remar[kq]|freitext|freetext|notes?$|notiz|hinweis|"
+        "observaciones|observacoes|osservazion"
+    ),
+    "visit": (  # when, where and with which machine a film was taken
+        "follow|visit|verlauf|site|hospital|klinik|center|centre|zentrum|ward|station|zimmer|room|"
+        "scanner|device|gerat|geraet"
+    ),
+    "exam": (
+        "study|serie|accession|exam|untersuch|auftrag|order|image|film|bild|dicom|instance|acqui|"
+        "slice|icd|postal|zip|plz|phone|telef|serial|reader|report|note|operator|befund|radiolog|"
+        "proto[ck]ol|[ck]assette|dete[ck]tor|lo[ck]ali|^tnm|^ops|numberof"
+    ),
+    "grade": (  # codes such as 0 to 3, which are no findings either
+        "view|side|seite|group|gruppe|grupo|cohort|kohorte|severity|schwere|score|quality|"
+        "qualitat|smok|rauch|number|anzahl|count"
+    ),
+}
+
+
+def is_called(column: str, role: str) -> bool:
+    """Whether a column has one of the usual names of a role."""
+    return column_key(column) in COLUMNS[role]
+
+
+def tells(column: str, *kinds: str) -> bool:
+    """Whether a column is called like one of these kinds of PARTS."""
+    return any(re.search(PARTS[kind], column_key(column)) for kind in kinds)
+
+
+SPLIT_WORDS = {
+    "train": "train training tr".split(),
+    "val": "val valid validate validation dev development".split(),
+    "test": "test testing tst".split(),
+}
+SPLITS = tuple(SPLIT_WORDS)
+
+
+def split_of(word: str) -> str | None:
+    """The split that a word names: train, val or test; None when it names none."""
+    return next((split for split, words in SPLIT_WORDS.items() if plain(word) in words), None)
+
+
+# ---------------------------------------------------------------- cells
+YES = 1
+NO = 0
+UNCERTAIN = -1
+MISSING = None
+NO_FINDING = "no finding"  # NO to every label; but "none" in a column of yes and no is missing
+OTHER = "other"  # no answer at all
+
+# What the words of a cell mean, without accents. Numbers need no words.
+WORDS = {
+    YES: (
+        "yes, y, true, positive, pos, present, ja, oui, si, sim, positiv, positif, positivo, "
+        "vorhanden"
+    ),
+    NO: (
+        "no, n, false, negative, neg, absent, nein, nee, non, nao, negativ, negatif, negativo, "
+        "nicht vorhanden"
+    ),
+    UNCERTAIN: (
+        "uncertain, unsure, equivocal, indeterminate, unklar, fraglich, unsicher, verdacht, v.a., "
+        "incertain, douteux, dudoso, incierto, incerto, duvidoso, dubbio"
+    ),
+    MISSING: (
+        ", na, n/a, #n/a, #nv, <na>, nan, null, none, nil, -, --, ?, missing, unknown, n.a., n.d., "
+        "not available, not applicable, no data, not done, not assessed, not assessable, "
+        "not known, k.a., n.b., keine angabe, keine angaben, unbekannt, nicht beurteilbar, "
+        "nicht bekannt, nicht bestimmt, fehlt, fehlend, non interpretable, non renseigne, inconnu, "
+        "no valorable, no evaluable, desconocido, sin datos, nao avaliavel, desconhecido, "
+        "sem dados, non valutabile, sconosciuto"
+    ),
+    NO_FINDING: (
+        "normal, no finding, no findings, none, negative, healthy, 0, o.b., o.p.b., ohne befund, "
+        "ohne pathologischen befund, kein befund, keine, keine befunde, "
+        "kein pathologischer befund, normalbefund, unauffallig, gesund, unauffaellig, regelrecht, "
+        "negativ, normale, negatif, negativo, r.a.s., ras, rien a signaler, sans anomalie, "
+        "pas d'anomalie, aucune anomalie, sain, sano, sin hallazgos, sin alteraciones, "
+        "sem achados, sem alteracoes, nella norma, nessun reperto, senza alterazioni"
+    ),
+}
+MEANT_BY = {meaning: set(map(word_of, words.split(", "))) for meaning, words in WORDS.items()}
+NOBODY = "anonymous anonymized anonymised anon unnamed".split()
+
+
+def whole_number(cell: str) -> int | None:
+    """The whole number in a cell, as '2', '2.0' or '2,0'; None when it is none."""
+    is_whole = re.fullmatch(r"([+-]?\d+)([.,]0*)?", cell)
+    return int(is_whole[1]) if is_whole else None
+
+
+@functools.lru_cache(100_000)
+def answer(cell: str):
+    """Tell what a cell answers: YES, NO, UNCERTAIN, MISSING, or OTHER for what is no answer."""
+    number = whole_number(cell.strip().replace("\u2212", "-"))  # the minus of typesetters
+    if number in (YES, NO, UNCERTAIN):
+        return number
+    for meaning, words in MEANT_BY.items():
+        if word_of(cell) in words:
+            return NO if meaning == NO_FINDING else meaning
+    return OTHER
+
+
+def is_negative(name: str) -> bool:
+    """Whether a name says that nothing was found: normal, none, o.B."""
+    return word_of(name) in MEANT_BY[NO_FINDING]
+
+
+def is_unsaid(cell: str) -> bool:
+    """Whether a cell of names is missing or uncertain; 'none' is a word for no finding."""
+    return answer(cell) in (MISSING, UNCERTAIN) and not is_negative(cell)
+
+
+# ---------------------------------------------------------------- names of findings
+# How a reader says that he is not sure, before the name; WORDS[UNCERTAIN] say so, too.
+UNSURE = WORDS[UNCERTAIN].replace(".", r"\.").replace(", ", "|")
+DOUBT = re.compile(
+    r"[?()\[\]]|\b(possibl[ey]|probabl[ey]|likely|suspect(ed)?|susp|suspicion of|suspicious for|"
+    r"presumed|questionable|query|rule out|maybe|v\.\s?a|verdacht auf|mögliche?[rns]?|"
+    r"wahrscheinlich(e[rns]?)?|vermutlich(e[rns]?)?|suspicion de|douteuse|posible|sospecha de|"
+    r"dudosa|possível|provável|suspeita de|possibile|probabile|sospett[oa]( di)?|"
+    rf"({UNSURE})(e[rns]?)?)\b\.?",
+    re.IGNORECASE,
+)
+# How he says that there is none.
+DENIALS = "no non not without kein keine keinen ohne nicht sans pas sin sem senza nessun".split()
+
+# What a formula leaves that failed, in any language, and a column that was too narrow.
+SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
+NO_NAMES = {
+    "a doubt": DOUBT,
+    "an error of the spreadsheet": SHEET_ERROR,
+    "run lengths": re.compile(r"\d+(\s+\d+)+"),
+    "a date": re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b.*"),
+    "a number": re.compile(
+        r"[+-]?\d+([.,]\d*)?([eE][+-]?\d+)?\s*%?|[+-]?\d+[.,]\d+\s*[a-zµ]+(/[a-z]+)?", re.IGNORECASE
+    ),
+    "an age": re.compile(r"\d+\s*([ymd]|yrs?|years?|months?|days?)", re.IGNORECASE),
+    "a file": re.compile(
+        r".*\.(npy|npz|nii|gz|mat|json|xml|txt|csv|pth?|h5|hdf5|pkl|pdf|svg|zip)", re.IGNORECASE
+    ),
+}
+
+
+@functools.lru_cache(100_000)
+def what_instead(name: str) -> str:
+    """What a name is, where it is no name of a finding; else ""."""
+    if is_negative(name):
+        return ""
+    if answer(name) != OTHER:
+        return "an answer"
+    return next((what for what, pattern in NO_NAMES.items() if pattern.fullmatch(name)), "")
+
+
+def is_same_in_doubt(one: str, other: str) -> bool:
+    """Whether two names say the same when words of doubt, question marks and brackets go."""
+    bare, other_bare = (plain(" ".join(DOUBT.sub(" ", name).split())) for name in (one, other))
+    return bare == other_bare != ""
+
+
+def is_kind_of(name: str, usual: str) -> bool:
+    """Whether a name holds another and does not deny it: Pneumonie li., Pleuraerguss, but not
+    keine Pneumonie, abnormal or Pseudotumor.
+    """
+    words, usual = (" ".join(re.findall(r"[^\W_]+", text.casefold())) for text in (name, usual))
+    rest = re.sub(rf"\b(?!pseudo)(\w{{3,}})?{re.escape(usual)}(s|es|e|n|en)?\b", "", words)
+    return usual != "" and rest != words and set(DENIALS).isdisjoint(rest.split())
+
+
+def is_slip(one: str, other: str) -> bool:
+    """Whether two names differ by one slip in one word: a letter too many, too few, wrong, or
+    changed for its neighbour.
+
+    Words with digits or of up to three letters tell stages and sides (covid2, AP, III), and an a
+    before a word denies it (atypical).
+    """
+    words, others = (
+        re.findall(r"\w+", re.sub(r"_|(?<=[a-z])(?=[A-Z])", " ", name)) for name in (one, other)
+    )
+    if len(words) != len(others):
+        return False
+    pairs = zip(map(str.casefold, words), map(str.casefold, others), strict=True)
+    different = [sorted(pair, key=len) for pair in pairs if pair[0] != pair[1]]
+    if len(different) != 1:
+        return False
+    short, long = different[0]
+    if len(long) - len(short) > 1 or len(short) < 4 or re.search(r"\d", short + long):
+        return False
+    k = len(commonprefix([short, long]))
+    if len(short) < len(long):
+        return short[k:] == long[k + 1 :] and long != f"a{short}"
+    is_swapped = short[k : k + 2] == long[k : k + 2][::-1] and short[k + 2 :] == long[k + 2 :]
+    return is_swapped or short[k + 1 :] == long[k + 1 :]
+
+
+# ---------------------------------------------------------------- patients
+def patient_of(cell: str) -> str | None:
+    """The patient whom a cell names, None for nobody ('nan', blank, anonymous); of a number without
+    the zeros before it and behind its point: '013', '13' and Excel's '13.0' are one patient.
+    """
+    if answer(cell) is MISSING or plain(cell) in NOBODY:
+        return None
+    number = whole_number(cell)
+    return cell if number is None else str(number)
+
+
+def looks_like_patient(column: str, cells) -> bool:
+    """Whether a column of no known name seems to say whose films are: it is called like a patient,
+    or holds codes such as P013, or numbers under a name such as 'Aktennr.', some of them again.
+
+    Numbers alone do not tell: widths in px, doses and leucocytes are many and repeat, too.
+    """
+    said = [cell for cell in cells if answer(cell) is not MISSING]
+    kinds = len({cell.casefold() for cell in said})
+    if kinds < 5 or tells(column, "sex", "trait", "comment"):
+        return False
+    are_numbers = None not in map(whole_number, said)
+    if tells(column, "patient"):
+        is_text = max(len(cell.split()) for cell in said) > 3
+        return are_numbers or not (is_text or all(map(what_instead, said)))
+    are_codes = all(re.fullmatch(r"(?=.*\d)[^\W\d][\w-]*", cell) for cell in said)
+    is_id = are_codes or (are_numbers and tells(column, "number"))
+    return is_id and len(said) / 3 < kinds < len(said) and not tells(column, "visit", "exam")
