@@ -8,7 +8,7 @@
 Training starts from the newest pre-training run under runs/ or from --weights; --weights none is
 from scratch; --freeze trains only a head on frozen features. The model is chosen on validation
 films, the test films are used once, at the end. The same command again goes on where the last one
-stopped. --out receives seed*/{config.json,log.csv,best.pt,predictions.csv,cases.png} and
+stopped. --out receives seed*/{config.json,log.csv,best.pt,predictions.csv,roc.csv,roc.png} and
 result.json.
 """
 
@@ -341,9 +341,10 @@ def targets_of(films, rows) -> np.ndarray:
     return np.array([films.examples[i].target for i in rows], float)
 
 
-def evaluate(model, task: TaskData, split, args, team) -> tuple[float, float]:
-    """Judge a model on the films of a split. → (the task's metric in percent, the mean loss)
+def evaluate(model, task: TaskData, split, args, team) -> tuple[float, float, list]:
+    """Judge a model on the films of a split.
 
+    → the task's metric in percent; the mean loss; the threshold of every class, a probability
     A metric that is undefined counts as 0, so that the loss alone tells which model is best.
     """
     rows = predict(model.eval(), task, split, args, team)
@@ -351,10 +352,13 @@ def evaluate(model, task: TaskData, split, args, team) -> tuple[float, float]:
     targets = targets_of(task.films[split], rows)  # (n, c); (n, 0) of masks, which have none
     value, _ = results.judge(task.kind, task.labels, table, targets)
     losses = table[:, -1]
+    thresholds = []
     if task.kind != "mask":
         truth = torch.tensor(targets, dtype=torch.float32)
         losses = loss_of(task.kind, torch.tensor(table), truth)
-    return value or 0.0, float(losses.mean())
+        columns = zip(results.probabilities(task.kind, table).T, targets.T, strict=True)
+        thresholds = [metrics.youden_threshold(*column) for column in columns]
+    return value or 0.0, float(losses.mean()), thresholds
 
 
 def solve_head(model, task: TaskData, args, team):
@@ -469,11 +473,12 @@ def train(run: SeedRun, args, task: TaskData, team):
 def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
     """Judge the model on the validation films, and keep it in best.pt when none was better.
 
-    → as `evaluate`
+    → the task's metric in percent, the mean loss
     """
-    value, loss = evaluate(run.model, task, "val", args, team)
+    value, loss, thresholds = evaluate(run.model, task, "val", args, team)
     is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
+        run.about["thresholds"] = thresholds
         run.save_best()
     return value, loss
 
@@ -523,8 +528,9 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
 def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     """Test the best model of a seed and write result.json. → the result"""
     team.wait()  # until best.pt is written
-    model = make_finetuned(seedrun.load_best(run.folder / "best.pt"), team.device)
-    result = test(model, task, args, run.folder, team)
+    saved = seedrun.load_best(run.folder / "best.pt")
+    model = make_finetuned(saved, team.device)
+    result = test(model, task, args, run.folder, team, saved.get("thresholds"))
     result["films"] = len(task.films["train"])
     result |= {"val": run.best.value, "best_step": run.best.step, "steps": run.step}
     # Not over: --max_steps ended it, and more can be trained.
@@ -542,10 +548,10 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     return result
 
 
-def test(model, task: TaskData, args, folder: Path, team) -> dict:
-    """Use the test films: judge the model, write predictions.csv and, of masks, cases.png.
+def test(model, task: TaskData, args, folder: Path, team, thresholds) -> dict:
+    """Use the test films: judge the model, write predictions.csv, and ROC curves or cases.png.
 
-    → what result.json says of it, on every rank
+    thresholds: those of best.pt, or None. → what result.json says of it, on every rank
     """
     films = task.films["test"]
     rows = predict(model, task, "test", args, team, args.ten_crop)
@@ -553,10 +559,13 @@ def test(model, task: TaskData, args, folder: Path, team) -> dict:
     rows |= {i: np.full(3, np.nan) for i in task.without_truth.intersection(rows)}
     result = {}
     if team.lead:  # the redraws of the interval take some seconds
-        result = results.judge_test(task, rows, targets_of(films, rows))
+        targets = targets_of(films, rows)
+        result = results.judge_test(task, rows, targets, thresholds)
         results.write_predictions(folder, task, rows)
         if task.kind == "mask":
             results.draw_cases(folder, model, TestExamples(films), rows, team.device)
+        else:
+            results.write_roc(folder, task, rows, targets, result["operating_points"])
     result = team.gather_objects(result)[0]
     unreadable = team.gather_objects(list(task.unreadable.reasons))
     return result | {"bad": sorted(set().union(*unreadable))}
@@ -565,15 +574,8 @@ def test(model, task: TaskData, args, folder: Path, team) -> dict:
 # ---- Main
 def find_examples(args: Config, root, trained=None):
     """Find the films and labels of the task. → Splits; arguments: see benchmarks.load_task"""
-    return load_task(
-        args.task,
-        root,
-        table=args.labels,
-        shots=args.shots,
-        column=args.column,
-        uncertain=args.uncertain,
-        trained=trained,
-    )
+    flags = dict(table=args.labels, shots=args.shots, column=args.column, uncertain=args.uncertain)
+    return load_task(args.task, root, trained=trained, **flags)
 
 
 def open_task(args: Config, splits, size, root, team) -> TaskData:
@@ -604,7 +606,7 @@ def test_finished(args: Config, weights, root, out, team):
     task = open_task(args, splits, saved["config"]["image"], root, team)
     task.without_truth = without_truth
     model = make_finetuned(saved, team.device)
-    result = test(model, task, filled, out, team)
+    result = test(model, task, filled, out, team, saved.get("thresholds"))
     if task.kind == "mask":
         results.write_masks(out, task, TestExamples(task.films["test"]), model, team)
     recipe = saved.get("recipe", {}) | about

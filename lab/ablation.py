@@ -640,7 +640,7 @@ def draw_curve(table: str, cells: dict):
         lines[row] = list(zip(*sorted(means), strict=True)) or ([], [])
         dots[row] = list(zip(*values, strict=True)) or ([], [])
     title = f"{Path(table).stem}: {metric}"
-    return pictures.curves(lines, title, "films per class", "percent", dots=dots, is_rising=True)
+    return pictures.curves(lines, title, "films per class", "percent", dots=dots, room=0.35)
 
 
 def compare(config: CompareConfig) -> None:

@@ -73,6 +73,54 @@ def mean_auroc(scores, truth, weights) -> tuple[np.ndarray, np.ndarray]:
     return areas[:, is_defined].mean(1), areas
 
 
+def roc_curve(scores, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tell how many films are judged rightly when those count as positive that score so much.
+
+    scores (n,), labels (n,) as auroc takes them. → thresholds (t,), rising: every score that
+    occurs, and infinity; sensitivity (t,) and specificity (t,) of `score >= threshold`. All are
+    empty where the AUROC is undefined.
+    """
+    if np.isnan(auroc(scores, labels)):
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    labels = to_array(labels)
+    scores = to_array(scores)
+    positives = np.sort(scores[labels > 0.5])
+    negatives = np.sort(scores[labels <= 0.5])
+    thresholds = np.append(np.union1d(positives, negatives), np.inf)
+    missed = np.searchsorted(positives, thresholds, "left")
+    spared = np.searchsorted(negatives, thresholds, "left")
+    return thresholds, 1 - missed / len(positives), spared / len(negatives)
+
+
+def youden_threshold(scores, labels) -> float | None:
+    """Choose the threshold with the highest sensitivity + specificity - 1, Youden's J.
+
+    scores (n,), labels (n,) as auroc takes them. Of equals it is the lowest, the most sensitive. It
+    lies halfway to the next lower score: a film a little below those that count as positive still
+    does. None where the AUROC is undefined.
+    """
+    thresholds, sensitivity, specificity = roc_curve(scores, labels)
+    if not len(thresholds):
+        return None
+    best = int((sensitivity + specificity).round(9).argmax())  # the first of equals
+    return float(thresholds[[max(0, best - 1), best]].mean())
+
+
+def call_shares(calls, truth, weights) -> np.ndarray:
+    """Compute sensitivity, specificity, positive and negative predictive value of yes or no.
+
+    calls, truth (n, c) of 0, 1 and nan (not called, not known: the film does not count). Row i
+    counts weights[i] times, for every column of weights (n, k). → (k, c, 4); nan where undefined
+    """
+    is_known = ~np.isnan(calls) & ~np.isnan(truth)
+    shares = []
+    for side, value in ((truth, 1), (truth, 0), (calls, 1), (calls, 0)):
+        counts = is_known & (side == value)
+        with np.errstate(invalid="ignore"):  # 0 of 0 is nan
+            shares.append(weights.T @ (counts & (calls == truth)) / (weights.T @ counts))
+    return np.stack(shares, -1)
+
+
 def dice(prediction, truth) -> float:
     """Overlap of two masks (H, W), 2 |A ∩ B| / (|A| + |B|).
 

@@ -202,11 +202,12 @@ class Axes:
         self.line([(self.x0, self.y1), (self.x0, self.y0), (self.x1, self.y0)], INK)
 
 
-def curves(series, title, x_label, y_label, dots=None, is_rising=False) -> Image.Image:
+def curves(series, title, x_label, y_label, dots=None, room=None, size=(640, 320)) -> Image.Image:
     """Draw a line chart of {name: (x, y)}, with axes, round ticks and a legend; NaN is left out.
 
     A single value is a dot; without any the chart is empty. dots: {name: (x, y)}, single values
-    beside the line of that name. is_rising: then the legend stands at the foot, below the lines.
+    beside the line of that name. room: the legend stands at the foot, where so much of the lines'
+    height is kept free for it, or else at the top. size: of the picture, px.
     """
     lines = {name: np.array(each, float).T for name, each in series.items()}  # (n, 2)
     single = {name: np.array(each, float).T for name, each in (dots or {}).items()}
@@ -214,10 +215,9 @@ def curves(series, title, x_label, y_label, dots=None, is_rising=False) -> Image
     points = points[np.isfinite(points[:, 1])]
     if not len(points):
         points = np.zeros((1, 2))
-    if is_rising:
-        room = 0.35 * np.ptp(points[:, 1])  # for the legend
-        points = np.vstack([points, points.min(0) - [0, room]])
-    axes = Axes((640, 320), *points.T)
+    if room:
+        points = np.vstack([points, points.min(0) - [0, room * np.ptp(points[:, 1])]])
+    axes = Axes(size, *points.T)
     axes.scales()
     axes.text((axes.left, 10), f"{title}  ({y_label} by {x_label})", 13, "la")
     for k, (name, line) in enumerate(lines.items()):
@@ -226,7 +226,7 @@ def curves(series, title, x_label, y_label, dots=None, is_rising=False) -> Image
         for point in single.get(name, ()):
             axes.line([point], colour, width=1.4)
         if len(lines) > 1:
-            first = axes.bottom - 16 * len(lines) - 8 if is_rising else axes.top + 4
+            first = axes.top + 4 if room is None else axes.bottom - 16 * len(lines) - 8
             axes.text((axes.right - 8, first + 16 * k), name, 13, "ra", colour)
     return axes.page.resize(axes.size, Image.Resampling.LANCZOS)
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning run says and writes: split, recipe, predictions.csv, cases.png, result.json.
+"""What a fine-tuning run says and writes: split, recipe, predictions, curves, cases, result.json.
 
 A row is what finetune.predict says of one film: the logits (c,) or, for segmentation, (Dice, 1 if
 there is a true mask, loss).
@@ -22,6 +22,7 @@ from plumbing.table import read_cells
 from plumbing.words import plain
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
+SHARES = ("sensitivity", "specificity", "PPV", "NPV")  # as metrics.call_shares orders them
 PUBLISHED = {  # tasks whose epochs are published
     "vindr": "The recipe is the paper's; epochs and batch are those of the authors' code.",
     "chexpert": "The recipe is the paper's; one epoch is the authors' code's, the batch is ours.",
@@ -174,14 +175,49 @@ def judge(kind: str, labels, table, targets) -> tuple[float | None, dict]:
     return value, dict(zip(parts_of(kind, labels), parts, strict=True))
 
 
-def judge_test(task, rows: dict, targets) -> dict:
+def operating_points(task, scores, targets, examples, thresholds) -> dict:
+    """Count how often a model's yes or no to each class is right, film by film.
+
+    scores (n, c): probabilities of these examples, at or above thresholds (c,) yes; of a label
+    without a threshold (None) nothing is said. targets: as judge takes them.
+    → {class: {threshold; films, patients: [with it, without it]; of SHARES: [value, low, high] of
+    its interval, percent, None where undefined}}
+    """
+    least = np.array(thresholds, float)
+    calls = np.where(np.isnan(least), np.nan, scores >= least)
+
+    def shares(weights):
+        return metrics.call_shares(calls, targets, weights).reshape(weights.shape[1], -1)
+
+    patients = np.array([example.patient for example in examples])
+    is_told = any(example.has_patient for example in examples)
+    exact = shares(np.ones((len(scores), 1)))[0]
+    rows = np.column_stack([exact, metrics.bootstrap(shares, patients)])  # (4 c, 3)
+    points = {}
+    for k, name in enumerate(task.labels):
+        ill, well = (patients[targets[:, k] == value] for value in (1, 0))
+        points[name] = {"threshold": thresholds[k], "films": [len(ill), len(well)]}
+        points[name]["patients"] = [len({*ill}), len({*well} - {*ill})] if is_told else None
+        for share, row in zip(SHARES, rows[4 * k : 4 * k + 4], strict=True):
+            points[name][share] = [percent(value) for value in row]
+    return points
+
+
+def judge_test(task, rows: dict, targets, thresholds) -> dict:
     """Judge the test films as `judge` does, and say how sure that is. → a part of result.json
 
     interval, per_class_interval: [low, high], between which 95 % of the values lie when the
-    patients of the test films are drawn anew; None where that is undefined.
+    patients of the test films are drawn anew; None where that is undefined. thresholds (c,): from
+    which probability on a class counts as present; without any, no operating_points.
     """
     table = np.stack(list(rows.values()))
-    patients = [task.films["test"].examples[i].patient for i in rows]
+    points = None
+    examples = [task.films["test"].examples[i] for i in rows]
+    if task.kind != "mask":
+        table = probabilities(task.kind, table)
+    if thresholds:
+        points = operating_points(task, table, targets, examples, thresholds)
+    patients = [example.patient for example in examples]
     value, per_class = judge(task.kind, task.labels, table, targets)
     bounds = metrics.bootstrap(partial(measure, task.kind, table, targets), patients)
     intervals = [None if np.isnan(pair).any() else (100 * pair).tolist() for pair in bounds]
@@ -190,6 +226,7 @@ def judge_test(task, rows: dict, targets) -> dict:
         "interval": intervals[0],
         "per_class": per_class,
         "per_class_interval": dict(zip(per_class, intervals[1:], strict=True)),
+        "operating_points": points,
         "tested_on": len(rows),
     }
 
@@ -261,6 +298,31 @@ def read_predictions(folder: Path, task) -> dict:
     return rows
 
 
+def write_roc(folder: Path, task, rows: dict, targets, points: dict | None):
+    """Write roc.csv and roc.png: sensitivity and specificity from every probability on.
+
+    targets: as judge takes them; points: as operating_points gives them, drawn as dots.
+    """
+    scores = probabilities(task.kind, np.stack(list(rows.values())))
+    lines = []
+    drawn = {}
+    dots = {}
+    for name, column, truth in zip(task.labels, scores.T, targets.T, strict=True):
+        thresholds, sensitivity, specificity = metrics.roc_curve(column, truth)
+        if not len(thresholds):
+            continue
+        curve = np.column_stack([thresholds, sensitivity, specificity])
+        lines += [[name, *point] for point in curve.tolist()]
+        drawn[name] = 100 - 100 * specificity, 100 * sensitivity
+        if points and points[name]["specificity"][0] is not None:
+            dots[name] = [100 - points[name]["specificity"][0]], [points[name]["sensitivity"][0]]
+    if lines:
+        write_csv(folder / "roc.csv", ["class", "threshold", *SHARES[:2]], lines)
+        axes = "100 - specificity", "sensitivity"
+        page = pictures.curves(drawn, "ROC, test films", *axes, dots, room=0, size=(480, 480))
+        pictures.save_or_warn(page, folder / "roc.png")
+
+
 def name_of(path: Path, root: Path) -> str:
     """Name a film by its path below --data, or by the whole path when it lies elsewhere."""
     name = path.relative_to(root) if path.is_relative_to(root) else path
@@ -268,10 +330,10 @@ def name_of(path: Path, root: Path) -> str:
 
 
 def probabilities(kind: str, logits) -> np.ndarray:
-    """Turn the logits (c,) of a film into the probability of every class. (c,)"""
+    """Turn logits (..., c) into the probability of every class. (..., c)"""
     logits = torch.as_tensor(logits, dtype=torch.float64)
     if kind == "classes":  # exactly one holds
-        return logits.softmax(0).numpy()
+        return logits.softmax(-1).numpy()
     return logits.sigmoid().numpy()
 
 
@@ -342,6 +404,7 @@ def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[di
         "intervals": [result.get("interval") for result in results],  # version 0.2 had none
         "per_class": per_class,
         "per_class_intervals": [result.get("per_class_interval") for result in results],
+        "operating_points": [result.get("operating_points") for result in results],
         "split": splits.counts(),
         "notes": splits.notes,
         "weights": str(weights or "none"),
@@ -375,10 +438,14 @@ def describe_summary(summary: dict) -> list[str]:
     intervals = summary["per_class_intervals"][0] if has_one_seed else None
     test = summary["split"]["test"]
     patients = (test["patients"] or test["films"]) if intervals else None
-    lines = [f"test {summary['metric']} in detail:"] if summary["per_class"] else []
+    points = summary["operating_points"]
+    part = "Dice" if summary["metric"] == METRIC["mask"] else "AUROC"
+    lines = [f"test {part} in detail:"] if summary["per_class"] else []
     for name, value in summary["per_class"].items():
         words = with_interval(value, intervals and intervals[name], patients)
         lines.append(f"  {name:32s} {words}")
+        if None not in points:
+            lines += describe_point([seed[name] for seed in points])
     paper = TASKS[summary["task"]].paper
     beside = f" (paper {paper})" if paper else ""
     if summary["mean"] is None:
@@ -388,6 +455,36 @@ def describe_summary(summary: dict) -> list[str]:
     else:
         words = f"{summary['mean']:.2f} ± {summary['std']:.2f} % over {len(values)} seeds"
     return [*lines, f"test {summary['metric_of']} {words}{beside}"]
+
+
+def describe_point(points: list[dict]) -> list[str]:
+    """Tell how often the yes or no to a class is right: points, of every seed, of it alone."""
+    films = points[0]["films"]
+    if not sum(films):
+        return []
+    patients = [f" of {count} patients" for count in points[0]["patients"] or ()] or ["", ""]
+    counts = f"    {films[0]} films{patients[0]} with it, {films[1]}{patients[1]} without"
+    thresholds = [point["threshold"] for point in points]
+    if None in thresholds:
+        return [f"{counts}; no threshold, as val has no film with it, or none without"]
+    ends = dict.fromkeys(f"{value:.3g}" for value in (min(thresholds), max(thresholds)))
+    shares = [f"{share} {share_words([point[share] for point in points])}" for share in SHARES]
+    prevalence = f"at prevalence {100 * films[0] / sum(films):.1f}"
+    return [
+        f"{counts}; yes from {' to '.join(ends)} on, chosen on val; percent:",
+        f"    {', '.join(shares)} {prevalence}",
+    ]
+
+
+def share_words(values: list) -> str:
+    """Write one of SHARES, percent: [value, low, high] of every seed."""
+    mean, std = mean_and_std([value for value, *_ in values])
+    if mean is None:
+        return "undefined"
+    if len(values) > 1:
+        return f"{mean:.1f} ± {std:.1f}"
+    low, high = values[0][1:]
+    return f"{mean:.1f}" + (f" ({low:.1f} to {high:.1f})" if low != high else " (no interval)")
 
 
 def mean_and_std(values: list) -> tuple[float | None, float]:

@@ -111,6 +111,8 @@ def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:
     kind = saved["kind"]
     classes = tuple(saved["labels"])
     notes = [*splits.notes, *warn_of_known_films(splits.test, saved)]
+    if kind != "mask" and not saved.get("thresholds"):
+        notes.append(f"no sensitivity: {path} is an older version's, and holds no threshold")
     test = splits.test
     if (kind, classes) != (splits.kind, splits.labels):
         place_of = {plain(name): k for k, name in enumerate(splits.labels)}

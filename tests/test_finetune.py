@@ -167,6 +167,12 @@ def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsy
         assert truth == [k % 2 for k in range(32, 40)]
         auroc = 100 * roc_auc_score(truth, [float(r["square"]) for r in rows])
         assert auroc == pytest.approx(result["seeds"][seed])
+        point = result["operating_points"][seed]["square"]
+        is_called = [float(r["square"]) >= point["threshold"] for r in rows]
+        assert point["sensitivity"][0] == 100 * np.mean(is_called[1::2])
+        assert point["specificity"][0] == 100 - 100 * np.mean(is_called[::2])
+        assert (point["films"], point["patients"]) == ([4, 4], [4, 4])
+    assert any("4 films of 4 patients with it, 4 of 4 patients without; yes" in s for s in said)
     steps = [int(r["step"]) for r in read_rows(tmp_path / "seed0" / "log.csv")]
     assert steps == sorted(set(steps))
     assert not (tmp_path / "seed0" / "last.pt").exists()
@@ -187,6 +193,8 @@ def test_eval_gives_the_same_number_again(films, tmp_path):
     base += ["--ten_crop"]
     again = go(films, tmp_path / "again", base=base, short=[])
     assert again["seeds"] == pytest.approx(result["seeds"])
+    assert again["operating_points"] == result["operating_points"]
+    assert best["thresholds"] == [again["operating_points"][0]["square"]["threshold"]]
     assert "probes" in result and "probes" not in again  # it has no films to learn from
     predictions = (tmp_path / "again" / "predictions.csv").read_text()
     assert predictions == (tmp_path / "seed0" / "predictions.csv").read_text()
@@ -393,6 +401,10 @@ def test_a_class_without_positives_in_validation_is_said_and_left_out(films, tmp
     warning = "warning: val has no positive film of rare: it does not count in model selection"
     assert warning in said
     assert result["per_class"]["rare"] is not None
+    assert result["operating_points"][0]["rare"]["threshold"] is None
+    assert result["operating_points"][0]["rare"]["sensitivity"] == [None, None, None]
+    assert "1 films of 1 patients with it, 7 of 7 patients without; no threshold, as val" in said
+    assert result["operating_points"][0]["square"]["sensitivity"][0] is not None
     table.write_text("\n".join([head, *without_negatives]))
     with pytest.raises(launch.UserError, match="AUROC is undefined"):
         go(films, tmp_path / "undefined", table=table)
@@ -438,7 +450,10 @@ def rows_of(films, table, *columns):
 def test_a_table_without_splits_is_tested_whole(films, tmp_path, capsys):
     text = rows_of(films, "labels.csv", "filename", "label", "patient_id")
     result, rows = examine(films, tmp_path, text, finished(tmp_path, recipe={"films": 99}))
-    assert "test: all 40 rows, for the table has no splits" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "test: all 40 rows, for the table has no splits" in said
+    assert "no sensitivity: " in said and "holds no threshold" in said  # nor does it guess one
+    assert result["operating_points"] == [None]
     assert list(rows[0]) == ["film", "patient", "square", "true_square"]
     assert [row["film"] for row in rows] == [f"{k:02d}.png" for k in range(40)]
     assert [row["patient"] for row in rows] == [f"p{k}" for k in range(40)]
@@ -527,7 +542,7 @@ def test_classes_are_matched_by_name_and_what_is_not_matched_is_named(films, tmp
 
 
 def test_exactly_one_of_several_classes_is_judged_by_accuracy(films, tmp_path):
-    base = finished(tmp_path, ("Normal", "small", "large"), "classes")
+    base = finished(tmp_path, ("Normal", "small", "large"), "classes", thresholds=[0.3, 0.4, None])
     names = ["normal", "small", "large", "odd"]
     lines = ["filename,label"] + [f"{k:02d}.png,{names[k % 4]}" for k in range(40)]
     result, rows = examine(films, tmp_path, "\n".join(lines), base)
@@ -543,6 +558,13 @@ def test_exactly_one_of_several_classes_is_judged_by_accuracy(films, tmp_path):
     assert result["mean"] == pytest.approx(100 * np.mean(right))
     low, high = result["intervals"][0]
     assert low <= result["mean"] <= high
+    truth = [rows[k]["true_small"] == "1" for k in known]  # small against the rest
+    scores = np.array([float(rows[k]["small"]) for k in known])
+    assert result["per_class"]["small"] == pytest.approx(100 * roc_auc_score(truth, scores))
+    point = result["operating_points"][0]["small"]
+    assert point["sensitivity"][0] == pytest.approx(100 * np.mean(scores[truth] >= 0.4))
+    assert point["films"] == [10, 20] and point["patients"] is None
+    assert result["operating_points"][0]["large"]["NPV"] == [None, None, None]
 
 
 def test_films_that_the_model_has_seen_are_counted(films, tmp_path, capsys):
@@ -957,7 +979,7 @@ def test_judgement_of_masks_tells_films_with_a_mask_apart(monkeypatch):
         monkeypatch.setattr(finetune, "predict", lambda *_: rows)
         return finetune.evaluate(Segmenter(tiny()), task, "val", None, ALONE)
 
-    assert judge({0: empty, 1: square}) == (75, pytest.approx(0.6))
+    assert judge({0: empty, 1: square}) == (75, pytest.approx(0.6), [])
     table = np.stack([empty, square])
     value, parts = results.judge("mask", ("m",), table, np.zeros((2, 0)))
     assert (value, parts["all films"], parts["films with a mask"]) == (75, 75, 50)
@@ -965,8 +987,13 @@ def test_judgement_of_masks_tells_films_with_a_mask_apart(monkeypatch):
     one_class = finetune.TaskData("labels", ("a",), 32, False, UnreadableFilms(2))
     one_class.films["val"] = data.TaskFilms([Example(Path("a.png"), (1,), "a")], 32)
     monkeypatch.setattr(finetune, "predict", lambda *_: {0: np.float32([0.0])})
-    value, loss = finetune.evaluate(Classifier(tiny(), 1), one_class, "val", None, ALONE)
-    assert (value, loss) == (0, pytest.approx(np.log(2)))  # no AUROC
+    judged = finetune.evaluate(Classifier(tiny(), 1), one_class, "val", None, ALONE)
+    assert judged == (0, pytest.approx(np.log(2)), [None])  # no AUROC, no threshold
+    examples = [Example(Path(f"{k}.png"), (k // 2,), str(k)) for k in range(4)]
+    one_class.films["val"] = data.TaskFilms(examples, 32)
+    monkeypatch.setattr(finetune, "predict", lambda *_: {k: np.float32([k - 1]) for k in range(4)})
+    *_, thresholds = finetune.evaluate(Classifier(tiny(), 1), one_class, "val", None, ALONE)
+    assert thresholds == [pytest.approx((1 / 2 + 1 / (1 + np.exp(-1))) / 2)]
 
 
 # ---------------------------------------------------------------- films

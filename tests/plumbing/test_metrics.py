@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import f1_score, log_loss, roc_auc_score
+from sklearn.metrics import confusion_matrix, f1_score, log_loss, roc_auc_score, roc_curve
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
@@ -38,6 +38,57 @@ def test_auroc_without_one_class_is_nan():
     assert np.isnan(metrics.auroc([0.1, 0.2], [1, 1]))
     assert np.isnan(metrics.auroc([0.1, 0.2], [0, 0]))
     assert np.isnan(metrics.auroc([0.1, float("nan"), 0.3], [0, 1, 1]))
+
+
+@pytest.mark.parametrize("levels", [4, 1000])
+def test_roc_curve_is_scikit_learns_and_youden_is_the_best_of_all_thresholds(levels):
+    rng = np.random.default_rng(levels)
+    labels = rng.integers(0, 2, 60).astype(float)
+    scores = (rng.integers(0, levels, 60) + labels * levels // 3) / levels
+    false_alarms, hits, from_here = roc_curve(labels, scores, drop_intermediate=False)
+    labels_with_gap = np.append(labels, np.nan)
+    curve = metrics.roc_curve(np.append(scores, 0.123), labels_with_gap)
+    for ours, theirs in zip(curve, (from_here, hits, 1 - false_alarms), strict=True):
+        assert ours == pytest.approx(theirs[::-1])
+
+    def rates(threshold):
+        called = scores >= threshold
+        return called[labels == 1].mean(), 1 - called[labels == 0].mean()
+
+    chosen = metrics.youden_threshold(np.append(scores, 0.123), labels_with_gap)
+    best = max(sum(rates(threshold)) for threshold in [*scores, np.inf])
+    assert sum(rates(chosen)) == pytest.approx(best)
+    equals = [t for t in scores if sum(rates(t)) == pytest.approx(best)]
+    assert rates(chosen) == rates(min(equals))
+    assert chosen not in scores
+
+
+def test_a_threshold_lies_in_the_gap_and_is_none_without_both_classes():
+    assert metrics.youden_threshold([0.1, 0.2, 0.6, 0.9], [0, 0, 1, 1]) == pytest.approx(0.4)
+    assert metrics.youden_threshold([0.9, 0.6, 0.2, 0.1], [0, 0, 1, 1]) == 0.1  # all are called
+    assert metrics.youden_threshold([0.5, 0.5], [0, 1]) == 0.5
+    for labels in ([1, 1], [0, 0], [np.nan, 1], [np.nan, np.nan]):
+        assert metrics.youden_threshold([0.1, 0.2], labels) is None
+    assert metrics.youden_threshold([0.1, np.nan], [0, 1]) is None
+
+
+def test_shares_of_right_calls_are_those_of_the_confusion_matrix_of_repeated_rows():
+    rng = np.random.default_rng(0)
+    calls = rng.integers(0, 2, (50, 3)).astype(float)
+    truth = rng.integers(0, 2, (50, 3)).astype(float)
+    truth[rng.random((50, 3)) < 0.2] = np.nan
+    calls[:, 2] = np.nan  # it has no threshold
+    weights = rng.integers(0, 4, (50, 5)).astype(float)
+    shares = metrics.call_shares(calls, truth, weights)
+    assert shares.shape == (5, 3, 4) and np.isnan(shares[:, 2]).all()
+    for draw, k in np.ndindex(5, 2):
+        rows = np.repeat(np.arange(50), weights[:, draw].astype(int))
+        rows = rows[~np.isnan(truth[rows, k])]
+        (tn, fp), (fn, tp) = confusion_matrix(truth[rows, k], calls[rows, k])
+        expected = tp / (tp + fn), tn / (tn + fp), tp / (tp + fp), tn / (tn + fn)
+        assert shares[draw, k] == pytest.approx(expected)
+    nobody = metrics.call_shares(calls[:, :1] * 0, truth[:, :1], weights[:, :1])[0, 0]
+    assert nobody[:2].tolist() == [0, 1] and np.isnan(nobody[2])  # none is called: no PPV
 
 
 def test_weighted_auroc_is_that_of_repeated_rows():

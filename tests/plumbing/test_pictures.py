@@ -103,7 +103,7 @@ def is_red(page, x, y):
 
 def test_the_legend_of_rising_lines_stands_below_all_of_them():
     flat = {name: ([1, 2, 3], [50.0, 50.0, 50.0 + k]) for k, name in enumerate("abc")}
-    page = np.asarray(pictures.curves(flat, "t", "x", "y", is_rising=True)).astype(int)
+    page = np.asarray(pictures.curves(flat, "t", "x", "y", room=0.35)).astype(int)
     frame = page[40:270, 64:620]  # within the axes, below the title
     grey = np.ptp(frame, axis=2) < 30
     rows = np.nonzero((~grey).any(1))[0]

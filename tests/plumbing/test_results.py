@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from PIL import Image
+from sklearn.metrics import auc, roc_auc_score
 
 from plumbing import results
 from plumbing.benchmarks import TASKS
@@ -61,6 +62,85 @@ def test_predictions_keep_the_order_of_very_sure_films(tmp_path):
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     written = [float(row["a"]) for row in rows]
     assert np.array_equal(np.argsort(written), np.arange(50)) and len(set(written)) == 50
+
+
+@pytest.fixture
+def clinic():
+    """A task with two labels, 60 films of 30 patients, their scores and what is true of them."""
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 2, (60, 2)).astype(float)
+    truth[:9, 1] = np.nan
+    scores = np.clip(0.3 * truth.copy() + 0.7 * rng.random((60, 2)), 0, 1)
+    scores[:9, 1] = 0.5
+    examples = [Example(Path(f"{k}.png"), (), f"p{k % 30}") for k in range(60)]
+    task = SimpleNamespace(kind="labels", labels=("a", "b"), films={})
+    return task, scores, truth, examples
+
+
+def test_operating_points_are_counted_film_by_film_with_intervals_over_patients(clinic):
+    task, scores, truth, examples = clinic
+    points = results.operating_points(task, scores, truth, examples, [0.45, 0.6])
+    for k, name in enumerate("ab"):
+        called = scores[:, k] >= (0.45, 0.6)[k]
+        ill = truth[:, k] == 1
+        well = truth[:, k] == 0
+        point = points[name]
+        assert point["sensitivity"][0] == pytest.approx(100 * called[ill].mean())
+        assert point["specificity"][0] == pytest.approx(100 - 100 * called[well].mean())
+        assert point["PPV"][0] == pytest.approx(100 * ill[called & (ill | well)].mean())
+        assert point["NPV"][0] == pytest.approx(100 * well[~called & (ill | well)].mean())
+        assert point["films"] == [ill.sum(), well.sum()]
+        patients = [{i % 30 for i in np.flatnonzero(side)} for side in (ill, well)]
+        assert point["patients"] == [len(patients[0]), len(patients[1] - patients[0])]
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(2000):
+        patients = rng.integers(30, size=30)
+        films = np.concatenate([patients, patients + 30])
+        called = scores[films, 0] >= 0.45
+        drawn.append(100 * called[truth[films, 0] == 1].mean())
+    bounds = np.percentile(drawn, [2.5, 97.5])
+    assert points["a"]["sensitivity"][1:] == pytest.approx(bounds, abs=2.5)
+
+
+def test_what_is_said_of_operating_points(clinic):
+    task, scores, truth, examples = clinic
+    points = results.operating_points(task, scores, truth, examples, [0.45, None])
+    counts, shares = results.describe_point([points["a"]])
+    sensitivity, low, high = points["a"]["sensitivity"]
+    assert "yes from 0.45 on, chosen on val" in counts
+    assert f"sensitivity {sensitivity:.1f} ({low:.1f} to {high:.1f}), specificity" in shares
+    assert shares.endswith(f" at prevalence {100 * (truth[:, 0] == 1).mean():.1f}")
+    (alone,) = results.describe_point([points["b"]])
+    assert "no threshold" in alone and points["b"]["PPV"] == [None, None, None]
+    other = results.operating_points(task, scores, truth, examples, [0.6, None])["a"]
+    counts, shares = results.describe_point([points["a"], other])
+    both = [sensitivity, other["sensitivity"][0]]
+    assert "yes from 0.45 to 0.6 on" in counts
+    assert f"sensitivity {np.mean(both):.1f} ± {np.std(both, ddof=1):.1f}, " in shares
+    perfect = results.operating_points(task, truth, truth, examples, [0.5, 0.5])["a"]
+    assert "sensitivity 100.0 (no interval)" in results.describe_point([perfect])[1]
+    truth[:] = np.nan
+    unknown = results.operating_points(task, scores, truth, examples, [0.5, 0.5])
+    assert results.describe_point([unknown["a"]]) == []
+
+
+def test_roc_csv_holds_the_curve_whose_area_is_the_auroc(clinic, tmp_path):
+    task, scores, truth, _ = clinic
+    truth[:, 1] = 1  # no negative film, no curve
+    logits = dict(enumerate(np.log(scores + 1e-9) - np.log(1 - scores + 1e-9)))
+    results.write_roc(tmp_path, task, logits, truth, None)
+    rows = list(csv.DictReader((tmp_path / "roc.csv").open()))
+    assert {row["class"] for row in rows} == {"a"}
+    false_alarms = [1 - float(row["specificity"]) for row in rows]
+    area = auc(false_alarms, [float(row["sensitivity"]) for row in rows])
+    assert area == pytest.approx(roc_auc_score(truth[:, 0], scores[:, 0]))
+    row = rows[len(rows) // 2]
+    hits = scores[truth[:, 0] == 1, 0] >= float(row["threshold"]) - 1e-7
+    assert float(row["sensitivity"]) == pytest.approx(hits.mean())
+    assert Image.open(tmp_path / "roc.png").size == (480, 480)
+    results.write_roc(tmp_path / "none", task, logits, truth * np.nan, None)
+    assert not (tmp_path / "none").exists()
 
 
 def test_it_is_said_whose_recipe_it_is():
