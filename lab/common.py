@@ -52,17 +52,21 @@ class Common(AboutFilms):
 def start(Config, doc, name, argv=None):
     """Read the flags of `python -m lab.NAME`, find the weights, and make the folder --out.
 
-    UserError when that holds the result of other weights or settings. → (args, device)
+    UserError when that holds the result of other weights or settings, or a training.
+    → (args, device)
     """
     args = parse(Config, doc, argv, prog=f"python -m lab.{name}")
     args = dataclasses.replace(args, out=args.out or f"runs/{name}")
     if hasattr(args, "weights"):
         args = dataclasses.replace(args, weights=str(find_weights(args.weights)))
-    saved = checkpoint.read_json(Path(args.out) / "result.json").get("settings")
-    if saved:  # those of earlier versions do not tell
-        checkpoint.refuse_other_recipe(args.out, saved, settings_of(args), or_else="")
+    out = Path(args.out)
+    saved = checkpoint.read_json(out / "result.json")
+    if "settings" in saved:  # those of earlier versions do not tell
+        checkpoint.refuse_other_recipe(out, saved["settings"], settings_of(args), or_else="")
+    elif (out / "config.json").is_file():
+        raise UserError(f"{out} holds a training, which has a result.json: choose another --out")
     try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None
     return args, start_team(args.device).device

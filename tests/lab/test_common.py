@@ -114,6 +114,10 @@ def test_a_result_of_other_weights_or_settings_is_not_written_over(place, here):
     write_json(result, {"films": 4})  # an earlier version's
     here(*words, "--films", 5)
     assert json.loads(result.read_text())["settings"]["films"] == 5
+    write_json(result, {"domain": {}})  # a pre-training's
+    write_json(place / "kept" / "config.json", {"size": "tiny"})
+    with pytest.raises(UserError, match="kept holds a training.*choose another --out$"):
+        here(*words)
 
 
 @pytest.mark.parametrize(
