@@ -2,14 +2,13 @@
 
     1. sample_boxes, crop    Two boxes of one size are cut out of a film and resized: views 1 and 2.
     2. apply_jitter          Brightness and contrast change, alike in both: the targets y₁ and y₂.
-    3. apply_action          T_a changes each view by its own action a: the contexts x₁ and x₂.
+    3. apply_action          T_a changes each by its own action a: x₁ and x₂, for the contexts.
     4. relative_coords       φ tells where the patches of one view lie in the grid of the other.
-
-    5. train_crop …          The crops of fine-tuning.
+    5. train_crop, …         What fine-tuning does instead.
 
 The jitter shows the model every film in many exposures. Both views share it: if y₂ had a jitter of
 its own, view 1 could only guess it. What T_a does to a view, the model is told (the action) and
-must undo: the answer is the view without T_a, so T_a is never applied to a target.
+must undo: it predicts the view without T_a, so T_a is never applied to a target.
 
 In 1 to 4 sample_* draw parameters, and all else is a pure function of images and parameters.
 Boxes are (top, left, height, width) in pixels of the film; a flip mirrors the view left to right.
@@ -142,15 +141,6 @@ def tone(images, brightness, contrast):
     return (images * contrast + mean * (1 - contrast)).clamp(0, 1)
 
 
-def shift_tone(images, brightness, contrast):
-    """Scale the grey values by `contrast` and add brightness - 1 to them: segmentation's jitter.
-
-    images (B, H, W), brightness (B,), contrast (B,) → (B, H, W)
-    """
-    brightness = brightness.view(-1, 1, 1)
-    return (images * contrast.view(-1, 1, 1) + brightness - 1).clamp(0, 1)
-
-
 def blur(images, sigma):
     """Blur each image by its own Gaussian, in two matrix products. (B, 1, H, W), sigma (B,) px"""
     height, width = images.shape[-2:]
@@ -201,7 +191,7 @@ def mirror(fractions, flip):
     return torch.stack([row, torch.where(flip[:, None], 1 - col, col)], -1)
 
 
-# ---- 5. Crops of fine-tuning (Sec. B.3)
+# ---- 5. Crops and jitter of fine-tuning (Sec. B.3)
 
 
 def train_crop(film, rng, size):
@@ -237,6 +227,15 @@ def centre_crops(film, size, ten=False):
     return np.concatenate([crops, crops[..., ::-1]]) if ten else crops
 
 
+def shift_tone(images, brightness, contrast):
+    """Scale the grey values by `contrast` and add brightness - 1 to them: segmentation's jitter.
+
+    images (B, H, W), brightness (B,), contrast (B,) → (B, H, W)
+    """
+    brightness = brightness.view(-1, 1, 1)
+    return (images * contrast.view(-1, 1, 1) + brightness - 1).clamp(0, 1)
+
+
 def shift_scale_turn_flip(film, mask, rng):
     """Move a film and its mask together; black comes in from outside.
 
@@ -244,20 +243,21 @@ def shift_scale_turn_flip(film, mask, rng):
     up to 10°; with probability ½ both are flipped. film uint8, mask bool, both (size, size) → same
     """
     centre = len(film) / 2
-    u = rng.random(6)
-    if u[0] < 0.5:
-        zoom = 1 + 0.2 * (u[1] - 0.5)
-        down, right = (u[2:4] - 0.5) * len(film) / 8  # px of the input
-        angle = math.radians(20 * (u[5] - 0.5))
+    move, zoom, down, right, flip, turn = rng.random(6)  # each from 0 to 1
+    if move < 0.5:
+        zoom = 1 + 0.2 * (zoom - 0.5)
+        down = (down - 0.5) * len(film) / 8  # px of the input
+        right = (right - 0.5) * len(film) / 8
+        angle = math.radians(20 * (turn - 0.5))
         # Output pixel p shows input pixel R (p - centre) / zoom + centre - shift.
         cos = math.cos(angle) / zoom
         sin = math.sin(angle) / zoom
-        left = centre - right - (cos + sin) * centre
-        top = centre - down - (cos - sin) * centre
-        matrix = (cos, sin, left, -sin, cos, top)
+        x_offset = centre - right - (cos + sin) * centre
+        y_offset = centre - down - (cos - sin) * centre
+        matrix = (cos, sin, x_offset, -sin, cos, y_offset)
         film = warp(film, matrix, Image.Resampling.BICUBIC)
         mask = warp(mask.astype(np.uint8), matrix, Image.Resampling.NEAREST).astype(bool)
-    if u[4] < 0.5:
+    if flip < 0.5:
         film = film[:, ::-1]
         mask = mask[:, ::-1]
     return film, mask

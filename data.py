@@ -34,8 +34,8 @@ def open_films(root, out=None, side=320, patients=None, mimic_all=False, without
     out: the folder of the run, which must not lie among the films. side: the short side to which
     larger films are shrunk, px. patients: CSV (filename, patient_id) for films of your own; without
     it every one of them counts as a patient of its own. mimic_all: take MIMIC's validation and test
-    films, too. without: a packed file below root that does not count, since it is to be made.
-    Raises UserError when there is no film.
+    films, too. without: a packed file to pass over, should it lie below root: it is about to be
+    written. Raises UserError when there is no film.
     """
     root = Path(root).expanduser()
     with_suffix = Path(f"{root}.pack")
@@ -75,12 +75,36 @@ def refuse_own_pictures(root: Path, out):
         )
 
 
+def read_or_next(films, numbers, at: int, tries: int = 100):
+    """Read film numbers[at], or, where it cannot be read, the next of `numbers` that can.
+
+    → (number of the film, films[number], {"unreadable": name, "reason": why}): name is that of
+    numbers[at] when it could not be read and another stands in for it, else both are "". UserError
+    when `tries` films in a row cannot be read.
+    """
+    first_name = films.names[numbers[at]]
+    first_reason = ""
+    tries = min(tries, len(numbers))
+    for k in range(tries):
+        number = int(numbers[(at + k) % len(numbers)])
+        try:
+            film = films[number]
+        except UnreadableFilm as error:
+            first_reason = first_reason or str(error)
+            continue
+        return number, film, {"unreadable": first_name if k else "", "reason": first_reason}
+    raise UserError(
+        f"{tries} films in a row cannot be read, from {first_name} on ({first_reason}): "
+        "python data.py check --data … names them all"
+    )
+
+
 # ---------------------------------------------------------------- pre-training
 class Views(torch.utils.data.Dataset):
     """Item (epoch, i) → two crops of film i and where they lie, drawn by (seed, epoch, i).
 
-    views uint8 (2, size, size), boxes float32 (2, 4) px, flips bool (2,); unreadable, reason: see
-    read_or_next. subset: numbers of the films to take, all by default; i counts in it.
+    views uint8 (2, size, size), boxes float32 (2, 4) px, flips bool (2,); unreadable, reason: as
+    read_or_next says. subset: numbers of the films to take, None for all; i counts in it.
     """
 
     def __init__(self, films, size, seed, subset=None):
@@ -106,12 +130,13 @@ class Views(torch.utils.data.Dataset):
 
 
 class Batches:
-    """Batch sampler: the list of (epoch, i) of every micro-batch of one process, step after step.
+    """Batch sampler: the lists of (epoch, i) that one process loads, step after step.
 
-    Every epoch shuffles the n films and drops the incomplete last batch. Step s is one global batch
-    of that order; each process takes its contiguous share, in micro-batches. So the number of
-    processes, the size of micro-batches and resuming never change which film is at which place of
-    which step. Yields steps `start_step` to `steps` - 1; steps=None: to the end of the first epoch.
+    Every epoch shuffles the n films and drops the incomplete last batch. A step takes the next
+    batch of that order; each process has its contiguous share, of which it loads `micro` films at a
+    time: a micro-batch, as many as fit into memory at once. So the number of processes, `micro` and
+    resuming never change which film is at which place of which step. Yields the micro-batches of
+    steps `start_step` to `steps` - 1; steps=None: to the end of the first epoch.
     """
 
     def __init__(self, n, batch, micro, rank, processes, seed, start_step=0, steps=None):
@@ -150,7 +175,7 @@ class Batches:
 
 
 def make_loader(items, args, team, workers, seed, start, end):
-    """Load this rank's micro-batches of Views or TrainExamples, from step `start` to `end`."""
+    """Load micro-batches of `items`, Views or TrainExamples, for one process of a launch.Team."""
     shares = (args.batch, args.micro, team.rank, team.size)
     return Loader(
         items,
@@ -160,36 +185,13 @@ def make_loader(items, args, team, workers, seed, start, end):
     )
 
 
-def read_or_next(films, numbers, at: int, tries: int = 100):
-    """Read film numbers[at], or, when it cannot be read, the next of `numbers` that can.
-
-    → (number of the film, films[number], {"unreadable": name, "reason": why}): name is that of
-    numbers[at] when it could not be read and another stands in for it, else both are "". UserError
-    when `tries` films in a row cannot be read.
-    """
-    first_name = films.names[numbers[at]]
-    first_reason = ""
-    tries = min(tries, len(numbers))
-    for k in range(tries):
-        number = int(numbers[(at + k) % len(numbers)])
-        try:
-            film = films[number]
-        except UnreadableFilm as error:
-            first_reason = first_reason or str(error)
-            continue
-        return number, film, {"unreadable": first_name if k else "", "reason": first_reason}
-    raise UserError(
-        f"{tries} films in a row cannot be read, from {first_name} on ({first_reason}): "
-        "python data.py check --data … names them all"
-    )
-
-
 # ---------------------------------------------------------------- examples of a downstream task
 class TaskFilms:
     """films[i] → (film uint8 (H, W), mask bool (size, size) or None) of example i.
 
-    Films come at a short side of at most 2 · size px. Raises UnreadableFilm, also for a mask that
-    cannot be read.
+    examples: of plumbing.splits.Example; each has the path of a film, its `target` (0 or 1 for each
+    label) and its `mask` (None, unless pixels are to be found). Films come at a short side of at
+    most 2 · size px. Raises UnreadableFilm, also for a mask that cannot be read.
     """
 
     def __init__(self, examples, size):
@@ -225,7 +227,7 @@ class TrainExamples(torch.utils.data.Dataset):
     """Item (epoch, i) → a view of film i and what to predict of it, cut by (seed, epoch, i).
 
     view uint8 (size, size); goal float, target (c,) or mask (size, size), cut as the view is;
-    unreadable, reason: see read_or_next.
+    unreadable, reason: as read_or_next says.
     """
 
     def __init__(self, films, seed):
@@ -248,15 +250,13 @@ class TrainExamples(torch.utils.data.Dataset):
         return {"view": np.array(view), "goal": np.asarray(goal, np.float32), **replaced}
 
 
-def test_views(film, size: int, ten=False):
-    """The centre crop that a film is tested on, or ten; the short side becomes 256 px for size 224.
-
-    uint8 (H, W) → uint8 (1 or 10, size, size)
-    """
-    return augment.centre_crops(fit(film, round(size * 256 / 224)), size, ten)
+def eval_views(film, size: int, ten=False):
+    """Cut out the centre crop that a film is judged by, or ten crops. → (1 or 10, size, size)"""
+    resized = fit(film, round(size * 256 / 224))  # its short side: 256 px for a size of 224
+    return augment.centre_crops(resized, size, ten)
 
 
-class TestExamples(torch.utils.data.Dataset):
+class EvalExamples(torch.utils.data.Dataset):
     """Item i → what to predict of film i, and from which crops of it.
 
     views uint8 (1 or 10, size, size), goal as in TrainExamples, index i. A film that cannot be read
@@ -281,7 +281,7 @@ class TestExamples(torch.utils.data.Dataset):
             mask = None if example.mask is None else np.zeros((size, size), bool)
             item.update(unreadable=self.films.names[i], reason=str(error))
         if mask is None:
-            views = test_views(film, size, self.ten)
+            views = eval_views(film, size, self.ten)
             goal = example.target
         else:
             views = augment.whole_crop(film, size)[None]

@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import augment
-from data import TestExamples, TrainExamples, make_loader, open_examples
+from data import EvalExamples, TrainExamples, make_loader, open_examples
 from lab import report
 from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import checkpoint, launch, metrics, results, seedrun
@@ -296,7 +296,7 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
     cannot be read are named and have no row.
     """
     films = task.films[split]
-    mine = Subset(TestExamples(films, ten_crop), range(team.rank, len(films), team.size))
+    mine = Subset(EvalExamples(films, ten_crop), range(team.rank, len(films), team.size))
     batch = max(1, args.micro // 10) if ten_crop else args.micro
     workers = 0 if task.in_memory else args.workers  # decoded films need no helpers
     rows = {}
@@ -563,7 +563,7 @@ def test(model, task: TaskData, args, folder: Path, team, thresholds) -> dict:
         result = results.judge_test(task, rows, targets, thresholds)
         results.write_predictions(folder, task, rows)
         if task.kind == "mask":
-            results.draw_cases(folder, model, TestExamples(films), rows, team.device)
+            results.draw_cases(folder, model, EvalExamples(films), rows, team.device)
         else:
             results.write_roc(folder, task, rows, targets, result["operating_points"])
     result = team.gather_objects(result)[0]
@@ -608,7 +608,7 @@ def test_finished(args: Config, weights, root, out, team):
     model = make_finetuned(saved, team.device)
     result = test(model, task, filled, out, team, saved.get("thresholds"))
     if task.kind == "mask":
-        results.write_masks(out, task, TestExamples(task.films["test"]), model, team)
+        results.write_masks(out, task, EvalExamples(task.films["test"]), model, team)
     recipe = saved.get("recipe", {}) | about
     result["films"] = recipe.get("films")
     summary = results.summarise(out, recipe, splits, about["weights"], [result], team)

@@ -5,8 +5,8 @@ Sec., Eq. and Table always refer to the paper.
 Dimension key
     B   films, or rows of any batch    2B   both views of B films: the rows of view 1, then view 2
     N   patches of a view, n² of them in an n × n grid
-    K   patches that are seen          M    patches that are predicted
-    J   patches of the other view that are predicted: all N, unless fewer are asked for
+    K   patches kept: the context      M    patches masked; both are fixed for a training
+    J   patches asked for of the other view: all N, unless --global_share is below 1
     L   tokens of any sequence
     D   width of the encoder           d    width of the predictor
 Coordinates are (row, col) in units of patches; (0, 0) is the centre of a view's top-left patch.
@@ -193,10 +193,10 @@ class ViT(nn.Module):
         self.apply(initialise)
 
     def forward(self, images, keep=None, draws=None):
-        """Describe all patches of the images, or only those in `keep`.
+        """Make a feature of every patch of the images, or only of those in `keep`.
 
         images (B, 1, H, W), keep (B, K) indices or None → (B, K or N, D). The other patches are
-        dropped before the first layer, so the encoder does not pay for what it does not see.
+        dropped before the first layer, so the encoder does not pay for them.
         draws (B, blocks, 2): numbers from 0 to 1 for drop path; without them nothing is dropped.
         """
         x = self.embed(images, keep)
@@ -219,9 +219,9 @@ class ViT(nn.Module):
 class Predictor(nn.Module):
     """The predictor g with its policy network π: from context features to target features.
 
-    It answers for any coordinates, and is told the action that changed the context. (Eq. 2, 6, 8)
+    It predicts at any coordinates, and is told the action that changed the context. (Eq. 2, 6, 8)
     "Policy network" is the paper's name for the MLP that mixes the action into the mask tokens.
-    pixels: how many numbers a second output says of each patch; 0: there is none, as in the paper.
+    pixels: width of a second output for each patch; 0: there is none, as in the paper.
     """
 
     def __init__(self, dim, width=384, depth=6, heads=12, pixels=0):
@@ -247,34 +247,33 @@ class Predictor(nn.Module):
             initialise(self.pixel_head)
 
     def forward(self, context, context_coords, target_coords, action):
-        """Predict the target features at `target_coords`. Arguments: see answer. → (B, M, D)"""
-        return self.proj(self.answer(context, context_coords, target_coords, action))
+        """Predict the target features at `target_coords`; arguments as below. → (B, M, D)"""
+        return self.proj(self.tokens(context, context_coords, target_coords, action))
 
-    def answer(self, context, context_coords, target_coords, action):
-        """Answer for `target_coords` in the predictor's own width, for one of its heads to read.
+    def tokens(self, context, context_coords, target_coords, action):
+        """Predict tokens of the predictor's own width d, for `proj` or the pixel head to read.
 
-        context (B, K, D) was seen at context_coords (B, K, 2); target_coords (B, M, 2);
+        context (B, K, D): features of patches at context_coords (B, K, 2); target_coords (B, M, 2);
         action (B, 4): brightness, contrast, gamma, blur sigma, as augment.sample_actions draws it;
         None says that nothing was done → (B, M, d)
         """
-        seen = self.embed(context) + sincos(context_coords, self.width)  # (B, K, d)
-        queries = self.mask_token + sincos(target_coords, self.width)  # (B, M, d): m + p
-        # Eq. (8): π mixes the action into every mask token, m_{a,p} = π(m + p, a). The context
-        # tokens are not told: they describe the view as T_a left it.
-        if action is None:
-            code = queries.new_zeros(len(queries), 4)  # the code of the identity
-        else:
+        context = self.embed(context) + sincos(context_coords, self.width)  # (B, K, d)
+        # Eq. (8), m_{a,p} = π(m + p, a): the mask token m at position p, mixed with action a. The
+        # context is not told the action: it describes the view as T_a left it.
+        mask_tokens = self.mask_token + sincos(target_coords, self.width)  # (B, M, d): m + p
+        code = mask_tokens.new_zeros(len(mask_tokens), 4)  # what action_code makes of no change
+        if action is not None:
             code = self.action_code(action)
-        code = code[:, None].expand(-1, queries.shape[1], -1)  # (B, M, 4)
-        queries = self.policy(torch.cat([queries, code], -1))
-        # Autocast makes π's output bfloat16 and leaves `seen` float32, as sincos is; one sequence
-        # needs one type, and the narrower one is faster.
-        tokens = torch.cat([seen.to(queries.dtype), queries], 1)  # (B, K + M, d)
+        code = code[:, None].expand(-1, mask_tokens.shape[1], -1)  # (B, M, 4)
+        mask_tokens = self.policy(torch.cat([mask_tokens, code], -1))  # (B, M, d): m_{a,p}
+        # Autocast makes π's output bfloat16 and leaves `context` float32, as sincos is; one
+        # sequence needs one type, and the narrower one is faster.
+        tokens = torch.cat([context.to(mask_tokens.dtype), mask_tokens], 1)  # (B, K + M, d)
         tokens = run_blocks(self.blocks, tokens, self.save_memory)
-        return self.norm(tokens[:, seen.shape[1] :])  # only the mask tokens leave
+        return self.norm(tokens[:, context.shape[1] :])  # only the mask tokens leave
 
     def action_code(self, action):
-        """Encode an action so that the identity becomes zeros. (B, 4) → (B, 4)
+        """Encode an action so that one that changes nothing becomes zeros. (B, 4) → (B, 4)
 
         Gamma is drawn log-uniformly, so its logarithm is spread evenly about 0.
         """
@@ -286,9 +285,9 @@ class Predictor(nn.Module):
 
 
 class CheXWorld(nn.Module):
-    """The world model: a context encoder, its moving average as target encoder, and a predictor.
+    """The world model: encoder f_θ, target encoder f_θ̄, predictor; θ̄ is θ averaged over time.
 
-    pixels: the weight W of a second loss that asks for pixels, not features; 0 is the paper.
+    pixels: the weight W of a second loss, on predicted pixels, not features; 0 is the paper.
     """
 
     LOSSES = ("l11", "l22", "l12", "l21")
@@ -326,24 +325,24 @@ class CheXWorld(nn.Module):
         """Compute the four losses of both views of B films.
 
         y (2B, 1, H, W): target images.  x (2B, 1, H, W): the same views after T_a.
-        keep (2B, K), masked (2B, M): patches of x that are seen, of y that are to be described.
+        keep (2B, K): patches of x that make the context.  masked (2B, M): patches of y to predict.
         coords (2B, N, 2): φ of Eq. (5), where the *other* view's patches lie in this view's grid.
         action (2B, 4): what T_a did to x: brightness, contrast, gamma, blur sigma.
-        asked (2B, J): which patches of the other view to describe; None: all, as in the paper.
-        → losses {l11, l22, l12, l21, loss}: l12 is view 1's error in describing view 2;
-        → target features averaged over patches (2B, D): alike for all films if training collapses
+        asked (2B, J): patches of the other view to predict; None: all, as in the paper.
+        → losses {l11, l22, l12, l21, loss}: l12 is view 1's error in predicting view 2;
+        → target features averaged over patches (2B, D), to notice a collapse: all films alike
         """
         grid = self.own_coords.expand(len(y), -1, -1)  # (2B, N, 2)
-        seen_at = take(grid, keep)
-        target = self.targets(y)  # (2B, N, D): f_θ̄, layer-normed
-        context = self.encoder(x, keep)  # (2B, K, D): f_θ on what is visible of T_a(y)
+        kept_at = take(grid, keep)
+        target = self.targets(y)  # (2B, N, D): by f_θ̄, whose weights follow those of f_θ
+        context = self.encoder(x, keep)  # (2B, K, D): by f_θ, of what is kept of x = T_a(y)
 
-        # Local + domain, Eq. (10): each view describes its masked patches as they were before T_a.
-        own = self.predictor.answer(context, seen_at, take(grid, masked), action)  # (2B, M, d)
+        # Local + domain, Eq. (10): each view predicts its masked patches as they were before T_a.
+        own = self.predictor.tokens(context, kept_at, take(grid, masked), action)  # (2B, M, d)
         l11, l22 = error_per_view(self.predictor.proj(own), take(target, masked))
 
-        # Global + domain, Eq. (11): each view describes every patch of the other view, at φ.
-        other = self.predictor.answer(context, seen_at, take(coords, asked), action)  # (2B, J, d)
+        # Global + domain, Eq. (11): each view predicts every patch of the other view, at φ.
+        other = self.predictor.tokens(context, kept_at, take(coords, asked), action)  # (2B, J, d)
         l12, l21 = error_per_view(self.predictor.proj(other), take(swap_views(target), asked))
 
         loss = (l11 + l22 + l12 + l21) / 4  # Eq. (10–12) sum, the authors' code averages
@@ -353,9 +352,9 @@ class CheXWorld(nn.Module):
         return losses, target.mean(1)
 
     def mix_in_pixels(self, loss, y, masked, asked, own, other):
-        """Ask both answers for the target's pixels, too. loss: of features, the mean of four terms.
+        """Predict the target's pixels, too, from the tokens `own` and `other` of `forward`.
 
-        → {loss: (1 - W) · loss + W · pixels, pixels: the same four terms with pixels as targets}
+        loss: of features. → {loss: (1 - W) · loss + W · pixels, pixels: the mean of four terms}
         """
         head = self.predictor.pixel_head
         target = pixel_targets(y, self.encoder.patch)  # (2B, N, p²)
@@ -368,7 +367,7 @@ class CheXWorld(nn.Module):
     def targets(self, images):
         """Compute what is to be predicted: f_θ̄(y), layer-normed without weights. → (B, N, D)
 
-        Without it, the scale that the encoder's last norm has learnt would set the loss's size.
+        Else the scale that the encoder's last norm has learnt would set the loss's size.
         """
         features = self.target_encoder(images)
         return F.layer_norm(features.float(), features.shape[-1:])
@@ -381,7 +380,7 @@ class CheXWorld(nn.Module):
         torch._foreach_lerp_(averaged, trained, 1 - momentum)  # one call for all tensors
 
     def predict(self, images, action=None):
-        """Predict all patches of views that are seen whole: what the domain test asks (Eq. 13).
+        """Predict all patches of views that are context as a whole, as in the domain test. (Eq. 13)
 
         images (B, 1, H, W), action (B, 4): what was done to them, None for nothing → (B, N, D)
         """
@@ -397,7 +396,7 @@ def error_per_view(guess, target):
 def pixel_targets(images, patch):
     """Give every patch mean 0 and standard deviation 1: the pixels that MAE predicts. → (B, N, p²)
 
-    MAE (He et al., CVPR 2022): norm_pix_loss, with the unbiased variance of the network's input.
+    norm_pix_loss of MAE (He et al., CVPR 2022); the variance divides by p² - 1, as theirs does.
     """
     pixels = (cut_patches(images, patch) - MEAN) / STD
     variance, mean = torch.var_mean(pixels, -1, keepdim=True)
@@ -487,7 +486,7 @@ class SimpleFPN(nn.Module):
 
 
 def two_convolutions(inputs, outputs):
-    """Make the usual U-Net block: 3 × 3 convolution, norm and GELU, twice."""
+    """Make a stage of the usual U-Net: 3 × 3 convolution, norm and GELU, twice."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1),
         norm(outputs),
@@ -522,7 +521,7 @@ class Segmenter(nn.Module):
         maps = self.fpn(tokens.transpose(1, 2).reshape(len(images), -1, n, n))
         x = maps.pop()  # stride 16; the loop takes it to 8, 4, 2 and 1
         skips = [self.pixels((images - MEAN) / STD), *maps]
-        for skip, block in zip(reversed(skips), reversed(self.decoder), strict=True):
+        for skip, stage in zip(reversed(skips), reversed(self.decoder), strict=True):
             x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
-            x = block(torch.cat([skip, x], 1))
+            x = stage(torch.cat([skip, x], 1))
         return self.head(x)[:, 0]

@@ -47,13 +47,12 @@ RECIPES = {
     "continue": dict(batch=64, epochs=100, warmup=5.0, lr=1e-4, ema=0.998, save_every=200),
 }
 FEW = 20_000  # films to train on; fewer get the small recipe
-# Settings that there were not always, with the value that stands for what was done before: a run
-# that does not use them goes on, whichever version began it.
+# Settings that came later, with the value that does what was done before there was a choice: a run
+# that leaves them so goes on, though an earlier version began it.
 OF_THE_PAPER = {"pixels": 0.0, "global_share": 1.0}
 # Settings that may change when a run goes on: they change no random number and no schedule, though
-# another device or micro-batch may round otherwise. Those that choose films may change, too, since
-# recipe_of compares the chosen films by name.
-# The file of --weights is compared by its content, so it may move.
+# another device or micro-batch may round otherwise. The films that were chosen are compared by name
+# instead, the file of --weights by its content (recipe_of).
 FREE = {"recipe", "data", "out", "weights", "max_steps", "probe", "patients", "device", "workers",
         "micro", "compile", "checkpointing", "log_every", "save_every"}
 # fmt: on
@@ -114,8 +113,8 @@ class Config(launch.TrainFlags):
     )
     global_share: float = flag(
         None,
-        "share of the other view's patches that a view is asked to describe, drawn anew at every "
-        "step; below 1 a step is cheaper; 1 is the paper [recipe]",
+        "share of the other view's patches that a view predicts, drawn anew at every step; below "
+        "1 a step is cheaper; 1 is the paper [recipe]",
     )
     probe: str = flag(
         None,
@@ -125,7 +124,7 @@ class Config(launch.TrainFlags):
     patients: str = flag(
         None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on"
     )
-    holdout: int = flag(50, "films held out for the closing domain test, when there is no --probe")
+    holdout: int = flag(50, "without --probe: films held out for the domain test, a tenth at most")
     phantoms: int = flag(2000, "synthetic films of the demo")
     checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, about a third more time"
@@ -176,7 +175,7 @@ def fill_in(args, name, origin=None):
     recipe["recipe"] = name
     epochs = args.epochs or recipe["epochs"]
     recipe["warmup"] *= min(1, epochs / recipe["epochs"])
-    left_open = {name: value for name, value in recipe.items() if getattr(args, name) is None}
+    left_open = {key: value for key, value in recipe.items() if getattr(args, key) is None}
     args = dataclasses.replace(args, **left_open)
     if args.warmup >= args.epochs:
         raise UserError(
@@ -277,11 +276,11 @@ def train_step(forward, optimizer, batches, args, team):
         is_last = k == accumulate
         with launch.average_gradients(forward, now=is_last):
             with launch.autocast(team.device, args.precision):
-                terms, targets = forward(**batch)
+                terms, pooled_targets = forward(**batch)
             (terms["loss"] / accumulate).backward()
         for name, value in terms.items():
             losses.setdefault(name, []).append(value.detach())
-        pooled.append(targets)
+        pooled.append(pooled_targets)
     norm = launch.clip_and_step(forward, optimizer, args.clip)
     losses = {name: torch.stack(values) for name, values in losses.items()}
     return losses, torch.cat(pooled), norm
@@ -399,10 +398,10 @@ def main(args=None, Model=CheXWorld):
     team.wait()
 
     # ---- 3. Films: those to train on, and those kept for the closing test.
-    if given.data is None:  # the demo draws its own
+    if given.data is None:  # the demo draws a folder of films, as large as its recipe wants them
         name = choose_recipe(given, given.phantoms)
         given = draw_demo(given, fill_in(given, name, origin).image, team)
-        given = dataclasses.replace(given, recipe=name)
+        given = dataclasses.replace(given, recipe=name)  # else section 4 would see a small set
     films, tables, train, held = choose_films(given, out, team)
 
     # ---- 4. The recipe fills in what is left open.
@@ -426,7 +425,8 @@ def main(args=None, Model=CheXWorld):
     if origin:
         team.say(origin.describe(args.image, args.patch, total))
     team.say(describe_network(args, world, *mask_sizes(world.encoder.grid), team))
-    team.say(describe_length(given, args, RECIPES[name], len(train), len(held), total, team))
+    sizes = len(films), len(train), len(held)
+    team.say(describe_length(given, args, RECIPES[name], sizes, total, team))
 
     # ---- 7. Go on where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train], origin)
@@ -443,7 +443,7 @@ def main(args=None, Model=CheXWorld):
     forward = launch.prepare_forward(world, args.compile, team, total)  # compiled, and in DDP
     is_stopping = False
     monitor = Monitor(out, world.LOSSES, args, team, start, end, total)
-    with checkpoint.StopRequest() as stop, monitor:  # it waits for SIGTERM and Ctrl-C
+    with checkpoint.StopRequest() as stop, monitor:  # `stop` notes SIGTERM and Ctrl-C
         items = monitor.timed(loader)  # an iterator; notes how long the training waits for it
         for step in range(start, end):
             lr = set_learning_rate(optimizer, step, total, warmup_steps, args)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import augment
 from data import Batches, Views, open_films
 from lab import common
-from masks import TRIES, blocks, sample_masks
+from masks import TRIES, cover, sample_masks
 from model import take
 from plumbing import checkpoint, pictures
 from plumbing.keys import RCDM_NOISE, RCDM_PAINT, RCDM_PLACE, RCDM_SHOWN, numpy_rng, torch_generator
@@ -196,7 +196,7 @@ def training_mask(grid, *key):
     keep, masked = (drawn[0] for drawn in sample_masks(1, grid, torch_generator(*key)))
     # sample_masks draws the same numbers first; of its tries it kept the one that hides best.
     u = torch.rand(TRIES, 4, 1, 4, generator=torch_generator(*key))
-    each = blocks(u, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (TRIES, 4, N)
+    each = cover(u, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (TRIES, 4, N)
     union = each.any(1)
     chosen = (union[:, masked].sum(1) - union[:, keep].sum(1)).argmax()
     each = each[chosen].view(4, grid, grid)

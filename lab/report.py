@@ -80,7 +80,9 @@ def domain_part(world, films, held):
     if world.pixels == 1:
         print("\nno domain sensitivity test: --pixels 1 trains no prediction of features")
         return {}
-    images, _, _ = read_whole(films, evenly(held, DOMAIN_FILMS), world.encoder.image)
+    images, _, unreadable = read_whole(films, evenly(held, DOMAIN_FILMS), world.encoder.image)
+    for name, reason in unreadable.items():
+        print(f"bad film, left out of the domain test: {name}: {reason}")
     if not len(images):
         return {}
     result = domain_test(world, images)

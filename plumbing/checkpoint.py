@@ -1,6 +1,7 @@
 """What a run leaves on disk: atomic files, checkpoints, log.csv; and how it goes on from them."""
 
 import argparse
+import atexit
 import contextlib
 import csv
 import hashlib
@@ -138,10 +139,22 @@ held_locks = {}  # {path: open file} of the locks that this process has, until i
 def lock(folder):
     """Keep a folder for this run; clear it of what a killed run left half-written.
 
+    A folder that this makes goes again when the run is refused before it has written anything.
     UserError when another run is at work in it.
     """
-    claim(Path(folder) / ".lock", folder)
+    folder = Path(folder).absolute()
+    if not folder.exists():
+        atexit.register(remove_if_empty, folder)
+    claim(folder / ".lock", folder)
     remove_leftovers(folder)
+
+
+def remove_if_empty(folder: Path):
+    """Remove a folder that holds nothing but the lock of this process."""
+    with contextlib.suppress(OSError):  # Windows removes no open file
+        if os.listdir(folder) == [".lock"] and folder / ".lock" in held_locks:
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
 def claim(path, what):
@@ -162,6 +175,9 @@ def claim(path, what):
             raise UserError(
                 f"{what} is in use by {owner}: wait for its end or choose another --out"
             )
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            file.close()  # its owner has ended and removed it since it was opened
+            return claim(path, what)
         held_locks[path] = file
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")

@@ -14,26 +14,31 @@ from plumbing.metrics import feature_std, rankme
 HEALTH_FILMS = 512
 
 
-def describe_network(args, world, visible: int, masked: int, team) -> str:
+def describe_network(args, world, kept: int, masked: int, team) -> str:
     """Say what is trained, with how many patches, and how a step is put together, in two lines."""
     trained = sum(p.numel() for p in world.parameters() if p.requires_grad)
     patches = (args.image // args.patch) ** 2
     accumulate = args.batch // team.size // args.micro
     return (
         f"{args.size} ViT, {trained / 1e6:.1f} M trained parameters, {args.image}² px in "
-        f"{args.patch}² patches ({visible} visible, {masked} masked of {patches})\n"
+        f"{args.patch}² patches ({kept} kept, {masked} masked of {patches})\n"
         f"batch {args.batch} = {args.micro} films × {accumulate} accumulated × {team.size} "
         f"process{'es' if team.size > 1 else ''}; "
         f"{args.precision} on {team.device}; run in {args.out}"
     )
 
 
-def describe_length(given, args, recipe: dict, films: int, held: int, total: int, team) -> str:
+def describe_length(given, args, recipe: dict, sizes: tuple, total: int, team) -> str:
     """Say how long the training is, what it has other than its recipe, and that a CPU is too slow.
 
-    given: what the user set; args: the same, filled in. films, held: their numbers; total: steps.
+    given: what the user set; args: the same, filled in. sizes: films in all, to train on, held out;
+    total: steps.
     """
-    lines = [f"{films} films to train on, {held} held out; {total} steps"]
+    count, films, held = sizes
+    why = "" if args.probe or held >= args.holdout else " (a tenth of all at most)"
+    others = count - films - held  # of the patients of held-out films
+    rest = f", {others} more of their patients left out" if others else ""
+    lines = [f"{films} films to train on, {held} held out{why}{rest}; {total} steps"]
     if given.warmup is None and args.warmup < recipe["warmup"]:
         lines.append(
             f"warm-up: {args.warmup:.3g} of {args.epochs} epochs, the same share as the recipe's "

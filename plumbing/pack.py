@@ -130,8 +130,8 @@ def refuse_too_many(unreadable: list[str], total: int):
     if len(unreadable) > max(1, 0.01 * total):
         raise UserError(
             f"{len(unreadable):,} of {total:,} films cannot be read, more than one and more than "
-            f"1 %: {', '.join(unreadable[:3])} …: no training takes them; mend them or take them "
-            "away (python data.py check --data … names them all)"
+            f"1 %: {', '.join(unreadable[:3])} …: a training stops once it has met so many; mend "
+            "them or take them away (python data.py check --data … names them all)"
         )
 
 

@@ -249,28 +249,27 @@ def views_picture(films, boxes, flips, batch, patch):
         row = [draw_boxes(film, np.asarray(boxes[i]), VIEW_COLOURS)]
         words = [f"mirrored: {mirrored}" if mirrored else None]
         for k in (i, i + len(films)):  # the film's view 1, then its view 2
-            row += [targets[k], augmented[k], hide(augmented[k], keep[k], masked[k], patch)]
+            row += [targets[k], augmented[k], context_of(augmented[k], keep[k], masked[k], patch)]
             bright, contrast, gamma, blur = np.asarray(batch["action"][k]).tolist()
             action = f"b {bright:.2f} c {contrast:.2f} g {gamma:.2f} blur {blur:.1f}"
-            words += [None, action, f"{len(keep[k])} seen, {len(masked[k])} asked"]
+            words += [None, action, f"{len(keep[k])} kept, {len(masked[k])} masked"]
         rows.append(row)
         captions.append(words)
     titles = ["film, boxes 1 and 2"]
     for v in (1, 2):
         titles += [f"target y{v}", f"x{v} = T_a(y{v})", f"context of x{v}"]
-    footnote = "Boxes: view 1 amber, view 2 blue. Context: red patches are hidden and asked for, "
-    footnote += "black ones only hidden."
+    footnote = "Boxes: view 1 amber, view 2 blue. Context: the patches kept; red ones are masked "
+    footnote += "(to be predicted), black ones neither kept nor masked."
     return grid(rows, captions, titles, cell=170, footnote=footnote)
 
 
-def hide(image, keep, masked, patch):
-    """Paint a context's hidden patches: red where the predictor is asked, nearly black elsewhere.
+def context_of(image, keep, masked, patch):
+    """Paint over what is not kept as context: masked patches red, all others nearly black.
 
-    image uint8 (H, H); keep (K,) and masked (M,): numbers of the seen and of the asked patches.
-    → uint8 (H, H, 3)
+    image uint8 (H, H); keep (K,) and masked (M,): patch indices → uint8 (H, H, 3)
     """
     side = len(image) // patch
-    kind = np.zeros(side * side, np.uint8)  # 0 only hidden, 1 seen, 2 hidden and asked for
+    kind = np.zeros(side * side, np.uint8)  # 0 neither, 1 kept, 2 masked
     kind[keep] = 1
     kind[masked] = 2
     kind = kind.reshape(side, side).repeat(patch, 0).repeat(patch, 1)

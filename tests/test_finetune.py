@@ -997,14 +997,14 @@ def test_judgement_of_masks_tells_films_with_a_mask_apart(monkeypatch):
 
 
 # ---------------------------------------------------------------- films
-def test_test_views_are_resize_and_centre_crop_and_ten_crops():
+def test_eval_views_are_resize_and_centre_crop_and_ten_crops():
     film = np.random.default_rng(0).integers(0, 256, (100, 140), dtype=np.uint8)
     small = fit(film, 64)  # 256 / 224 of 56
     centre = small[4:60, 17:73]
-    assert np.array_equal(data.test_views(film, 56), centre[None])
+    assert np.array_equal(data.eval_views(film, 56), centre[None])
     corners = [small[:56, :56], small[:56, -56:], small[-56:, :56], small[-56:, -56:]]
     five = [centre, *corners]
-    ten = data.test_views(film, 56, ten=True)
+    ten = data.eval_views(film, 56, ten=True)
     assert np.array_equal(ten, np.stack(five + [crop[:, ::-1] for crop in five]))
 
 
@@ -1103,7 +1103,7 @@ def test_solved_head_is_the_probe_of_pooled_features(films, pool):
     pooled = {}
     labels = {}
     for split, of in task.films.items():
-        views = np.stack([data.test_views(of[i][0], 32) for i in range(len(of))])
+        views = np.stack([data.eval_views(of[i][0], 32) for i in range(len(of))])
         with torch.no_grad():
             tokens = model.vit(torch.from_numpy(views).float() / 255)
         pooled[split] = tokens.mean(1) if pool == "mean" else tokens.flatten(1)  # 4 × 4 patches

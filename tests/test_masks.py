@@ -1,4 +1,4 @@
-"""Block masks: sizes, shares of a batch, coverage, and what the fixed sizes cost.
+"""Masks: sizes, shares of a batch, coverage, and what the fixed sizes cost.
 
 Coverage is compared with a slow sampler that draws by loops and drops no patch.
 """
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import masks
-from masks import blocks, mask_sizes, sample_asked, sample_masks
+from masks import cover, mask_sizes, sample_asked, sample_masks
 
 GRIDS = [8, 14, 16]
 
@@ -102,42 +102,42 @@ def slow_rectangle(grid, rng, scale, aspect):
 
 
 def slow_sample(grid, rng):
-    """The recipe of Sec. 4.1 by loops, nothing dropped to fit a size. → hidden, seen: two sets"""
+    """The recipe of Sec. 4.1 by loops, nothing dropped to fit a size. → covered, open: two sets"""
     rectangles = [slow_rectangle(grid, rng, (0.15, 0.2), (0.75, 1.5)) for _ in range(4)]
-    hidden = set().union(*rectangles)
+    covered = set().union(*rectangles)
     square = slow_rectangle(grid, rng, (0.75, 1.0), (1.0, 1.0))
-    return hidden, square - hidden
+    return covered, square - covered
 
 
 @functools.lru_cache
 def slow_frequency(grid, count=2500):
-    """How often the slow sampler hides and shows each patch. → hidden, seen, each (n, n)"""
+    """How often the slow sampler covers and leaves open each patch. → both (n, n)"""
     rng = random.Random(0)
-    often_hidden = np.zeros(grid * grid)
-    often_seen = np.zeros(grid * grid)
+    often_covered = np.zeros(grid * grid)
+    often_open = np.zeros(grid * grid)
     for _ in range(count):
-        hidden, seen = slow_sample(grid, rng)
-        often_hidden[list(hidden)] += 1
-        often_seen[list(seen)] += 1
-    return [often.reshape(grid, grid) / count for often in (often_hidden, often_seen)]
+        covered, is_open = slow_sample(grid, rng)
+        often_covered[list(covered)] += 1
+        often_open[list(is_open)] += 1
+    return [often.reshape(grid, grid) / count for often in (often_covered, often_open)]
 
 
 def test_untruncated_means_are_the_papers():
-    hidden, seen = slow_frequency(14)
-    assert hidden.sum() == pytest.approx(94, abs=2)
-    assert seen.sum() == pytest.approx(84, abs=2)
+    covered, is_open = slow_frequency(14)
+    assert covered.sum() == pytest.approx(94, abs=2)
+    assert is_open.sum() == pytest.approx(84, abs=2)
 
 
 @pytest.mark.parametrize("grid, corner", [(8, 0.22), (14, 0.24), (16, 0.24)])
 def test_coverage_is_even(grid, corner):
-    """Opposite edges agree: no raster order. Each patch is hidden as often as by the slow sampler.
+    """Opposite edges agree: no raster order. Each patch is masked as often as by the slow sampler.
 
-    Shares are scaled to M and K. Patches are also seen as often, but for the corners, since the
+    Shares are scaled to M and K. Patches are also kept as often, but for the corners, since the
     best of eight favours large squares: 0.61 against 0.43 on 14 × 14.
     """
     keep, masked = draw(8000, grid)
-    slow_hidden, slow_seen = slow_frequency(grid)
-    for indices, truth, most in ((masked, slow_hidden, 0.08), (keep, slow_seen, corner)):
+    slow_covered, slow_open = slow_frequency(grid)
+    for indices, truth, most in ((masked, slow_covered, 0.08), (keep, slow_open, corner)):
         share = frequency(indices, grid)
         opposites = (
             (share[0], share[-1]),
@@ -166,11 +166,11 @@ def watched(monkeypatch, grid, batch=2000):
     """
     drawn = []
 
-    def recorded_blocks(*args, **kwargs):
-        drawn.append(blocks(*args, **kwargs))
+    def recorded(*args, **kwargs):
+        drawn.append(cover(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(masks, "blocks", recorded_blocks)
+    monkeypatch.setattr(masks, "cover", recorded)
     keep, masked = draw(batch, grid)
     unions, squares = drawn
     return as_table(keep, grid), as_table(masked, grid), unions, squares
@@ -179,19 +179,19 @@ def watched(monkeypatch, grid, batch=2000):
 def best_try(keep, masked, unions, squares):
     """The union and the context that a view kept, of all that it drew. → (B, N) bool twice
 
-    They hold most of what is predicted and of what is seen.
+    They hold most of what is masked and of what is kept.
     """
     contexts = squares & ~unions
-    predicted_inside = (masked[:, None] & unions).sum(-1)
-    seen_inside = (keep[:, None] & contexts).sum(-1)
-    best = (predicted_inside + seen_inside).argmax(1)
+    masked_inside = (masked[:, None] & unions).sum(-1)
+    kept_inside = (keep[:, None] & contexts).sum(-1)
+    best = (masked_inside + kept_inside).argmax(1)
     rows = torch.arange(len(best))
     return unions[rows, best], contexts[rows, best]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_what_the_constant_size_costs(monkeypatch, grid):
-    """Predicted patches lie in a union of four blocks, seen ones in its context, but for 0.3 %.
+    """Masked patches lie in a union of four rectangles, kept ones in its context, but for 0.3 %.
 
     Nine images in ten break no rule.
     """
@@ -201,7 +201,7 @@ def test_what_the_constant_size_costs(monkeypatch, grid):
         astray = (chosen & ~within).sum(1)
         assert astray.sum() / chosen.sum() < 0.005
         assert (astray == 0).float().mean() > 0.87
-    assert (keep & union).sum() < 0.001 * keep.sum()  # what was to be hidden is all but never seen
+    assert (keep & union).sum() < 0.001 * keep.sum()  # what was covered is all but never kept
     # 0.0505 of 64 patches over 24,000 masks, before and after the draws got their names.
     assert (union & ~masked).sum(1).float().mean() < 0.053 * grid**2
     assert (context & ~keep).sum(1).float().mean() < 0.075 * grid**2
@@ -223,11 +223,11 @@ def test_patches_left_out_of_the_union_are_chosen_at_random(monkeypatch):
     assert counts / len(dropped) == pytest.approx([0.25] * 4, abs=0.04)
 
 
-# ---------------------------------------------------------------- one block
+# ---------------------------------------------------------------- one rectangle
 @pytest.mark.parametrize("grid", [8, 14])
-def test_one_block_is_a_rectangle_of_the_asked_area_and_aspect(grid):
+def test_one_rectangle_has_the_area_and_aspect_that_were_asked_for(grid):
     u = torch.rand(3000, 1, 4, generator=torch.Generator().manual_seed(0))
-    drawn = blocks(u, grid, (0.15, 0.2), (0.75, 1.5)).view(-1, grid, grid)
+    drawn = cover(u, grid, (0.15, 0.2), (0.75, 1.5)).view(-1, grid, grid)
     areas = []
     ratios = []
     starts = []
@@ -249,11 +249,11 @@ def test_one_block_is_a_rectangle_of_the_asked_area_and_aspect(grid):
     assert {0.0, 1.0} <= set(starts)  # both edges are reached
 
 
-def test_one_drawn_block_by_hand():
+def test_one_drawn_rectangle_by_hand():
     """Area 0.175 · 64 = 11.2 and ratio 1 give 3 × 3; the last start and the first: bottom left."""
     ratio_1 = math.log(1 / 0.75) / math.log(1.5 / 0.75)  # where it lies in the log range
     u = torch.tensor([[0.5, 0.99, 0.0, ratio_1]])
-    block = blocks(u, 8, (0.15, 0.2), (0.75, 1.5)).view(8, 8)
+    drawn = cover(u, 8, (0.15, 0.2), (0.75, 1.5)).view(8, 8)
     by_hand = torch.zeros(8, 8, dtype=torch.bool)
     by_hand[5:, :3] = True
-    assert torch.equal(block, by_hand)
+    assert torch.equal(drawn, by_hand)

@@ -35,6 +35,7 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     words = capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["domain"]["images"] == 1  # the other film cannot be read
+    assert "bad film, left out of the domain test: 4.png: " in words
     assert {"pre-trained", "random initialisation", "raw 64² pixels"} < set(
         result["probe"]["table"]
     )

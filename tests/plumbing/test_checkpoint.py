@@ -158,12 +158,42 @@ def test_a_folder_in_use_is_refused_until_its_run_ends(tmp_path):
         checkpoint.lock(out)
     assert os.listdir(out) == [".lock"]  # refused before anything was touched
     first.terminate()
-    assert first.wait() == 143
+    assert first.wait() == 143 and not out.exists()  # it made the folder and wrote nothing
     third, _ = start_other(out)
     third.kill()
     third.wait()
     fourth, _ = start_other(out, "UserError")
     assert fourth.wait() == 1 and os.listdir(out) == [".lock"]
+
+
+def test_only_a_folder_with_nothing_but_ones_own_lock_is_removed(tmp_path):
+    for content, owner in ((["config.json"], True), ([], False), ([], True)):
+        folder = tmp_path / "new"
+        checkpoint.lock(folder)
+        for name in content:
+            (folder / name).write_text("")
+        if not owner:
+            forget(folder / ".lock")
+        checkpoint.remove_if_empty(folder)
+        assert folder.exists() == (content != [] or not owner)
+        if owner and folder.exists():
+            forget(folder / ".lock")
+            (folder / "config.json").unlink()
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_on_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "new" / ".lock"
+    lock_file = checkpoint.lock_file
+
+    def remove_first(file):
+        monkeypatch.setattr(checkpoint, "lock_file", lock_file)
+        path.unlink()
+        path.parent.rmdir()
+        return lock_file(file)
+
+    monkeypatch.setattr(checkpoint, "lock_file", remove_first)
+    checkpoint.lock(path.parent)
+    assert os.path.samestat(os.fstat(checkpoint.held_locks[path].fileno()), os.stat(path))
 
 
 def forget(path):

@@ -123,16 +123,20 @@ def test_a_run_that_is_over_or_was_told_to_end_was_not_stopped_by_max_steps(
 def test_the_papers_recipe_is_warned_of_on_a_cpu_alone():
     """By hand: 95,040 films × 300 epochs / 1.1 per second are 300 days."""
     given = SimpleNamespace(warmup=None)
-    args = dict(recipe="paper", size="base", epochs=300, warmup=40.0)
+    args = dict(recipe="paper", size="base", epochs=300, warmup=40.0, probe=None, holdout=50)
 
     def said(device="cpu", **other):
         team = launch.Team(0, 1, torch.device(device))
         own = SimpleNamespace(**args | other)
-        return monitor.describe_length(given, own, {"warmup": 40.0}, 95_040, 50, 9, team)
+        sizes = (95_096, 95_040, 50)
+        return monitor.describe_length(given, own, {"warmup": 40.0}, sizes, 9, team)
 
     assert "that is 300 days; --recipe small is for CPUs" in said()
     for others in (dict(device="cuda"), dict(recipe="small"), dict(size="tiny")):
         assert "warning" not in said(**others)
+    assert "to train on, 50 held out, 6 more of their patients left out; 9 steps" in said()
+    assert "50 held out (a tenth of all at most), 6 more" in said(holdout=60)
+    assert "50 held out, 6 more" in said(holdout=60, probe="labels.csv")
 
 
 def test_terms_that_a_step_lacks_stay_empty(tmp_path):

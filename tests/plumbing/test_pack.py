@@ -325,7 +325,7 @@ def test_one_film_or_one_percent_may_be_unreadable(tmp_path, count, bad, stops):
     tree(root, [f"bad{k}.png" for k in range(bad)], b"junk")
     films = open_films(root)
     unreadable = UnreadableFilms(count)
-    with pytest.raises(UserError, match="no training takes them") if stops else nullcontext():
+    with pytest.raises(UserError, match="stops once it has met so") if stops else nullcontext():
         check_and_report(films, workers=0)
     with pytest.raises(UserError, match="more than one and more") if stops else nullcontext():
         for k in range(bad):

@@ -123,9 +123,9 @@ def test_overlay_and_boxes():
     assert red.sum() == 2 * 40 + 2 * 30 - 4
 
 
-def test_hidden_patches_are_red_when_asked_for_and_dark_otherwise():
+def test_of_a_context_masked_patches_are_red_and_all_others_dark():
     image = np.full((16, 16), 240, np.uint8)
-    painted = pictures.hide(image, keep=[0, 5], masked=[3, 15], patch=4)
+    painted = pictures.context_of(image, keep=[0, 5], masked=[3, 15], patch=4)
     patches = painted.reshape(4, 4, 4, 4, 3).swapaxes(1, 2).reshape(16, 16, 3)  # (N, pixels, 3)
     assert (patches == patches[:, :1]).all()  # one colour each
     expected = np.full((16, 3), 40)
