@@ -425,8 +425,7 @@ def main(args=None, Model=CheXWorld):
     if origin:
         team.say(origin.describe(args.image, args.patch, total))
     team.say(describe_network(args, world, *mask_sizes(world.encoder.grid), team))
-    sizes = len(films), len(train), len(held)
-    team.say(describe_length(given, args, RECIPES[name], sizes, total, team))
+    team.say(describe_length(given, args, RECIPES[name], films, train, held, total, team))
 
     # ---- 7. Go on where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train], origin)

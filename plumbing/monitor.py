@@ -28,17 +28,17 @@ def describe_network(args, world, kept: int, masked: int, team) -> str:
     )
 
 
-def describe_length(given, args, recipe: dict, sizes: tuple, total: int, team) -> str:
+def describe_length(given, args, recipe: dict, films, train, held, total: int, team) -> str:
     """Say how long the training is, what it has other than its recipe, and that a CPU is too slow.
 
-    given: what the user set; args: the same, filled in. sizes: films in all, to train on, held out;
-    total: steps.
+    given: what the user set; args: the same, filled in. films: all; train, held: numbers of those
+    to train on and of those held out. total: steps.
     """
-    count, films, held = sizes
-    why = "" if args.probe or held >= args.holdout else " (a tenth of all at most)"
-    others = count - films - held  # of the patients of held-out films
+    is_cut = not args.probe and len(held) < args.holdout
+    why = " (a tenth of all at most)" if is_cut else ""
+    others = len(films) - len(train) - len(held)  # of the patients of held-out films
     rest = f", {others} more of their patients left out" if others else ""
-    lines = [f"{films} films to train on, {held} held out{why}{rest}; {total} steps"]
+    lines = [f"{len(train)} films to train on, {len(held)} held out{why}{rest}; {total} steps"]
     if given.warmup is None and args.warmup < recipe["warmup"]:
         lines.append(
             f"warm-up: {args.warmup:.3g} of {args.epochs} epochs, the same share as the recipe's "
@@ -47,7 +47,7 @@ def describe_length(given, args, recipe: dict, sizes: tuple, total: int, team) -
     if args.recipe == "paper" and args.size in ("base", "large") and team.device.type == "cpu":
         lines.append(
             "warning: two CPU cores train ViT-Base on about 1.1 films per second: that is "
-            f"{films * args.epochs / 1.1 / 86400:,.0f} days; --recipe small is for CPUs"
+            f"{len(train) * args.epochs / 1.1 / 86400:,.0f} days; --recipe small is for CPUs"
         )
     return "\n".join(lines)
 

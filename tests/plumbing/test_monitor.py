@@ -128,8 +128,8 @@ def test_the_papers_recipe_is_warned_of_on_a_cpu_alone():
     def said(device="cpu", **other):
         team = launch.Team(0, 1, torch.device(device))
         own = SimpleNamespace(**args | other)
-        sizes = (95_096, 95_040, 50)
-        return monitor.describe_length(given, own, {"warmup": 40.0}, sizes, 9, team)
+        sizes = range(95_096), range(95_040), range(50)
+        return monitor.describe_length(given, own, {"warmup": 40.0}, *sizes, 9, team)
 
     assert "that is 300 days; --recipe small is for CPUs" in said()
     for others in (dict(device="cuda"), dict(recipe="small"), dict(size="tiny")):
