@@ -104,7 +104,7 @@ class Views(torch.utils.data.Dataset):
     """Item (epoch, i) → two crops of film i and where they lie, drawn by (seed, epoch, i).
 
     views uint8 (2, size, size), boxes float32 (2, 4) px, flips bool (2,); unreadable, reason: as
-    read_or_next says. subset: numbers of the films to take, None for all; i counts in it.
+    read_or_next says. subset: numbers of the films to take; film i is then subset[i].
     """
 
     def __init__(self, films, size, seed, subset=None):
@@ -133,10 +133,10 @@ class Batches:
     """Batch sampler: the lists of (epoch, i) that one process loads, step after step.
 
     Every epoch shuffles the n films and drops the incomplete last batch. A step takes the next
-    batch of that order; each process has its contiguous share, of which it loads `micro` films at a
-    time: a micro-batch, as many as fit into memory at once. So the number of processes, `micro` and
-    resuming never change which film is at which place of which step. Yields the micro-batches of
-    steps `start_step` to `steps` - 1; steps=None: to the end of the first epoch.
+    batch of that order; process `rank` has its contiguous share, of which it loads `micro` films at
+    a time: a micro-batch, as many as fit into memory at once. So the number of processes, `micro`
+    and resuming never change which film is at which place of which step. Yields the micro-batches
+    of steps `start_step` to `steps` - 1; steps=None: to the end of the first epoch.
     """
 
     def __init__(self, n, batch, micro, rank, processes, seed, start_step=0, steps=None):
@@ -224,9 +224,9 @@ def open_examples(examples, size: int, in_memory: bool):
 
 
 class TrainExamples(torch.utils.data.Dataset):
-    """Item (epoch, i) → a view of film i and what to predict of it, cut by (seed, epoch, i).
+    """Item (epoch, i) → a view of film i and what to predict of it, drawn by (seed, epoch, i).
 
-    view uint8 (size, size); goal float, target (c,) or mask (size, size), cut as the view is;
+    view uint8 (size, size); goal float: target (c,), or mask (size, size), moved as the film is;
     unreadable, reason: as read_or_next says.
     """
 

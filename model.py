@@ -367,7 +367,7 @@ class CheXWorld(nn.Module):
     def targets(self, images):
         """Compute what is to be predicted: f_θ̄(y), layer-normed without weights. → (B, N, D)
 
-        Else the scale that the encoder's last norm has learnt would set the loss's size.
+        Without that norm, the scale that the encoder's own last norm learns would set the loss's.
         """
         features = self.target_encoder(images)
         return F.layer_norm(features.float(), features.shape[-1:])

@@ -209,9 +209,9 @@ def choose_films(args, out, team):
 def prepare(item, args, step, batch_positions, device):
     """Turn loaded films into what CheXWorld.forward takes.
 
-    item: from data.Views, by the loader: views (b, 2, H, W) uint8, boxes (b, 2, 4), flips (b, 2).
-    batch_positions (b,): where these films stand in the global batch. Random numbers are drawn for
-    all of the global batch and cut to these positions, so that a film meets the same numbers
+    item: b films of data.Views, from the loader: views (b, 2, H, W) uint8, boxes (b, 2, 4), flips
+    (b, 2). batch_positions (b,): where they stand in the batch of all processes. Random numbers are
+    drawn for that whole batch and cut to these positions, so that a film meets the same numbers
     whatever the number of GPUs and the size of the micro-batch.
     """
     grid = args.image // args.patch
@@ -222,7 +222,7 @@ def prepare(item, args, step, batch_positions, device):
     action = augment.sample_actions(2 * args.batch, generator)[rows]  # (2b, 4)
     keep, masked = sample_masks(2 * args.batch, grid, generator, rows)  # (2b, K), (2b, M)
     asked = None  # all patches of the other view
-    share = args.global_share or 1.0
+    share = args.global_share or 1.0  # lab.views leaves it open
     if share < 1:  # drawn last, so that all other numbers are as without it
         asked = launch.send(sample_asked(2 * args.batch, grid, share, generator, rows), device)
 
@@ -231,7 +231,7 @@ def prepare(item, args, step, batch_positions, device):
     views = augment.apply_jitter(views, launch.send(jitter, device))
     y = view_by_view(views)[:, None]  # (2b, 1, H, W)
 
-    # Contexts x = T_a(y), Eq. (9): unlike the jitter, each view has an action of its own.
+    # x = T_a(y), Eq. (9), for the contexts: unlike the jitter, each view's action is its own.
     action = launch.send(action, device)
     x = augment.apply_action(y, action)
 
@@ -250,7 +250,7 @@ def view_by_view(pairs):
 
 
 def micro_batches(items, args, step, team, unreadable):
-    """Yield this rank's share of a step, one prepared micro-batch after the other.
+    """Yield what this process computes of a step, one prepared micro-batch after the other.
 
     data.Views puts the next film in the place of one that cannot be read; `unreadable` counts them.
     """
@@ -266,8 +266,8 @@ def micro_batches(items, args, step, team, unreadable):
 def train_step(forward, optimizer, batches, args, team):
     """Accumulate the gradients of all micro-batches, clip them, update the weights.
 
-    → losses {name: one value per micro-batch}, the pooled targets (2b, D) of this rank, the norm of
-    the gradient; all of them stay on the device, so that the host need not wait for it
+    → losses {name: one value per micro-batch}, the pooled targets (2b, D) of this process, the norm
+    of the gradient; all of them stay on the device, so that the host need not wait for it
     """
     accumulate = args.batch // team.size // args.micro
     losses = {}
