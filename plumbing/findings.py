@@ -167,11 +167,8 @@ def refuse_other(sheet: Sheet, column: str):
     if {YES, UNCERTAIN}.isdisjoint(answers):
         advice = f"correct it, or learn column {column} alone, as classes: --column {column}"
     if OTHER in answers:
-        row = answers.index(OTHER)
-        cell = sheet.cells[column][row][:60]
-        sheet.refuse(
-            f"column {column} says {cell!r}, which is neither 1, 0, -1 nor empty: {advice}", row
-        )
+        why = f", which is neither 1, 0, -1 nor empty: {advice}"
+        sheet.refuse_cell(column, answers.index(OTHER), why)
 
 
 def read_answers(sheet: Sheet, columns: list[str], uncertain: str) -> Goal:
@@ -237,11 +234,8 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
     cells = sheet.cells[column]
     unsure = [row for row, cell in enumerate(cells) if answer(cell) == UNCERTAIN]
     if unsure and uncertain != "ignore":
-        sheet.refuse(
-            f"column {column} says {cells[unsure[0]]!r} among names of classes: nobody can tell "
-            f"which of them --uncertain {uncertain} should count; leave the cell empty",
-            unsure[0],
-        )
+        why = f"which of them --uncertain {uncertain} should count; leave the cell empty"
+        sheet.refuse_cell(column, unsure[0], f" among names of classes: nobody can tell {why}")
     notes = [f"labels: column {column}"]
     said = {cell for cell in cells if answer(cell) not in (MISSING, UNCERTAIN)}
     if None not in map(whole_number, said):  # '2.0', as pandas writes it beside blanks, is '2'
@@ -276,13 +270,11 @@ def refuse_odd_codes(sheet: Sheet, column: str, codes):
     odd = {code for code in count if int(code) < 0 or count[code] == 1}
     odd.update(code for code in gaps if re.fullmatch("9+|88+", code))
     if odd and 2 * len(odd) < len(count) + 1:
-        row = first_row(codes, odd)
-        sheet.refuse(
-            f"column {column} says {sheet.cells[column][row]!r}, a number below 0, one that no "
-            "other row has, or a code for missing: is it a class? Leave the cell empty where it is "
-            "missing",
-            row,
+        why = (
+            ", a number below 0, one that no other row has, or a code for missing: is it a class? "
+            "Leave the cell empty where it is missing"
         )
+        sheet.refuse_cell(column, first_row(codes, odd), why)
 
 
 def first_row(findings, names) -> int:
@@ -313,18 +305,12 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
             parts = JOINT.split(name)
             are_known = [plain(part) in alone for part in parts]
             if len(parts) > 1 and any(are_known) and not all(are_known):
-                sheet.refuse(
-                    f"column {column} says {name!r}: one finding or several? Join several with |, "
-                    "and spell each as elsewhere",
-                    row,
-                )
+                why = ": one finding or several? Join several with |, and spell each as elsewhere"
+                sheet.refuse_cell(column, row, why, name)
             divided += parts if all(are_known) else [name]
         for name in filter(what_instead, divided or ()):
-            sheet.refuse(
-                f"column {column} says {name[:60]!r}, {what_instead(name)} and no class: correct "
-                "it, or say with --column what to learn",
-                row,
-            )
+            why = "and no class: correct it, or say with --column what to learn"
+            sheet.refuse_cell(column, row, f", {what_instead(name)} {why}", name)
         split.append(divided)
     return split
 
@@ -394,12 +380,12 @@ def refuse_slips(sheet: Sheet, column: str, named):
             continue
         is_rare = odd_films < 3 or odd_films < 0.02 * films
         if is_same_in_doubt(name, usual) or (is_rare and is_slip(name, usual)):
-            sheet.refuse(
-                f"column {column} says {name!r} ({odd_films} ×) beside {usual!r} ({films} ×), "
-                "which would be two classes: write one of them, or nothing where it is not known; "
-                "if both are meant, make a column of 0 and 1 of each (--column A,B)",
-                row,
+            why = (
+                f" ({odd_films} ×) beside {usual!r} ({films} ×), which would be two classes: write "
+                "one of them, or nothing where it is not known; if both are meant, make a column "
+                "of 0 and 1 of each (--column A,B)"
             )
+            sheet.refuse_cell(column, row, why, name)
 
 
 # ---------------------------------------------------------------- columns of masks
@@ -419,11 +405,8 @@ def read_masks(sheet: Sheet, column: str) -> Goal:
     for row, cell in enumerate(sheet.cells[column]):
         for kind in ("run lengths", "a file"):
             if NO_NAMES[kind].fullmatch(cell):
-                sheet.refuse(
-                    f"column {column} says {cell[:60]!r}, {kind} and no picture: save each mask as "
-                    "PNG and write its name",
-                    row,
-                )
+                why = f", {kind} and no picture: save each mask as PNG and write its name"
+                sheet.refuse_cell(column, row, why)
         masks.append(None if cell and answer(cell) is MISSING else cell)
     targets = [None if mask is None else () for mask in masks]
     notes = [f"masks: column {column}"]
@@ -534,9 +517,9 @@ def refuse_likeness(sheet: Sheet, column: str, findings, others, labels):
     for name, label in product(others, labels):
         is_kind = is_kind_of(name, label) or is_kind_of(label, name)
         if is_same_in_doubt(name, label) or is_slip(name, label) or is_kind:
-            sheet.refuse(
-                f"column {column} says {name!r}, which may be the model's {label!r}: write that "
-                "where it is meant, or nothing where it is not known; if it is something else, "
-                f"make a column {label} of 0 and 1",
-                first_row(findings, {name}),
+            why = (
+                f", which may be the model's {label!r}: write that where it is meant, or nothing "
+                "where it is not known; if it is something else, make a column "
+                f"{label} of 0 and 1"
             )
+            sheet.refuse_cell(column, first_row(findings, {name}), why, name)

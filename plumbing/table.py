@@ -212,6 +212,11 @@ class Sheet:
         where = self.path if row is None else f"{self.path}, line {self.lines[row]}"
         raise UserError(f"{where}: {message}")
 
+    def refuse_cell(self, column: str, row: int, why: str, word: str | None = None):
+        """Raise UserError about what a cell says, or a word of it."""
+        said = self.cells[column][row] if word is None else word
+        self.refuse(f"column {column} says {said[:60]!r}{why}", row)
+
     def column(self, role: str) -> str | None:
         """The column of a role by the first of its usual names that is there; None without any."""
         names = COLUMNS[role]
@@ -286,9 +291,9 @@ class Sheet:
         patients = []
         for row, cell in enumerate(self.cells[column]):
             if SHEET_ERROR.fullmatch(cell):
-                self.refuse(f"column {column} says {cell}, an error of the spreadsheet", row)
+                self.refuse_cell(column, row, ", an error of the spreadsheet")
             if re.fullmatch(r"\d[.,]\d+[eE]\+?\d+", cell):
-                self.refuse(f"column {column} says {cell}: a spreadsheet rounded the number", row)
+                self.refuse_cell(column, row, ": a spreadsheet rounded the number")
             who = patient_of(cell)
             patients.append(who and first.setdefault(who.casefold(), who))
         return patients

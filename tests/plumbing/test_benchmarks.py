@@ -16,7 +16,7 @@ from data import TaskFilms
 from plumbing import benchmarks
 from plumbing.film import decode_rle, read_film, read_mask
 from plumbing.launch import UserError
-from plumbing.table import SPLITS
+from plumbing.words import SPLITS
 
 
 def picture(path, mode="L", side=16, seed=0):

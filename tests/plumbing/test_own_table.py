@@ -450,11 +450,7 @@ def test_nobody_is_no_patient_and_numbers_are_one_however_excel_wrote_them(folde
     refused(lambda: read_rows(folder, tmp_path, "file,label,patient", rounded), "line 2", "rounded")
 
 
-def test_columns_that_fit_one_role_alike_are_refused_and_others_said(folder, tmp_path):
-    refused(
-        lambda: read_rows(folder, tmp_path, "file,label,Patient ID,patient_id", "film00,1,2,3"),
-        "two columns are called Patient ID and patient_id: rename or delete one",
-    )
+def test_of_columns_that_fit_one_role_it_is_said_which_counts(folder, tmp_path):
     found = read_rows(
         folder, tmp_path, "path,file,label,diagnosis", "x,film00,1,Mass", "y,film01,0,"
     )
@@ -696,10 +692,15 @@ def test_blanks_beside_yes_alone_are_told_to_be_no_answer(folder, tmp_path):
 
 
 def test_yes_and_no_of_other_languages_and_two_unknown_words_are_not_turned_round(folder, tmp_path):
-    for yes, no in (("ja", "Nein"), ("Oui", "non"), ("Sí", "no"), ("sim", "não")):
-        rows = [f"film00,{yes}", f"film01,{no}", f"film02,{yes}"]
-        found = read_rows(folder, tmp_path, "file,tb", *rows, column="tb")
-        assert (found.labels, targets_of(found)) == (("tb",), [(1,), (0,), (1,)])
+    rows = [
+        "film00,vorhanden",
+        "film01,não",
+        "film02,Sí",
+        "film03,normal",
+        "film04,nicht_vorhanden",
+    ]
+    found = read_rows(folder, tmp_path, "file,tb", *rows, column="tb")
+    assert (found.labels, targets_of(found)) == (("tb",), [(1,), (0,), (1,), (0,), (0,)])
     rows = ["film00,evet", "film01,hayir", "film02,evet"]
     found = read_rows(folder, tmp_path, "file,tb", *rows, column="tb")
     assert (found.labels, targets_of(found)) == (("hayir",), [(0,), (1,), (0,)])
@@ -721,9 +722,6 @@ def test_no_finding_and_not_known_are_understood_in_german(folder, tmp_path):
     found = read_rows(folder, tmp_path, "file,Diagnosis", *rows)
     assert (found.labels, targets_of(found)) == (("Erguss",), [(0,), (1,), (0,), (0,)])
     assert "left out: 3 of 7 rows" in said(found)
-    rows = ["film00,Erguss", "film01,kein Erguss"]
-    found = read_rows(folder, tmp_path, "file,Diagnosis", *rows)
-    assert (found.labels, targets_of(found)) == (("Erguss",), [(1,), (0,)])
 
 
 def test_a_column_of_normal_and_a_name_is_told_to_be_learnt_by_its_name(folder, tmp_path):
@@ -887,9 +885,6 @@ def test_what_a_spreadsheet_leaves_of_a_failed_formula_is_no_class_and_no_patien
             "line 4: column patient says",
             "an error of the spreadsheet",
         )
-    rows = ["film00,normal", "film01,mass", "film02,n.a.", "film03,not available", "film04,#NV"]
-    found = read_rows(folder, tmp_path, "file,label", *rows)
-    assert targets_of(found) == [(0,), (1,)]
 
 
 def test_letters_with_accents_are_one_however_they_are_encoded(folder, tmp_path):
@@ -901,7 +896,7 @@ def test_letters_with_accents_are_one_however_they_are_encoded(folder, tmp_path)
 
 
 def test_of_a_name_and_its_denial_the_name_is_learnt(folder, tmp_path):
-    for no in ("Non-COVID", "no covid", "Not_COVID"):
+    for no in ("Non-COVID", "no covid", "Not_COVID", "kein COVID"):
         rows = [f"film00,{no}", "film01,COVID"]
         found = read_rows(folder, tmp_path, "file,label", *rows)
         assert (found.labels, targets_of(found)) == (("COVID",), [(0,), (1,)])

@@ -34,7 +34,7 @@ def test_a_cell_answers_yes_no_perhaps_or_nothing():
         YES: "1 1.0 1. 1,0 +1 yes Y TRUE positive Present",
         NO: "0 0.0 0,00 -0.0 no N False NEGATIVE absent",
         UNCERTAIN: "-1 -1.0 -1,0 \u22121 uncertain Equivocal",
-        MISSING: "NA N/A #N/A nan NaN NULL None - ? <NA> unknown",
+        MISSING: "NA N/A #N/A #NV n.a. nan NaN NULL None - ? <NA> unknown",
         OTHER: "2 0.5 -2 10 1.5 M pneumonia 1|0 1e3",
     }
     for value, cells in words.items():
