@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 from collections import Counter
-from itertools import chain, combinations, product
+from itertools import chain, combinations, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +22,11 @@ from plumbing.words import (
     UNCERTAIN,
     YES,
     answer,
+    denied_by,
     is_called,
     is_kind_of,
     is_negative,
+    is_part_of,
     is_same_in_doubt,
     is_slip,
     is_unsaid,
@@ -32,6 +34,7 @@ from plumbing.words import (
     tells,
     what_instead,
     whole_number,
+    words_in,
 )
 
 MAX_CODES = 20  # different numbers in a column of classes
@@ -229,8 +232,11 @@ def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
     return Goal("labels", tuple(labels), targets, notes, [column], against=against)
 
 
-def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list[str]]:
-    """Read what a column of names or numbers finds → {name} per row, None: not known; notes."""
+def read_findings(sheet, column: str, uncertain: str, labels=()) -> tuple[list, list[str]]:
+    """Read what a column of names or numbers finds → {name} per row, None: not known; notes.
+
+    labels: of a trained model.
+    """
     cells = sheet.cells[column]
     unsure = [row for row, cell in enumerate(cells) if answer(cell) == UNCERTAIN]
     if unsure and uncertain != "ignore":
@@ -244,7 +250,7 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
         refuse_odd_codes(sheet, column, findings)
         notes.append("numbers are taken as classes, 0 like the others")
     else:
-        named = split_names(sheet, column)
+        named, denials = take_denials(sheet, column, split_names(sheet, column), labels)
         findings, negatives = merge_spellings(named)
         refuse_no_classes(sheet, column, findings, MAX_CLASSES)
         if tells(column, "comment"):
@@ -252,7 +258,12 @@ def read_findings(sheet: Sheet, column: str, uncertain: str) -> tuple[list, list
                 f"column {column} holds comments, as its name says: these are no classes; "
                 "--column NAME says what to learn, or rename the column"
             )
-        refuse_slips(sheet, column, named)
+        notes += refuse_slips(sheet, column, named)
+        if denials:
+            words = ", ".join(map(repr, denials))
+            notes.append(
+                f"{words}: read as no such finding, and what a row does not name as absent"
+            )
         if negatives:
             words = ", ".join(map(repr, negatives))
             notes.append(f"{words} count{'s' * (len(negatives) == 1)} as no finding")
@@ -301,6 +312,10 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
     split = []
     for row, names in enumerate(rows):
         divided = names and []
+        for part, following in pairs_in(cells[row]) if names else ():
+            if denied_by(part) and DENIALS.isdisjoint(words_in(following)):
+                why = f": is {following!r} denied as well? Join several with |"
+                sheet.refuse_cell(column, row, why)
         for name in names or ():
             parts = JOINT.split(name)
             are_known = [plain(part) in alone for part in parts]
@@ -318,6 +333,44 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
 # What may join two findings, or belong to the name of one. The comma of 135,4 is none.
 COMMA = r"(?<!\d),|,(?!\d)"
 JOINT = re.compile(rf"\s*(?:{COMMA}|[/+&]|\band\b)\s*(?=\S)", re.IGNORECASE)
+
+
+def pairs_in(cell: str):
+    """The neighbours in a cell that no | ; or line end divides: no effusion, pneumonia."""
+    return chain(*(pairwise(JOINT.split(unit)) for unit in re.split(r"[|;\n]", cell)))
+
+
+def take_denials(sheet: Sheet, column: str, named, labels) -> tuple[list, list[str]]:
+    """Take out of the names of each row what it denies: it is not found, as all that a row does not
+    name. → named without, the denials
+
+    UserError when a row denies what it names, or nothing but what is no finding of the column or
+    label of a model: who writes 'no effusion' alone may not have looked for anything else.
+    """
+    said = set(chain(*filter(None, named)))
+    denied = {name: denied_by(name) for name in said.difference(labels) if denied_by(name)}
+    findings = {*labels, *said.difference(denied)}
+    known = {
+        name
+        for name, finding in denied.items()
+        if any(plain(finding) == plain(other) or is_kind_of(other, finding) for other in findings)
+    }
+    kept = []
+    for row, names in enumerate(named):
+        denials = denied.keys() & (names or ())
+        rest = names and [name for name in names if name not in denials]
+        named_too = set(map(plain, rest or ()))
+        for name in denials:
+            if plain(denied[name]) in named_too:
+                sheet.refuse_cell(column, row, f" beside {denied[name]!r}: correct it", name)
+        if denials and not rest and known.isdisjoint(denials):
+            why = (
+                ", which no row finds: was anything else found? Write normal where nothing was, "
+                "leave the cell empty where it is not known, or rename the class, without a denial"
+            )
+            sheet.refuse_cell(column, row, why, min(denials))
+        kept.append(rest)
+    return kept, sorted(denied)
 
 
 def parts_of(cell: str, divider: str) -> list[str]:
@@ -363,29 +416,48 @@ def refuse_no_classes(sheet: Sheet, column: str, findings, limit: int):
         )
 
 
-def refuse_slips(sheet: Sheet, column: str, named):
-    """UserError on a name that is another one in doubt (pneumonia?), or a rare one that is a slip
-    of the pen away from another (pneumonai): its films would count as negative for the other.
+def refuse_slips(sheet: Sheet, column: str, named) -> list[str]:
+    """UserError on a name that is another one in doubt (pneumonia?) or a part of it (left
+    pneumonia), or a rare one that is a slip of the pen away from another (pneumonai): its films
+    would count as negative for the other. → a warning of other names that hold another
     """
     first = {}
-    count = Counter()
+    rows_of = {}
     for row, names in enumerate(named):
         for name in names or ():
             first.setdefault(plain(name), (row, name))
-            count[plain(name)] += 1
-    for (other, films), (odd, odd_films) in combinations(count.most_common(), 2):
-        row, name = first[odd]
-        usual = first[other][1]
-        if is_negative(name) and is_negative(usual):
-            continue
+            rows_of.setdefault(plain(name), set()).add(row)
+    kinds = []
+    for pair in combinations(sorted(rows_of, key=lambda key: -len(rows_of[key])), 2):
+        (_, usual), (_, name) = map(first.get, pair)
+        films, odd_films = (len(rows_of[key]) for key in pair)
         is_rare = odd_films < 3 or odd_films < 0.02 * films
+        are_normal = is_negative(name), is_negative(usual)
+        if all(are_normal):
+            continue
         if is_same_in_doubt(name, usual) or (is_rare and is_slip(name, usual)):
-            why = (
-                f" ({odd_films} ×) beside {usual!r} ({films} ×), which would be two classes: write "
-                "one of them, or nothing where it is not known; if both are meant, make a column "
-                "of 0 and 1 of each (--column A,B)"
-            )
-            sheet.refuse_cell(column, row, why, name)
+            refuse_twin(sheet, column, first, rows_of, *pair)
+        for held, kind in (pair, pair[::-1]):
+            alone = len(rows_of[kind] - rows_of[held])  # where both stand the answer is right
+            if any(are_normal) or not alone or not is_kind_of(first[kind][1], first[held][1]):
+                continue
+            if is_part_of(first[kind][1], first[held][1]):
+                refuse_twin(sheet, column, first, rows_of, held, kind)
+            kinds.append(f"{first[kind][1]} ({alone} films) for {first[held][1]}")
+    more = f" and {len(kinds) - 5} more" if len(kinds) > 5 else ""
+    warning = f"warning: films of a kind count as negative for it: {', '.join(kinds[:5])}{more}"
+    return [f"{warning}: write both, joined by |, where both hold"] if kinds else []
+
+
+def refuse_twin(sheet: Sheet, column: str, first, rows_of, usual: str, odd: str):
+    """UserError on the first row with a name that would be a class beside a usual one."""
+    row, name = first[odd]
+    beside = f" ({len(rows_of[odd])} ×) beside {first[usual][1]!r} ({len(rows_of[usual])} ×)"
+    why = (
+        f"{beside}, which would be two classes: write one of them, or nothing where it is not "
+        "known; if both are meant, make a column of 0 and 1 of each (--column A,B)"
+    )
+    sheet.refuse_cell(column, row, why, name)
 
 
 # ---------------------------------------------------------------- columns of masks
@@ -483,8 +555,8 @@ def match_findings(sheet, column, uncertain, labels, against) -> tuple[list, lis
     one may be a label. Of a label and the class that it was learnt `against` a row must have one,
     else it is not known. "No finding" is a label where the model has it.
     """
-    findings, notes = read_findings(sheet, column, uncertain)
     both = [*labels, against] if against else labels
+    findings, notes = read_findings(sheet, column, uncertain, both)
     keys = list(map(plain, both))
     healthy = set(filter(is_negative, both))
     count = Counter(chain(*filter(None, findings)))

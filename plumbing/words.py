@@ -48,7 +48,9 @@ COLUMNS = {
     "mask": "mask maskfile maskfilename maskpath maskname maskimage segmentation".split(),
     "label": (
         "label labels findinglabels findinglabel findings finding class classes classname "
-        "diagnosis diagnoses target targets pathology pathologies disease category groundtruth"
+        "diagnosis diagnoses target targets pathology pathologies disease category groundtruth "
+        "befund befunde diagnose diagnosen diagnostic diagnostico diagnosticos diagnosi referto "
+        "reperto hallazgo hallazgos achado achados"
     ).split(),
     "patient": [
         *"patientid patient subjectid subject patientnumber patientno patid pid mrn".split(),
@@ -74,6 +76,7 @@ PARTS = {
         "comment|kommentar|bemerk|anmerk|remar[kq]|freitext|freetext|notes?$|notiz|hinweis|"
         "observaciones|observacoes|osservazion"
     ),
+    "view": "view|proje[kcz]|proie|frontal|lateral|strahlengang|incidence|inciden[zc]",
     "visit": (  # when, where and with which machine a film was taken
         "follow|visit|verlauf|site|hospital|klinik|center|centre|zentrum|ward|station|zimmer|room|"
         "scanner|device|gerat|geraet"
@@ -145,6 +148,10 @@ WORDS = {
     ),
     NO_FINDING: (
         "normal, no finding, no findings, none, negative, healthy, 0, o.b., o.p.b., ohne befund, "
+        "unremarkable, within normal limits, wnl, nad, nothing abnormal detected, no abnormality, "
+        "no abnormalities, keine auffälligkeit, keine auffälligkeiten, keine auffaelligkeiten, "
+        "ohne auffälligkeiten, altersentsprechend, altersentsprechender befund, "
+        "geen afwijkingen, pas d'anomalies, aucune particularité, sem particularidades, "
         "ohne pathologischen befund, kein befund, keine, keine befunde, "
         "kein pathologischer befund, normalbefund, unauffallig, gesund, unauffaellig, regelrecht, "
         "negativ, normale, negatif, negativo, r.a.s., ras, rien a signaler, sans anomalie, "
@@ -153,6 +160,15 @@ WORDS = {
     ),
 }
 MEANT_BY = {meaning: set(map(word_of, words.split(", "))) for meaning, words in WORDS.items()}
+LATERAL = set(
+    map(
+        word_of,
+        "lateral, lat, ll, rl, left lateral, right lateral, l, side, seitlich, seitl, seite, "
+        "seitenaufnahme, profil, de profil, perfil, laterale, latero-lateral, laterolateral".split(
+            ", "
+        ),
+    )
+)
 NOBODY = "anonymous anonymized anonymised anon unnamed".split()
 
 
@@ -195,8 +211,33 @@ DOUBT = re.compile(
     rf"({UNSURE})(e[rns]?)?)\b\.?",
     re.IGNORECASE,
 )
-# How he says that there is none.
-DENIALS = "no non not without kein keine keinen ohne nicht sans pas sin sem senza nessun".split()
+# How he says that it was once, which is a doubt about today.
+HISTORY = re.compile(
+    r"\b(old|former|prior|previous|healed|status post|state after|s/p|st\.\s?p|history of|h/o|"
+    r"z\.\s?n|zustand nach|alte[rns]?|frühere[rns]?|abgelaufene[rns]?|état après|"
+    r"antécédents? de|ancien(ne)?|antecedentes? de|antigu?[oa]|vecchi[oa])\b\.?",
+    re.IGNORECASE,
+)
+# How he says that there is none; DENIAL before the name of a finding, where "non" and "not" may
+# belong to the name: non-displaced fracture.
+DENIALS = set(
+    "no non not without kein keine keinen keiner ohne nicht geen sans pas aucun aucune sin sem "
+    "senza nessun nessuna".split()
+)
+DENIAL = re.compile(
+    r"(no|without|keine?[nrs]?|ohne|geen|zonder|sans|pas|aucune?|sin|sem|senza|nessuna?)[\s_-]+"
+    r"((evidence|signs?) (of|for) |(nachweis|hinweise?|anhalt|zeichen) (auf|für|von) |de |d['’])?"
+    r"(?P<finding>[^\W\d_].*)",
+    re.IGNORECASE,
+)
+# Which side, part or degree of a finding is meant: no other finding.
+PLACE = re.compile(
+    r"(left|right|bilateral|both|sided?|upper|lower|lobe|in|on|the|of|[rl][uml]l|l|r|li|re|bds|bil|"
+    r"link|recht|(links|rechts|beid)seit(ig)?|[oum]l|(ober|unter|mittel)lappen|im|gauche|droite?|"
+    r"bilatéral|izquierd[oa]|derech[oa]|esquerd[oa]|direit[oa]|sinistr[oa]|destr[oa]|small|large|"
+    r"mild|moderate|severe|minimal|slight|marked|gering(gradig)?|klein|gross|leicht|mässig|"
+    r"deutlich|ausgeprägt|massiv|schwer)(s|e[rnms]?)?"
+)
 
 # What a formula leaves that failed, in any language, and a column that was too narrow.
 SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
@@ -226,18 +267,58 @@ def what_instead(name: str) -> str:
 
 
 def is_same_in_doubt(one: str, other: str) -> bool:
-    """Whether two names say the same when words of doubt, question marks and brackets go."""
-    bare, other_bare = (plain(" ".join(DOUBT.sub(" ", name).split())) for name in (one, other))
+    """Whether two names say the same when words of doubt and of history, question marks and
+    brackets go.
+    """
+    names = (HISTORY.sub(" ", DOUBT.sub(" ", name)) for name in (one, other))
+    bare, other_bare = (plain(" ".join(name.split())) for name in names)
     return bare == other_bare != ""
+
+
+@functools.lru_cache(100_000)
+def denied_by(name: str) -> str:
+    """The finding that a name denies: of 'no effusion' effusion; of any other name "".
+
+    With a second denial it is a name again: No Lung Opacity / Not Normal.
+    """
+    denial = DENIAL.fullmatch(name)
+    finding = denial["finding"] if denial else ""
+    is_name = is_negative(name) or not DENIALS.isdisjoint(words_in(finding))
+    return "" if is_name else finding
+
+
+@functools.lru_cache(100_000)
+def words_in(name: str) -> tuple[str, ...]:
+    """The words and numbers of a name, in small letters."""
+    return tuple(re.findall(r"[^\W_]+", name.casefold()))
+
+
+def words_beside(name: str, usual: str) -> list[str] | None:
+    """The other words of a name that holds another, and what stands before it in one word; None
+    where it does not hold it: of Massive and Pseudomass, which are no mass.
+    """
+    words, usual = (" ".join(words_in(text)) for text in (name, usual))
+    held = re.search(rf"\b(?!pseudo)(\w{{3,}})?{re.escape(usual)}(s|es|e|n|en)?\b", words)
+    if not held or not usual:
+        return None
+    return [*words[: held.start()].split(), *filter(None, [held[1]]), *words[held.end() :].split()]
 
 
 def is_kind_of(name: str, usual: str) -> bool:
     """Whether a name holds another and does not deny it: Pneumonie li., Pleuraerguss, but not
     keine Pneumonie, abnormal or Pseudotumor.
     """
-    words, usual = (" ".join(re.findall(r"[^\W_]+", text.casefold())) for text in (name, usual))
-    rest = re.sub(rf"\b(?!pseudo)(\w{{3,}})?{re.escape(usual)}(s|es|e|n|en)?\b", "", words)
-    return usual != "" and rest != words and set(DENIALS).isdisjoint(rest.split())
+    rest = words_beside(name, usual)
+    return rest is not None and DENIALS.isdisjoint(rest)
+
+
+def is_part_of(name: str, usual: str) -> bool:
+    """Whether a name is another in the plural, or on one side, in one place or of one degree:
+    Pneumonie li., small effusions.
+    """
+    rest = words_beside(name, usual)
+    is_place = all(map(PLACE.fullmatch, words_in(usual)))
+    return rest is not None and all(map(PLACE.fullmatch, rest)) and not is_place
 
 
 def is_slip(one: str, other: str) -> bool:

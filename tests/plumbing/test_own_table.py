@@ -1036,3 +1036,54 @@ def test_a_film_is_one_by_its_absolute_and_its_relative_path(folder, tmp_path, m
         lambda: read_rows(".", tmp_path, "file,label,split", *rows),
         "lines 2 and 3: .*film00.png stands twice, with a different split: keep one row",
     )
+
+
+# ---------------------------------------------------------------- what would be a class of its own
+IN_A_CELL = [  # the cells of a column; its labels and targets, or the words of the refusal
+    (["Pneumonie", "Pneumonie links", "normal"], None, "line 3: .*'Pneumonie links' .1 ×. beside"),
+    (["left pneumonia", "pneumonia", "normal"], None, "line 2: .*'left pneumonia' .1 ×. beside"),
+    (["effusion", "small effusions", "normal"], None, "line 3: .*'small effusions'"),
+    (["pneumonia", "pneumonia|left pneumonia"], ["left pneumonia", "pneumonia"], [(0, 1), (1, 1)]),
+    (["Pneumonie", "Ödem links"], ["Ödem links"], [(0,), (1,)]),
+    (["left", "left lower", "right"], ["left", "left lower", "right"], None),
+    (["old TB", "TB", "TB", "normal"], None, "line 2: .*'old TB' .1 ×. beside 'TB'"),
+    (["Pneumonie", "Pneumonie", "Z.n. Pneumonie"], None, "line 4: .*'Z.n. Pneumonie'"),
+    (["old", "young", "young"], ["young"], [(0,), (1,), (1,)]),
+    (["Pneumonie", "kein Erguss", "Erguss"], ["Erguss", "Pneumonie"], [(0, 1), (0, 0), (1, 0)]),
+    (["mass; no nodule", "nodule", "normal"], ["mass", "nodule"], [(1, 0), (0, 1), (0, 0)]),
+    (["Mass; sans fracture", "normal"], ["Mass"], [(1,), (0,)]),
+    (["mit Drain", "ohne Drain"], ["mit Drain"], [(1,), (0,)]),
+    (["no DR", "mild DR", "severe DR"], ["mild DR", "severe DR"], [(0, 0), (1, 0), (0, 1)]),
+    (["Pneumonie", "kein Infiltrat"], None, "line 3: .*'kein Infiltrat', which no row finds"),
+    (["Mass", "Mass|no mass"], None, "line 3: .*'no mass' beside 'mass'"),
+    (["Mass", '"no nodule, mass"', "nodule"], None, "line 3: .*is 'mass' denied as well"),
+    (["No. 1", "No. 2"], ["No. 2"], [(0,), (1,)]),
+    (["COVID pneumonia", "non-COVID pneumonia", "normal"], None, None),
+    (["unremarkable", "keine Auffälligkeiten", "Erguss"], ["Erguss"], [(0,), (0,), (1,)]),
+]
+
+
+@pytest.mark.parametrize("cells, labels, outcome", IN_A_CELL)
+def test_sides_denials_and_histories_are_no_classes_of_their_own(
+    folder, tmp_path, cells, labels, outcome
+):
+    rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
+
+    def read():
+        return read_rows(folder, tmp_path, "file,Befund", *rows)
+
+    if isinstance(outcome, str):
+        refused(read, outcome)
+        return
+    found = read()
+    assert labels is None or list(found.labels) == labels
+    assert outcome is None or targets_of(found) == outcome
+
+
+def test_a_kind_of_a_class_is_warned_of_with_its_films(folder, tmp_path):
+    cells = ["fracture", "rib fracture", "rib fracture", "fracture|rib fracture", "normal"]
+    rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
+    found = read_rows(folder, tmp_path, "file,label", *rows)
+    assert "warning: films of a kind count as negative for it: rib fracture (2 films)" in said(
+        found
+    )
