@@ -74,6 +74,8 @@ def read_goal(sheet: Sheet, asked, uncertain: str, can_be_mask: bool) -> Goal:
         columns = [column] if column else []
     if len(columns) != 1:
         goal = read_answers(sheet, columns or answer_columns(sheet), uncertain)
+        if not columns and len(goal.columns) > 1:
+            goal.notes[0] += ": all of yes and no; --column A,B chooses"
     elif is_mask_column(sheet, columns[0], asked):
         goal = read_masks(sheet, columns[0])
     else:

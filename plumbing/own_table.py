@@ -14,7 +14,9 @@ import numpy as np
 from plumbing.findings import Goal, goal_of_model, read_goal
 from plumbing.launch import UserError
 from plumbing.table import Finder, Sheet, as_path, without_suffix
-from plumbing.words import NO, SPLITS, YES, looks_like_patient
+from plumbing.words import LATERAL, NO, SPLITS, YES, looks_like_patient, tells, word_of
+
+MANY = 20  # films, of which a patient has several or the column tells something else
 
 # Where three sets write the patient into the path of a film; group 1 is the patient.
 PATIENT_IN_NAME = {
@@ -154,16 +156,33 @@ class OwnTable:
             if told is None:
                 self.refuse_likely_patient()
         elif None in told:
-            note += f"; {told.count(None)} films have none and count as one each"
-        return [who or name for who, name in zip(told or names, names, strict=True)], note
+            note += (
+                f"; {told.count(None)} films have none and count as one each, though they may be "
+                "anyone's: films of one patient may lie on both sides of a split"
+            )
+        elif len(set(told)) == len(told) > MANY:
+            self.refuse_likely_patient(f"every film has its own {self.sheet.patient}, but ")
+            note += (
+                ", another one for every film: if it numbers films or stays, films of one patient "
+                "may lie on both sides of a split"
+            )
+        patients = [who or name for who, name in zip(told or names, names, strict=True)]
+        are_few = self.sheet.patient and len(set(patients)) < 3
+        if are_few and len(self.rows) > MANY and not self.rows[0].split:
+            said = ", ".join(sorted(set(patients)))
+            self.sheet.refuse(
+                f"column {self.sheet.patient} tells too few patients for train, val and test "
+                f"({said}): if it says something else, rename it"
+            )
+        return patients, note
 
-    def refuse_likely_patient(self):
+    def refuse_likely_patient(self, why=""):
         """UserError when a column that is not read seems to say who the patients are."""
         for name in self.sheet.others:
             if name not in self.goal.columns and looks_like_patient(name, self.sheet.cells[name]):
                 self.sheet.refuse(
-                    f"column {name} looks like the patient, who must not cross splits: rename it "
-                    "patient_id or, if it says something else, delete the column"
+                    f"{why}column {name} looks like the patient, who must not cross splits: rename "
+                    "it patient_id or, if it says something else, delete the column"
                 )
 
     def refuse_contradictions(self, located, patients):
@@ -222,7 +241,23 @@ def read_own_table(
             f"left out: {len(unknown)} of {len(rows)} rows, where nothing is known (first: {first})"
         )
     notes.append(f"split: column {split}" if split else "split: none in the CSV")
+    notes += warn_of_lateral(sheet, goal)
     return OwnTable(sheet, goal, notes, known, unknown)
+
+
+def warn_of_lateral(sheet: Sheet, goal: Goal) -> list[str]:
+    """Warn of columns of the view, unless they are learnt, that say lateral of some films."""
+    notes = []
+    for name in set(sheet.others).difference(goal.columns):
+        rows = [row for row, cell in enumerate(sheet.cells[name]) if word_of(cell) in LATERAL]
+        if rows and tells(name, "view"):
+            first = f"first: line {sheet.lines[rows[0]]}, {sheet.cells[sheet.film][rows[0]]}"
+            notes.append(
+                f"warning: {len(rows)} of {len(sheet.lines)} films are lateral, as column {name} "
+                f"says ({first}), and count like the others: what is pre-trained here saw frontal "
+                "films only; delete these rows"
+            )
+    return notes
 
 
 # ---------------------------------------------------------------- linear probes

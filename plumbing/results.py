@@ -59,7 +59,9 @@ def describe_task(root: Path, splits: Splits) -> str:
         if positive and is_labelled:
             line += f" ({', '.join(positive)})"
         lines.append(line)
-    return "\n  ".join([*lines, *splits.notes, *class_warnings(splits, asked)])
+    notes = [*splits.notes, *class_warnings(splits, asked)]
+    notes.sort(key=lambda note: note.startswith("warning"))  # at the end, where they are seen
+    return "\n  ".join([*lines, *notes])
 
 
 def is_unlabelled(counts: dict) -> bool:

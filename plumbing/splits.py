@@ -237,7 +237,10 @@ def warn_of_copies(parts: dict) -> list[str]:
     if not copies:
         return []
     first = " and ".join(f"{path.name} ({split})" for split, path in copies[0])
-    return [f"warning: {len(copies)} films are in two splits under different names: {first}, ..."]
+    return [
+        f"warning: {len(copies)} films are in two splits under different names: {first}, ...: the "
+        "test is not of new films alone; keep one row of each"
+    ]
 
 
 def size_of(path: Path) -> int:

@@ -16,10 +16,12 @@ from plumbing.launch import UserError
 from plumbing.words import (
     COLUMNS,
     MISSING,
+    OTHER,
     SHEET_ERROR,
     SPLITS,
     answer,
     column_key,
+    patient_keys,
     patient_of,
     plain,
     split_of,
@@ -204,8 +206,17 @@ class Sheet:
         columns = zip(*(cells for _, cells in rows), strict=True)
         self.cells = {name: cells for name, cells in zip(header, columns, strict=True) if name}
         self.named = {plain(name): name for name in self.cells}
+        self.read_signs()
         self.film = self.find_film()
         self.patient = self.column("patient")
+
+    def read_signs(self):
+        """Read + and - as yes and no where a column has no other sign or word."""
+        signs = {"+": "yes", "-": "no", "\u2013": "no", "\u2212": "no"}
+        for name, cells in self.cells.items():
+            if "+" in cells and OTHER not in (answer(cell) for cell in cells if cell not in signs):
+                self.cells[name] = tuple(signs.get(cell, cell) for cell in cells)
+                self.notes.append(f"column {name}: + is read as yes, - as no")
 
     def refuse(self, message: str, row: int | None = None):
         """Raise UserError about the table, or about one row of it."""
@@ -280,23 +291,32 @@ class Sheet:
         return [name for name in self.cells if name not in (self.film, self.patient, self.split)]
 
     def patients(self) -> list[str | None]:
-        """Read the patient of every row, as words.patient_of tells; 'P1' and 'p1' are one.
+        """Read the patient of every row, as words.patient_of and patient_keys tell.
 
         None without such a column. UserError on what a spreadsheet spoilt.
         """
         column = self.patient
         if not column:
             return [None] * len(self.lines)
-        first = {}  # as the first row writes it
         patients = []
         for row, cell in enumerate(self.cells[column]):
             if SHEET_ERROR.fullmatch(cell):
                 self.refuse_cell(column, row, ", an error of the spreadsheet")
             if re.fullmatch(r"\d[.,]\d+[eE]\+?\d+", cell):
                 self.refuse_cell(column, row, ": a spreadsheet rounded the number")
-            who = patient_of(cell)
-            patients.append(who and first.setdefault(who.casefold(), who))
-        return patients
+            patients.append(patient_of(cell))
+        known = list(dict.fromkeys(filter(None, patients)))
+        first = {}  # as the first row writes it
+        for who, key in zip(known, patient_keys(known), strict=True):
+            first.setdefault(key, []).append(who)
+        one = {who: spellings[0] for spellings in first.values() for who in spellings}
+        several = [found for found in first.values() if len(set(map(str.casefold, found))) > 1]
+        if several:
+            found = " and ".join(several[0])
+            self.notes.append(
+                f"patients: {len(several)} are spelt in several ways, such as {found}, taken as one"
+            )
+        return [one.get(who) for who in patients]
 
     def splits(self) -> list[str | None]:
         """Read the split of every row, None without such a column. UserError when a cell names

@@ -76,7 +76,7 @@ PARTS = {
         "comment|kommentar|bemerk|anmerk|remar[kq]|freitext|freetext|notes?$|notiz|hinweis|"
         "observaciones|observacoes|osservazion"
     ),
-    "view": "view|proje[kcz]|proie|frontal|lateral|strahlengang|incidence|inciden[zc]",
+    "view": "(?<!re|er)view|aufnahmeart|proje[kcz]|proie|frontal|lateral|strahlengang|inciden[zc]",
     "visit": (  # when, where and with which machine a film was taken
         "follow|visit|verlauf|site|hospital|klinik|center|centre|zentrum|ward|station|zimmer|room|"
         "scanner|device|gerat|geraet"
@@ -149,7 +149,8 @@ WORDS = {
     NO_FINDING: (
         "normal, no finding, no findings, none, negative, healthy, 0, o.b., o.p.b., ohne befund, "
         "unremarkable, within normal limits, wnl, nad, nothing abnormal detected, no abnormality, "
-        "no abnormalities, keine auffälligkeit, keine auffälligkeiten, keine auffaelligkeiten, "
+        "no abnormalities, no pathology, no disease, keine pathologie, "
+        "keine auffälligkeit, keine auffälligkeiten, keine auffaelligkeiten, "
         "ohne auffälligkeiten, altersentsprechend, altersentsprechender befund, "
         "geen afwijkingen, pas d'anomalies, aucune particularité, sem particularidades, "
         "ohne pathologischen befund, kein befund, keine, keine befunde, "
@@ -243,6 +244,7 @@ PLACE = re.compile(
 SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
 NO_NAMES = {
     "a doubt": DOUBT,
+    "a sign": re.compile(r"[+±\u2013\u2212-]+"),
     "an error of the spreadsheet": SHEET_ERROR,
     "run lengths": re.compile(r"\d+(\s+\d+)+"),
     "a date": re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}\b.*"),
@@ -295,8 +297,10 @@ def words_in(name: str) -> tuple[str, ...]:
 
 def words_beside(name: str, usual: str) -> list[str] | None:
     """The other words of a name that holds another, and what stands before it in one word; None
-    where it does not hold it: of Massive and Pseudomass, which are no mass.
+    where it does not hold it: of Massive and Pseudomass, which are no mass, of HIV- beside HIV+.
     """
+    if {name[-1:], usual[-1:]} == {"+", "-"}:
+        return None
     words, usual = (" ".join(words_in(text)) for text in (name, usual))
     held = re.search(rf"\b(?!pseudo)(\w{{3,}})?{re.escape(usual)}(s|es|e|n|en)?\b", words)
     if not held or not usual:
@@ -356,6 +360,18 @@ def patient_of(cell: str) -> str | None:
         return None
     number = whole_number(cell)
     return cell if number is None else str(number)
+
+
+def patient_keys(patients) -> list[str]:
+    """What the spellings of one patient have in common: P-0118, P 0118 and p0118 are one; 1-12 and
+    11-2 are two, unless 112 is there as well, which may be either.
+    """
+    parts = [re.findall(r"\d+|[^\W\d_]+", who.casefold()) for who in patients]
+    undivided = {who.casefold() for who in patients if who.isalnum()}
+    return [
+        "".join(words) if "".join(words) in undivided else "-".join(words) or who
+        for words, who in zip(parts, patients, strict=True)
+    ]
 
 
 def looks_like_patient(column: str, cells) -> bool:

@@ -1087,3 +1087,68 @@ def test_a_kind_of_a_class_is_warned_of_with_its_films(folder, tmp_path):
     assert "warning: films of a kind count as negative for it: rib fracture (2 films)" in said(
         found
     )
+
+
+# ---------------------------------------------------------------- patients, signs and views
+def read_many(folder, tmp_path, header, cell, films=24, **kwargs):
+    """Read rows of `films` films, whose cells are written from {0}: k, {1}: k // 2, {2}: k % 2."""
+    rows = [f"film{k:02d},{k % 2},{cell.format(k, k // 2, k % 2)}" for k in range(films)]
+    return read_rows(folder, tmp_path, f"file,label,{header}", *rows, **kwargs)
+
+
+def test_a_column_of_stays_does_not_hide_the_patients(folder, tmp_path):
+    header, cell = "Fall-Nr,Kennung", "{0},P{1:03d}"
+    words = "every film has its own Fall-Nr, but column Kennung looks like the patient"
+    refused(lambda: read_many(folder, tmp_path, header, cell), words)
+    assert len(set(patients_of(read_many(folder, tmp_path, header, cell, films=20)))) == 20
+    found = read_many(folder, tmp_path, "patient", "{0}")
+    assert "column patient, another one for every film: if it numbers films or stays" in said(found)
+    for header, cell in (("patient,scanner", "{0},S{2}"), ("patient,Kennung", "{1},P{0}")):
+        assert "patients: column patient" in said(read_many(folder, tmp_path, header, cell))
+
+
+def test_a_column_of_two_values_is_no_patient_when_films_must_be_divided(folder, tmp_path):
+    refused(
+        lambda: read_many(folder, tmp_path, "Patient", "stationaer{2}"),
+        "column Patient tells too few patients .* .stationaer0, stationaer1.: if it says something",
+    )
+    read_many(folder, tmp_path, "Patient", "stationaer{2}", trained=("labels", ("label",)))
+
+
+SPELT = [  # spellings of patients, how many these are
+    ("P00001108 P-00001108 P_00001108 p00001108 P.00001108", 1),
+    ("1-12 11-2", 2),
+    ("1-12 112", 1),  # may be one: then they must not be divided
+    ("P1 P11 P-2", 3),
+    ("A-1-12 A-11-2 A-1-1", 3),
+    ("1.2.840.1 1.2.84.01", 2),
+    ("Meier-A MeierB", 2),
+]
+
+
+@pytest.mark.parametrize("cells, patients", SPELT)
+def test_spellings_of_a_patient_are_one_and_it_is_said(folder, tmp_path, cells, patients):
+    rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(cells.split())]
+    found = read_rows(folder, tmp_path, "file,label,patient", *rows)
+    assert len(set(patients_of(found))) == patients
+    assert ("spelt in several ways" in said(found)) == (patients == 1)
+
+
+def test_plus_and_minus_are_yes_and_no_or_refused(folder, tmp_path):
+    rows = ["film00,+", "film01,-", "film02,", "film03,+"]
+    found = read_rows(folder, tmp_path, "file,label", *rows)
+    assert targets_of(found) == [(1,), (0,), (1,)] and "+ is read as yes, - as no" in said(found)
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,label", *rows, "film04,++"), "'.', a sign and no"
+    )
+    rows = ["film00,HIV+", "film01,HIV-"]
+    assert read_rows(folder, tmp_path, "file,label", *rows).labels == ("HIV-",)
+
+
+@pytest.mark.parametrize("name", ["view", "Projektion", "ViewPosition", "Frontal/Lateral"])
+def test_lateral_films_are_counted(folder, tmp_path, name):
+    rows = ["film00,1,PA", "film01,0,Lateral", "film02,0,LL", "film03,1,AP"]
+    found = read_rows(folder, tmp_path, f"file,label,{name}", *rows)
+    assert f"warning: 2 of 4 films are lateral, as column {name} says" in said(found)
+    found = read_rows(folder, tmp_path, f"file,label,{name}", *rows[::3])
+    assert "lateral" not in said(found)
