@@ -7,9 +7,11 @@
 
 Training starts from the newest pre-training run under runs/ or from --weights; --weights none is
 from scratch; --freeze trains only a head on frozen features. The model is chosen on validation
-films, the test films are used once, at the end. The same command again goes on where the last one
-stopped. --out receives seed*/{config.json,log.csv,best.pt,predictions.csv,roc.csv,roc.png} and
-result.json.
+films, the test films are used once, at the end. docs/data.md has the rules for tables: empty and ?
+are not known and count nowhere, nor does -1 without --uncertain, and of two classes "no X" is the
+no. Without a column patient_id every film counts as one patient, so that the model may be tested on
+patients it has learnt from. The same command again goes on where the last one stopped. --out
+receives seed*/{config.json,log.csv,best.pt,predictions.csv,roc.csv,roc.png} and result.json.
 """
 
 import dataclasses
@@ -112,7 +114,8 @@ class Config(launch.TrainFlags):
     memory_gb: float = flag(16.0, "keep the films decoded if all processes need less than this")
     log_every: int = flag(10, "steps between rows of log.csv")
     save_every: int = flag(500, "steps between checkpoints, beside those at every validation")
-    is_cut: bool = False  # no flag: whether the set has more training films than are used
+    # Set by fill_in, no flag, but a part of the recipe that config.json keeps.
+    is_cut: bool = False  # whether the set has more training films than are used
 
 
 def check(args: Config):
@@ -134,8 +137,8 @@ def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Confi
 
     What the user gave comes first, then our settings for small networks, then the task's recipe.
     A batch is never larger than the films; warm-up is not longer than a tenth of the epochs, unless
-    the user says so.
-    shape: encoder_shape. films: number of training films; is_cut: the set has more.
+    the user says so. kind: see TaskData. shape: encoder_shape. films: number of training films;
+    is_cut: the set has more.
     """
     seedrun.refuse_idle_flags(args, kind)
     is_own_masks = kind == "mask" and args.task == "csv"
@@ -520,7 +523,7 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
         validate(run, args, task, team)
 
     # ---- 4. Training, and the test of the model that was best on validation.
-    if steps.total > 0:
+    if steps.total > 0:  # none of a linear probe, which is computed: seedrun.count_steps
         train(run, args, task, team)
     return finish(run, args, task, team)
 
@@ -533,7 +536,8 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     result = test(model, task, args, run.folder, team, saved.get("thresholds"))
     result["films"] = len(task.films["train"])
     result |= {"val": run.best.value, "best_step": run.best.step, "steps": run.step}
-    # Not over: --max_steps ended it, and more can be trained.
+    result["steps_in_all"] = run.steps.total
+    # Over: finished. Else --max_steps ended it, and more can be trained.
     result["over"] = run.step >= run.steps.total or run.best.stale >= args.patience
     if team.lead:
         run.save_result(result)
@@ -600,7 +604,7 @@ def test_finished(args: Config, weights, root, out, team):
     trained = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
     splits = find_examples(args, root, trained)
     splits, without_truth = seedrun.fit_to_model(splits, saved, weights)
-    team.say(results.describe_weights(weights, "as asked", saved["config"]))
+    team.say(results.describe_weights(weights, "as asked", saved["config"], "fine-tuned"))
     team.say(results.describe_task(root, splits))
     filled, _ = fill_in(args, splits.kind, saved["config"], len(splits.test), team)
     task = open_task(args, splits, saved["config"]["image"], root, team)
@@ -651,11 +655,11 @@ def main():
     # ---- 3. The films of the task: no patient is in two of the three splits.
     splits = find_examples(args, root)
     shape = encoder_shape(args, weights, team.say)
+    why += seedrun.warn_of_unfinished(weights)
     team.say(results.describe_weights(weights, why, shape))
     if weights and team.lead:
         splits.notes += report.seen_in_pretraining(weights, root, splits.test)
     team.say(results.describe_task(root, splits))
-    results.refuse_untestable(splits)
     task = open_task(args, splits, args.image or shape["image"], root, team)
 
     # ---- 4. The training films: few may be wanted, the same for all seeds. The recipe.
@@ -664,6 +668,7 @@ def main():
         examples = draw_few(splits.train, args.fraction, args.shots, args.draw)
     if len(examples) < len(splits.train):
         team.say(results.describe_draw(splits, examples))
+    results.refuse_untestable(splits, examples)
     task.open("train", examples)
     films = len(examples)
     is_cut = films < len(splits.train) or results.is_part(splits)

@@ -555,7 +555,7 @@ def read_judged(folder: Path) -> tuple:
     kind = next(kind for kind, name in results.METRIC.items() if name == metric)
     rows = read_table(folder / "predictions.csv")
     films = [row.pop("film") for row in rows]
-    patients = [row.pop("patient") for row in rows]
+    patients = [row.pop("patient") or film for film, row in zip(films, rows, strict=True)]
     values = np.array([[float(cell or "nan") for cell in row.values()] for row in rows])
     if kind == "mask":  # its columns are Dice and whether there is a mask; the loss is not kept
         return films, patients, kind, np.column_stack([values, values[:, 0]]), None

@@ -269,7 +269,9 @@ def patients_words(judged: dict) -> str:
 def table_of(result: dict) -> str:
     """The table of what `judge` says, a line per set of features."""
     heads = ["", "AUROC %", "95 % interval"]
-    heads += ["random weights (difference)", "better raw pixels (difference)"]
+    heads += [
+        f"{other} (difference, its interval)" for other in ("random weights", "better raw pixels")
+    ]
     return common.columns([heads, *(cells_of(result, name) for name in result["values"])])
 
 
@@ -282,8 +284,9 @@ def cells_of(result: dict, name: str) -> list[str]:
         words = f"{told['word']} ({difference}{bounds(told['interval'], '+')})"
         against["raw" if other in PIXELS else "random"] = words
     shown = "undefined" if value is None else f"{value:.1f}"
-    # All redraws of films that are told apart without error say 100, which tells of no others.
-    interval = None if value == 100 else result["intervals"][name]
+    # Where all redraws say the same, as of films told apart without error, that tells of no others.
+    interval = result["intervals"][name]
+    interval = interval if interval and interval[0] < interval[1] else None
     return [name, shown, bounds(interval), *against.values()]
 
 

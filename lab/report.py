@@ -35,7 +35,7 @@ from lab.probe import (
     table_of,
 )
 from plumbing import pictures
-from plumbing.checkpoint import read_log, write_json
+from plumbing.checkpoint import made_with, read_log, write_json
 from plumbing.launch import UserError
 from plumbing.metrics import ridge_scores
 from plumbing.pack import Films
@@ -57,6 +57,7 @@ def closing(args, out, world, films, held, tables):
     """
     world.eval()
     result = {"domain": domain_part(world, films, held), "probe": {}, "probe_intervals": {}}
+    result["made_with"] = made_with()
     write_json(out / "result.json", result)  # kept when a probe fails or is interrupted
     encoder = world.target_encoder
     encoders = {PRETRAINED: encoder, RANDOM: random_twin(encoder, args.seed)}

@@ -358,8 +358,10 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
     masks = find_masks(index, own, paths)
     refuse_unfit_masks(own, paths, masks)
     parts = {}
+    spelt = dict(zip(own.sheet.lines, own.sheet.cells.get(own.sheet.patient, ()), strict=False))
     for row, patient, mask, path in zip(own.rows, patients, masks, paths, strict=True):
-        film = row._replace(patient=patient, mask=mask, path=path)
+        written = row.name, spelt.get(row.line, patient)
+        film = row._replace(patient=patient, mask=mask, path=path, written=written)
         parts.setdefault(row.split or "all", []).append(film)
     if own.sheet.split and not trained and not {"train", "test"} <= set(parts):
         own.sheet.refuse(
@@ -615,6 +617,6 @@ def examples_of(index, found: Found, split: str, kind, labels) -> list[Example]:
         what = "the table of labels" if split == "all" else f"the {split} list"
         paths = index.find([row.name for row in rows], found.depth, what)
     return [
-        Example(path, row.target, row.patient or path.name, row.mask)
+        Example(path, row.target, row.patient or path.name, row.mask, row.written)
         for path, row in zip(paths, rows, strict=True)
     ]

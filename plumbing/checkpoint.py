@@ -7,9 +7,12 @@ import csv
 import hashlib
 import json
 import os
+import platform
 import re
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -284,9 +287,12 @@ def read_safetensors(path: Path) -> dict:
     return tensors
 
 
-def newest_run(root="runs") -> Path | None:
-    """Find encoder.pt of the newest pre-training run below `root`."""
-    return max(Path(root).rglob("encoder.pt"), key=lambda path: path.stat().st_mtime, default=None)
+def newest_run(root="runs", with_demo=True) -> Path | None:
+    """Find encoder.pt of the newest pre-training run below `root`; the demo's holds phantoms."""
+    found = Path(root).rglob("encoder.pt")
+    if not with_demo:
+        found = (path for path in found if not (path.parent / "phantoms").is_dir())
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def weights_in(path) -> Path:
@@ -337,6 +343,24 @@ def sources(weights, **paths) -> dict:
     """Say of what a result is, by whole paths without links, None where one was not given."""
     paths |= {"weights": weights}
     return {name: path and str(Path(path).resolve()) for name, path in paths.items()}
+
+
+def made_with() -> dict:
+    """Say with what a result was made: command, time, versions, and the commit where git tells."""
+    root = Path(__file__).resolve().parents[1]
+    commit = ""
+    if (root / ".git").exists():
+        ask = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(ask, cwd=root, capture_output=True, text=True).stdout.strip()
+    return {
+        "command": shlex.join(sys.argv),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "commit": commit or None,
+    }
 
 
 def refuse_other_result(folder, about: dict):

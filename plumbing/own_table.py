@@ -83,6 +83,7 @@ class Row(NamedTuple):
     split: str | None = None
     line: int = 0  # where it stands in the file
     path: Path | None = None  # of the film, where it was found already
+    written: tuple | None = None  # film and patient as the user's own table spells them
 
 
 @dataclass

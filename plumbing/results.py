@@ -14,7 +14,7 @@ from PIL import Image
 
 from plumbing import metrics, pictures
 from plumbing.benchmarks import TASKS
-from plumbing.checkpoint import replace_with, write_csv, write_json
+from plumbing.checkpoint import made_with, replace_with, write_csv, write_json
 from plumbing.film import film_size
 from plumbing.launch import UserError
 from plumbing.splits import Splits, class_warnings, tally
@@ -29,11 +29,11 @@ PUBLISHED = {  # tasks whose epochs are published
 }
 
 
-def describe_weights(weights: Path | None, why: str, shape: dict) -> str:
+def describe_weights(weights: Path | None, why: str, shape: dict, trained="pre-trained") -> str:
     """Tell what the encoder starts from. shape: its image, patch, dim and depth."""
     line = f"weights: {weights or 'none'} ({why}): ViT {shape['dim']} × {shape['depth']}"
     if weights:
-        line += f", pre-trained at {shape['image']} px in {shape['patch']} px patches"
+        line += f", {trained} at {shape['image']} px in {shape['patch']} px patches"
     return line
 
 
@@ -73,18 +73,22 @@ def is_unlabelled(counts: dict) -> bool:
     return all(unknown.get(name) == counts["films"] for name in counts.get("positive", {}))
 
 
-def refuse_untestable(splits: Splits):
-    """UserError, before anything is trained, when the training films can teach nothing, or the test
-    films cannot give a number.
+def refuse_untestable(splits: Splits, drawn: list):
+    """UserError, before anything is trained, when the drawn training films can teach nothing, or
+    the test films cannot give a number.
     """
     labels = [] if splits.kind == "mask" else splits.labels
-    for what, examples in (("training", splits.train), ("test", splits.test)):
+    for what, examples in (("training", drawn), ("test", splits.test)):
         counts = [tally(examples, k) for k in range(len(labels))]
         if counts and not any(count[0] and count[1] for count in counts):
-            then = "nothing can be learnt" if what == "training" else "AUROC is undefined"
+            then = "AUROC is undefined; choose another split"
+            if what == "training":
+                then = "nothing can be learnt; choose another split"
+                if len(drawn) < len(splits.train):
+                    then = "nothing can be learnt; draw others (--draw) or more"
             raise UserError(
                 f"no class has positive and negative films among the {len(examples)} {what} films: "
-                f"{then}; choose another split"
+                f"{then}"
             )
 
 
@@ -269,8 +273,8 @@ def metric_of(kind: str, per_class: dict) -> str:
 def write_predictions(folder: Path, task, rows: dict):
     """Write predictions.csv: a line per test film that could be read.
 
-    film (below --data), patient, the probability of each class, and what is true where it is known:
-    true_<class>. Of segmentation: dice, and has_mask, whether the film has a true mask.
+    film and patient as spelling_of has them, the probability of each class, and in true_<class>
+    what is true where it is known. Of segmentation: dice, and has_mask, whether there is a true mask.
     """
     columns = ["dice", "has_mask"]
     if task.kind != "mask":
@@ -286,14 +290,14 @@ def write_predictions(folder: Path, task, rows: dict):
             # csv writes all digits, without which films near 1 would tie, and None, what is not
             # known, as an empty cell.
             cells = [*probabilities(task.kind, row).tolist(), *example.target]
-        lines.append([name_of(example.path, task.root), example.patient, *cells])
+        lines.append([*spelling_of(example, task.root), *cells])
     write_csv(folder / "predictions.csv", ["film", "patient", *columns], lines)
 
 
 def read_predictions(folder: Path, task) -> dict:
     """Read what `write_predictions` wrote of a classifier. → {number of the test film: (c,)}"""
     examples = task.films["test"].examples
-    number_of = {name_of(example.path, task.root): i for i, example in enumerate(examples)}
+    number_of = {spelling_of(example, task.root)[0]: i for i, example in enumerate(examples)}
     rows = {}
     for _, cells in read_cells(folder / "predictions.csv")[1]:
         rows[number_of[cells[0]]] = np.array(cells[2 : 2 + len(task.labels)], float)
@@ -329,6 +333,14 @@ def name_of(path: Path, root: Path) -> str:
     """Name a film by its path below --data, or by the whole path when it lies elsewhere."""
     name = path.relative_to(root) if path.is_relative_to(root) else path
     return name.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def spelling_of(example, root: Path) -> tuple[str, str]:
+    """Write film and patient as the user's table does, so that predictions can be joined to it, or
+    else the film's path below --data. The patient is "" where nobody knows it.
+    """
+    film, patient = example.written or (name_of(example.path, root), example.patient)
+    return film, patient if example.has_patient else ""
 
 
 def probabilities(kind: str, logits) -> np.ndarray:
@@ -413,9 +425,11 @@ def summarise(out: Path, recipe: dict, splits: Splits, weights, results: list[di
         "freeze": recipe.get("freeze"),
         "fraction": recipe.get("fraction"),
         "shots": recipe.get("shots"),
+        "cut": [cut_of(result) for result in results],
         "trained_on": [result["films"] for result in results],
         "tested_on": [result.get("tested_on") for result in results],
         "bad": sorted(unreadable),
+        "made_with": made_with(),
     }
     if team.lead:
         write_json(out / "result.json", summary)
@@ -434,13 +448,15 @@ def conclude(out: Path, summary: dict, team):
 
 
 def describe_summary(summary: dict) -> list[str]:
-    """Tell what is in result.json, the metric last; intervals only of a single seed."""
+    """Tell what is in result.json, the metric last; intervals of classes only of a single seed."""
     values = summary["seeds"]
-    has_one_seed = len(values) == 1
+    is_probe = summary["freeze"] and summary["metric"] != METRIC["mask"]
+    are_same = bool(is_probe and summary["weights"] != "none")  # nothing depends on the seed
+    has_one_seed = len(values) == 1 or are_same
     intervals = summary["per_class_intervals"][0] if has_one_seed else None
     test = summary["split"]["test"]
     patients = (test["patients"] or test["films"]) if intervals else None
-    points = summary["operating_points"]
+    points = summary["operating_points"][: 1 if has_one_seed else None]
     part = "Dice" if summary["metric"] == METRIC["mask"] else "AUROC"
     lines = [f"test {part} in detail:"] if summary["per_class"] else []
     for name, value in summary["per_class"].items():
@@ -453,10 +469,19 @@ def describe_summary(summary: dict) -> list[str]:
     if summary["mean"] is None:
         words = "undefined (predictions.csv holds what was predicted)"
     elif has_one_seed:
-        words = f"{with_interval(summary['mean'], summary['intervals'][0], patients)}, one seed"
+        words = with_interval(summary["mean"], summary["intervals"][0], patients)
+        others = f"; all {len(values)} seeds are the same linear probe, one is enough"
+        words += others if len(values) > 1 else ", one seed"
     else:
-        words = f"{summary['mean']:.2f} ± {summary['std']:.2f} % over {len(values)} seeds"
-    return [*lines, f"test {summary['metric_of']} {words}{beside}"]
+        words = f"{summary['mean']:.2f} ± {summary['std']:.2f} % over {len(values)} seeds; the "
+        words += f"first alone {with_interval(values[0], summary['intervals'][0])}"
+    cut = [f"CUT at step {step} of {total}, " for step, total in filter(None, summary["cut"])]
+    return [*lines, f"{''.join(cut[:1])}test {summary['metric_of']} {words}{beside}"]
+
+
+def cut_of(result: dict) -> list[int] | None:
+    """Where --max_steps cut a seed: [step, steps of the whole schedule]; None: it is finished."""
+    return None if result.get("over", True) else [result["steps"], result.get("steps_in_all", "?")]
 
 
 def describe_point(points: list[dict]) -> list[str]:
@@ -489,9 +514,9 @@ def share_words(values: list) -> str:
     return f"{mean:.1f}" + (f" ({low:.1f} to {high:.1f})" if low != high else " (no interval)")
 
 
-def mean_and_std(values: list) -> tuple[float | None, float]:
-    """Mean and standard deviation over the seeds; (None, 0) when a seed has no value."""
+def mean_and_std(values: list) -> tuple[float | None, float | None]:
+    """Mean and standard deviation over the seeds: None when a seed has no value, or is alone."""
     if None in values:
-        return None, 0.0
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        return None, None
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return float(np.mean(values)), std

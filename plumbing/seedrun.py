@@ -77,16 +77,34 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
     if begun.is_file():  # a newer pre-training run must not change what this run started from
         path = checkpoint.read_json(begun).get("weights", "none")
         return (None if path == "none" else Path(path)), f"as in the run in {out}"
-    newest = checkpoint.newest_run()
+    newest = checkpoint.newest_run(with_demo=False)
+    demo = checkpoint.newest_run()
     if newest is None:
         raise UserError(
-            "no pre-training run (encoder.pt) under runs/: run pretrain.py, "
-            "or give --weights FILE, or --weights none for scratch"
+            "no pre-training run (encoder.pt) of real films under runs/: run pretrain.py --data "
+            "FILMS, or give --weights FILE, or --weights none for scratch"
+            + (f", or --weights {demo.parent} if you mean the demo" if demo else "")
         )
-    why = "newest pre-training run under runs/"
-    if (newest.parent / "phantoms").is_dir():
-        why += "; WARNING: the demo's, which has seen no real film; choose others by --weights"
-    return newest, why
+    return newest, "newest pre-training run under runs/"
+
+
+def warn_of_unfinished(weights: Path | None) -> str:
+    """Warn when the weights are of a pre-training of ours that has not ended. → words, else ""."""
+    last = weights and weights.with_name("last.pt")
+    if not last or weights.name not in ("encoder.pt", "last.pt") or not last.is_file():
+        return ""
+    try:
+        saved = checkpoint.load_checkpoint(last)
+        recipe = saved["recipe"]
+        total = recipe["epochs"] * (recipe["films"] // recipe["batch"])
+    except (UserError, KeyError, TypeError):  # damaged, or of another program
+        return ""
+    if saved.get("step", total) >= total:
+        return ""
+    return (
+        f"; WARNING: that run stopped at step {saved['step']:,} of {total:,}: its command goes on "
+        "with it; choose other weights by --weights"
+    )
 
 
 def load_best(path) -> dict:

@@ -66,6 +66,7 @@ class Example(NamedTuple):
     target: tuple
     patient: str
     mask: tuple | None = None
+    written: tuple | None = None  # film and patient as the user's own table spells them
 
     @property
     def has_patient(self) -> bool:
@@ -200,7 +201,7 @@ def disjoint(parts: dict) -> tuple[dict, list[str]]:
             if example.path in first:
                 other, same = first[example.path]
                 dropped[other] += 1
-                if other == split and same != example:
+                if other == split and same._replace(written=example.written) != example:
                     raise UserError(
                         f"{name} stands twice in {split}, with different labels: keep one row"
                     )

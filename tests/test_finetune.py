@@ -76,7 +76,7 @@ def flags_of(films, table="labels.csv"):
 
 
 def go(films, out, *flags, table="labels.csv", base=TINY, short=SHORT):
-    """finetune.py in this process. → result.json"""
+    """finetune.py in this process. → result.json, without what it was made with"""
     old_argv = sys.argv
     handler = signal.getsignal(signal.SIGTERM)
     sys.argv = ["finetune.py", *flags_of(films, table), "--out", str(out), *base, *short, *flags]
@@ -85,7 +85,14 @@ def go(films, out, *flags, table="labels.csv", base=TINY, short=SHORT):
     finally:
         sys.argv = old_argv
         signal.signal(signal.SIGTERM, handler)
-    return json.loads((Path(out) / "result.json").read_text())
+    return read_result(out)
+
+
+def read_result(out):
+    """result.json without command, time and versions, which it must have."""
+    result = json.loads((Path(out) / "result.json").read_text())
+    assert {"command", "time", "torch", "commit"} < result.pop("made_with").keys()
+    return result
 
 
 def shell(*argv, launcher=(sys.executable,)):
@@ -438,7 +445,7 @@ def examine(films, tmp_path, text, base, *flags):
         sys.argv = old_argv
     text = (out / "result.json").read_text()
     assert "NaN" not in text
-    return json.loads(text), read_rows(out / "predictions.csv")
+    return read_result(out), read_rows(out / "predictions.csv")
 
 
 def rows_of(films, table, *columns):
@@ -497,6 +504,7 @@ def test_films_without_labels_are_predicted(films, tmp_path, capsys):
     result, listed = examine(films, tmp_path, text, base)
     said = capsys.readouterr().out
     assert "no column label or square: nothing to compare with" in said
+    assert {row["patient"] for row in listed} == {""}  # nobody knows them
     unknown = "test: 40 films, patients unknown: every film counts as one\n"
     assert unknown in said and "warning" not in said
     predictions = f"no labels: predictions only, in {tmp_path}/out/predictions.csv"
@@ -678,8 +686,7 @@ def test_two_processes_test_as_one(films, tmp_path):
     argv = ["--data", films, "--labels", tmp_path / "other.csv", *base]
     done = shell(*argv, "--out", tmp_path / "two", launcher=torchrun)
     assert done.returncode == 0, done.stderr[-2000:]
-    two = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert two == one
+    assert read_result(tmp_path / "two") == one
     predictions = (tmp_path / "two" / "predictions.csv").read_text()
     assert predictions == (tmp_path / "out" / "predictions.csv").read_text()
 

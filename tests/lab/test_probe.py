@@ -189,4 +189,4 @@ def test_the_program_judges_on_several_tables(place):
         "random initialisation",
         "random initialisation, cells",
     ]
-    assert words.count("better raw pixels (difference)") == 4
+    assert words.count("better raw pixels (difference, its interval)") == 4

@@ -493,3 +493,17 @@ def test_a_result_of_other_films_is_not_written_over(tmp_path):
     for name in about:
         with pytest.raises(UserError, match=f"{name} .* choose another --out$"):
             checkpoint.refuse_other_result(tmp_path, about | {name: "other"})
+
+
+def test_a_result_says_with_what_it_was_made(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--data", "my films"])
+    made = checkpoint.made_with()
+    assert made["command"] == "finetune.py --data 'my films'"
+    assert made["torch"] == torch.__version__ and made["time"][:2] == "20"
+    root = Path(checkpoint.__file__).parents[1]
+    ask = ["git", "rev-parse", "HEAD"]
+    if (root / ".git").exists():
+        assert subprocess.check_output(ask, cwd=root, text=True).strip() in made["commit"]
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(checkpoint, "__file__", "/nowhere/plumbing/checkpoint.py")
+    assert checkpoint.made_with()["commit"] is None  # no .git there, and git is not asked

@@ -1,6 +1,7 @@
 """What a fine-tuning run says of its films, and how a finished model is tested on others."""
 
 import csv
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ from PIL import Image
 from sklearn.metrics import auc, roc_auc_score
 
 from plumbing import results
-from plumbing.benchmarks import TASKS
+from plumbing.benchmarks import TASKS, load_task
+from plumbing.launch import UserError
 from plumbing.metrics import bootstrap
-from plumbing.splits import Example
+from plumbing.splits import Example, Splits
 
 
 def test_judgement_of_three_classes_leaves_unread_films_out():
@@ -62,6 +64,27 @@ def test_predictions_keep_the_order_of_very_sure_films(tmp_path):
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     written = [float(row["a"]) for row in rows]
     assert np.array_equal(np.argsort(written), np.arange(50)) and len(set(written)) == 50
+
+
+def test_predictions_spell_film_and_patient_as_the_table_does(tmp_path):
+    """00001108 became 1108 and P001\\a became P001/a, so that no sheet could be joined to them."""
+    (tmp_path / "P001").mkdir()
+    names = [f"{k}.png" for k in range(8)]
+    for name in names:
+        Image.new("L", (8, 8)).save(tmp_path / "P001" / name)
+    lines = [f"P001\\{name},{k % 2},{'' if k == 4 else f'0000{k}'}" for k, name in enumerate(names)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,a,patient_id", *lines]))
+    trained = ("labels", ("a",), "")
+    splits = load_task("csv", tmp_path, table=tmp_path / "t.csv", trained=trained)
+    films = {"test": SimpleNamespace(examples=splits.test)}
+    task = SimpleNamespace(kind="labels", labels=("a",), root=tmp_path, films=films)
+    results.write_predictions(tmp_path, task, {k: np.float32([k]) for k in range(8)})
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert [row["film"] for row in rows] == [f"P001\\{name}" for name in names]
+    assert [row["patient"] for row in rows] == ["" if k == 4 else f"0000{k}" for k in range(8)]
+    assert splits.test[3].patient == "3" and set(results.read_predictions(tmp_path, task)) == {
+        *range(8)
+    }
 
 
 @pytest.fixture
@@ -160,6 +183,54 @@ def test_it_is_said_why_there_is_no_interval():
     )
     assert results.with_interval(100, [100, 100], 56).startswith("100.00 % (no interval: all ")
     assert results.with_interval(91.2, [88, 94.1], 9) == "91.20 % (95 % interval 88.00 to 94.10)"
+
+
+def test_seeds_that_are_one_probe_are_said_to_be_and_others_keep_an_interval():
+    """Of a linear probe of given weights nothing depends on the seed."""
+    seeds = [80.0, 84.0]
+    summary = dict(task="csv", metric="AUROC", metric_of="AUROC", freeze=True, weights="encoder.pt")
+    summary |= dict(seeds=[80.0] * 2, mean=80.0, std=0.0, intervals=[[65.8, 90.8]] * 2, cut=[None])
+    summary |= dict(per_class={"a": 80.0}, per_class_intervals=[{"a": [65.8, 90.8]}] * 2)
+    summary |= dict(operating_points=[None], split={"test": {"films": 9, "patients": 9}})
+    *_, of_class, last = results.describe_summary(summary)
+    assert of_class.endswith("a" + " " * 32 + "80.00 % (95 % interval 65.80 to 90.80)")
+    assert "80.00 % (95 % interval 65.80 to 90.80); all 2 seeds are the same" in last
+    for change in (dict(freeze=False), dict(weights="none"), dict(metric="Dice")):
+        std = results.mean_and_std(seeds)[1]
+        other = summary | dict(seeds=seeds, mean=82.0, std=std) | change
+        last = results.describe_summary(other)[-1]
+        assert "82.00 ± 2.83 % over 2 seeds; the first alone 80.00 % (95 % interval 65.80" in last
+    assert results.mean_and_std([80.0]) == (80.0, None)  # one seed has no deviation
+
+
+def test_drawn_films_that_teach_nothing_are_refused():
+    def films(*values):
+        return [Example(Path(f"{k}.png"), (v, 0), f"p{k}") for k, v in enumerate(values)]
+
+    splits = Splits("csv", "labels", ("a", "b"), films(0, 1, 0), films(0, 1), films(0, 1))
+    results.refuse_untestable(splits, splits.train)
+    with pytest.raises(UserError, match="the 2 training films: nothing .*--draw"):
+        results.refuse_untestable(splits, films(0, 0))
+    with pytest.raises(UserError, match="the 2 training films: nothing .* another split"):
+        results.refuse_untestable(replace(splits, train=films(1, 1)), films(1, 1))
+    with pytest.raises(UserError, match="the 1 test films: AUROC is undefined"):
+        results.refuse_untestable(replace(splits, test=films(1)), splits.train)
+
+
+def test_what_max_steps_cut_is_said_in_capitals():
+    cut = results.cut_of({"over": False, "steps": 7, "steps_in_all": 18})
+    summary = dict(task="csv", metric="AUROC", metric_of="AUROC", freeze=False, weights="none")
+    summary |= dict(seeds=[80.0], mean=80.0, std=None, intervals=[None], cut=[cut], per_class={})
+    summary |= dict(operating_points=[None], split={"test": {"films": 9, "patients": 9}})
+    summary |= dict(per_class_intervals=[{}])
+    assert results.describe_summary(summary)[-1].startswith("CUT at step 7 of 18, test AUROC 80.00")
+    assert results.cut_of({"over": True, "steps": 7}) is results.cut_of({}) is None
+
+
+def test_of_a_finished_model_it_is_said_that_it_was_fine_tuned_at_its_size():
+    shape = dict(image=64, patch=16, dim=192, depth=4)
+    said = results.describe_weights(Path("best.pt"), "as asked", shape, "fine-tuned")
+    assert said.endswith("ViT 192 × 4, fine-tuned at 64 px in 16 px patches")
 
 
 def test_it_is_said_of_which_labels_a_mean_is():

@@ -16,6 +16,7 @@ from plumbing.seedrun import (
     recipe_of,
     remember,
     warn_of_known_films,
+    warn_of_unfinished,
 )
 from plumbing.splits import Example
 
@@ -26,6 +27,13 @@ def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatc
     args = finetune.Config(task="csv")
     with pytest.raises(UserError, match="no pre-training run"):
         choose_weights(args, out)
+    (tmp_path / "runs" / "demo" / "phantoms").mkdir(parents=True)
+    checkpoint.write_text("runs/demo/encoder.pt", "")
+    with pytest.raises(
+        UserError, match="of real films .* --weights runs/demo if you mean the demo"
+    ):
+        choose_weights(args, out)
+    assert checkpoint.newest_run() == Path("runs/demo/encoder.pt")  # the lab may look at it
     for k, name in enumerate(("new", "old")):
         checkpoint.write_text(f"runs/{name}/encoder.pt", "")
         os.utime(f"runs/{name}/encoder.pt", (1000 - k, 1000 - k))
@@ -34,6 +42,18 @@ def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatc
     assert choose_weights(args, out) == (newest, reason)
     checkpoint.write_json(out / "seed0" / "config.json", {"weights": "runs/old/encoder.pt"})
     assert choose_weights(args, out)[0] == Path("runs/old/encoder.pt")
+
+
+def test_of_weights_of_a_run_that_has_not_ended_the_step_is_said(tmp_path):
+    recipe = {"epochs": 20, "films": 41, "batch": 8}  # 5 steps per epoch
+    for step, words in ((6, "; WARNING: that run stopped at step 6 of 100: "), (100, "")):
+        checkpoint.save_atomic({"step": step, "recipe": recipe}, tmp_path / "last.pt")
+        for name in ("encoder.pt", "last.pt"):
+            said = warn_of_unfinished(tmp_path / name)
+            assert said.startswith(words) and bool(said) == bool(words)
+    assert warn_of_unfinished(None) == warn_of_unfinished(tmp_path / "authors.tar") == ""
+    (tmp_path / "last.pt").write_bytes(b"junk")
+    assert warn_of_unfinished(tmp_path / "encoder.pt") == ""
 
 
 def test_a_tie_on_validation_goes_to_the_lower_loss():
