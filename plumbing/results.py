@@ -274,7 +274,7 @@ def write_predictions(folder: Path, task, rows: dict):
     """Write predictions.csv: a line per test film that could be read.
 
     film and patient as spelling_of has them, the probability of each class, and in true_<class>
-    what is true where it is known. Of segmentation: dice, and has_mask, whether there is a true mask.
+    what is true where it is known. Of segmentation: dice, and has_mask, 1 with a true mask.
     """
     columns = ["dice", "has_mask"]
     if task.kind != "mask":
