@@ -297,7 +297,9 @@ def write_predictions(folder: Path, task, rows: dict):
 def read_predictions(folder: Path, task) -> dict:
     """Read what `write_predictions` wrote of a classifier. → {number of the test film: (c,)}"""
     examples = task.films["test"].examples
-    number_of = {spelling_of(example, task.root)[0]: i for i, example in enumerate(examples)}
+    # Version 0.2 wrote paths below --data.
+    number_of = {name_of(example.path, task.root): i for i, example in enumerate(examples)}
+    number_of |= {spelling_of(example, task.root)[0]: i for i, example in enumerate(examples)}
     rows = {}
     for _, cells in read_cells(folder / "predictions.csv")[1]:
         rows[number_of[cells[0]]] = np.array(cells[2 : 2 + len(task.labels)], float)
