@@ -213,10 +213,10 @@ def test_labels_that_are_not_known_are_counted_and_are_no_negatives():
         "train: 5 films, patients unknown: every film counts as one (a 1 and 2 unknown, b" in said
     )
     with pytest.raises(UserError, match="among the 1 test films: AUROC is undefined"):
-        refuse_untestable(splits)
+        refuse_untestable(splits, splits.train)
     splits = Splits("csv", "labels", ("a", "b"), films[:1], films, films, [])
     with pytest.raises(UserError, match="among the 1 training films: nothing can be learnt"):
-        refuse_untestable(splits)
+        refuse_untestable(splits, splits.train)
 
 
 def test_classes_without_positives_are_named():
