@@ -346,33 +346,40 @@ def take_denials(sheet: Sheet, column: str, named, labels) -> tuple[list, list[s
     """Take out of the names of each row what it denies: it is not found, as all that a row does not
     name. → named without, the denials
 
-    UserError when a row denies what it names, or nothing but what is no finding of the column or
-    label of a model: who writes 'no effusion' alone may not have looked for anything else.
+    UserError when a row denies what it names, more than a finding (no change in effusion), or
+    nothing but what is no finding of the column or label of a model: who writes 'no effusion' alone
+    may not have looked for anything else.
     """
     said = set(chain(*filter(None, named)))
     denied = {name: denied_by(name) for name in said.difference(labels) if denied_by(name)}
-    findings = {*labels, *said.difference(denied)}
-    known = {
-        name
-        for name, finding in denied.items()
-        if any(plain(finding) == plain(other) or is_kind_of(other, finding) for other in findings)
-    }
+    findings = [name for name in {*labels, *said.difference(denied)} if not is_negative(name)]
+    about = {}  # {denial: a finding that it holds}
+    for name in list(denied):
+        if not any(is_of(other, denied[name]) for other in findings):
+            about[name] = next((other for other in findings if is_of(denied[name], other)), "")
     kept = []
     for row, names in enumerate(named):
-        denials = denied.keys() & (names or ())
+        denials = sorted(denied.keys() & (names or ()))
         rest = names and [name for name in names if name not in denials]
-        named_too = set(map(plain, rest or ()))
         for name in denials:
-            if plain(denied[name]) in named_too:
-                sheet.refuse_cell(column, row, f" beside {denied[name]!r}: correct it", name)
-        if denials and not rest and known.isdisjoint(denials):
+            why = next((f" beside {other!r}" for other in rest if is_of(other, denied[name])), "")
+            if about.get(name):
+                why = f", which may say something else than: no {about[name]}"
+            if why:
+                sheet.refuse_cell(column, row, f"{why}: write what is meant", name)
+        if denials and not rest and about.keys() >= set(denials):
             why = (
                 ", which no row finds: was anything else found? Write normal where nothing was, "
                 "leave the cell empty where it is not known, or rename the class, without a denial"
             )
-            sheet.refuse_cell(column, row, why, min(denials))
+            sheet.refuse_cell(column, row, why, denials[0])
         kept.append(rest)
     return kept, sorted(denied)
+
+
+def is_of(name: str, finding: str) -> bool:
+    """Whether a name is a finding or a kind of it."""
+    return plain(name) == plain(finding) or is_kind_of(name, finding)
 
 
 def parts_of(cell: str, divider: str) -> list[str]:
