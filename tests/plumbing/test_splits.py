@@ -208,7 +208,9 @@ def test_labels_that_are_not_known_are_counted_and_are_no_negatives():
     ]
     without_finding = draw_few(films, shots=9)  # 0 and 3 have a finding, of 1 and 2 nobody knows
     assert [film.path.name for film in without_finding] == ["0.png", "3.png", "4.png"]
+    splits.notes[:] = ["warning: copies", "split: none"]
     said = describe_task(Path("films"), splits)
+    assert said.index("split: none") < said.index("warning: copies")  # warnings stand last
     assert (
         "train: 5 films, patients unknown: every film counts as one (a 1 and 2 unknown, b" in said
     )
