@@ -194,6 +194,12 @@ def write_seed(folder, metric, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
+def test_films_whose_patient_nobody_knows_count_as_one_each(tmp_path):
+    rows = [["a.png", "", 0.5, 1], ["b.png", "", 0.1, 0], ["c.png", "p", 0.2, 0]]
+    write_seed(tmp_path / "seed0", "AUROC", ["film", "patient", "ill", "true_ill"], rows)
+    assert ablation.read_judged(tmp_path / "seed0")[1] == ["a.png", "b.png", "p"]
+
+
 @pytest.mark.parametrize("flag", ["fraction", "shots"])
 def test_the_difference_from_scratch_is_paired(tmp_path, flag):
     """AUROC by counting pairs, mean of two seeds; the interval from a loop over redraws."""

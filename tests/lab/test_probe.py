@@ -87,6 +87,8 @@ def test_a_planted_finding_is_above_random_and_a_blind_encoder_below_pixels(tmp_
         assert low < part["values"]["corner"] < high
     words = probe.judged_words(labels, judged, "seen by nobody")
     line = next(line for line in words.splitlines() if "corner, cells" in line)
+    (blind,) = [line for line in words.splitlines()[:8] if line.startswith(f"  {BLIND}  ")]
+    assert "50.0    no interval" in blind  # of 50 to 50
     assert "100.0    no interval" in line and "above (+50.0, +50.0 to +50.0)" in line
     assert "seen by nobody" in words and "48 test films" in words
     assert "a probe fitted to other patients; 60 patients" in words
