@@ -42,8 +42,9 @@ def open_films(root, out=None, side=320, patients=None, mimic_all=False, without
     if not root.exists() and with_suffix.is_file():  # as data.py pack --out names it
         root = with_suffix
     if root.is_file():
-        pack = Pack(root)  # its patients are those of the day it was packed
-        return Films(root.parent, {}, [pack], side, [pack.summary])
+        pack = Pack(root)
+        films = Films(root.parent, {}, [pack], side, [pack.summary])
+        return tell_patients(films, patients)
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
     refuse_own_pictures(root, out)
@@ -58,12 +59,19 @@ def open_films(root, out=None, side=320, patients=None, mimic_all=False, without
         raise UserError(
             f"--data {root}: no films to train on below it ({len(index.names):,} files; {found})"
         )
-    if patients:
-        told, note = read_patient_table(patients, list(patient_of))
-        patient_of |= told
-        summary.append(note)
     summary += index.notes + [pack.summary for pack in packs.values()]
-    return Films(root, patient_of, list(packs.values()), side, summary)
+    films = Films(root, patient_of, list(packs.values()), side, summary)
+    return tell_patients(films, patients)
+
+
+def tell_patients(films: Films, table) -> Films:
+    """Let a CSV (filename, patient_id) say who is on the films, packed ones, too. → the films"""
+    if table:
+        told, note = read_patient_table(table, films.names)
+        named = zip(films.names, films.patients, strict=True)
+        films.patients = [told.get(name, old) for name, old in named]
+        films.summary.append(note)
+    return films
 
 
 def refuse_own_pictures(root: Path, out):

@@ -197,6 +197,12 @@ def test_other_patients_and_packs_of_earlier_versions(tmp_path, capsys):
     big_tree(tmp_path / "films", 4, side=120)
     pack(tmp_path)
     (tmp_path / "people.csv").write_text("filename,patient_id\n001.png,anna\n002.png,anna\n")
+    found = open_films(tmp_path / "cxr.pack", patients=tmp_path / "people.csv")
+    assert (
+        found.patients
+        == ["000.png", "anna", "anna", "003.png"]
+        != Pack(found.packs[0].path).patients
+    )
     packed = pack(tmp_path, patients=tmp_path / "people.csv")
     assert packed.patients == ["000.png", "anna", "anna", "003.png"]
     old = ROOT / "tests" / "old" / "films.pack"
