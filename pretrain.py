@@ -37,8 +37,8 @@ from plumbing.weights import find_origin, start_world
 # For all, a gradient norm of at most 1.0 and a last learning rate of 1e-6: launch.TrainFlags. What
 # a row does not name is as in OF_THE_PAPER. The reasons are in docs/method.md.
 RECIPES = {
-    "demo":  dict(size="tiny", image=64,  patch=8,  batch=16,   epochs=20,  warmup=1.0,
-                  lr=1.2e-3,   ema=0.99,  save_every=200),
+    "demo":  dict(size="tiny", image=96,  patch=16, batch=8,    epochs=34,  warmup=2.7,
+                  lr=7.5e-4,   ema=0.9975, save_every=200),
     "small": dict(size="tiny", image=128, patch=16, batch=8,    epochs=120, warmup=9.6,
                   lr=7.5e-4,   ema=0.9975, save_every=200),
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0,

@@ -370,7 +370,7 @@ def setting_rows(bench):
     precisions = (dict(precision="float32"), dict(precision=low))
     small = bench.config
     if not bench.is_gpu:
-        small = fill_in(Config(size="tiny", image=64, patch=8, batch=16), bench.team)
+        small = fill_in(Config(size="tiny", image=96, patch=16, batch=8), bench.team)
         step_row(bench, f"{low} instead of float32", bench.config, *precisions)
     step_row(bench, f"{low} instead of float32", small, *precisions)
     step_row(bench, "torch.compile", small, dict(compile="off"), dict(compile="on"))

@@ -334,7 +334,7 @@ def test_an_infinite_loss_stops_and_leaves_the_last_good_checkpoint(films, tmp_p
 def test_settings_are_filled_in_from_the_recipe():
     demo = pretrain.fill_in(pretrain.Config(), "demo")
     paper = pretrain.fill_in(pretrain.Config(data="films", lr=1.0), "paper")
-    assert (demo.size, demo.batch, demo.epochs, demo.lr) == ("tiny", 16, 20, 1.2e-3)
+    assert (demo.size, demo.batch, demo.epochs, demo.lr) == ("tiny", 8, 34, 7.5e-4)
     assert (paper.size, paper.batch, paper.epochs, paper.lr) == ("base", 2048, 300, 1.0)
     assert (paper.pixels, paper.global_share) == (0, 1)
     assert (demo.recipe, paper.recipe) == ("demo", "paper")
@@ -414,7 +414,7 @@ def test_a_short_run_has_the_recipes_share_of_warmup():
         ("paper", dict(data="films", epochs=10), 4 / 3),
         ("paper", dict(data="films", epochs=400), 40),
         ("paper", dict(data="films", epochs=10, warmup=7.5), 7.5),
-        ("demo", dict(epochs=5), 0.25),
+        ("demo", dict(epochs=5), 2.7 * 5 / 34),
     ):
         args = pretrain.fill_in(pretrain.Config(**given), name)
         assert args.warmup == pytest.approx(warmup)
@@ -455,8 +455,8 @@ def test_few_films_get_the_small_recipe_and_the_same_command_goes_on(films, tmp_
 @pytest.mark.parametrize(
     "name, setting, words",
     [
-        ("demo", dict(patch=7), "--image 64 is not a multiple of --patch 7"),
-        ("demo", dict(image=24), "at least 4 × 4"),
+        ("demo", dict(patch=7), "--image 96 is not a multiple of --patch 7"),
+        ("demo", dict(image=48), "at least 4 × 4"),
         ("paper", dict(epochs=10, warmup=40), "--warmup 40 must be less than --epochs 10"),
         ("demo", dict(epochs=2, warmup=2), "--warmup 2 must be less than --epochs 2"),
     ],
