@@ -3,19 +3,17 @@
     python -m lab.gallery --weights runs/demo --data runs/demo/phantoms/films
 
 Runs every analysis and trains the two RCDM decoders, each in its folder under --out, then writes
-all pictures, made small, into --docs as FOLDER_PICTURE.png. A decoder goes on where it stopped.
+all pictures into --docs as FOLDER_PICTURE.png. A decoder goes on where it stopped.
 """
 
 import dataclasses
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from lab.common import start
-from plumbing import pictures
 from plumbing.launch import UserError, flag, run_script
 
 ANALYSES = ("domain", "correspondence", "health", "surprise", "markers", "letters")
@@ -71,12 +69,11 @@ def run(name, *words):
 
 
 def collect(out, docs):
-    """Copy all pictures to `docs`, with 64 colours each."""
+    """Copy all pictures to `docs`, as they are: fewer colours would lose thin lines."""
     docs.mkdir(parents=True, exist_ok=True)
     for folder, names in PAGES.items():
         for name in names:
-            page = Image.open(out / folder / f"{name}.png").convert("RGB")
-            pictures.save(page.quantize(64), docs / f"{folder}_{name}.png")
+            shutil.copy(out / folder / f"{name}.png", docs / f"{folder}_{name}.png")
 
 
 if __name__ == "__main__":
