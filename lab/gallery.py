@@ -13,7 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from lab.common import start
+from plumbing import pictures
 from plumbing.launch import UserError, flag, run_script
 
 ANALYSES = ("domain", "correspondence", "health", "surprise", "markers", "letters")
@@ -28,6 +31,8 @@ PAGES = {  # folder: its pictures
     "rcdm-local": ["samples"],
     "rcdm-global": ["samples"],
 }
+
+LARGE = 400_000  # bytes of a picture
 
 
 @dataclasses.dataclass
@@ -69,11 +74,14 @@ def run(name, *words):
 
 
 def collect(out, docs):
-    """Copy all pictures to `docs`, as they are: fewer colours would lose thin lines."""
+    """Copy all pictures to `docs`; large ones, of heat maps, with 256 colours: fewer lose lines."""
     docs.mkdir(parents=True, exist_ok=True)
     for folder, names in PAGES.items():
         for name in names:
-            shutil.copy(out / folder / f"{name}.png", docs / f"{folder}_{name}.png")
+            page = out / folder / f"{name}.png"
+            copy = shutil.copy(page, docs / f"{folder}_{name}.png")
+            if page.stat().st_size > LARGE:
+                pictures.save(Image.open(page).convert("RGB").quantize(256), copy)
 
 
 if __name__ == "__main__":
