@@ -109,8 +109,8 @@ def verdict(own, fresh):
     """
     if own["feature_std"] < 0.02 or own["rankme"] < 1.5:
         return COLLAPSED
-    # Encoders that stood above random weights in every probe had 0.7 and more of their RankMe and
-    # two thirds of their std; two that stood below had 0.3 and 0.4 (docs/results.md).
+    # Encoders whose probe stood above that of random weights had 0.7 and more of their RankMe, and
+    # 0.6 of their std; one that stood below had 0.3, one that was level 0.4 (docs/results.md).
     if own["rankme"] < fresh["rankme"] / 2:
         return SUSPICIOUS
     return HEALTHY
