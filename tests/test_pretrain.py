@@ -580,7 +580,7 @@ def test_a_step_of_micro_batches_equals_one_of_the_whole_batch():
 @pytest.mark.slow
 def test_a_demo_whose_phantoms_are_gone_draws_them_again_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "closing", lambda *ignored: None)
-    demo = pretrain.Config(out=str(tmp_path), phantoms=24, image=32, batch=4, device="cpu")
+    demo = pretrain.Config(out=str(tmp_path), phantoms=24, image=64, batch=4, device="cpu")
     pretrain.main(dataclasses.replace(demo, max_steps=1))
     shutil.rmtree(tmp_path / "phantoms")
     pretrain.main(dataclasses.replace(demo, max_steps=2))
