@@ -248,13 +248,13 @@ def read_findings(sheet, column: str, uncertain: str, labels=()) -> tuple[list, 
     said = {cell for cell in cells if answer(cell) not in (MISSING, UNCERTAIN)}
     if None not in map(whole_number, said):  # '2.0', as pandas writes it beside blanks, is '2'
         findings = [{str(whole_number(cell))} if cell in said else None for cell in cells]
-        refuse_no_classes(sheet, column, findings, MAX_CODES)
-        refuse_odd_codes(sheet, column, findings)
+        refuse_no_classes(sheet, column, findings, MAX_CODES, labels)
+        refuse_odd_codes(sheet, column, findings, labels)
         notes.append("numbers are taken as classes, 0 like the others")
     else:
         named, denials = take_denials(sheet, column, split_names(sheet, column), labels)
         findings, negatives = merge_spellings(named)
-        refuse_no_classes(sheet, column, findings, MAX_CLASSES)
+        refuse_no_classes(sheet, column, findings, MAX_CLASSES, labels)
         if tells(column, "comment"):
             sheet.refuse(
                 f"column {column} holds comments, as its name says: these are no classes; "
@@ -274,15 +274,18 @@ def read_findings(sheet, column: str, uncertain: str, labels=()) -> tuple[list, 
     return findings, notes
 
 
-def refuse_odd_codes(sheet: Sheet, column: str, codes):
+def refuse_odd_codes(sheet: Sheet, column: str, codes, labels):
     """UserError on a number that stands for no class: below 0, seen once, or, as -9, 9 and 99 often
-    do, for what is missing: a code of nines or eights without the number before it.
+    do, for what is missing: a code of nines or eights without the number before it. What is among
+    the labels of a trained model is a class.
     """
     count = Counter(chain(*filter(None, codes)))
     gaps = [code for code in count if str(int(code) - 1) not in count]
     odd = {code for code in count if int(code) < 0 or count[code] == 1}
     odd.update(code for code in gaps if re.fullmatch("9+|88+", code))
-    if odd and 2 * len(odd) < len(count) + 1:
+    are_few = 2 * len(odd) < len(count) + 1
+    odd.difference_update(labels)
+    if odd and are_few:
         why = (
             ", a number below 0, one that no other row has, or a code for missing: is it a class? "
             "Leave the cell empty where it is missing"
@@ -409,14 +412,15 @@ def merge_spellings(named) -> tuple[list[set[str] | None], list[str]]:
     return findings, negatives
 
 
-def refuse_no_classes(sheet: Sheet, column: str, findings, limit: int):
+def refuse_no_classes(sheet: Sheet, column: str, findings, limit: int, labels):
     """UserError when a column has so many different values, or so few alike, that they are no
-    classes: ages, comments, names.
+    classes: ages, comments, names. Few films may be alike where one has a trained model's label.
     """
     count = Counter(chain(*filter(None, findings)))
     rows = sum(found is not None for found in findings)
     seldom = sum(films == 1 for films in count.values())
-    is_mostly_seldom = len(count) >= 5 and 2 * seldom > len(count)
+    has_label = not set(map(plain, labels)).isdisjoint(map(plain, count))
+    is_mostly_seldom = len(count) >= 5 and 2 * seldom > len(count) and not has_label
     if len(count) > limit or (is_mostly_seldom and (2 * len(count) > rows or len(count) > 50)):
         first = ", ".join(repr(name[:40]) for name in list(count)[:3])
         sheet.refuse(

@@ -1159,3 +1159,17 @@ def test_lateral_films_are_counted(folder, tmp_path, name):
     assert f"warning: 2 of 4 films are lateral, as column {name} says" in said(found)
     found = read_rows(folder, tmp_path, f"file,label,{name}", *rows[::3])
     assert "lateral" not in said(found)
+
+
+def test_a_small_table_of_a_models_own_classes_is_compared(folder, tmp_path):
+    """A class of which it has one film, or a code whose neighbour it lacks, is one nevertheless."""
+    codes = ("labels", tuple("0123456789"), "")
+    rows = [f"film{k:02d},{code}" for k, code in enumerate("00077779")]
+    found = read_rows(folder, tmp_path, "file,label", *rows, trained=codes)
+    assert [row.target.index(1) for row in found.splits["test"]] == [0, 0, 0, 7, 7, 7, 7, 9]
+    rows[0] = "film00,-3"
+    refused(lambda: read_rows(folder, tmp_path, "file,label", *rows, trained=codes), "line 2.*'-3'")
+    names = ("Effusion", "Mass", "Edema", "Hernia", "Fibrosis", "Emphysema")
+    rows = [f"film{k:02d},{name}" for k, name in enumerate([*names[:5], "normal"])]
+    found = read_rows(folder, tmp_path, "file,label", *rows, trained=("labels", names, ""))
+    assert [sum(row.target) for row in found.splits["test"]] == [1, 1, 1, 1, 1, 0]
