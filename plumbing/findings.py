@@ -24,6 +24,7 @@ from plumbing.words import (
     answer,
     denied_by,
     is_called,
+    is_denial_of,
     is_kind_of,
     is_negative,
     is_part_of,
@@ -220,8 +221,7 @@ def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
         sheet.refuse(f"column {column} names no class beside {NO_WORDS}")
     against = ""
     if len(labels) == 2 and all(found is None or len(found) == 1 for found in findings):
-        denials = [word + plain(labels[0]) for word in DENIALS]
-        if plain(labels[1]) in denials:  # then other names, too, count as "no", not as "yes"
+        if is_denial_of(labels[1], labels[0]):  # then other names, too, count as "no", not as "yes"
             labels.reverse()
         else:
             against = labels[0]

@@ -225,6 +225,11 @@ DENIALS = set(
     "no non not without kein keine keinen keiner ohne nicht geen sans pas aucun aucune sin sem "
     "senza nessun nessuna".split()
 )
+# What else beside a name says that there is none: HIV negative, absence of pneumonia.
+ABSENT = set(
+    "negative neg negativ negatif negativo absent absence absente ausencia ausente assente "
+    "excluded ausgeschlossen".split()
+)
 DENIAL = re.compile(
     r"(no|without|keine?[nrs]?|ohne|geen|zonder|sans|pas|aucune?|sin|sem|senza|nessuna?)[\s_-]+"
     r"((evidence|signs?) (of|for) |(nachweis|hinweise?|anhalt|zeichen) (auf|für|von) |de |d['’])?"
@@ -313,7 +318,17 @@ def is_kind_of(name: str, usual: str) -> bool:
     keine Pneumonie, abnormal or Pseudotumor.
     """
     rest = words_beside(name, usual)
-    return rest is not None and DENIALS.isdisjoint(rest)
+    return rest is not None and DENIALS.isdisjoint(rest) and not is_denial_of(name, usual)
+
+
+def is_denial_of(name: str, usual: str) -> bool:
+    """Whether a name says no more than that another is not there: non-COVID, TB negative, HIV-."""
+    if plain(name) in [word + plain(usual) for word in DENIALS]:
+        return True
+    if name[-1:] in ("-", "\u2013", "\u2212") and usual[-1:] == "+":
+        return plain(name[:-1]) == plain(usual[:-1])
+    rest = {*(words_beside(name, usual) or ())} - {"of", "de", "for"}
+    return bool(rest) and rest <= DENIALS | ABSENT
 
 
 def is_part_of(name: str, usual: str) -> bool:

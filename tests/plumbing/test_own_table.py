@@ -1166,10 +1166,10 @@ def test_a_small_table_of_a_models_own_classes_is_compared(folder, tmp_path):
     codes = ("labels", tuple("0123456789"), "")
     rows = [f"film{k:02d},{code}" for k, code in enumerate("00077779")]
     found = read_rows(folder, tmp_path, "file,label", *rows, trained=codes)
-    assert [row.target.index(1) for row in found.splits["test"]] == [0, 0, 0, 7, 7, 7, 7, 9]
+    assert [target.index(1) for target in targets_of(found)] == [0, 0, 0, 7, 7, 7, 7, 9]
     rows[0] = "film00,-3"
     refused(lambda: read_rows(folder, tmp_path, "file,label", *rows, trained=codes), "line 2.*'-3'")
     names = ("Effusion", "Mass", "Edema", "Hernia", "Fibrosis", "Emphysema")
     rows = [f"film{k:02d},{name}" for k, name in enumerate([*names[:5], "normal"])]
     found = read_rows(folder, tmp_path, "file,label", *rows, trained=("labels", names, ""))
-    assert [sum(row.target) for row in found.splits["test"]] == [1, 1, 1, 1, 1, 0]
+    assert [sum(target) for target in targets_of(found)] == [1, 1, 1, 1, 1, 0]

@@ -16,6 +16,8 @@ from plumbing.words import (
     YES,
     answer,
     column_key,
+    is_denial_of,
+    is_kind_of,
     is_negative,
     is_same_in_doubt,
     plain,
@@ -65,6 +67,16 @@ def test_words_for_no_finding_and_spellings_of_one_name():
 
 
 # ---------------------------------------------------------------- one list of each meaning
+def test_a_denial_is_neither_the_finding_nor_a_kind_of_it():
+    denials = ["nonTB", "not TB", "TB-negative", "TB neg.", "absence of TB", "TB excluded"]
+    for name in denials:
+        assert is_denial_of(name, "TB") and not is_denial_of("TB", name)
+        assert not is_kind_of(name, "TB")
+    for name in ("TB", "TB left", "gram-negative TB", "TB ohne Erguss", "drug of TB", "benign"):
+        assert not is_denial_of(name, "TB")
+    assert is_denial_of("HIV-", "HIV+") and not is_denial_of("HIV+", "HIV-")
+
+
 def test_a_word_has_one_meaning_unless_it_is_no_and_no_finding_or_none():
     for (one, words), (other, more) in combinations(MEANT_BY.items(), 2):
         assert other == NO_FINDING or words.isdisjoint(more), (one, other, words & more)
