@@ -1149,7 +1149,7 @@ def test_plus_and_minus_are_yes_and_no_or_refused(folder, tmp_path):
         lambda: read_rows(folder, tmp_path, "file,label", *rows, "film04,++"), "'.', a sign and no"
     )
     rows = ["film00,HIV+", "film01,HIV-"]
-    assert read_rows(folder, tmp_path, "file,label", *rows).labels == ("HIV-",)
+    assert read_rows(folder, tmp_path, "file,label", *rows).labels == ("HIV+",)
 
 
 @pytest.mark.parametrize("name", ["view", "Projektion", "ViewPosition", "Frontal/Lateral"])
@@ -1159,6 +1159,9 @@ def test_lateral_films_are_counted(folder, tmp_path, name):
     assert f"warning: 2 of 4 films are lateral, as column {name} says" in said(found)
     found = read_rows(folder, tmp_path, f"file,label,{name}", *rows[::3])
     assert "lateral" not in said(found)
+    rows = ["film00,1,L", "film01,0,R"]  # a side of the body, as DICOM's (0020,0060) names it
+    found = read_rows(folder, tmp_path, "file,label,ImageLaterality", *rows)
+    assert "are lateral" not in said(found)
 
 
 def test_a_small_table_of_a_models_own_classes_is_compared(folder, tmp_path):
