@@ -37,6 +37,7 @@ from plumbing.launch import UserError, flag, parse, run_script
 from plumbing.own_table import refuse_twins
 from plumbing.table import read_table
 from plumbing.weights import load_encoder
+from plumbing.words import patient_keys, patient_of
 
 FINETUNE = Path(__file__).parents[1] / "finetune.py"
 TASKS = ("local", "global", "domain")
@@ -555,7 +556,10 @@ def read_judged(folder: Path) -> tuple:
     kind = next(kind for kind, name in results.METRIC.items() if name == metric)
     rows = read_table(folder / "predictions.csv")
     films = [row.pop("film") for row in rows]
-    patients = [row.pop("patient") or film for film, row in zip(films, rows, strict=True)]
+    told = [patient_of(row.pop("patient")) for row in rows]  # in any spelling of the user's table
+    known = list(filter(None, told))
+    key = dict(zip(known, patient_keys(known), strict=True))
+    patients = [key.get(who, film) for who, film in zip(told, films, strict=True)]
     values = np.array([[float(cell or "nan") for cell in row.values()] for row in rows])
     if kind == "mask":  # its columns are Dice and whether there is a mask; the loss is not kept
         return films, patients, kind, np.column_stack([values, values[:, 0]]), None

@@ -200,6 +200,14 @@ def test_films_whose_patient_nobody_knows_count_as_one_each(tmp_path):
     assert ablation.read_judged(tmp_path / "seed0")[1] == ["a.png", "b.png", "p"]
 
 
+def test_a_patient_in_two_spellings_is_one(tmp_path):
+    """predictions.csv has film and patient as the user's table spells them."""
+    spellings = ["P-01", "p01", "013", "13", "13.0"]
+    rows = [[f"{k}.png", who, 0.5, k % 2] for k, who in enumerate(spellings)]
+    write_seed(tmp_path / "seed0", "AUROC", ["film", "patient", "ill", "true_ill"], rows)
+    assert ablation.read_judged(tmp_path / "seed0")[1] == ["p01"] * 2 + ["13"] * 3
+
+
 @pytest.mark.parametrize("flag", ["fraction", "shots"])
 def test_the_difference_from_scratch_is_paired(tmp_path, flag):
     """AUROC by counting pairs, mean of two seeds; the interval from a loop over redraws."""
