@@ -76,7 +76,9 @@ PARTS = {
         "comment|kommentar|bemerk|anmerk|remar[kq]|freitext|freetext|notes?$|notiz|hinweis|"
         "observaciones|observacoes|osservazion"
     ),
-    "view": "(?<!re|er)view|aufnahmeart|proje[kcz]|proie|frontal|lateral(?!i)|strahlengang|inciden[zc]",
+    "view": (
+        "(?<!re|er)view|aufnahmeart|proje[kcz]|proie|frontal|lateral(?!i)|strahlengang|inciden[zc]"
+    ),
     "visit": (  # when, where and with which machine a film was taken
         "follow|visit|verlauf|site|hospital|klinik|center|centre|zentrum|ward|station|zimmer|room|"
         "scanner|device|gerat|geraet"
