@@ -77,7 +77,8 @@ def settings_of(args):
     settings = {}
     for name, value in dataclasses.asdict(args).items():
         if name in FILES and value:
-            value = str(Path(value).resolve())
+            paths = value.split(",") if name == "table" else [value]  # lab.probe takes several
+            value = ",".join(str(Path(path).resolve()) for path in paths)
         if name not in ("out", "device"):
             settings[name] = value
     return settings

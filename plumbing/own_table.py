@@ -149,6 +149,7 @@ class OwnTable:
         a column seems to know. → patients, a note that says how they are known
         """
         told = [row.patient for row in self.rows]
+        every = [row.patient for row in (*self.rows, *self.unknown) if row.patient]
         note = f"patients: column {self.sheet.patient}"
         if not self.sheet.patient:
             told, note = patients_in_names([row.name for row in self.rows])
@@ -161,7 +162,7 @@ class OwnTable:
                 f"; {told.count(None)} films have none and count as one each, though they may be "
                 "anyone's: films of one patient may lie on both sides of a split"
             )
-        elif len(set(told)) == len(told) > MANY:
+        elif len(set(every)) == len(every) > MANY:
             self.refuse_likely_patient(f"every film has its own {self.sheet.patient}, but ")
             note += (
                 ", another one for every film: if it numbers films or stays, films of one patient "

@@ -1176,3 +1176,14 @@ def test_a_small_table_of_a_models_own_classes_is_compared(folder, tmp_path):
     rows = [f"film{k:02d},{name}" for k, name in enumerate([*names[:5], "normal"])]
     found = read_rows(folder, tmp_path, "file,label", *rows, trained=("labels", names, ""))
     assert [sum(target) for target in targets_of(found)] == [1, 1, 1, 1, 1, 0]
+
+
+def test_rows_without_a_label_do_not_make_a_patient_column_doubtful(tmp_path):
+    """Each of them has a patient of its own, but others have several films."""
+    films = [f"f{k:02d}" for k in range(90)]
+    splits = ("train", "val", "test")
+    rows = [f"f{k:02d},{k % 2},{splits[k // 2 % 3]},Q{k // 2},P{k // 2}" for k in range(60)]
+    rows += [f"f{k:02d},,train,Q{k},P{k}" for k in range(60, 90)]
+    text = "\n".join(["filename,label,split,patient_id,case_code", *rows])
+    labels = make_labels(tmp_path, text, *films)
+    assert labels.patient_note == "patients: column patient_id" and labels.others[89] == "Q89"
