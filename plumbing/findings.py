@@ -125,9 +125,20 @@ def read_label_column(sheet: Sheet, column: str, uncertain: str) -> Goal:
         sheet.refuse(f"column {column} is empty")
     if answers <= {NO, MISSING}:
         sheet.refuse(f"column {column} names no class beside {NO_WORDS}")
-    if OTHER in answers:
+    if OTHER in answers and not is_of_answers(sheet, column):
         return read_names(sheet, column, uncertain)
     return read_answers(sheet, [column], uncertain)
+
+
+def is_of_answers(sheet: Sheet, column: str) -> bool:
+    """Whether a column says yes more often than anything else but no, and not as one of several
+    codes: then what is neither is the mistake.
+    """
+    count = Counter(sheet.answers(column))
+    are_codes = all(
+        whole_number(cell) is not None for cell in sheet.cells[column] if answer(cell) == OTHER
+    )
+    return count[YES] > count[OTHER] and not are_codes
 
 
 # ---------------------------------------------------------------- columns of yes and no

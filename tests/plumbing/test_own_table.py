@@ -1187,3 +1187,12 @@ def test_rows_without_a_label_do_not_make_a_patient_column_doubtful(tmp_path):
     text = "\n".join(["filename,label,split,patient_id,case_code", *rows])
     labels = make_labels(tmp_path, text, *films)
     assert labels.patient_note == "patients: column patient_id" and labels.others[89] == "Q89"
+
+
+def test_of_yes_and_no_and_a_slip_the_slip_is_named(folder, tmp_path):
+    for cells, slip in ((["0", "1", "1", "0.5"], "0.5"), (["yes", "no", "yes", "ys"], "ys")):
+        rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
+        refused(
+            lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows),
+            f"column label says {slip!r}, which is neither 1, 0, -1 nor empty",
+        )
