@@ -70,7 +70,7 @@ def run(name, *words):
     command = ["-m", f"lab.{name}", *words]
     print(f"\npython {shlex.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command]).returncode:
-        raise UserError(f"lab.{name} failed (above); the same command goes on")
+        raise UserError(f"lab.{name} failed (above); once that is mended, the same command goes on")
 
 
 def collect(out, docs):

@@ -103,6 +103,8 @@ def asked_columns(sheet: Sheet, asked: str) -> list[str]:
         for role in ("film", "patient", "split"):
             if column == getattr(sheet, role):
                 sheet.refuse(f"column {column} names the {role}, no label")
+        if column in found:
+            sheet.refuse(f"--column {asked} names column {column} twice")
         found.append(column)
     return found
 

@@ -491,8 +491,10 @@ def describe_point(points: list[dict]) -> list[str]:
     films = points[0]["films"]
     if not sum(films):
         return []
-    patients = [f" of {count} patients" for count in points[0]["patients"] or ()] or ["", ""]
-    counts = f"    {films[0]} films{patients[0]} with it, {films[1]}{patients[1]} without"
+    counts = f"    {films[0]} films with it, {films[1]} without"
+    if points[0]["patients"]:
+        ill, well = points[0]["patients"]
+        counts += f"; {ill} patients have it on a film, {well} on none"
     thresholds = [point["threshold"] for point in points]
     if None in thresholds:
         return [f"{counts}; no threshold, as val has no film with it, or none without"]

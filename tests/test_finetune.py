@@ -179,7 +179,10 @@ def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsy
         assert point["sensitivity"][0] == 100 * np.mean(is_called[1::2])
         assert point["specificity"][0] == 100 - 100 * np.mean(is_called[::2])
         assert (point["films"], point["patients"]) == ([4, 4], [4, 4])
-    assert any("4 films of 4 patients with it, 4 of 4 patients without; yes" in s for s in said)
+    assert any(
+        "4 films with it, 4 without; 4 patients have it on a film, 4 on none; yes" in s
+        for s in said
+    )
     steps = [int(r["step"]) for r in read_rows(tmp_path / "seed0" / "log.csv")]
     assert steps == sorted(set(steps))
     assert not (tmp_path / "seed0" / "last.pt").exists()
@@ -411,7 +414,10 @@ def test_a_class_without_positives_in_validation_is_said_and_left_out(films, tmp
     assert result["per_class"]["rare"] is not None
     assert result["operating_points"][0]["rare"]["threshold"] is None
     assert result["operating_points"][0]["rare"]["sensitivity"] == [None, None, None]
-    assert "1 films of 1 patients with it, 7 of 7 patients without; no threshold, as val" in said
+    assert (
+        "1 films with it, 7 without; 1 patients have it on a film, 7 on none; no threshold, as val"
+        in said
+    )
     assert result["operating_points"][0]["square"]["sensitivity"][0] is not None
     table.write_text("\n".join([head, *without_negatives]))
     with pytest.raises(launch.UserError, match="AUROC is undefined"):

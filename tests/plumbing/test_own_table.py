@@ -536,6 +536,8 @@ def test_a_column_that_is_nearly_of_answers_is_refused_by_row(folder, tmp_path):
     found = read_rows(folder, tmp_path, "file,A,B", *rows, column="A")
     assert targets_of(found) == [(1,), (0,), (0,)]
     refused(lambda: read_rows(folder, tmp_path, "file,Mass,B", *rows, column="Mas"), "mean Mass?")
+    twice = "--column Mass,mass names column Mass twice"
+    refused(lambda: read_rows(folder, tmp_path, "file,Mass,B", *rows, column="Mass,mass"), twice)
 
 
 JOINED = [
