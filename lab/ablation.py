@@ -556,10 +556,9 @@ def read_judged(folder: Path) -> tuple:
     kind = next(kind for kind, name in results.METRIC.items() if name == metric)
     rows = read_table(folder / "predictions.csv")
     films = [row.pop("film") for row in rows]
-    told = [patient_of(row.pop("patient")) for row in rows]  # in any spelling of the user's table
-    known = list(filter(None, told))
-    key = dict(zip(known, patient_keys(known), strict=True))
-    patients = [key.get(who, film) for who, film in zip(told, films, strict=True)]
+    # As in the user's table, where one patient may be spelt in several ways.
+    keys = patient_keys([patient_of(row.pop("patient")) for row in rows])
+    patients = [key or film for key, film in zip(keys, films, strict=True)]
     values = np.array([[float(cell or "nan") for cell in row.values()] for row in rows])
     if kind == "mask":  # its columns are Dice and whether there is a mask; the loss is not kept
         return films, patients, kind, np.column_stack([values, values[:, 0]]), None

@@ -266,7 +266,7 @@ def trained_on(weights, films, of_all=True):
     run = run_of(last)
     if not run or not last.is_file():
         return None
-    recipe = checkpoint.load_checkpoint(last).get("recipe", {})
+    recipe = checkpoint.load_checkpoint(last, mmap=True).get("recipe", {})
     if of_all and "weights" in recipe:
         return None
     for data in dict.fromkeys((str(films.root), run["data"])):

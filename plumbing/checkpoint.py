@@ -225,10 +225,11 @@ for thing in (np.float64(0), np.zeros(1)):
     HARMLESS += [(make, f"numpy{core}.multiarray.{make.__name__}") for core in (".core", "._core")]
 
 
-def load_checkpoint(path) -> dict:
+def load_checkpoint(path, mmap=False) -> dict:
     """Load a checkpoint or a .safetensors file, running nothing in it. Raises BadCheckpoint.
 
-    Only tensors, plain containers and what is HARMLESS are made.
+    Only tensors, plain containers and what is HARMLESS are made. mmap: a tensor of a checkpoint of
+    ours is read from disk once it is used, for those who ask for a few numbers beside them.
     """
     path = Path(path)
     if not path.is_file():
@@ -241,7 +242,7 @@ def load_checkpoint(path) -> dict:
             return read_safetensors(path)
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # junk bytes can raise anything in an unpickler
         raise BadCheckpoint(f"{path}: {why_not_loaded(error)}; nothing in it was run") from None
     if not isinstance(checkpoint, dict):

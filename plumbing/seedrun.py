@@ -18,7 +18,7 @@ from plumbing.folder import in_threads
 from plumbing.launch import UserError, largest_divisor
 from plumbing.splits import Splits, size_of
 from plumbing.table import key_of
-from plumbing.words import plain, whole_number
+from plumbing.words import patient_of, plain
 
 
 def choose_out(args) -> Path:
@@ -78,8 +78,8 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
         path = checkpoint.read_json(begun).get("weights", "none")
         return (None if path == "none" else Path(path)), f"as in the run in {out}"
     newest = checkpoint.newest_run(with_demo=False)
-    demo = checkpoint.newest_run()
     if newest is None:
+        demo = checkpoint.newest_run()
         raise UserError(
             "no pre-training run (encoder.pt) of real films under runs/: run pretrain.py --data "
             "FILMS, or give --weights FILE, or --weights none for scratch"
@@ -94,7 +94,7 @@ def warn_of_unfinished(weights: Path | None) -> str:
     if not last or weights.name not in ("encoder.pt", "last.pt") or not last.is_file():
         return ""
     try:
-        saved = checkpoint.load_checkpoint(last)
+        saved = checkpoint.load_checkpoint(last, mmap=True)
         recipe = saved["recipe"]
         total = recipe["epochs"] * (recipe["films"] // recipe["batch"])
     except (UserError, KeyError, TypeError):  # damaged, or of another program
@@ -177,16 +177,13 @@ def fingerprints(examples) -> dict[str, list]:
         "learnt_from": [fingerprint(f"{n} {max(0, s)}") for n, s in zip(names, sizes, strict=True)],
         "learnt_names": [fingerprint(key) if count[key] == 1 else None for key in keys],
         "learnt_patients": [
-            fingerprint(patient_key(example.patient)) if example.has_patient else None
+            # However it is written: 13 of a column is 00000013 of a name.
+            fingerprint((patient_of(example.patient) or example.patient).casefold())
+            if example.has_patient
+            else None
             for example in examples
         ],
     }
-
-
-def patient_key(patient: str) -> str:
-    """What is one of a patient's id however it is written: 13 of a column is 00000013 of a name."""
-    number = whole_number(patient)
-    return patient.casefold() if number is None else str(number)
 
 
 def remember(examples) -> dict[str, list[str]]:

@@ -163,15 +163,11 @@ WORDS = {
     ),
 }
 MEANT_BY = {meaning: set(map(word_of, words.split(", "))) for meaning, words in WORDS.items()}
-LATERAL = set(
-    map(
-        word_of,
-        "lateral, lat, ll, rl, left lateral, right lateral, l, side, seitlich, seitl, seite, "
-        "seitenaufnahme, profil, de profil, perfil, laterale, latero-lateral, laterolateral".split(
-            ", "
-        ),
-    )
+LATERAL_WORDS = (
+    "lateral, lat, ll, rl, left lateral, right lateral, l, side, seitlich, seitl, seite, "
+    "seitenaufnahme, profil, de profil, perfil, laterale, latero-lateral, laterolateral"
 )
+LATERAL = set(map(word_of, LATERAL_WORDS.split(", ")))
 NOBODY = "anonymous anonymized anonymised anon unnamed".split()
 
 
@@ -221,19 +217,20 @@ HISTORY = re.compile(
     r"antécédents? de|ancien(ne)?|antecedentes? de|antigu?[oa]|vecchi[oa])\b\.?",
     re.IGNORECASE,
 )
-# How he says that there is none; DENIAL before the name of a finding, where "non" and "not" may
-# belong to the name: non-displaced fracture.
-DENIALS = set(
-    "no non not without kein keine keinen keiner ohne nicht geen sans pas aucun aucune sin sem "
-    "senza nessun nessuna".split()
-)
+# How he says that there is none, before the name of a finding.
+NONE_OF = (
+    "no without kein keine keinen keiner keines ohne geen zonder sans pas aucun aucune sin sem "
+    "senza nessun nessuna"
+).split()
+# These may belong to the name as well: non-displaced fracture.
+DENIALS = {*NONE_OF, "non", "not", "nicht"}
 # What else beside a name says that there is none: HIV negative, absence of pneumonia.
 ABSENT = set(
     "negative neg negativ negatif negativo absent absence absente ausencia ausente assente "
     "excluded ausgeschlossen".split()
 )
 DENIAL = re.compile(
-    r"(no|without|keine?[nrs]?|ohne|geen|zonder|sans|pas|aucune?|sin|sem|senza|nessuna?)[\s_-]+"
+    rf"({'|'.join(NONE_OF)})[\s_-]+"
     r"((evidence|signs?) (of|for) |(nachweis|hinweise?|anhalt|zeichen) (auf|für|von) |de |d['’])?"
     r"(?P<finding>[^\W\d_].*)",
     re.IGNORECASE,
@@ -379,12 +376,12 @@ def patient_of(cell: str) -> str | None:
     return cell if number is None else str(number)
 
 
-def patient_keys(patients) -> list[str]:
+def patient_keys(patients) -> list[str | None]:
     """What the spellings of one patient have in common: P-0118, P 0118 and p0118 are one; 1-12 and
-    11-2 are two, unless 112 is there as well, which may be either.
+    11-2 are two, unless 112 is there as well, which may be either. None of nobody (None).
     """
-    parts = [re.findall(r"\d+|[^\W\d_]+", who.casefold()) for who in patients]
-    undivided = {who.casefold() for who in patients if who.isalnum()}
+    parts = [re.findall(r"\d+|[^\W\d_]+", (who or "").casefold()) for who in patients]
+    undivided = {who.casefold() for who in patients if who and who.isalnum()}
     return [
         "".join(words) if "".join(words) in undivided else "-".join(words) or who
         for words, who in zip(parts, patients, strict=True)

@@ -10,12 +10,14 @@ from plumbing.words import (
     MISSING,
     NO,
     NO_FINDING,
+    NONE_OF,
     OTHER,
     UNCERTAIN,
     WORDS,
     YES,
     answer,
     column_key,
+    denied_by,
     is_denial_of,
     is_kind_of,
     is_negative,
@@ -93,3 +95,10 @@ def test_a_usual_name_has_one_role_and_is_written_as_names_are_compared():
 @pytest.mark.parametrize("word", WORDS[UNCERTAIN].split(", "))
 def test_what_is_uncertain_as_an_answer_is_a_doubt_before_a_name(word):
     assert is_same_in_doubt(f"{word.title()} mass", "Mass")
+
+
+@pytest.mark.parametrize("word", NONE_OF)
+def test_every_word_of_denial_denies_and_is_no_kind(word):
+    name = f"{word} Pneumonie"
+    assert denied_by(name) == "Pneumonie"
+    assert not is_kind_of(name, "Pneumonie")
