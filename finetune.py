@@ -8,10 +8,11 @@
 Training starts from the newest pre-training run under runs/ or from --weights; --weights none is
 from scratch; --freeze trains only a head on frozen features. The model is chosen on validation
 films, the test films are used once, at the end. docs/data.md has the rules for tables: empty and ?
-are not known and count nowhere, nor does -1 without --uncertain, and of two classes "no X" is the
-no. Without a column patient_id every film counts as one patient, so that the model may be tested on
-patients it has learnt from. The same command again goes on where the last one stopped. --out
-receives seed*/{config.json,log.csv,best.pt,predictions.csv,roc.csv,roc.png} and result.json.
+are not known and count nowhere, nor does -1 without --uncertain, and "no X" denies X. Where neither
+a column patient_id nor the names of the films tell the patients, every film counts as one, so that
+the model may be tested on patients it has learnt from. The same command again goes on where the
+last one stopped. --out receives result.json, and in seed*/ config.json, log.csv, best.pt,
+predictions.csv, result.json and roc.csv with roc.png, or cases.png where pixels are found.
 """
 
 import dataclasses
@@ -72,10 +73,12 @@ class Config(launch.TrainFlags):
     )
     weights: str = flag(
         None,
-        "encoder.pt or last.pt, the authors' file, a ViT of MoCo-v3, DINO, MAE, RAD-DINO or timm, "
-        "or none: random [newest run's]",
+        "a run's folder, encoder.pt or last.pt, the authors' file, a ViT of MoCo-v3, DINO, MAE, "
+        "RAD-DINO or timm, or none: random [newest run's, never the demo's]; with --eval best.pt",
     )
-    out: str = flag(None, "folder of the run [runs/<task>, or runs/<name of the table>]")
+    out: str = flag(
+        None, "folder of the run [runs/<name of the table or task>; with --eval beside best.pt]"
+    )
     eval: bool = flag(False, "do not train: test the fine-tuned checkpoint --weights")
     freeze: bool = flag(False, "train only the head: linear probe, or the decoder of segmentation")
     head: str = flag(

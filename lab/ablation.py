@@ -264,7 +264,7 @@ PAPER = {
 }
 SCRATCH = "random initialisation"
 PIXELS = "raw 64² pixels"
-SMALL = (  # three minutes per run on one core
+SMALL = (  # some minutes per run on one core
     "--size tiny --image 96 --patch 16 --batch 16 --epochs 15 --warmup 1 --lr 1.5e-3 --ema 0.99"
 )
 

@@ -1,9 +1,10 @@
-"""All pictures of the lab in one command, of synthetic films, which may be shown.
+"""The pictures of docs/ in one command, of synthetic films, which may be shown.
 
     python -m lab.gallery --weights runs/demo --data runs/demo/phantoms/films
 
-Runs every analysis and trains the two RCDM decoders, each in its folder under --out, then writes
-all pictures into --docs as FOLDER_PICTURE.png. A decoder goes on where it stopped.
+Runs every analysis that draws and trains the two RCDM decoders, each in its folder under --out,
+then writes the pictures into --docs as FOLDER_PICTURE.png. A decoder goes on where it stopped. Not
+among them: few_films.png, which python -m lab.ablation compare --shots draws as curve.png.
 """
 
 import dataclasses

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from lab import common
 from lab.features import describe
-from plumbing.launch import flag, run_script
+from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
 from plumbing.own_table import Labels, refuse_twins
 from plumbing.results import percent
@@ -51,6 +51,8 @@ def main(argv=None):
     encoder = load_encoder(args.weights, say=print).to(device).eval()
     encoders = {"encoder": encoder, RANDOM: common.random_twin(encoder, args.seed)}
     films, tables = common.open_set(args, args.films)
+    if not tables:
+        raise UserError("--data needs --table FILE.csv, which says what to probe for")
     paths = str(tables).split(",")
     refuse_twins("--table", paths)
     tables = [Labels(path, films).complete() for path in paths]

@@ -61,8 +61,14 @@ class Config:
     data: str = flag(None, "folder of films or .pack file [that of the run]")
     out: str = flag(None, "folder of the results [runs/rcdm-MODE]")
     mode: str = flag("local", "local: hidden rectangles; global: other crop", ["local", "global"])
-    learn: str = flag(None, "list or CSV table of the decoder's films, its val split if it has one")
-    show: str = flag(None, "the same of the films to show, the test split [other films left out]")
+    learn: str = flag(
+        None,
+        "list (.txt) or CSV table of the films that the decoder learns from, of one with splits "
+        "those of val [films that the run left out]",
+    )
+    show: str = flag(
+        None, "the same of the films to show, those of test [other films that the run left out]"
+    )
     allow_seen: bool = flag(
         False, "take films that the world model was trained on, too, and say so"
     )

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: atomic files, checkpoints, log.csv; and how it goes on from them."""
+"""What a run leaves on disk, and how it goes on: atomic files, locks, checkpoints, log.csv."""
 
 import argparse
 import atexit

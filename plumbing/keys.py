@@ -1,4 +1,4 @@
-"""Every random number of this program, by the name of what it decides.
+"""The keys of all random numbers but first weights, by the name of what they decide.
 
 A key is a name from this list and the integers that the draw depends on, as (seed, epoch, film).
 It holds no rank and no worker, so the same films meet the same numbers however many processes there

@@ -1,4 +1,4 @@
-"""What every script needs and no paper describes: flags, processes, precision, step, schedules.
+"""What every script needs: errors, signals, flags, processes, precision, the step, schedules.
 
 Nothing here knows what is being trained, and nothing here imports another of our files.
 """
@@ -252,7 +252,8 @@ class TrainFlags:
     clip: float = flag(1.0, "largest gradient norm; a longer gradient is shortened to it")
     precision: str = flag(
         "auto",
-        "of the forward pass; auto = bfloat16 on GPUs and on CPUs that multiply it natively",
+        "of the forward pass; auto = bfloat16 on GPUs and CPUs that multiply it natively, "
+        "else float32",
         ["auto", "float32", "bfloat16"],
     )
     compile: str = flag(

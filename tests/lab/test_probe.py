@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from lab import common, probe
 from plumbing import metrics, own_table
+from plumbing.launch import UserError
 
 BLIND = probe.RANDOM  # whom all others are compared with
 
@@ -192,3 +193,6 @@ def test_the_program_judges_on_several_tables(place):
         "random initialisation, cells",
     ]
     assert words.count("better raw pixels (difference, its interval)") == 4
+    own = ["--weights", str(place / "runs/tiny/encoder.pt"), "--data", str(place / "set/films")]
+    with pytest.raises(UserError, match="--data needs --table"):
+        probe.main([*own, "--out", str(place / "without_table")])
