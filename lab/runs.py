@@ -6,7 +6,8 @@ Runs whose settings differ in nothing but the seed are one row of the table. A r
 settings that differ between the rows. It shows Recall@5 of the domain sensitivity test with and
 without the action, and for every probed table the AUROC of the mean and of the cells, as mean ±
 standard deviation over the seeds. Random weights and raw pixels, which every run judges beside
-itself, are rows of their own. Where a run has judged all films of a table, cross-validated, that
+itself, are rows of their own, and so are runs that --max_steps has cut or that have not ended:
+their numbers are called CUT. Where a run has judged all films of a table, cross-validated, that
 figure is shown (lab.probe says when), else the one of its test films. Runs of other films or other
 tables are not told apart: compare them in calls of their own.
 
@@ -28,7 +29,7 @@ COLUMNS = ("run", "setting", "seed", "what", "films", "features", "value", "low"
 # What may differ between runs of one recipe: where they and their films lie, and what changes no
 # number.
 NOT_THE_RECIPE = {"out", "seed", "data", "probe", "device", "workers", "micro"}
-NOT_THE_RECIPE |= {"log_every", "save_every", "checkpointing", "compile"}
+NOT_THE_RECIPE |= {"log_every", "save_every", "checkpointing", "compile", "max_steps"}
 
 
 @dataclasses.dataclass
@@ -40,7 +41,10 @@ class Config:
 def main(argv=None):
     args = parse(Config, __doc__, argv, prog="python -m lab.runs")
     runs = find_runs(args.runs)
-    settings = name_settings({run: read_json(run / "config.json") for run in runs})
+    configs = {run: read_json(run / "config.json") for run in runs}
+    settings = name_settings(configs)
+    for run in runs:
+        settings[run] += cut_words(read_log(run / "log.csv"), configs[run])
     rows = [row for run in runs for row in rows_of_run(run, settings[run])]
     table = lay_out(rows)
     write_csv(Path(args.out) / "runs.csv", COLUMNS, [list(row.values()) for row in rows])
@@ -75,6 +79,16 @@ def name_settings(configs: dict[Path, dict]) -> dict[Path, str]:
         words = [f"{key} {config.get(key)}" for key in telling]
         names[run] = ", ".join(words) or "all alike"
     return names
+
+
+def cut_words(log: list[dict], config: dict) -> str:
+    """Say that a run has not come to the end of its schedule, as its log tells; "" where it has."""
+    last = log[-1] if log else {}
+    if not last.get("epoch"):
+        return ""
+    step = int(last["step"])
+    total = config["epochs"] * round(step / float(last["epoch"]))
+    return f", CUT at step {step:,} of {total:,}" if step < total else ""
 
 
 def rows_of_run(run: Path, setting: str) -> list[dict]:

@@ -1,7 +1,6 @@
 """What a run leaves on disk, and how it goes on: atomic files, locks, checkpoints, log.csv."""
 
 import argparse
-import atexit
 import contextlib
 import csv
 import hashlib
@@ -147,7 +146,7 @@ def lock(folder):
     """
     folder = Path(folder).absolute()
     if not folder.exists():
-        atexit.register(remove_if_empty, folder)
+        launch.at_end.callback(remove_if_empty, folder)
     claim(folder / ".lock", folder)
     remove_leftovers(folder)
 

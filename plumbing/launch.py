@@ -34,6 +34,7 @@ class UserError(Exception):
 # A cluster's order to end and Slurm's early warning (--signal=USR1@120), Ctrl-C, a closed terminal.
 ENDING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 ENDING = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]  # Windows has two
+at_end = contextlib.ExitStack()  # what is left to do when a script ends, however it ends
 FULL = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, "EDQUOT", errno.ENOSPC)}  # a disk, a quota
 
 
@@ -80,6 +81,7 @@ def run_script(main):
         code = exit_code_of(main)
     finally:
         end_children()
+        at_end.close()
         sys.stdout.flush()
         lost = sys.stdout.error
         if not lost and not sys.stderr.error:  # else Python would stumble over what is left
@@ -218,6 +220,7 @@ def end_children():
         child.kill()
 
 
+atexit.register(at_end.close)
 atexit.register(end_children)  # after PyTorch's own end and before Python waits for them
 
 

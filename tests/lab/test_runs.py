@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from lab import runs
-from plumbing.checkpoint import write_json, write_text
+from plumbing.checkpoint import read_json, write_json, write_text
 from plumbing.launch import UserError
 
 AUROC = {  # batch and seed of a run: AUROC of the mean and of the cells
@@ -34,8 +34,9 @@ def write_run(folder, batch, seed):
     domain = {"action": {"recall@5": 50.0 + seed}, "no_action": {"recall@5": 25.0}}
     result = {"domain": domain, "probe_intervals": {"sex": {"test": of_test, "all": judged}}}
     write_json(folder / "result.json", result)
-    write_json(folder / "config.json", {"batch": batch, "seed": seed, "out": str(folder)})
-    write_text(folder / "log.csv", "step,loss,rankme\n1,0.5,3\n2,0.25,\n")
+    config = {"batch": batch, "seed": seed, "out": str(folder), "epochs": 2, "max_steps": None}
+    write_json(folder / "config.json", config)
+    write_text(folder / "log.csv", "step,epoch,loss,rankme\n1,0.333333,0.5,3\n6,2,0.25,\n")
 
 
 @pytest.fixture(name="compared")
@@ -75,6 +76,19 @@ def test_every_number_is_in_the_csv(compared):
     assert (row["low"], row["high"]) == ("79.0", "89.0")
     ends = {row["what"]: row["value"] for row in rows if row["features"] == "at the end"}
     assert ends == {"loss": "0.25", "rankme": "3.0"}
+
+
+def test_a_run_that_was_cut_is_no_seed_of_those_that_were_not(tmp_path, capsys):
+    write_run(tmp_path / "whole", 8, 0)
+    write_run(tmp_path / "cut", 8, 1)
+    write_text(tmp_path / "cut" / "log.csv", "step,epoch,loss,rankme\n4,1.33333,0.5,3\n")
+    config = read_json(tmp_path / "cut" / "config.json")
+    write_json(tmp_path / "cut" / "config.json", config | {"max_steps": 4})
+    runs.main(["--runs", f"{tmp_path}/*", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "| all alike, CUT at step 4 of 6 | 1 | 83.0 / 84.0 |" in said
+    assert "| all alike | 1 | 80.0 / 85.0 |" in said
+    assert "CUT at step 4 of 6" in (tmp_path / "out" / "runs.csv").read_text(encoding="utf-8")
 
 
 def test_without_a_finished_run(tmp_path):

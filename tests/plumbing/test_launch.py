@@ -82,21 +82,24 @@ def test_a_wrong_flag_is_one_line(argv, words):
 
 
 def test_a_rank_that_lost_another_says_so_in_one_line(tmp_path):
-    """As when the first is refused by a lock while the second waits for it."""
+    """As when the first is refused while the second waits for it. It leaves no lock behind."""
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from plumbing import checkpoint\n"
         "from plumbing.launch import UserError, run_script, start_team\n"
         "def main():\n"
         "    team = start_team('cpu')\n"
         "    if team.lead:\n"
+        "        checkpoint.lock(sys.argv[1])\n"
         "        raise UserError('refused')\n"
         "    team.wait()\n"
         "run_script(main)\n"
     )
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*words, str(script)], capture_output=True, text=True)
+    done = subprocess.run([*words, script, tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode != 0 and "error: refused" in done.stderr
+    assert not (tmp_path / "out").exists()
     assert "RuntimeError" not in done.stderr, done.stderr
 
 
