@@ -410,7 +410,7 @@ def find_films(index, own) -> tuple[list[Path], list[str]]:
         )
     others = len(films) - len(set(paths))
     if others > 0 and own.goal.kind != "mask":
-        notes.append(f"{others} films of the folder are not in the table, or in no row that counts")
+        notes.append(f"{others} films of the folder are in no row that is used here")
     return paths, notes
 
 

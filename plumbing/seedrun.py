@@ -22,13 +22,17 @@ from plumbing.words import patient_of, plain
 
 
 def choose_out(args) -> Path:
-    """The folder that receives the results."""
-    if args.out:
-        return Path(args.out)
+    """The folder that receives the results. UserError when it holds those of another program."""
+    name = Path(args.labels).stem if args.labels else args.task
+    out = Path("runs") / name
     if args.eval:
-        films = Path(args.labels).stem if args.labels else Path(args.data or args.task).name
-        return Path(args.weights).parent / f"eval-{films}"
-    return Path("runs") / (Path(args.labels).stem if args.labels else args.task)
+        films = name if args.labels else Path(args.data or args.task).name
+        out = Path(args.weights).parent / f"eval-{films}"
+    out = Path(args.out or out)
+    saved = checkpoint.read_json(out / "result.json")
+    if (out / "config.json").is_file() or (saved and "task" not in saved):
+        raise UserError(f"{out} holds what pretrain.py or the lab has made: choose another --out")
+    return out
 
 
 # Flags that do nothing where no step is trained, and where nothing is trained.
@@ -73,9 +77,9 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
             if not path.is_file():
                 raise UserError(f"no {path}: give the folder of a pre-training run, or a file")
         return path, "as asked"
-    begun = out / f"seed{args.seed}" / "config.json"
-    if begun.is_file():  # a newer pre-training run must not change what this run started from
-        path = checkpoint.read_json(begun).get("weights", "none")
+    begun = begun_in(out)
+    if begun:  # a newer pre-training run must not change what this run started from
+        path = checkpoint.read_json(begun[0]).get("weights", "none")
         return (None if path == "none" else Path(path)), f"as in the run in {out}"
     newest = checkpoint.newest_run(with_demo=False)
     if newest is None:
@@ -86,6 +90,11 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
             + (f", or --weights {demo.parent} if you mean the demo" if demo else "")
         )
     return newest, "newest pre-training run under runs/"
+
+
+def begun_in(out: Path) -> list[Path]:
+    """The config.json of every seed that was begun in a folder."""
+    return sorted(out.glob("seed*/config.json"))
 
 
 def warn_of_unfinished(weights: Path | None) -> str:
@@ -318,16 +327,17 @@ def refuse_other_run(folder: Path, saved: dict, recipe: dict):
 
 
 def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
-    """Write config.json. UserError when the folder holds a run with another recipe.
+    """Write config.json. UserError when the folder, or that of another seed beside it, holds a run
+    with another recipe: they share a result.json.
 
     → result.json when this seed is over, or has come to step `end`; else None
     """
     if team.lead:
         checkpoint.remove_leftovers(folder)
+        for begun in begun_in(folder.parent):
+            refuse_other_run(begun.parent, checkpoint.read_json(begun), recipe)
         config = folder / "config.json"
-        if config.is_file():
-            refuse_other_run(folder, checkpoint.read_json(config), recipe)
-        elif (folder / "last.pt").exists():
+        if not config.is_file() and (folder / "last.pt").exists():
             raise UserError(
                 f"{folder} holds a run without its config.json, so nobody knows its settings: "
                 "choose another --out, or delete it to start anew"

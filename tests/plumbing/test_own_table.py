@@ -604,7 +604,7 @@ def test_films_that_are_found_otherwise_than_written_are_told_and_absent_ones_re
         "1 films with another suffix: film00.dcm is film00.png",
         "1 films in other folders than they say: old/place/film01.png is set/p0/film01.png",
         "1 films with other small and large letters: FILM02.png is film02.png",
-        "20 films of the folder are not in the table, or in no row that counts",
+        "20 films of the folder are in no row that is used here",
     ):
         assert note in said(found)
     refused(

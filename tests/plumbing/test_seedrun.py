@@ -12,6 +12,7 @@ from plumbing.launch import Team, UserError
 from plumbing.seedrun import (
     Best,
     begin,
+    choose_out,
     choose_weights,
     recipe_of,
     remember,
@@ -93,12 +94,12 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
         films[split] = [Example(Path(f"/a/{split}{k}.png"), (k % 2,), f"p{k}") for k in range(4)]
     vit = torch.nn.Linear(1, 1)
     team = Team(0, 1, torch.device("cpu"))
-    begin(tmp_path, recipe_of({}, None, vit, ["mass"], films), 5, team)
+    begin(tmp_path / "seed0", recipe_of({}, None, vit, ["mass"], films), 5, team)
     moved = {
         split: [film._replace(path=Path("/b") / film.path.name) for film in examples]
         for split, examples in films.items()
     }
-    begin(tmp_path, recipe_of({}, None, vit, ["mass"], moved), 5, team)
+    begin(tmp_path / "seed0", recipe_of({}, None, vit, ["mass"], moved), 5, team)
     for split in ("train", "val", "test"):
         first, *rest = films[split]
         for other in (
@@ -111,19 +112,44 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
             changed = recipe_of({}, None, vit, ["mass"], films | {split: other})
             why = "another recipe .films_and_labels .* --out.* its table named other films"
             with pytest.raises(UserError, match=why):
-                begin(tmp_path, changed, 5, team)
+                begin(tmp_path / "seed0", changed, 5, team)
     for labels in (["nodule"], ["mass", "nodule"]):
         with pytest.raises(UserError, match="another recipe .films_and_labels"):
-            begin(tmp_path, recipe_of({}, None, vit, labels, films), 5, team)
+            begin(tmp_path / "seed0", recipe_of({}, None, vit, labels, films), 5, team)
 
 
 def test_a_run_whose_settings_are_gone_does_not_go_on_with_others(tmp_path):
+    seed = tmp_path / "seed0"
     team = Team(0, 1, torch.device("cpu"))
     recipe = dict(lr=1, weights="none")
-    assert begin(tmp_path, recipe, 5, team) is None
-    (tmp_path / "last.pt").write_bytes(b"")
-    assert begin(tmp_path, recipe, 5, team) is None
-    (tmp_path / "config.json").unlink()
+    assert begin(seed, recipe, 5, team) is None
+    (seed / "last.pt").write_bytes(b"")
+    assert begin(seed, recipe, 5, team) is None
+    (seed / "config.json").unlink()
     with pytest.raises(UserError, match="without its config.json"):
-        begin(tmp_path, recipe | {"lr": 2}, 5, team)
-    assert not (tmp_path / "config.json").exists()
+        begin(seed, recipe | {"lr": 2}, 5, team)
+    assert not (seed / "config.json").exists()
+
+
+def test_seeds_of_one_folder_share_recipe_and_weights(tmp_path):
+    """They share a result.json, too, which that of another recipe would write over."""
+    team = Team(0, 1, torch.device("cpu"))
+    recipe = dict(lr=1, weights="runs/old/encoder.pt")
+    assert begin(tmp_path / "seed0", recipe, 5, team) is None
+    args = finetune.Config(task="csv", seed=3)
+    assert choose_weights(args, tmp_path)[0] == Path("runs/old/encoder.pt")
+    with pytest.raises(UserError, match="seed0 holds .* recipe .lr 1 → 2.: choose another --out"):
+        begin(tmp_path / "seed3", recipe | {"lr": 2}, 5, team)
+    assert not (tmp_path / "seed3").exists()
+    assert begin(tmp_path / "seed3", recipe, 5, team) is None
+
+
+@pytest.mark.parametrize("file", ["config.json", "result.json"])  # of a pre-training, of the lab
+def test_results_of_other_programs_are_not_written_over(tmp_path, file):
+    args = finetune.Config(task="csv", out=str(tmp_path))
+    assert choose_out(args) == tmp_path
+    checkpoint.write_json(tmp_path / "result.json", {"task": "csv"})
+    assert choose_out(args) == tmp_path
+    checkpoint.write_json(tmp_path / file, {"settings": {}})
+    with pytest.raises(UserError, match=f"{tmp_path} holds what .*: choose another --out"):
+        choose_out(args)
