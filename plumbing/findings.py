@@ -273,7 +273,7 @@ def read_findings(sheet, column: str, uncertain: str, labels=()) -> tuple[list, 
                 f"column {column} holds comments, as its name says: these are no classes; "
                 "--column NAME says what to learn, or rename the column"
             )
-        notes += refuse_slips(sheet, column, named)
+        notes += refuse_slips(sheet, column, named, labels)
         if denials:
             words = ", ".join(map(repr, denials))
             notes.append(
@@ -348,8 +348,11 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
     return split
 
 
-# What may join two findings, or belong to the name of one. The comma of 135,4 is none.
-COMMA = r"(?<!\d),|,(?!\d)"
+# What may join two findings, or belong to the name of one. The commas of 135,4 and of mass (left,
+# upper lobe) are none.
+PLAIN = r"[^\[\](){}]"  # no bracket
+OUTSIDE = rf"(?!{PLAIN}*[\])}}])"  # of brackets
+COMMA = rf"(?:(?<!\d),|,(?!\d)){OUTSIDE}"
 JOINT = re.compile(rf"\s*(?:{COMMA}|[/+&]|\band\b)\s*(?=\S)", re.IGNORECASE)
 
 
@@ -398,11 +401,15 @@ def is_of(name: str, finding: str) -> bool:
     return plain(name) == plain(finding) or is_kind_of(name, finding)
 
 
+# One pair of brackets around all, but not those of (left) mass (small) or of a doubt, (mass).
+LIST = re.compile(rf"(?:[\[{{]|\((?=\)|.*[,'\"]))((?:{PLAIN}|[\[({{]{PLAIN}*[\])}}])*)[\])}}]")
+
+
 def parts_of(cell: str, divider: str) -> list[str]:
     """The names of a cell; of a list as Python prints it, ['Effusion', 'Mass'], too."""
-    listed = re.fullmatch(r"[\[({](.*)[\])}]", cell)
+    listed = LIST.fullmatch(cell)
     if listed:
-        parts = [part.strip(" '\"") for part in re.split(divider + "|,", listed[1])]
+        parts = [part.strip(" '\"") for part in re.split(f"{divider}|,{OUTSIDE}", listed[1])]
         return list(filter(None, parts)) or ["none"]  # an empty list finds nothing
     parts = [part.strip(" /&,") for part in re.split(divider, cell)]
     return list(filter(None, parts))
@@ -442,10 +449,11 @@ def refuse_no_classes(sheet: Sheet, column: str, findings, limit: int, labels):
         )
 
 
-def refuse_slips(sheet: Sheet, column: str, named) -> list[str]:
+def refuse_slips(sheet: Sheet, column: str, named, labels) -> list[str]:
     """UserError on a name that is another one in doubt (pneumonia?) or a part of it (left
     pneumonia), or a rare one that is a slip of the pen away from another (pneumonai): its films
-    would count as negative for the other. → a warning of other names that hold another
+    would count as negative for the other, unless both are labels of a trained model.
+    → a warning of other names that hold another
     """
     first = {}
     rows_of = {}
@@ -454,6 +462,7 @@ def refuse_slips(sheet: Sheet, column: str, named) -> list[str]:
             first.setdefault(plain(name), (row, name))
             rows_of.setdefault(plain(name), set()).add(row)
     kinds = []
+    known = set(map(plain, labels))
     for pair in combinations(sorted(rows_of, key=lambda key: -len(rows_of[key])), 2):
         (_, usual), (_, name) = map(first.get, pair)
         films, odd_films = (len(rows_of[key]) for key in pair)
@@ -461,13 +470,15 @@ def refuse_slips(sheet: Sheet, column: str, named) -> list[str]:
         are_normal = is_negative(name), is_negative(usual)
         if all(are_normal):
             continue
-        if is_same_in_doubt(name, usual) or (is_rare and is_slip(name, usual)):
+        are_labels = known.issuperset(pair)
+        is_same = is_same_in_doubt(name, usual) or (is_rare and is_slip(name, usual))
+        if is_same and not are_labels:
             refuse_twin(sheet, column, first, rows_of, *pair)
         for held, kind in (pair, pair[::-1]):
             alone = len(rows_of[kind] - rows_of[held])  # where both stand the answer is right
             if any(are_normal) or not alone or not is_kind_of(first[kind][1], first[held][1]):
                 continue
-            if is_part_of(first[kind][1], first[held][1]):
+            if is_part_of(first[kind][1], first[held][1]) and not are_labels:
                 refuse_twin(sheet, column, first, rows_of, held, kind)
             kinds.append(f"{first[kind][1]} ({alone} films) for {first[held][1]}")
     more = f" and {len(kinds) - 5} more" if len(kinds) > 5 else ""

@@ -13,7 +13,9 @@ from plumbing.checkpoint import go_on_without, replace_with
 
 INK = "#1b1b1f"
 PALE = "#d8d8dc"
+GREY = "#8c8c92"
 COLOURS = ["#3b6fb6", "#d1495b", "#3a9d5d", "#e09f3e", "#7d5ba6", "#5c6b73"]  # of curves
+CHANCE = "chance"  # the line that a guess would give: grey
 VIEW_COLOURS = ["#ffb000", "#4cc9f0"]  # of the boxes of view 1 and view 2
 
 # fmt: off
@@ -219,9 +221,11 @@ def curves(series, title, x_label, y_label, dots=None, room=None, size=(640, 320
         points = np.vstack([points, points.min(0) - [0, room * np.ptp(points[:, 1])]])
     axes = Axes(size, *points.T)
     axes.scales()
-    axes.text((axes.left, 10), f"{title}  ({y_label} by {x_label})", 13, "la")
+    axes.text((axes.left, 1), title, 13, "la")
+    axes.text((4, axes.top - 4), y_label, 12, "ls")
+    axes.text((axes.right, size[1] - 6), x_label, 12, "rs")
     for k, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[k % len(COLOURS)]
+        colour = GREY if name == CHANCE else COLOURS[k % len(COLOURS)]
         axes.line(line[np.isfinite(line[:, 1])], colour, width=1.6)
         for point in single.get(name, ()):
             axes.line([point], colour, width=1.4)

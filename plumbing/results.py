@@ -326,7 +326,8 @@ def write_roc(folder: Path, task, rows: dict, targets, points: dict | None):
             dots[name] = [100 - points[name]["specificity"][0]], [points[name]["sensitivity"][0]]
     if lines:
         write_csv(folder / "roc.csv", ["class", "threshold", *SHARES[:2]], lines)
-        axes = "100 - specificity", "sensitivity"
+        axes = "100 - specificity, percent", "sensitivity, percent"
+        drawn[pictures.CHANCE] = [0, 100], [0, 100]
         page = pictures.curves(drawn, "ROC, test films", *axes, dots, room=0, size=(480, 480))
         pictures.save_or_warn(page, folder / "roc.png")
 

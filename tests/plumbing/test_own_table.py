@@ -1023,6 +1023,14 @@ def test_a_slip_in_a_column_of_a_model_is_refused_and_not_left_out(folder, tmp_p
     )
 
 
+def test_two_labels_of_the_model_are_two_however_alike(folder, tmp_path):
+    model = ("labels", ("effusion", "left effusion", "effusion?"))
+    rows = ["film00,effusion", "film01,left effusion", "film02,effusion?", "film03,normal"]
+    found = read_rows(folder, tmp_path, "file,label", *rows, trained=model)
+    assert targets_of(found) == [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
+    assert "count as negative for it: left effusion (1 films) for effusion" in said(found)
+
+
 def test_no_finding_is_true_of_a_model_that_has_it_as_a_label(folder, tmp_path):
     model = ("labels", ("Mass", "No finding"))
     rows = ["film00,Mass", "film01,No Finding", "film02,normal", "film03,Hernia"]
@@ -1047,6 +1055,9 @@ IN_A_CELL = [  # the cells of a column; its labels and targets, or the words of 
     (["effusion", "small effusions", "normal"], None, "line 3: .*'small effusions'"),
     (["pneumonia", "pneumonia|left pneumonia"], ["left pneumonia", "pneumonia"], [(0, 1), (1, 1)]),
     (["Pneumonie", "Ödem links"], ["Ödem links"], [(0,), (1,)]),
+    (["(left) mass (small)", "normal"], ["(left) mass (small)"], [(1,), (0,)]),
+    (['"mass (left, small)"', "normal"], ["mass (left, small)"], [(1,), (0,)]),
+    (["(mass)", "mass", "mass", "normal"], None, "line 2: .*'.mass.' .1 ×. beside 'mass'"),
     (["left", "left lower", "right"], ["left", "left lower", "right"], None),
     (["old TB", "TB", "TB", "normal"], None, "line 2: .*'old TB' .1 ×. beside 'TB'"),
     (["Pneumonie", "Pneumonie", "Z.n. Pneumonie"], None, "line 4: .*'Z.n. Pneumonie'"),
