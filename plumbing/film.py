@@ -97,6 +97,8 @@ def explain_unreadable(path):
         yield
     except UnreadableFilm:
         raise
+    except FileNotFoundError:
+        raise UnreadableFilm(f"No such file or directory: {path}") from None
     except UnidentifiedImageError:
         head = read_head(path)
         if sniff(head) == "image":

@@ -215,12 +215,13 @@ def test_the_programs_in_the_pages_run(tmp_path, monkeypatch):
     programs = [block for _, _, block in python_blocks() if is_program(block)]
     assert programs
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    films = tmp_path / "runs" / "demo" / "phantoms" / "films"
+    films.mkdir(parents=True)
     vit = ViT(64, 8, 32, 2, 2)
     saved = {"encoder": vit.state_dict(), "config": vit.config, "step": 1}
     torch.save(saved, tmp_path / "runs" / "demo" / "encoder.pt")
     grey = np.random.default_rng(0).integers(0, 255, (90, 120), np.uint8)
-    Image.fromarray(grey).save(tmp_path / "film.png")
+    Image.fromarray(grey).save(films / "phantom_000000.png")
     for program in programs:
         names = {}
         exec(textwrap.dedent(program), names)
