@@ -347,26 +347,6 @@ def targets_of(films, rows) -> np.ndarray:
     return np.array([films.examples[i].target for i in rows], float)
 
 
-def evaluate(model, task: TaskData, split, args, team) -> tuple[float, float, list]:
-    """Judge a model on the films of a split.
-
-    → the task's metric in percent; the mean loss; the threshold of every class, a probability
-    A metric that is undefined counts as 0, so that the loss alone tells which model is best.
-    """
-    rows = predict(model.eval(), task, split, args, team)
-    table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
-    targets = targets_of(task.films[split], rows)  # (n, c); (n, 0) of masks, which have none
-    value, _ = results.judge(task.kind, task.labels, table, targets)
-    losses = table[:, -1]
-    thresholds = []
-    if task.kind != "mask":
-        truth = torch.tensor(targets, dtype=torch.float32)
-        losses = loss_of(task.kind, torch.tensor(table), truth)
-        columns = zip(results.probabilities(task.kind, table).T, targets.T, strict=True)
-        thresholds = [metrics.youden_threshold(*column) for column in columns]
-    return value or 0.0, float(losses.mean()), thresholds
-
-
 def solve_head(model, task: TaskData, args, team):
     """Write the linear probe into the head: logistic regression on features of un-augmented films.
 
@@ -477,14 +457,26 @@ def train(run: SeedRun, args, task: TaskData, team):
 
 
 def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
-    """Judge the model on the validation films, and keep it in best.pt when none was better.
+    """Judge the model on the validation films. When none was better, keep it in best.pt, with the
+    probability from which on a film counts as of a class.
 
+    A metric that is undefined counts as 0, so that the loss alone tells which model is best.
     → the task's metric in percent, the mean loss
     """
-    value, loss, thresholds = evaluate(run.model, task, "val", args, team)
+    rows = predict(run.model.eval(), task, "val", args, team)
+    table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
+    targets = targets_of(task.films["val"], rows)  # (n, c); (n, 0) of masks, which have none
+    value, _ = results.judge(task.kind, task.labels, table, targets)
+    value = value or 0.0
+    losses = table[:, -1]
+    if task.kind != "mask":
+        truth = torch.tensor(targets, dtype=torch.float32)
+        losses = loss_of(task.kind, torch.tensor(table), truth)
+    loss = float(losses.mean())
     is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
-        run.about["thresholds"] = thresholds
+        scores = results.probabilities(task.kind, table)[:, : targets.shape[1]]
+        run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, targets.T))
         run.save_best()
     return value, loss
 
@@ -602,7 +594,7 @@ def open_task(args: Config, splits, size, root, team) -> TaskData:
 def test_finished(args: Config, weights, root, out, team):
     """--eval: test best.pt on a task's test films, on a table's, or on all films of a folder."""
     saved = seedrun.load_best(weights)
-    about = checkpoint.sources(weights, data=root, labels=args.labels)
+    about = checkpoint.sources(data=root, labels=args.labels, weights=weights)
     checkpoint.refuse_other_result(out, about)
     trained = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
     splits = find_examples(args, root, trained)
@@ -677,13 +669,10 @@ def main():
     is_cut = films < len(splits.train) or results.is_part(splits)
     filled, reasons = fill_in(args, splits.kind, shape, films, team, is_cut)
     steps = seedrun.count_steps(filled, splits.kind, films)
+    if shape["dim"] >= SIZES["base"]["dim"] and not args.freeze:
+        longest = filled.seeds * steps.end * filled.batch
+        reasons += launch.warn_of_cpu(team, longest, "--freeze takes minutes")
     team.say(results.describe_recipe(filled, splits.kind, films, steps, reasons))
-    if team.device.type == "cpu" and shape["dim"] >= SIZES["base"]["dim"] and not args.freeze:
-        seen = filled.seeds * steps.end * filled.batch
-        team.say(
-            "warning: on a CPU a ViT-Base learns from about one film per second, and here from up "
-            f"to {seen:,}; --freeze takes minutes"
-        )
 
     # ---- 5. Each seed is trained and tested.
     seed_results = []
@@ -692,7 +681,7 @@ def main():
         seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))
 
     # ---- 6. The mean over the seeds; where films are few, linear probes of them beside it.
-    recipe = vars(args) | checkpoint.sources(weights, data=root, labels=args.labels)
+    recipe = vars(args) | checkpoint.sources(data=root, labels=args.labels, weights=weights)
     summary = results.summarise(out, recipe, splits, weights, seed_results, team)
     is_over = all(result["over"] for result in seed_results)
     is_judged = report.is_judged(splits.kind, task.films)

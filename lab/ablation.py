@@ -49,7 +49,7 @@ class AblatedCheXWorld(CheXWorld):
 
     tasks: some of "local,global,domain". Without local nothing is masked; without domain the
     context is the plain view and π is told nothing.
-    delta: False hides where the other view lies (its own grid instead of φ).
+    delta: False does not tell where the other view lies (its own grid instead of φ).
     action: False tells π nothing, while the augmentation stays.
     unified: False asks each task in a forward pass of its own.
     """
@@ -134,8 +134,8 @@ class TrainConfig(pretrain.Config):
     )
     out: str = flag("runs/ablated", "folder of the run")
     tasks: str = flag("local,global,domain", "world modelling tasks, any subset (Table 3)")
-    no_delta: bool = flag(False, "hide the relative position Δ: the view's own grid instead of φ")
-    no_action: bool = flag(False, "hide the action a from the policy network, not from the film")
+    no_delta: bool = flag(False, "do not tell the relative position Δ: the view's own grid, not φ")
+    no_action: bool = flag(False, "do not tell the policy network the action a; T_a stays")
     not_unified: bool = flag(False, "a separate forward pass for each task")
 
 
@@ -212,7 +212,7 @@ def finetune_command(data, table, out, flags) -> list[str]:
     return [str(word) for word in [*words, "--out", out, *flags]]
 
 
-def describe(values: list[float]) -> dict:
+def over_seeds(values: list[float]) -> dict:
     """Mean and standard deviation over the seeds of a cell."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "std": std, "seeds": values}
@@ -252,7 +252,7 @@ ROWS = {  # in the order of the paper's table: flags of `lab.ablation train`
     "full, no Δ": ["--no_delta"],
 }
 # AUROC on VinDr with 1 % of the labels (Table 3). Partly a guess: our copy does not show which
-# switch rows 5 to 7 miss nor the pair of row 2. Sec. 5.3 says that hiding Δ costs most.
+# switch rows 5 to 7 miss nor the pair of row 2. Sec. 5.3 says that Δ untold costs most.
 PAPER = {
     "local": 84.71,
     "local + global": 88.31,
@@ -402,7 +402,7 @@ def write_table3(config: Config) -> str:
     result = {}
     for row, each in numbers.items():
         values = {column: [n[column] for n in each if column in n] for column in columns}
-        result[row] = {column: describe(v) for column, v in values.items() if v}
+        result[row] = {column: over_seeds(v) for column, v in values.items() if v}
     lines = [["", *columns, "seeds", "paper, VinDr 1 % (order partly a guess)"]]
     for row, cells in result.items():
         shown = [cell_text(cells.get(column)) for column in columns]
@@ -552,7 +552,7 @@ def read_cell(config: CompareConfig, row: str, column: Column) -> dict | None:
     if not values or None in values:
         return None
     about = {"metric": results[0]["metric"], "films": results[0]["trained_on"][0]}
-    return describe(values) | about
+    return over_seeds(values) | about
 
 
 def read_judged(folder: Path) -> tuple:

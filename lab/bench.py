@@ -57,7 +57,7 @@ class Config:
     image: int = flag(224, "side of the crops, px")
     patch: int = flag(16, "side of a patch, px")
     batch: int = flag(None, "films per step and process [2 on a CPU, 64 on a GPU]")
-    visible: int = flag(None, "patches of a view that the context encoder sees [80 of 196]")
+    visible: int = flag(None, "patches of a view that are kept as its context [80 of 196]")
     masked: int = flag(None, "patches of a view that the local task predicts [92 of 196]")
     targets: int = flag(None, "patches of the other view that the global task predicts [all]")
     precision: str = flag("auto", "as in pretrain.py", ["auto", "float32", "bfloat16"])
@@ -130,9 +130,9 @@ def peak_memory(function, device):
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
         function()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in told.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events)
     return max(itertools.accumulate((size for _, size in changes), initial=0))
 
@@ -142,16 +142,16 @@ def count_waits(function, device):
     function()
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as seen:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             function()
         torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(w.message) for w in seen)
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        return sum("synchroniz" in str(w.message) for w in warned)
+    with profile(activities=[ProfilerActivity.CPU]) as told:
         function()
     waiting = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
     # AdamW's fused kernel for CPUs reads its step counts, the one for GPUs does not.
-    return sum(e.name in waiting and not is_within(e, "aten::_fused_adamw_") for e in seen.events())
+    return sum(e.name in waiting and not is_within(e, "aten::_fused_adamw_") for e in told.events())
 
 
 def is_within(event, name):
@@ -239,7 +239,7 @@ def time_step(config, team):
     team.say(
         f"{config.size} ViT, {config.image}² px in {config.patch}² patches, "
         f"{config.batch} films × {team.size} process(es), two views each; "
-        f"{config.visible} visible, {config.masked} masked, {config.targets} global targets "
+        f"{config.visible} kept, {config.masked} masked, {config.targets} global targets "
         f"of {(config.image // config.patch) ** 2}; "
         f"{config.precision} on {team.device}, {torch.get_num_threads()} threads\n"
         f"{config.batch * team.size / seconds:.3f} films/s, {1e3 * seconds:.1f} ms per step "
@@ -294,8 +294,8 @@ def table(config, team):
 
 # ---------------------------------------------------------------- rows: networks
 def encoder_rows(bench):
-    """Both views in one call of the context encoder; hidden patches dropped before it, and before
-    the patch projection.
+    """Both views in one call of the context encoder; patches that are not kept dropped before it,
+    and before the patch projection.
     """
     torch.manual_seed(0)
     config = bench.config
@@ -311,8 +311,8 @@ def encoder_rows(bench):
 
     def encode(drop=True, calls=1):
         with autocast(bench.device, config.precision):
-            for images, seen in zip(x.chunk(calls), keep.chunk(calls), strict=True):
-                tokens = vit(images, seen) if drop else take(vit(images), seen)
+            for images, kept in zip(x.chunk(calls), keep.chunk(calls), strict=True):
+                tokens = vit(images, kept) if drop else take(vit(images), kept)
                 tokens.float().square().mean().backward()
 
     def project(tokens):
@@ -320,8 +320,8 @@ def encoder_rows(bench):
 
     name = "both views in one encoder call, both passes"
     bench.time_row(name, lambda: encode(calls=2), encode, "1 × where one view fills the machine")
-    limit = f"{vit.grid**2 / config.visible:.2f} × = all patches / visible ones"
-    name = "hidden patches dropped: context encoder, both passes"
+    limit = f"{vit.grid**2 / config.visible:.2f} × = all patches / kept ones"
+    name = "patches not kept dropped: context encoder, both passes"
     bench.time_row(name, lambda: encode(drop=False), encode, limit)
     name = "  dropped before the patch projection instead of after it"
     bench.time_row(

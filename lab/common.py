@@ -26,9 +26,9 @@ from plumbing.table import Finder, Sheet, read_list
 from plumbing.weights import load_world, make_vit
 from plumbing.words import split_of
 
-OTHER_PATIENTS = 1000  # added to the seed of phantoms: a population that the demo has not seen
+OTHER_PATIENTS = 1000  # added to the seed of phantoms: the demo was trained on none of these
 NOBODY = (set(), set())  # what trained_on would say of those
-FILES = ("weights", "data", "table", "reference", "patients", "learn", "show")  # flags of files
+FILES = {"weights", "data", "table", "reference", "patients", "learn", "show"}  # flags of files
 
 
 @dataclasses.dataclass
@@ -61,10 +61,9 @@ def start(Config, doc, name, argv=None):
         args = dataclasses.replace(args, weights=str(find_weights(args.weights)))
     out = Path(args.out)
     saved = checkpoint.read_json(out / "result.json")
-    if "settings" in saved:  # those of earlier versions do not tell
-        checkpoint.refuse_other_recipe(out, saved["settings"], settings_of(args), or_else="")
-    elif (out / "config.json").is_file():
-        raise UserError(f"{out} holds a training, which has a result.json: choose another --out")
+    if saved or (out / "config.json").is_file():
+        old = saved.get("settings", {})  # a training and an earlier version tell none
+        checkpoint.refuse_other_recipe(out, old, settings_of(args), or_else="")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,14 +73,10 @@ def start(Config, doc, name, argv=None):
 
 def settings_of(args):
     """Name what a result rests on: all flags but --out and --device, files by their whole paths."""
-    settings = {}
-    for name, value in dataclasses.asdict(args).items():
-        if name in FILES and value:
-            paths = value.split(",") if name == "table" else [value]  # lab.probe takes several
-            value = ",".join(str(Path(path).resolve()) for path in paths)
-        if name not in ("out", "device"):
-            settings[name] = value
-    return settings
+    settings = dataclasses.asdict(args)
+    del settings["out"], settings["device"]
+    files = {name: settings[name] for name in FILES & settings.keys()}
+    return settings | checkpoint.sources(**files)
 
 
 def finish(args, result, words, **pages):
@@ -347,10 +342,10 @@ def in_memory(name, shape, dtype):
     return np.empty(shape, dtype)
 
 
-def describe_films(describe, films, numbers, size, words="films", batch=32, make=in_memory):
-    """Describe many films as `read_whole` reads them, batch by batch. UserError when none is read.
+def map_films(function, films, numbers, size, words="films", batch=32, make=in_memory):
+    """Apply a function to films as `read_whole` reads them, batch by batch; UserError without any.
 
-    describe: images (b, 1, size, size) → {name: array (b, …)}; make(name, shape, dtype) → the empty
+    function: images (b, 1, size, size) → {name: array (b, …)}; make(name, shape, dtype) → the empty
     array that shall hold those of all films
     → {name: array (n, …)}, numbers of the readable films (n,), {name of an unreadable film: reason}
     """
@@ -362,7 +357,7 @@ def describe_films(describe, films, numbers, size, words="films", batch=32, make
         unreadable |= failed
         done = len(readable)
         readable.extend(read)
-        found = describe(images) if len(read) else {}
+        found = function(images) if len(read) else {}
         for name, array in found.items():
             if name not in whole:
                 whole[name] = make(name, (len(numbers), *array.shape[1:]), array.dtype)

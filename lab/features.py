@@ -2,7 +2,7 @@
 
     python -m lab.features --weights runs/pretrain --data FILMS --out features
 
-Each film is seen whole, squeezed to a square. Writes one row per film, as
+Each film is read whole, squeezed to a square. Writes one row per film, as
 
     features.npz   names (n,), mean (n, D): over all patches, cells (n, 16, D): over each of 4 × 4
                    cells in raster order, a cell being the patches that touch it
@@ -48,10 +48,10 @@ def main(argv=None):
     films, _ = common.open_set(args, 20)
     numbers = common.evenly(common.named(args.table, films), args.films)
     out = Path(args.out)
-    by_encoder = functools.partial(describe, encoder)
+    by_encoder = functools.partial(pool_features, encoder)
     with tempfile.TemporaryDirectory(dir=out, prefix=".features", ignore_cleanup_errors=True) as at:
         make = functools.partial(on_disk, Path(at))
-        found, read, unreadable = common.describe_films(
+        found, read, unreadable = common.map_films(
             by_encoder, films, numbers, encoder.image, make=make
         )
         names = [films.names[i] for i in read]
@@ -101,7 +101,7 @@ def write_files(out: Path, names, mean, cells) -> list[str]:
 
 
 @torch.no_grad()
-def describe(encoder, images):
+def pool_features(encoder, images):
     """Mean of the patch features over the film, and over each of 4 × 4 cells of it.
 
     images (B, 1, H, W) → {mean (B, D), cells (B, 16, D)} float32 NumPy

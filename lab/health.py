@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lab import common
-from lab.features import describe
+from lab.features import pool_features
 from lab.probe import RANDOM
 from lab.report import curves_picture
 from plumbing import pictures
@@ -48,9 +48,9 @@ def main(argv=None):
     numbers = common.evenly(common.named(args.table, films), args.films)
 
     def means(images):
-        return {name: describe(vit, images)["mean"] for name, vit in encoders.items()}
+        return {name: pool_features(vit, images)["mean"] for name, vit in encoders.items()}
 
-    features, read, _ = common.describe_films(means, films, numbers, size)
+    features, read, _ = common.map_films(means, films, numbers, size)
     rows = {name: variety(values) for name, values in features.items()}
     said = verdict(rows["target encoder"], rows[RANDOM])
     words = (

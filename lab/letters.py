@@ -3,10 +3,10 @@
     python -m lab.letters                                            # newest run, synthetic films
     python -m lab.letters --weights runs/films --data FILMS --patients patients.csv
 
-Fig. 5 shows hidden regions painted without the marker that was in them. That says something of the
+Fig. 5 shows masked regions painted without the marker that was in them. That says something of the
 prediction only if the decoder would paint a marker that it is told of. So a large letter, a third
 of the view tall, is burnt (in memory) into one block of half of all views, and two decoders learn
-to paint the same blocks: the first from the target's own pooled features, which have seen the
+to paint the same blocks: the first from the target's own pooled features, which hold the
 letter (the ceiling), the second from the prediction. Both then paint blocks of patients that
 neither decoders nor world model know, in the three settings of lab.markers. The first decoder, for
 which a letter is either there or not, is also told the prediction.
@@ -82,7 +82,7 @@ def main(argv=None):
     size = args.letter * np.array([1, NARROW])
     answers = []
     for seed in range(args.seed, args.seed + args.seeds):
-        found = markers.collect(study, args, seed, size, describe)
+        found = markers.collect(study, args, seed, size, look)
         is_test = hold_out(found["patient"], seed)
         taught = common.select(found, ~is_test)
         asked = common.select(found, is_test)
@@ -102,14 +102,14 @@ def hold_out(patients, seed):
     return np.isin(patients, order[: len(order) // 3])
 
 
-def describe(world, films, places):
-    """Describe the blocks of some films, one place on each.
+def look(world, films, places):
+    """Read features and pixels of the blocks of some films, one place on each.
 
     → {prediction, target (n, D): features of the block; clean (n, D): the prediction from the film
     without letter; crop uint8 (n, SIDE, SIDE): the block; strokes uint8 (n, 2, SIDE, SIDE): where
     ink of an R would be, and of an L; present, letter (n,) of 0 and 1}
     """
-    told = markers.describe(world, films, places)
+    told = markers.look(world, films, places)
     crops = []
     strokes = []
     for film, place in zip(films, places, strict=True):

@@ -6,11 +6,12 @@
 A white letter, L or R, is burnt (in memory) at a random dark place of one block of a view. A linear
 probe is asked whether a letter is there, and which, of patients that neither probe nor world model
 knows. Its features are averaged over the whole block, as RCDM is told them, or over the spot alone,
-the block's patches that the letter touches. Three settings:
+the block's patches that the letter touches. Three settings, whose names are older than
+the words kept (as the context) and masked:
 
-    hidden  the letter lies in a block that is hidden from the context
-    half    half of it lies in such a block, half in patches that the context sees
-    seen    the context is another crop of the film, in which all of it is visible
+    hidden  the letter lies in a block of which no patch is kept
+    half    half of it lies in such a block, half in patches that are kept
+    seen    the context is another crop of the film, which keeps all patches of the letter
 
 and four kinds of features: the prediction; the target's own (the ceiling: what could be known); and
 two floors, the prediction from the same film without any letter, and the place alone. In `hidden`
@@ -53,7 +54,7 @@ INK = 250  # grey value of a letter: lead keeps a film white
 DARK = 150  # grey value below which the place of a letter must be
 AMBER = pictures.VIEW_COLOURS[0]  # frame of the spot
 SHOWN = 160  # px of a view in the picture
-MARGIN = 3  # px of a view between a hidden letter and what is seen: resizing spreads it by two
+MARGIN = 3  # px of a view between a letter in a block and what is kept: resizing spreads it by 2
 LEAST = 20  # patients without whom no probe is fitted
 
 
@@ -74,7 +75,7 @@ def main(argv=None):
         raise UserError(f"--letter {args.letter}: a share from 0.02 to 0.25 is wanted")
     study, result = open_study(args, device)
     seeds = range(args.seed, args.seed + args.seeds)
-    draws = [collect(study, args, seed, args.letter, describe) for seed in seeds]
+    draws = [collect(study, args, seed, args.letter, look) for seed in seeds]
     hidden = np.concatenate([found["prediction"][found["setting"] == "hidden"] for found in draws])
     change = np.abs(np.diff(hidden, axis=1)).max()
     result["settings"] = {setting: judge(draws, setting, args.seed) for setting in SETTINGS}
@@ -136,7 +137,8 @@ class Place(NamedTuple):
 
     boxes (2, 4): context and target, px of the film. parts (2, 4): block and spot, as top, left,
     height, width in patches of the target. centre (row, col) and height of the letter, px of the
-    film. keep (K,) and asked (M,): patches that are seen of the context, and asked for.
+    film. keep (K,) and asked (M,): patches of the context that are kept, of the target that are
+    asked for.
     """
 
     boxes: np.ndarray
@@ -175,12 +177,12 @@ def draw(setting, film, image, grid, size, *key):
         height = np.max(size) * boxes[1, 2:].min()
         is_dark = attempt > 300 or window(film, on_film, height).mean() < DARK
         touched = touched_patches(in_context, half)  # of the context
-        hidden = np.array([], int) if setting == "seen" else numbers_of(block, grid)
-        if not is_inside or not is_dark or np.isin(keep, hidden).any():
+        unkept = np.array([], int) if setting == "seen" else numbers_of(block, grid)
+        if not is_inside or not is_dark or np.isin(keep, unkept).any():
             continue
         spot = intersection(touched_patches(centre, half), block)
         asked = np.arange(grid * grid) if setting == "seen" else asked
-        keep = with_patches(keep, np.setdiff1d(numbers_of(touched, grid), hidden), rng)
+        keep = with_patches(keep, np.setdiff1d(numbers_of(touched, grid), unkept), rng)
         asked = with_patches(asked, numbers_of(spot, grid), rng)
         letter = LETTERS[rng.integers(2)]
         is_present = bool(rng.integers(2))
@@ -250,7 +252,7 @@ def ask(film, place, size, grid):
 
 # ---------------------------------------------------------------- features and the probe
 def collect(study, args, seed, size, look, batch=16):
-    """Draw letters on all films, in all settings, and describe each by look(world, films, places).
+    """Draw letters on all films, in all settings, and ask of each look(world, films, places).
 
     size: of the letter, as draw takes it. → {what `look` gives: (n, …); setting (n,); film (n,):
     which of study.numbers, and patient (n,): whose it is; draw (n,): the how many-th of the film}
@@ -271,8 +273,8 @@ def collect(study, args, seed, size, look, batch=16):
     return found | {"patient": study.patients[found["film"]]}
 
 
-def describe(world, films, places):
-    """Describe block and spot of some films, with the letter and without.
+def look(world, films, places):
+    """Read features of block and spot of some films, with the letter and without.
 
     → {prediction, target (n, 2, 2, D): without and with letter, block and spot; place (n, 12);
     present, letter: (n,) of 0 and 1}

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from lab import common
-from lab.features import describe
+from lab.features import pool_features
 from plumbing.launch import UserError, flag, run_script
 from plumbing.metrics import compare_auroc, cross_validated, ridge_scores
 from plumbing.own_table import Labels, refuse_twins
@@ -36,7 +36,7 @@ RANDOM = "random initialisation"
 PIXELS = {"raw 8² pixels": 8, "raw 64² pixels": 64}
 CELLS = ", cells"  # follows the encoder's name; its name alone stands for the mean
 FEW_TEST_FILMS = 300  # with fewer, the cross-validated figure stands beside the test split's
-MANY_FILMS = 3000  # more are described in NUMBERS numbers at most
+MANY_FILMS = 3000  # more get NUMBERS numbers each at most
 NUMBERS = 1024
 
 
@@ -84,7 +84,7 @@ def judge_tables(tables: list[Labels], films, encoders: dict, size: int):
     """Ask how much linear probes find in the features of each {name: ViT}, and in raw pixels.
 
     size: pixels of the encoders' side. One of the encoders is RANDOM. The films of all tables are
-    described once.
+    read once.
     Yields (table, {"test": judged, "all": judged}), as `judge` gives it: of the films of test, and,
     where these are few, of all films, cross-validated.
     """
@@ -94,7 +94,7 @@ def judge_tables(tables: list[Labels], films, encoders: dict, size: int):
     present = present[present >= 0]
     words = f"films of {', '.join(table.path.stem for table in tables)}"
     print(f"linear probes: {len(present):,} {words}", flush=True)
-    features, read = describe_set(films, present, encoders, size, words)
+    features, read = features_of_set(films, present, encoders, size, words)
     row_of = {film: row for row, film in enumerate(read)}
     pairs = pairs_of(list(encoders))
     for table in tables:
@@ -131,23 +131,23 @@ def judge_table(features: dict, y, patients, is_test, pairs, findings) -> dict:
     return judged
 
 
-def describe_set(films, numbers, encoders, size, words):
-    """Describe films by every encoder, and by their pixels. → {name: (n, d)}, numbers read (n,)
+def features_of_set(films, numbers, encoders, size, words):
+    """Features of films by every encoder, and their pixels. → {name: (n, d)}, numbers read (n,)
 
-    More than MANY_FILMS are described in at most NUMBERS numbers, so that all fit into memory: the
+    More than MANY_FILMS get at most NUMBERS numbers each, so that all fit into memory: the
     main directions of a sample of the films, whatever their labels.
     """
     if len(numbers) <= MANY_FILMS:
-        return describe_in(films, numbers, encoders, size, {}, words)
+        return features_in(films, numbers, encoders, size, {}, words)
     some = common.evenly(numbers, 2 * NUMBERS)
-    sample, _ = describe_in(films, some, encoders, size, {}, f"a sample of the {words}")
+    sample, _ = features_in(films, some, encoders, size, {}, f"a sample of the {words}")
     wide = {name: x for name, x in sample.items() if x.shape[1] > NUMBERS}
     print(f"cast onto {NUMBERS:,} main directions: {', '.join(wide)}", flush=True)
     casts = {name: main_directions(x) for name, x in wide.items()}
-    return describe_in(films, numbers, encoders, size, casts, words)
+    return features_in(films, numbers, encoders, size, casts, words)
 
 
-def describe_in(films, numbers, encoders, size, casts, words):
+def features_in(films, numbers, encoders, size, casts, words):
     """The same, of few films or as casts, {name: (mean, directions)}, say."""
 
     def cast(features):
@@ -159,7 +159,7 @@ def describe_in(films, numbers, encoders, size, casts, words):
     def by_encoders(images):
         found = {}
         for name, encoder in encoders.items():
-            each = describe(encoder, images)
+            each = pool_features(encoder, images)
             found[name] = each["mean"]
             found[name + CELLS] = each["cells"].reshape(len(images), -1)
         return cast(found)
@@ -169,9 +169,9 @@ def describe_in(films, numbers, encoders, size, casts, words):
         sides = PIXELS.items()
         return cast({name: shrink(images, (side, side)).flatten(1).numpy() for name, side in sides})
 
-    features, read, _ = common.describe_films(by_encoders, films, numbers, size, words, batch=128)
+    features, read, _ = common.map_films(by_encoders, films, numbers, size, words, batch=128)
     largest = max(PIXELS.values())
-    pixels, _, _ = common.describe_films(by_pixels, films, read, largest, words, batch=128)
+    pixels, _, _ = common.map_films(by_pixels, films, read, largest, words, batch=128)
     return features | pixels, read
 
 

@@ -6,9 +6,9 @@
     python -m lab.rcdm --size 128 --channels 64 --steps 40000 --batch 32       # one GPU
 
 RCDM is a diffusion model that paints from the average of predicted features. local: it paints each
-of the four rectangles that are hidden from a view, from the prediction of its patches. global: it
+of the four masked rectangles of a view, from the prediction of its patches. global: it
 paints the whole second crop, from what the first one tells. The world model is frozen, is asked as
-in pre-training (the same masks), and sees views that are neither mirrored nor changed by T_a.
+in pre-training (the same masks), and gets views that are neither mirrored nor changed by T_a.
 
 No patient is in two of these: the films that the world model was trained on (the run's config.json
 tells), those that the decoder learns from, and those that are shown. Without --learn and --show,
@@ -60,7 +60,7 @@ class Config:
     weights: str = flag(None, "last.pt of a run or the authors' file [newest run below runs/]")
     data: str = flag(None, "folder of films or .pack file [that of the run]")
     out: str = flag(None, "folder of the results [runs/rcdm-MODE]")
-    mode: str = flag("local", "local: hidden rectangles; global: other crop", ["local", "global"])
+    mode: str = flag("local", "local: masked rectangles; global: other crop", ["local", "global"])
     learn: str = flag(
         None,
         "list (.txt) or CSV table of the films that the decoder learns from, of one with splits "
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
 
     def __init__(self, dim, c):
         super().__init__()
-        # Predictions differ little from their mean: a norm makes the differences visible.
+        # Predictions differ little from their mean: a norm makes the differences count.
         self.project = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, CODE))
         self.time = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
         self.stem = nn.Conv2d(4, c, 3, padding=1)
@@ -197,10 +197,10 @@ def training_mask(grid, *key):
     """Draw one mask of pre-training (Sec. 4.1) and tell its rectangles.
 
     key: of plumbing.keys. → rectangles (4, 4): top, left, height, width in patches; keep (K,) and
-    masked (M,): the patches that are seen and asked for, as masks.sample_masks draws them
+    masked (M,), as masks.sample_masks draws them
     """
     keep, masked = (drawn[0] for drawn in sample_masks(1, grid, torch_generator(*key)))
-    # sample_masks draws the same numbers first; of its tries it kept the one that hides best.
+    # sample_masks draws the same numbers first; of its tries it took the one that fits best.
     u = torch.rand(TRIES, 4, 1, 4, generator=torch_generator(*key))
     each = cover(u, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (TRIES, 4, N)
     union = each.any(1)
@@ -235,8 +235,8 @@ def boxes_of(rectangles, box, grid):
 class Questions(Views):
     """Item (epoch, i): a question to the world model about film i, and the pixels of the answer.
 
-    context, target uint8 (size, size). keep (K,): the visible patches of the context. asked (M,):
-    the target's patches that are asked for, coords (M, 2): where they lie in the context's grid.
+    context, target uint8 (size, size). keep (K,): patches of the context that are kept. asked (M,):
+    patches of the target that are asked for, coords (M, 2): where they lie in the context's grid.
     rectangles (R, 4): the parts to paint, in patches of the target. crops uint8 (R, pixels,
     pixels): those parts. M and R are as many patches as in pre-training and 4 (local), or N and 1
     (global).
@@ -254,7 +254,7 @@ class Questions(Views):
         return self.ask(film, *self.layout(epoch, i, film.shape)) | replaced
 
     def layout(self, epoch, i, shape):
-        """Draw where to cut and what to hide on film i, whose shape is (H, W).
+        """Draw where to cut and what to keep of film i, whose shape is (H, W).
 
         → boxes (2, 4) px of context and target, rectangles (R, 4), keep (K,), asked (M,)
         """
@@ -342,15 +342,15 @@ def paste(view, parts, rectangles, grid):
 
 
 def shade(view, keep, grid):
-    """A view uint8 (H, H) with the patches grey that are not among the visible ones, keep (K,)."""
-    is_seen = np.zeros(grid * grid, np.uint8)
-    is_seen[keep] = 1
-    mask = Image.fromarray(is_seen.reshape(grid, grid))
+    """A view uint8 (H, H) with the patches grey that are not kept, keep (K,)."""
+    is_kept = np.zeros(grid * grid, np.uint8)
+    is_kept[keep] = 1
+    mask = Image.fromarray(is_kept.reshape(grid, grid))
     return np.where(mask.resize(view.shape, Image.Resampling.NEAREST), view, 110).astype(np.uint8)
 
 
 def picture_row(item, paintings, grid):
-    """One row of a picture: the context with hidden patches grey, the target, and the target with
+    """One row of a picture: the context with all else grey, the target, and the target with
     the parts of each painting (R, p, p) pasted in.
     """
     rectangles = item["rectangles"].tolist()

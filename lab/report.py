@@ -26,7 +26,7 @@ from lab.probe import (
     MANY_FILMS,
     PIXELS,
     RANDOM,
-    describe_set,
+    features_of_set,
     judge,
     judge_tables,
     judged_words,
@@ -174,7 +174,7 @@ def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int
         encoders = {START: vit, RANDOM: random_twin(vit, seed)}
     together = Together(films)
     everything = np.arange(len(together))
-    features, read = describe_set(together, everything, encoders, vit.image, "films")
+    features, read = features_of_set(together, everything, encoders, vit.image, "films")
 
     first = len(together) - len(films["test"])  # number of the first test film
     tested = [first + i for i in set.intersection(*map(set, seed_scores))]

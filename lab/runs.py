@@ -18,7 +18,7 @@ import dataclasses
 import glob
 from pathlib import Path
 
-from lab.ablation import cell_text, describe, markdown
+from lab.ablation import cell_text, markdown, over_seeds
 from lab.domain import WAYS
 from lab.probe import CELLS, PIXELS, RANDOM
 from lab.report import PRETRAINED
@@ -142,7 +142,7 @@ def pair(rows: list[dict], what: str, *features: str) -> str:
     for name in features:
         chosen = [row for row in rows if (row["what"], row["features"]) == (what, name)]
         values = [row["value"] for row in chosen]
-        texts.append(cell_text(describe(values) if values else None))
+        texts.append(cell_text(over_seeds(values) if values else None))
     return " / ".join(texts)
 
 

@@ -5,10 +5,10 @@
     python -m lab.surprise --data ARCHIVE --table labels.csv           # also AUROC per kind
 
 We ask two questions about every film and answer them for every patch: the model predicts the whole
-film from the whole film under the identity action, and it predicts what a block hides from all that
-lies around the block, which sweeps over the film. Reference films say what error is usual at each
-place. A conformal p-value says how rare a film's surprise is among them: the share of calibration
-films, the film itself included, that surprise at least as much.
+film from the whole film under the identity action, and it predicts the patches of a masked block,
+which sweeps over the film, from all others. Reference films say what error is usual at each place.
+A conformal p-value says how rare a film's surprise is among them: the share of calibration films,
+the film itself included, that surprise at least as much.
 
 Writes surprise.csv (every film, the least believable first), surprise.png (films above their maps
 of surprise) and result.json.
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import augment
 from data import open_films
 from lab import common
-from lab.features import describe
+from lab.features import pool_features
 from model import take
 from plumbing import phantom, pictures
 from plumbing.checkpoint import write_csv
@@ -61,7 +61,7 @@ def main(argv=None):
     numbers = common.evenly(common.named(table, films), args.films)
     watch_these = functools.partial(watch, world)
     size = world.encoder.image
-    found, numbers, unreadable = common.describe_films(watch_these, films, numbers, size)
+    found, numbers, unreadable = common.map_films(watch_these, films, numbers, size)
 
     # ---- 2. Scores and p-values, by films that say what is usual.
     rng = numpy_rng(SURPRISE, args.seed)
@@ -69,7 +69,7 @@ def main(argv=None):
         good = open_films(reference)
         references = common.evenly(np.arange(len(good)), REFERENCES)
         words = "reference films"
-        usual, read, _ = common.describe_films(watch_these, good, references, size, words)
+        usual, read, _ = common.map_films(watch_these, good, references, size, words)
         require_enough(read, words)
         scores, p, z = fold(usual, found, rng)
     else:
@@ -103,22 +103,22 @@ def require_enough(read, what):
 # ---------------------------------------------------------------- errors of the world model
 def windows(grid, share=0.16):
     """Square blocks as large as in training (area 0.15 to 0.2), which sweep an n × n grid in steps
-    of half their side. → bool (W, N), True = hidden
+    of half their side. → bool (W, N), True = masked
     """
     side = max(1, round(grid * share**0.5))
     starts = sorted({*range(0, grid - side, max(1, side // 2)), grid - side})
-    hidden = torch.zeros(len(starts), len(starts), grid, grid, dtype=torch.bool)
+    masked = torch.zeros(len(starts), len(starts), grid, grid, dtype=torch.bool)
     for r, top in enumerate(starts):
         for c, left in enumerate(starts):
-            hidden[r, c, top : top + side, left : left + side] = True
-    return hidden.flatten(0, 1).flatten(1)
+            masked[r, c, top : top + side, left : left + side] = True
+    return masked.flatten(0, 1).flatten(1)
 
 
 @torch.no_grad()
 def errors(world, images):
     """Squared prediction error per patch, mean over width. (B, 1, H, W)
 
-    → whole (B, N): everything is seen; swept (B, N): the mean over the blocks that hide a patch
+    → whole (B, N): all is kept; swept (B, N): the mean over the blocks that mask a patch
     """
     device = next(world.parameters()).device
     images = images.to(device)
@@ -128,13 +128,13 @@ def errors(world, images):
     swept = torch.zeros_like(whole)
     times = torch.zeros_like(whole[0])
     at = world.own_coords.expand(len(images), -1, -1)
-    for hidden in windows(world.encoder.grid).to(device):
-        keep = (~hidden).nonzero()[:, 0].expand(len(images), -1)  # (B, K)
-        masked = hidden.nonzero()[:, 0].expand(len(images), -1)  # (B, M)
+    for block in windows(world.encoder.grid).to(device):
+        keep = (~block).nonzero()[:, 0].expand(len(images), -1)  # (B, K)
+        masked = block.nonzero()[:, 0].expand(len(images), -1)  # (B, M)
         context = world.encoder(images, keep)
         guess = world.predictor(context, take(at, keep), take(at, masked), identity)
-        swept[:, hidden] += (guess.float() - truth[:, hidden]).square().mean(-1)
-        times += hidden
+        swept[:, block] += (guess.float() - truth[:, block]).square().mean(-1)
+        times += block
     return whole.cpu().numpy(), (swept / times).cpu().numpy()
 
 
@@ -148,7 +148,7 @@ def watch(world, images):
     found = {
         "whole": whole,
         "swept": swept,
-        "features": describe(world.target_encoder, images)["mean"],
+        "features": pool_features(world.target_encoder, images)["mean"],
         "pixels": torch.stack([flat.mean(1), flat.std(1)], 1).numpy(),  # the simplest description
     }
     return {key: value.astype(float) for key, value in found.items()}
@@ -192,7 +192,7 @@ def mahalanobis(fitting, values):
 
 
 def judge(fitting, films):
-    """Score films by all measures, given what fitting films show; both what `watch` sees.
+    """Score films by all measures, given what fitting films show; both as `watch` gives them.
 
     → {measure: (n,)}: `surprise` is the one to use, the others are baselines
     """

@@ -339,10 +339,16 @@ def refuse_other_recipe(folder, saved: dict, recipe: dict, or_else=", or delete 
         )
 
 
-def sources(weights, **paths) -> dict:
-    """Say of what a result is, by whole paths without links, None where one was not given."""
-    paths |= {"weights": weights}
-    return {name: path and str(Path(path).resolve()) for name, path in paths.items()}
+def sources(**paths) -> dict:
+    """Say of what a result is, by whole paths without links, None where one was not given.
+
+    What is no path may be several, joined by commas.
+    """
+    whole = {}
+    for name, path in paths.items():
+        each = [path] if not path or os.path.exists(path) else str(path).split(",")
+        whole[name] = path and ",".join(str(Path(part).resolve()) for part in each)
+    return whole
 
 
 def made_with() -> dict:

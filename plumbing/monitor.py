@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import Log
-from plumbing.launch import UserError
+from plumbing.launch import UserError, warn_of_cpu
 from plumbing.metrics import feature_std, rankme
 
 # feature_std and rankme are those of the first films of the batch, two views of each: the more rows
@@ -44,11 +44,8 @@ def describe_length(given, args, recipe: dict, films, train, held, total: int, t
             f"warm-up: {args.warmup:.3g} of {args.epochs} epochs, the same share as the recipe's "
             f"{recipe['warmup']:g} of {recipe['epochs']}; --warmup sets another"
         )
-    if args.recipe == "paper" and args.size in ("base", "large") and team.device.type == "cpu":
-        lines.append(
-            "warning: two CPU cores train ViT-Base on about 1.1 films per second: that is "
-            f"{len(train) * args.epochs / 1.1 / 86400:,.0f} days; --recipe small is for CPUs"
-        )
+    if args.recipe == "paper" and args.size in ("base", "large"):
+        lines += warn_of_cpu(team, len(train) * args.epochs, "--recipe small is for CPUs")
     return "\n".join(lines)
 
 

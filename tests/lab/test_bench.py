@@ -156,7 +156,7 @@ def test_both_ways_of_decoding_give_the_same_film(tmp_path):
 def test_step_prints_its_token_counts():
     counts = "--visible 5 --masked 6 --targets 7"
     said = run(f"lab.bench step {TINY} {counts} --steps 1").stdout
-    assert "5 visible, 6 masked, 7 global targets of 16" in said
+    assert "5 kept, 6 masked, 7 global targets of 16" in said
     assert float(re.search(r"([\d.]+) films/s", said)[1]) > 0
     gflop = bench.count_flops(config(visible=5, masked=6, targets=7)) / 1e9
     assert f"{gflop:.2f} GFLOP per film" in said

@@ -38,7 +38,7 @@ def test_features_are_means_over_patches(grid):
     torch.manual_seed(0)
     vit = ViT(8 * grid, 8, 32, 1, 4)
     images = torch.rand(3, 1, 8 * grid, 8 * grid)
-    found = features.describe(vit, images)
+    found = features.pool_features(vit, images)
     mean, cells = found["mean"], found["cells"]
     assert mean.shape == (3, 32) and cells.shape == (3, 16, 32)
     for k in range(3):
@@ -98,7 +98,7 @@ def test_memory_does_not_grow_with_the_films(tmp_path, monkeypatch):
 
     make = functools.partial(features.on_disk, tmp_path)
     tracemalloc.start()
-    found, read, unreadable = common.describe_films(
+    found, read, unreadable = common.map_films(
         describe, Films(films), np.arange(400), 8, batch=10, make=make
     )
     (tmp_path / "cells.csv").touch()  # of other films

@@ -50,7 +50,7 @@ def test_strokes_are_the_pixels_that_a_letter_changes(place):
             for k, film in enumerate(films)
         ]
         pair = [
-            letters.describe(world, films, [p._replace(is_present=there) for p in drawn])
+            letters.look(world, films, [p._replace(is_present=there) for p in drawn])
             for there in (False, True)
         ]
         for k, one in enumerate(drawn):

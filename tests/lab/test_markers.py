@@ -207,7 +207,7 @@ def test_features_are_those_of_the_model_asked_by_hand(place):
     film = dark(5)
     for setting in markers.SETTINGS:
         where = markers.draw(setting, film, IMAGE, GRID, 0.2, 0, 1)
-        found = markers.describe(world, [film], [where])
+        found = markers.look(world, [film], [where])
         for k, version in enumerate((film, markers.burn(film, where))):
             views = [markers.augment.crop(version, box, IMAGE) for box in where.boxes]
             x, y = (torch.tensor(view)[None, None] / 255 for view in views)

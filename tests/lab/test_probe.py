@@ -146,7 +146,7 @@ def test_many_films_are_cast_onto_main_directions_and_keep_what_they_tell(tmp_pa
     monkeypatch.setattr(probe, "MANY_FILMS", 100)
     monkeypatch.setattr(probe, "NUMBERS", 24)
     encoders = {"corner": Corner(copies=3), BLIND: Corner(True, 3)}
-    features, read = probe.describe_set(films, np.arange(120), encoders, 32, "films")
+    features, read = probe.features_of_set(films, np.arange(120), encoders, 32, "films")
     assert features["corner, cells"].shape[1] <= 24 and features["corner"].shape == (119, 3)
     assert features["raw 64² pixels"].shape == (119, 24)
     pixels = features["raw 64² pixels"]
@@ -155,7 +155,7 @@ def test_many_films_are_cast_onto_main_directions_and_keep_what_they_tell(tmp_pa
     images, _, _ = common.read_whole(films, read, 64)
     expected = np.abs(expected.transform(images.flatten(1).numpy()))
     assert np.allclose(np.sort(np.abs(pixels).mean(0)), np.sort(expected.mean(0)), rtol=1e-3)
-    again, _ = probe.describe_set(films, np.arange(120), encoders, 32, "films")
+    again, _ = probe.features_of_set(films, np.arange(120), encoders, 32, "films")
     assert all(np.array_equal(again[name], features[name]) for name in features)
     judged = judge_one(labels, films, encoders)
     assert list(judged) == ["test"] and judged["test"]["values"]["corner, cells"] > 95

@@ -475,12 +475,15 @@ def test_a_checkpoint_of_one_byte_has_a_reason(tmp_path):
 
 
 def test_a_result_of_other_films_is_not_written_over(tmp_path):
-    about = checkpoint.sources("a.pt", data=tmp_path / "x", labels=None)
+    about = checkpoint.sources(data=tmp_path / "x", labels=None, weights="a.pt")
     assert about == {
         "data": f"{tmp_path}/x",
         "labels": None,
         "weights": str(Path("a.pt").absolute()),
     }
+    (tmp_path / "a,b").touch()  # one path where it is there, else two
+    both = checkpoint.sources(one=tmp_path / "a,b", two=f"{tmp_path}/a,{tmp_path}/b/../c")
+    assert both == {"one": f"{tmp_path}/a,b", "two": f"{tmp_path}/a,{tmp_path}/c"}
     checkpoint.refuse_other_result(tmp_path, about)  # there is none
     checkpoint.write_json(tmp_path / "result.json", {"weights": "a.pt"})
     checkpoint.refuse_other_result(tmp_path, about)  # an older one does not tell
@@ -488,7 +491,7 @@ def test_a_result_of_other_films_is_not_written_over(tmp_path):
     checkpoint.refuse_other_result(tmp_path, about)
     (tmp_path / "link").symlink_to(tmp_path / "x")  # another way to the same films
     for way in ("link", "y/../x"):
-        again = checkpoint.sources("a.pt", data=tmp_path / way, labels=None)
+        again = checkpoint.sources(data=tmp_path / way, labels=None, weights="a.pt")
         checkpoint.refuse_other_result(tmp_path, again)
     for name in about:
         with pytest.raises(UserError, match=f"{name} .* choose another --out$"):

@@ -121,7 +121,7 @@ def test_a_run_that_is_over_or_was_told_to_end_was_not_stopped_by_max_steps(
 
 
 def test_the_papers_recipe_is_warned_of_on_a_cpu_alone():
-    """By hand: 95,040 films × 300 epochs / 1.1 per second are 300 days."""
+    """By hand: 95,040 films × 300 epochs / 1.1 per second are 300 days of 24 hours."""
     given = SimpleNamespace(warmup=None)
     args = dict(recipe="paper", size="base", epochs=300, warmup=40.0, probe=None, holdout=50)
 
@@ -131,7 +131,7 @@ def test_the_papers_recipe_is_warned_of_on_a_cpu_alone():
         sizes = range(95_096), range(95_040), range(50)
         return monitor.describe_length(given, own, {"warmup": 40.0}, *sizes, 9, team)
 
-    assert "that is 300 days; --recipe small is for CPUs" in said()
+    assert "that is up to 7,200.0 hours; --recipe small is for CPUs" in said()
     for others in (dict(device="cuda"), dict(recipe="small"), dict(size="tiny")):
         assert "warning" not in said(**others)
     assert "to train on, 50 held out, 6 more of their patients left out; 9 steps" in said()
