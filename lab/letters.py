@@ -8,8 +8,8 @@ prediction only if the decoder would paint a marker that it is told of. So a lar
 of the view tall, is burnt (in memory) into one block of half of all views, and two decoders learn
 to paint the same blocks: the first from the target's own pooled features, which hold the
 letter (the ceiling), the second from the prediction. Both then paint blocks of patients that
-neither decoders nor world model know, in the three settings of lab.markers. The first decoder, for
-which a letter is either there or not, is also told the prediction.
+neither decoders nor world model know, in the three settings of lab.markers. The first decoder,
+which has learnt from features that tell whether there is a letter, is also told the prediction.
 
 A decoder is a small network that paints the *mean* of all blocks that fit the features: of a letter
 that they do not tell, a shadow that is the same with and without it. (RCDM, lab.rcdm, paints one of

@@ -6,8 +6,8 @@
 A white letter, L or R, is burnt (in memory) at a random dark place of one block of a view. A linear
 probe is asked whether a letter is there, and which, of patients that neither probe nor world model
 knows. Its features are averaged over the whole block, as RCDM is told them, or over the spot alone,
-the block's patches that the letter touches. Three settings, whose names are older than
-the words kept (as the context) and masked:
+the block's patches that the letter touches. There are three settings (their names are older than
+the words kept and masked):
 
     hidden  the letter lies in a block of which no patch is kept
     half    half of it lies in such a block, half in patches that are kept

@@ -6,9 +6,9 @@
     python -m lab.rcdm --size 128 --channels 64 --steps 40000 --batch 32       # one GPU
 
 RCDM is a diffusion model that paints from the average of predicted features. local: it paints each
-of the four masked rectangles of a view, from the prediction of its patches. global: it
-paints the whole second crop, from what the first one tells. The world model is frozen, is asked as
-in pre-training (the same masks), and gets views that are neither mirrored nor changed by T_a.
+of the four masked rectangles of a view, from the prediction of its patches. global: it paints the
+whole second crop, from what the first one tells. The world model is frozen, is asked as in
+pre-training (the same masks), and gets views that are neither mirrored nor changed by T_a.
 
 No patient is in two of these: the films that the world model was trained on (the run's config.json
 tells), those that the decoder learns from, and those that are shown. Without --learn and --show,
