@@ -294,9 +294,7 @@ def table(config, team):
 
 # ---------------------------------------------------------------- rows: networks
 def encoder_rows(bench):
-    """Both views in one call of the context encoder; patches that are not kept dropped before it,
-    and before the patch projection.
-    """
+    """Both views in one call of the context encoder; patches not kept dropped before it."""
     torch.manual_seed(0)
     config = bench.config
     shape = SIZES[config.size]
@@ -305,9 +303,6 @@ def encoder_rows(bench):
     batch = made_up_batch(config, bench.device)
     x = batch["x"]  # (2B, 1, H, W)
     keep = batch["keep"]  # (2B, K)
-    p = config.patch
-    patches = x.unfold(2, p, p).unfold(3, p, p).reshape(len(x), -1, p * p)  # (2B, N, p²)
-    proj = vit.patch_embed.proj
 
     def encode(drop=True, calls=1):
         with autocast(bench.device, config.precision):
@@ -315,18 +310,11 @@ def encoder_rows(bench):
                 tokens = vit(images, kept) if drop else take(vit(images), kept)
                 tokens.float().square().mean().backward()
 
-    def project(tokens):
-        return F.linear(tokens, proj.weight.flatten(1), proj.bias)
-
     name = "both views in one encoder call, both passes"
     bench.time_row(name, lambda: encode(calls=2), encode, "1 × where one view fills the machine")
     limit = f"{vit.grid**2 / config.visible:.2f} × = all patches / kept ones"
     name = "patches not kept dropped: context encoder, both passes"
     bench.time_row(name, lambda: encode(drop=False), encode, limit)
-    name = "  dropped before the patch projection instead of after it"
-    bench.time_row(
-        name, lambda: take(project(patches), keep), lambda: project(take(patches, keep)), limit
-    )
 
 
 def attention_rows(bench):

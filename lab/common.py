@@ -337,16 +337,10 @@ def read_whole(films, numbers, size):
     return images, np.array(read, int), unreadable
 
 
-def in_memory(name, shape, dtype):
-    """Make the array that holds what is said of all films."""
-    return np.empty(shape, dtype)
-
-
-def map_films(function, films, numbers, size, words="films", batch=32, make=in_memory):
+def map_films(function, films, numbers, size, words="films", batch=32):
     """Apply a function to films as `read_whole` reads them, batch by batch; UserError without any.
 
-    function: images (b, 1, size, size) → {name: array (b, …)}; make(name, shape, dtype) → the empty
-    array that shall hold those of all films
+    function: images (b, 1, size, size) → {name: array (b, …)}
     → {name: array (n, …)}, numbers of the readable films (n,), {name of an unreadable film: reason}
     """
     whole = {}
@@ -360,7 +354,7 @@ def map_films(function, films, numbers, size, words="films", batch=32, make=in_m
         found = function(images) if len(read) else {}
         for name, array in found.items():
             if name not in whole:
-                whole[name] = make(name, (len(numbers), *array.shape[1:]), array.dtype)
+                whole[name] = np.empty((len(numbers), *array.shape[1:]), array.dtype)
             whole[name][done : len(readable)] = array
     require_readable(readable, words)
     return select(whole, slice(len(readable))), np.array(readable), unreadable

@@ -131,7 +131,7 @@ def in_one_line(error: Exception) -> str:
             "--device cpu"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate" in text:
-        return "the machine's memory is full: smaller --image, --batch or --micro take less"
+        return "the machine's memory is full: fewer films, a smaller --batch or --micro take less"
     if any(words in text for words in LOST_RANK):
         return (
             "another process of this run has ended, as its own lines say, or was killed: "

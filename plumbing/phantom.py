@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from plumbing import keys, launch
-from plumbing.checkpoint import replace_with, write_text
+from plumbing.checkpoint import replace_with, write_csv
 from plumbing.launch import UserError, flag, helper_pool, parse, run_script, signals_held
 
 FINDINGS = ("effusion", "cardiomegaly", "nodule", "pneumothorax", "consolidation")
@@ -730,9 +730,7 @@ def write_phantoms(folder, count: int, size: int = 256, seed: int = 0, workers: 
             rows = list(progress(drawn))
     else:
         rows = list(progress(map(make, range(count))))
-    lines = [rows[0].keys(), *(row.values() for row in rows)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)  # no value holds a comma
-    write_text(folder / "phantoms.csv", text)
+    write_csv(folder / "phantoms.csv", rows[0], [row.values() for row in rows])
     return folder / "phantoms.csv"
 
 

@@ -123,7 +123,7 @@ def test_every_network_row_is_printed(tmp_path, monkeypatch, capsys):
     for rows in bench.NETWORK_ROWS:
         rows(machine)
     rows = rows_printed(capsys)
-    assert len(rows) == 12 and all(len(row) == 6 for row in rows)
+    assert len(rows) == 11 and all(len(row) == 6 for row in rows)
     assert all(float(row[1]) >= 0 and float(row[2]) >= 0 for row in rows)
     waits = next(row for row in rows if row[0].startswith("host waits"))
     assert float(waits[2]) == 0 < float(waits[1])
