@@ -111,9 +111,9 @@ def embed_patches(channels, state):
 
 
 def vit(channels, state, heads, keep=None):
-    """ViT of one normalised image: embed, add positions, forget the hidden patches, blocks, norm.
+    """ViT of one normalised image: embed, add positions, drop what is not kept, blocks, norm.
 
-    channels (C, H, W), keep: indices of the K visible patches, or None for all → (K|N, D)
+    channels (C, H, W), keep: indices of the K patches kept, or None for all → (K|N, D)
     """
     x = embed_patches(channels, state) + state["pos_embed"][0]
     if keep is not None:
@@ -172,9 +172,9 @@ def losses(state, batch, config):
     def encode(image, keep=None):
         return vit(image, encoder, config["heads"], keep)
 
-    def error(h, seen, at, action, goal):
+    def error(h, kept, at, action, goal):
         code = policy_input(action)
-        guess = predictor(h, own_coords[seen], at, code, guesser, config["predictor_heads"])
+        guess = predictor(h, own_coords[kept], at, code, guesser, config["predictor_heads"])
         return ((guess - goal) ** 2).mean()
 
     tasks = config.get("tasks", "local,global,domain").split(",")
@@ -211,14 +211,14 @@ def pixel_loss(state, batch, config):
     goals = [normalised_patches(normalised(image), config["patch"]) for image in batch["y"]]
     errors = []
     for k in range(2 * films):
-        seen, hidden = batch["keep"][k], batch["masked"][k]
-        h = vit(normalised(batch["x"][k]), encoder, config["heads"], seen)
+        kept, masked = batch["keep"][k], batch["masked"][k]
+        h = vit(normalised(batch["x"][k]), encoder, config["heads"], kept)
         code = policy_input(batch["action"][k])
         asked = asked_of(k, batch)
         other = goals[(k + films) % (2 * films)][asked]
-        for at, goal in ((own[hidden], goals[k][hidden]), (batch["coords"][k][asked], other)):
+        for at, goal in ((own[masked], goals[k][masked]), (batch["coords"][k][asked], other)):
             heads = config["predictor_heads"]
-            guess = predictor(h, own[seen], at, code, guesser, heads, "pixel_head")
+            guess = predictor(h, own[kept], at, code, guesser, heads, "pixel_head")
             errors.append(((guess - goal) ** 2).mean())
     return np.mean(errors)
 
@@ -230,7 +230,7 @@ def asked_of(k, batch):
 
 
 def one_view(k, state, batch, config):
-    """What the losses need of view k, which is film k % films, seen for the first or second time.
+    """What the losses need of view k, which is film k % films, met for the first or second time.
 
     The names of its terms: `within` the view, `between` both, and domain `alone`.
     """
@@ -263,17 +263,17 @@ def one_view(k, state, batch, config):
 def unified_errors(view, tasks, encode, error):
     """One encoding of the view answers every question asked. → {term: error}"""
     has_domain = "domain" in tasks
-    seen = view.keep if "local" in tasks else view.every
-    h = encode(view.x if has_domain else view.y, seen)
+    kept = view.keep if "local" in tasks else view.every
+    h = encode(view.x if has_domain else view.y, kept)
     action = view.action if has_domain else None
     errors = {}
     if "local" in tasks:
         at = view.own[view.masked]
-        errors[view.within] = error(h, seen, at, action, view.target[view.masked])
+        errors[view.within] = error(h, kept, at, action, view.target[view.masked])
     if "global" in tasks:
-        errors[view.between] = error(h, seen, view.phi, action, view.other_target)
+        errors[view.between] = error(h, kept, view.phi, action, view.other_target)
     if tasks == ["domain"]:
-        errors[view.within] = error(h, seen, view.own, action, view.target)
+        errors[view.within] = error(h, kept, view.own, action, view.target)
     return errors
 
 

@@ -94,12 +94,12 @@ def test_vit_equals_the_slow_one_with_and_without_keep():
     normed = plain.normalised(batch["y"])
     all_tokens = np.stack([plain.vit(image, state, 4) for image in normed])
     seen = zip(normed, batch["keep"], strict=True)
-    seen_tokens = np.stack([plain.vit(image, state, 4, kept) for image, kept in seen])
+    kept_tokens = np.stack([plain.vit(image, state, 4, kept) for image, kept in seen])
     assert np.abs(vit(images).detach().numpy() - all_tokens).max() < 1e-9
-    assert np.abs(vit(images, keep).detach().numpy() - seen_tokens).max() < 1e-9
+    assert np.abs(vit(images, keep).detach().numpy() - kept_tokens).max() < 1e-9
 
 
-def test_hidden_patches_have_no_influence_and_order_is_kept():
+def test_patches_that_are_not_kept_have_no_influence_and_order_is_kept():
     vit = shaken(ViT(32, 8, 32, 2, 4))
     keep = torch.tensor([[3, 0, 10, 7]])
     images = torch.rand(1, 1, 32, 32)

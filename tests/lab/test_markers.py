@@ -44,8 +44,8 @@ def inside(rectangle):
     return found.flatten()
 
 
-# ------------------------------------------------------------------ the letter and what is seen
-def test_a_hidden_letter_lies_in_the_block_and_no_visible_pixel_changes():
+# ------------------------------------------------------------------ the letter and what is kept
+def test_a_hidden_letter_lies_in_the_block_and_no_pixel_that_is_kept_changes():
     for film, place in places("hidden"):
         block, spot = (inside(part) for part in place.parts.tolist())
         changed = view_of_change(film, place, 1)
@@ -60,24 +60,24 @@ def test_a_hidden_letter_lies_in_the_block_and_no_visible_pixel_changes():
         assert cells.any() and not cells[place.keep].any()  # exactly: no grey value
 
 
-def test_half_a_letter_is_seen_and_the_other_half_is_asked_for():
+def test_half_a_letter_is_kept_and_the_other_half_is_asked_for():
     for film, place in places("half"):
         block, spot = (inside(part) for part in place.parts.tolist())
         changed = view_of_change(film, place, 1)
         assert (changed & block).any() and (changed & ~block).any()
-        seen = np.zeros(GRID**2, bool)
-        seen[place.keep] = True
-        assert not (seen & block).any()
-        assert not (changed & ~block & ~seen).any()  # all of the other half is seen
+        kept = np.zeros(GRID**2, bool)
+        kept[place.keep] = True
+        assert not (kept & block).any()
+        assert not (changed & ~block & ~kept).any()  # all of the other half is kept
         assert not (changed & block & ~spot).any()
 
 
-def test_a_seen_letter_is_wholly_visible_in_another_crop():
+def test_a_seen_letter_is_wholly_kept_in_another_crop():
     for film, place in places("seen"):
         changed = view_of_change(film, place, 0)
-        seen = np.zeros(GRID**2, bool)
-        seen[place.keep] = True
-        assert changed.any() and not (changed & ~seen).any()
+        kept = np.zeros(GRID**2, bool)
+        kept[place.keep] = True
+        assert changed.any() and not (changed & ~kept).any()
         assert (view_of_change(film, place, 1) & inside(place.parts[1].tolist())).any()
         assert (place.boxes[0] != place.boxes[1]).any() and len(place.asked) == GRID**2
 

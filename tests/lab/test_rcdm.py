@@ -167,12 +167,12 @@ def test_pool_is_the_mean_over_each_rectangle():
 
 @pytest.mark.parametrize("grid", [8, 14])
 def test_the_mask_is_one_of_pretraining_and_its_rectangles_are_known(grid, monkeypatch):
-    hidden = []
+    covered = []
     least_lacking = masks.least_lacking
 
     def spy(*args):
         found = least_lacking(*args)
-        hidden.append(found[0][0].numpy())
+        covered.append(found[0][0].numpy())
         return found
 
     monkeypatch.setattr(masks, "least_lacking", spy)
@@ -183,7 +183,7 @@ def test_the_mask_is_one_of_pretraining_and_its_rectangles_are_known(grid, monke
             # 0.15 to 0.2 before the sides are rounded to patches
             assert 0.1 < height * width / grid**2 < 0.26
             union[top : top + height, left : left + width] = True
-        assert (union.flatten() == hidden[-1]).all()
+        assert (union.flatten() == covered[-1]).all()
         expected = masks.sample_masks(1, grid, torch_generator(k))
         assert torch.equal(keep, expected[0][0]) and torch.equal(masked, expected[1][0])
         assert (len(keep), len(masked)) == masks.mask_sizes(grid)

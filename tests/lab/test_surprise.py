@@ -81,16 +81,16 @@ def test_labels_go_by_their_usual_names_and_spellings(tmp_path, header, cells, k
 
 
 # ---------------------------------------------------------------- errors
-def test_windows_hide_every_patch_and_never_everything():
+def test_windows_mask_every_patch_and_never_everything():
     for grid in (1, 2, 4, 8, 14):
-        hidden = surprise.windows(grid)
-        assert hidden.any(0).all() and (grid == 1 or not hidden.all(1).any())
+        block = surprise.windows(grid)
+        assert block.any(0).all() and (grid == 1 or not block.all(1).any())
     area = surprise.windows(14).float().mean(1)
     assert (area - area[0]).abs().max() == 0 and 0.15 <= area[0] <= 0.2
 
 
 def test_errors_against_one_patch_at_a_time():
-    """The swept error of a patch is the mean over the blocks that hide it, each in its own pass."""
+    """The swept error of a patch is the mean over the blocks that mask it, each in its own pass."""
     torch.manual_seed(0)
     world = CheXWorld(**TINY).eval()
     images = torch.rand(2, 1, 64, 64)
@@ -105,10 +105,10 @@ def test_errors_against_one_patch_at_a_time():
 
     patch = 19
     found = []
-    for hidden in surprise.windows(8):
-        if hidden[patch]:
-            keep = [i for i in range(64) if not hidden[i]]
-            asked = [i for i in range(64) if hidden[i]]
+    for block in surprise.windows(8):
+        if block[patch]:
+            keep = [i for i in range(64) if not block[i]]
+            asked = [i for i in range(64) if block[i]]
             context = world.encoder(images, torch.tensor([keep] * 2))
             guess = world.predictor(context, coords(keep), coords(asked), identity)
             error = guess[:, asked.index(patch)] - truth[:, patch]
