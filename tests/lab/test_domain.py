@@ -9,22 +9,12 @@ import torch
 from lab_for_tests import good, make_place  # noqa: F401 (place is a fixture)
 from PIL import Image
 from scipy.stats import qmc
+from worlds import TINY
 
 import augment
 from lab import domain
 from model import CheXWorld
 from plumbing.keys import DOMAIN_TEST, torch_generator
-
-TINY = dict(
-    image=32,
-    patch=8,
-    dim=32,
-    depth=2,
-    heads=4,
-    predictor_dim=24,
-    predictor_depth=1,
-    predictor_heads=2,
-)
 
 
 # ---------------------------------------------------------------- errors of one film

@@ -17,7 +17,7 @@ import numpy as np
 import plain
 import pytest
 import torch
-from worlds import make_batch, shaken, tensors
+from worlds import TINY, make_batch, shaken, tensors
 
 from augment import relative_coords
 from model import SIZES, CheXWorld, ViT, take
@@ -33,16 +33,6 @@ from plumbing.weights import (
     start_world,
 )
 
-TINY = dict(
-    image=32,
-    patch=8,
-    dim=32,
-    depth=1,
-    heads=4,
-    predictor_dim=24,
-    predictor_depth=1,
-    predictor_heads=2,
-)
 # The authors' networks, small.
 SIZE = 32  # pixels
 PATCH = 8
