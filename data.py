@@ -6,9 +6,9 @@ task. What is drawn never depends on the number of workers or processes.
     python data.py check --data DIR                  # what is there; what cannot be read, and why
     python data.py pack --data DIR --out cxr.pack    # decode once; training then maps the file
 
-MIMIC-CXR-JPG, CheXpert and ChestX-ray14 are recognised by their lists, wherever these lie below
-DIR; of them only frontal training films are taken. Everything else below DIR that looks like a film
-is taken too, and so is what packed files (*.pack) hold.
+MIMIC-CXR-JPG, CheXpert and ChestX-ray14 are recognised by the tables that come with them (*.csv,
+train_val_list.txt), which may lie anywhere below DIR. Of these sets only frontal training films are
+taken. Everything else below DIR that looks like a film is taken, and so are films in *.pack files.
 """
 
 import sys
@@ -31,20 +31,20 @@ from plumbing.pack import Films, InMemory, Pack, check_and_report, find_out, pac
 def open_films(root, out=None, side=320, patients=None, mimic_all=False, without=None) -> Films:
     """All films below the folder `root`, or in the packed file `root` → Films.
 
-    out: the folder of the run, which must not lie among the films. side: the short side to which
-    larger films are shrunk, px. patients: CSV (filename, patient_id) for films of your own; without
-    it every one of them counts as a patient of its own. mimic_all: take MIMIC's validation and test
-    films, too. without: a packed file to pass over, should it lie below root: it is about to be
-    written. Raises UserError when there is no film.
+    out: the run's folder, which must not lie below `root`.
+    side: the short side to which larger films are shrunk, px.
+    patients: CSV (filename, patient_id); without it each film of your own counts as a patient.
+    mimic_all: take MIMIC's validation and test films, too.
+    without: a packed file to pass over, because it will be written anew. No film: UserError.
     """
     root = Path(root).expanduser()
     with_suffix = Path(f"{root}.pack")
-    if not root.exists() and with_suffix.is_file():  # as data.py pack --out names it
+    if not root.exists() and with_suffix.is_file():  # `data.py pack --out cxr` writes cxr.pack
         root = with_suffix
     if root.is_file():
         pack = Pack(root)
-        films = Films(root.parent, {}, [pack], side, [pack.summary])
-        return tell_patients(films, patients)
+        films = Films(root.parent, patient_of={}, packs=[pack], side=side, summary=[pack.summary])
+        return set_patients(films, patients)
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder or packed file")
     refuse_own_pictures(root, out)
@@ -61,21 +61,21 @@ def open_films(root, out=None, side=320, patients=None, mimic_all=False, without
         )
     summary += index.notes + [pack.summary for pack in packs.values()]
     films = Films(root, patient_of, list(packs.values()), side, summary)
-    return tell_patients(films, patients)
+    return set_patients(films, patients)
 
 
-def tell_patients(films: Films, table) -> Films:
-    """Let a CSV (filename, patient_id) say who is on the films, packed ones, too. → the films"""
+def set_patients(films: Films, table) -> Films:
+    """Set films.patients from a CSV (filename, patient_id), if there is one. → the same films"""
     if table:
-        told, note = read_patient_table(table, films.names)
+        patient_of, note = read_patient_table(table, films.names)
         named = zip(films.names, films.patients, strict=True)
-        films.patients = [told.get(name, old) for name, old in named]
+        films.patients = [patient_of.get(name, old) for name, old in named]
         films.summary.append(note)
     return films
 
 
 def refuse_own_pictures(root: Path, out):
-    """UserError when the folder `out` of a run lies below the films: its pictures would be some."""
+    """UserError if the run's folder `out` lies in `root`: its pictures would be read as films."""
     if out and Path(out).resolve().is_relative_to(root.resolve()):
         raise UserError(
             f"--out {out} lies in --data {root}, where its pictures would count as films: "
@@ -83,24 +83,23 @@ def refuse_own_pictures(root: Path, out):
         )
 
 
-def read_or_next(films, numbers, at: int, tries: int = 100):
-    """Read film numbers[at], or, where it cannot be read, the next of `numbers` that can.
+def read_or_next(films, indices, place: int, tries: int = 100):
+    """Read the film indices[place] or, if it cannot be read, the next of `indices` that can.
 
-    → (number of the film, films[number], {"unreadable": name, "reason": why}): name is that of
-    numbers[at] when it could not be read and another stands in for it, else both are "". UserError
-    when `tries` films in a row cannot be read.
+    → (index, film, report). report is {"unreadable": name, "reason": why}, both of indices[place]
+    if it could not be read, else both "". UserError when `tries` films in a row cannot be read.
     """
-    first_name = films.names[numbers[at]]
+    first_name = films.names[indices[place]]
     first_reason = ""
-    tries = min(tries, len(numbers))
+    tries = min(tries, len(indices))
     for k in range(tries):
-        number = int(numbers[(at + k) % len(numbers)])
+        index = int(indices[(place + k) % len(indices)])
         try:
-            film = films[number]
+            film = films[index]
         except UnreadableFilm as error:
             first_reason = first_reason or str(error)
             continue
-        return number, film, {"unreadable": first_name if k else "", "reason": first_reason}
+        return index, film, {"unreadable": first_name if k else "", "reason": first_reason}
     raise UserError(
         f"{tries} films in a row cannot be read, from {first_name} on ({first_reason}): "
         "python data.py check --data … names them all"
@@ -109,10 +108,11 @@ def read_or_next(films, numbers, at: int, tries: int = 100):
 
 # ---------------------------------------------------------------- pre-training
 class Views(torch.utils.data.Dataset):
-    """Item (epoch, i) → two crops of film i and where they lie, drawn by (seed, epoch, i).
+    """Item (epoch, i) → two crops of film i and where they lie.
 
-    views uint8 (2, size, size), boxes float32 (2, 4) px, flips bool (2,); unreadable, reason: as
-    read_or_next says. subset: numbers of the films to take; film i is then subset[i].
+    The crops are drawn by random numbers that depend on (seed, epoch, i) only. views uint8
+    (2, size, size), boxes float32 (2, 4) px, flips bool (2,) and the report of read_or_next.
+    subset: indices of the films to take; film i is then films[subset[i]].
     """
 
     def __init__(self, films, size, seed, subset=None):
@@ -126,25 +126,25 @@ class Views(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        film, replaced = self.read(i)
+        film, report = self.read(i)
         boxes, flips = augment.sample_boxes(numpy_rng(VIEWS, self.seed, epoch, i), *film.shape)
         views = np.stack([augment.crop(film, boxes[k], self.size, flips[k]) for k in (0, 1)])
-        return {"views": views, "boxes": boxes.astype(np.float32), "flips": flips, **replaced}
+        return {"views": views, "boxes": boxes.astype(np.float32), "flips": flips, **report}
 
     def read(self, i):
-        """Film i, or the next that can be read → (film, what read_or_next says of film i)."""
-        _, film, replaced = read_or_next(self.films, self.subset, i)
-        return film, replaced
+        """Read the film of item i, or the next that can be read. → (film, read_or_next's report)"""
+        _, film, report = read_or_next(self.films, self.subset, i)
+        return film, report
 
 
 class Batches:
     """Batch sampler: the lists of (epoch, i) that one process loads, step after step.
 
     Every epoch shuffles the n films and drops the incomplete last batch. A step takes the next
-    batch of that order; process `rank` has its contiguous share, of which it loads `micro` films at
-    a time: a micro-batch, as many as fit into memory at once. So the number of processes, `micro`
-    and resuming never change which film is at which place of which step. Yields the micro-batches
-    of steps `start_step` to `steps` - 1; steps=None: to the end of the first epoch.
+    batch of that order. Process `rank` has an equal, contiguous share of the batch, and loads it in
+    micro-batches of `micro` films, as many as fit into memory. So neither the number of processes,
+    nor `micro`, nor a restart changes which films a step uses.
+    Yields the micro-batches of steps `start_step` to `steps` - 1, or of one epoch if steps is None.
     """
 
     def __init__(self, n, batch, micro, rank, processes, seed, start_step=0, steps=None):
@@ -171,35 +171,32 @@ class Batches:
         return max(0, self.steps - self.start_step) * (self.share // self.micro)
 
     def __iter__(self):
-        order_of = None  # the epoch that `order` belongs to
+        shuffled_epoch = None  # `order` is the order of this epoch
         for step in range(self.start_step, self.steps):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != order_of:
+            if epoch != shuffled_epoch:
                 order = numpy_rng(ORDER, self.seed, epoch).permutation(self.n)
-                order_of = epoch
+                shuffled_epoch = epoch
             first = step_of_epoch * self.batch + self.rank * self.share
             for start in range(first, first + self.share, self.micro):
                 yield [(epoch, int(i)) for i in order[start : start + self.micro]]
 
 
-def make_loader(items, args, team, workers, seed, start, end):
-    """Load micro-batches of `items`, Views or TrainExamples, for one process of a launch.Team."""
-    shares = (args.batch, args.micro, team.rank, team.size)
-    return Loader(
-        items,
-        batch_sampler=Batches(len(items), *shares, seed, start, end),
-        num_workers=workers,
-        pin_memory=team.device.type == "cuda",
-    )
+def make_loader(dataset, args, team, workers, seed, start, end):
+    """Load micro-batches of `dataset`, Views or TrainExamples, for one process of a launch.Team."""
+    n = len(dataset)
+    batches = Batches(n, args.batch, args.micro, team.rank, team.size, seed, start, steps=end)
+    pin = team.device.type == "cuda"
+    return Loader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin)
 
 
 # ---------------------------------------------------------------- examples of a downstream task
 class TaskFilms:
     """films[i] → (film uint8 (H, W), mask bool (size, size) or None) of example i.
 
-    examples: of plumbing.splits.Example; each has the path of a film, its `target` (0 or 1 for each
-    label) and its `mask` (None, unless pixels are to be found). Films come at a short side of at
-    most 2 · size px. Raises UnreadableFilm, also for a mask that cannot be read.
+    examples: a list of plumbing.splits.Example; `mask` is None where nothing is to be segmented.
+    Films come at a short side of at most 2 · size px. Raises UnreadableFilm when a film or its mask
+    cannot be read.
     """
 
     def __init__(self, examples, size):
@@ -220,9 +217,9 @@ class TaskFilms:
 
 
 def open_examples(examples, size: int, in_memory: bool):
-    """The films of some examples: all decoded now and kept in memory, or decoded at every use.
+    """Open the films of some examples: decode all now and keep them, or decode at every use.
 
-    Decoded now, they lie in this process before loader processes begin, which then share them.
+    Decoding before the loader processes start lets these share the memory.
     """
     films = TaskFilms(examples, size)
     if in_memory:
@@ -232,10 +229,10 @@ def open_examples(examples, size: int, in_memory: bool):
 
 
 class TrainExamples(torch.utils.data.Dataset):
-    """Item (epoch, i) → a view of film i and what to predict of it, drawn by (seed, epoch, i).
+    """Item (epoch, i) → a view of film i and what to predict of it.
 
-    view uint8 (size, size); goal float: target (c,), or mask (size, size), moved as the film is;
-    unreadable, reason: as read_or_next says.
+    The view is drawn by random numbers that depend on (seed, epoch, i) only. view uint8
+    (size, size); goal float32: the labels (c,), or the mask (size, size), moved as the film is.
     """
 
     def __init__(self, films, seed):
@@ -248,14 +245,15 @@ class TrainExamples(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, i = key
         size = self.films.size
-        number, (film, mask), replaced = read_or_next(self.films, range(len(self.films)), i)
+        index, (film, mask), report = read_or_next(self.films, range(len(self.films)), i)
         rng = numpy_rng(TRAIN_VIEW, self.seed, epoch, i)
         if mask is None:
             view = augment.train_crop(film, rng, size)
-            goal = self.films.examples[number].target
+            goal = self.films.examples[index].target
         else:
             view, goal = augment.shift_scale_turn_flip(augment.whole_crop(film, size), mask, rng)
-        return {"view": np.array(view), "goal": np.asarray(goal, np.float32), **replaced}
+        # A copy of the view, for torch refuses the negative strides of a flipped one.
+        return {"view": np.array(view), "goal": np.asarray(goal, np.float32), **report}
 
 
 def eval_views(film, size: int, ten=False):
@@ -268,7 +266,8 @@ class EvalExamples(torch.utils.data.Dataset):
     """Item i → what to predict of film i, and from which crops of it.
 
     views uint8 (1 or 10, size, size), goal as in TrainExamples, index i. A film that cannot be read
-    gives zeros, its name under `unreadable` and why under `reason`; both are "" otherwise.
+    gives black views, its name under `unreadable` and why under `reason` (both else ""); finetune's
+    `predict` then drops it.
     """
 
     def __init__(self, films, ten=False):
@@ -310,9 +309,9 @@ class Config:
 
 def main():
     """Check or pack the films, as the first word of the command line says."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    wants_help = word in ("-h", "--help")
-    args = parse(Config, __doc__, sys.argv[1 if wants_help else 2 :], prog="data.py check|pack")
+    word, *flags = sys.argv[1:] or [""]
+    flags = [word] if word in ("-h", "--help") else flags
+    args = parse(Config, __doc__, flags, prog="data.py check|pack")
     if word not in ("check", "pack") or not args.data:
         raise UserError(
             "say what to do with which films: python data.py check --data DIR, "
