@@ -441,7 +441,7 @@ def main(args=None, Model=CheXWorld):
     # ---- 8. Train.
     forward = launch.prepare_forward(world, args.compile, team, total)  # compiled, and in DDP
     is_stopping = False
-    monitor = Monitor(out, world.LOSSES, args, team, start, end, total)
+    monitor = Monitor(out, world.loss_names, args, team, start, end, total)
     with checkpoint.StopRequest() as stop, monitor:  # `stop` notes SIGTERM and Ctrl-C
         items = monitor.timed(loader)  # an iterator; notes how long the training waits for it
         for step in range(start, end):

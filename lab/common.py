@@ -126,7 +126,7 @@ def find_weights(weights: str | None) -> Path:
 def load_predictions(path) -> CheXWorld:
     """Load a world model whose predictions of features are asked for. Raises BadCheckpoint."""
     world = load_world(path)
-    if world.pixels == 1:
+    if world.pixel_weight == 1:
         raise checkpoint.BadCheckpoint(
             f"{path}: trained with --pixels 1, so it never learnt to predict features; its encoder "
             "serves finetune.py, lab.features, lab.health and lab.correspondence"

@@ -200,7 +200,7 @@ def training_mask(grid, *key):
     masked (M,), as masks.sample_masks draws them
     """
     keep, masked = (drawn[0] for drawn in sample_masks(1, grid, torch_generator(*key)))
-    # sample_masks draws the same numbers first; of its tries it took the one that fits best.
+    # sample_masks draws the same numbers first, and uses the try with the smallest shortfall.
     u = torch.rand(TRIES, 4, 1, 4, generator=torch_generator(*key))
     each = cover(u, grid, area=(0.15, 0.2), aspect=(0.75, 1.5))  # (TRIES, 4, N)
     union = each.any(1)

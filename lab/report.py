@@ -68,7 +68,7 @@ def closing(args, out, world, films, held, tables):
         result.setdefault("notes", {})[table.path.stem] = table.notes
         print(judged_words(table, judged, seen))
     write_json(out / "result.json", result)
-    curves = curves_picture(read_log(out / "log.csv"), world.LOSSES)
+    curves = curves_picture(read_log(out / "log.csv"), world.loss_names)
     pictures.save_or_warn(curves, out / "curve.png")
     print(
         f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, "
@@ -78,7 +78,7 @@ def closing(args, out, world, films, held, tables):
 
 def domain_part(world, films, held):
     """Run and print the domain sensitivity test on held-out films. → its result, {} without any"""
-    if world.pixels == 1:
+    if world.pixel_weight == 1:
         print("\nno domain sensitivity test: --pixels 1 trains no prediction of features")
         return {}
     images, _, unreadable = read_whole(films, evenly(held, DOMAIN_FILMS), world.encoder.image)

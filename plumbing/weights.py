@@ -256,9 +256,9 @@ class ScaledBlock(Block):
         self.ls1.gamma = nn.Parameter(torch.ones(dim))
         self.ls2.gamma = nn.Parameter(torch.ones(dim))
 
-    def drop_path(self, x, draws, branch):
+    def drop_path(self, x, drop_noise, branch):
         scale = (self.ls1, self.ls2)[branch].gamma
-        return super().drop_path(scale * x, draws, branch)
+        return super().drop_path(scale * x, drop_noise, branch)
 
 
 class BaselineViT(ViT):
@@ -282,11 +282,12 @@ class BaselineViT(ViT):
             del self.pos_embed
             self.pos_embed = nn.Parameter(positions)
 
-    def forward(self, images, keep=None, draws=None):
-        """As in ViT: all patches, or those in `keep`; draws are for drop path."""
+    def forward(self, images, keep=None, drop_noise=None):
+        """As in ViT: all patches, or those in `keep`; drop_noise is for drop path."""
         x = self.embed(images, keep)
         tokens = self.tokens.expand(len(x), -1, -1)
-        x = run_blocks(self.blocks, torch.cat([tokens, x], 1), self.save_memory, draws)
+        x = torch.cat([tokens, x], 1)
+        x = run_blocks(self.blocks, x, self.save_memory, drop_noise)
         return self.norm(x[:, tokens.shape[1] :])
 
 

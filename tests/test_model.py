@@ -142,10 +142,10 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert [block.drop for block in vit.blocks] == [0.0, 0.5]
     block = vit.blocks[1]
     x = torch.rand(1, 4, 32).expand(4000, -1, -1)
-    draws = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
+    drop_noise = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
     for branch in (0, 1):
-        factor = block.drop_path(x, draws, branch) / x
-        assert torch.equal(factor[:, 0, 0] > 0, draws[:, branch] >= 0.5)
+        factor = block.drop_path(x, drop_noise, branch) / x
+        assert torch.equal(factor[:, 0, 0] > 0, drop_noise[:, branch] >= 0.5)
         assert torch.equal(factor.unique(), torch.tensor([0.0, 2.0]))
         assert (factor == factor[:, :1, :1]).all()
         assert factor.mean().item() == pytest.approx(1, abs=0.06)
@@ -155,12 +155,12 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
 def test_each_image_goes_its_own_way_through_the_blocks():
     vit = shaken(ViT(16, 8, 32, 3, 4, drop_path=0.5))
     images = torch.rand(4, 1, 16, 16)
-    draws = torch.rand(4, 3, 2)
-    draws[0] = 1.0  # skips nothing, and what is kept grows
-    draws[1, 1:] = 0.0  # skips both branches of all blocks but the first, which skips none
-    together = vit(images, draws=draws)
+    drop_noise = torch.rand(4, 3, 2)
+    drop_noise[0] = 1.0  # skips nothing, and what is kept grows
+    drop_noise[1, 1:] = 0.0  # skips both branches of all blocks but the first, which skips none
+    together = vit(images, drop_noise=drop_noise)
     for k in range(4):
-        alone = vit(images[k : k + 1], draws=draws[k : k + 1])
+        alone = vit(images[k : k + 1], drop_noise=drop_noise[k : k + 1])
         assert torch.allclose(together[k : k + 1], alone, atol=1e-5)
     vit.blocks = vit.blocks[:1]
     assert torch.allclose(together[1:2], vit(images[1:2]), atol=1e-5)
@@ -294,7 +294,7 @@ def test_without_pixels_there_is_no_second_head_and_with_it_all_else_starts_alik
         torch.manual_seed(0)
         worlds.append(CheXWorld(**TINY, pixels=weight))
     paper, *others = worlds
-    assert "pixels" not in paper.config and paper.LOSSES == CheXWorld.LOSSES
+    assert "pixels" not in paper.config and paper.loss_names == CheXWorld.LOSSES
     assert not any("pixel" in name for name in paper.state_dict())
     for world in others:
         state = world.state_dict()
@@ -303,8 +303,8 @@ def test_without_pixels_there_is_no_second_head_and_with_it_all_else_starts_alik
             "predictor.pixel_head.bias",
         }
         assert all(torch.equal(v, state[k]) for k, v in paper.state_dict().items())
-        assert world.LOSSES == (*CheXWorld.LOSSES, "pixels")
-        assert world.config == paper.config | {"pixels": world.pixels}
+        assert world.loss_names == (*CheXWorld.LOSSES, "pixels")
+        assert world.config == paper.config | {"pixels": world.pixel_weight}
         again = CheXWorld(**world.config)
         again.load_state_dict(state)
 

@@ -209,7 +209,7 @@ def test_pixels_and_half_of_the_other_view_on_two_ranks_and_in_two_parts(films, 
     refused(other, "another recipe", "pixels 1.0 → None", "global_share 0.5 → None")
 
     path = tmp_path / "one" / "last.pt"
-    assert load_world(path).pixels == 1 and load_encoder(path).dim == 128
+    assert load_world(path).pixel_weight == 1 and load_encoder(path).dim == 128
     with pytest.raises(UserError, match="--pixels 1.*lab.features"):
         load_predictions(path)
 
@@ -228,7 +228,7 @@ def test_half_of_both_is_a_world_for_every_analysis(films, tmp_path):
     run(films, tmp_path / "half", "--pixels", "0.5", "--max_steps", "2")
     world = load_predictions(tmp_path / "half" / "last.pt")
     images = torch.rand(2, 1, 32, 32)
-    assert world.pixels == 0.5 and world.predict(images).shape == (2, 16, 128)
+    assert world.pixel_weight == 0.5 and world.predict(images).shape == (2, 16, 128)
     result = json.loads((tmp_path / "half" / "result.json").read_text())
     assert result["domain"]["candidates"] == 64
 

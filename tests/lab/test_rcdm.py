@@ -168,14 +168,14 @@ def test_pool_is_the_mean_over_each_rectangle():
 @pytest.mark.parametrize("grid", [8, 14])
 def test_the_mask_is_one_of_pretraining_and_its_rectangles_are_known(grid, monkeypatch):
     covered = []
-    least_lacking = masks.least_lacking
+    smallest_shortfall = masks.smallest_shortfall
 
     def spy(*args):
-        found = least_lacking(*args)
+        found = smallest_shortfall(*args)
         covered.append(found[0][0].numpy())
         return found
 
-    monkeypatch.setattr(masks, "least_lacking", spy)
+    monkeypatch.setattr(masks, "smallest_shortfall", spy)
     for k in range(50):
         rectangles, keep, masked = rcdm.training_mask(grid, k)
         union = np.zeros((grid, grid), bool)
