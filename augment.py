@@ -7,10 +7,10 @@
     5. train_crop, …         What fine-tuning does instead.
 
 The jitter shows the model every film in many exposures. Both views share it: if y₂ had a jitter of
-its own, view 1 could only guess it. What T_a does to a view, the model is told (the action) and
-must undo: it predicts the view without T_a, so T_a is never applied to a target.
+its own, view 1 could not know it. The model is told T_a's action, and must undo it: it predicts the
+view without T_a, so T_a is never applied to a target.
 
-In 1 to 4 sample_* draw parameters, and all else is a pure function of images and parameters.
+In parts 1 to 4, functions sample_* draw the random parameters; the others draw nothing.
 Boxes are (top, left, height, width) in pixels of the film; a flip mirrors the view left to right.
 Images on the device are float in [0, 1], (B, 1, H, W); every tone step clips to that range.
 """
@@ -34,9 +34,9 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
     """Draw two boxes of the same size in a film of height × width px, and two flips. (Sec. B.1)
 
     rng: NumPy generator. scale: range of the area as a fraction of the film's, uniform.
-    ratio: range of width / height, log-uniform. Both boxes have one size, as in the paper: the
-    first of ten drawn sizes that fits. Where a narrow film holds none of them, it is the largest
-    box of an allowed ratio. → boxes (2, 4) float64, flips (2,) bool
+    ratio: range of width / height, log-uniform. Both boxes have the same size (as in the paper):
+    the first of ten drawn sizes that fits the film, or, if none does, the largest box of an allowed
+    ratio. → boxes (2, 4) float64, flips (2,) bool
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random(10))
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -46,15 +46,15 @@ def sample_boxes(rng, height, width, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
     fits = (box_width <= width) & (box_height <= height)
     if fits.any():
         first = fits.argmax()
-        size = (box_height[first], box_width[first])
+        box_size = (box_height[first], box_width[first])
     else:
         # The largest box of an allowed ratio: as wide as the film, it is at most width / ratio[0]
         # high; as high as the film, it is at most height · ratio[1] wide.
-        size = (min(height, width / ratio[0]), min(width, height * ratio[1]))
-    room = np.array([height - size[0], width - size[1]])
+        box_size = (min(height, width / ratio[0]), min(width, height * ratio[1]))
+    room = np.array([height - box_size[0], width - box_size[1]])
     corners = rng.random((2, 2)) * room  # top and left of both boxes
     flips = rng.random(2) < 0.5
-    return np.concatenate([corners, [size, size]], axis=1), flips
+    return np.concatenate([corners, [box_size, box_size]], axis=1), flips
 
 
 def crop(film, box, size, flip=False):
@@ -77,11 +77,11 @@ def to_float(views):
     return views.float() / 255
 
 
-# ---- 2. and 3. Jitter and T_a, on the device
+# ---- 2. and 3. Jitter and T_a: drawn on the CPU, applied on the device
 
 
 def sample_jitter(batch, generator, p=0.8, span=(0.6, 1.4)):
-    """Draw brightness and contrast of each film's targets; (1, 1) with chance 1 - p. → (B, 2)"""
+    """Draw each film's brightness and contrast; (1, 1) with probability 1 - p. → (B, 2)"""
     u = torch.rand(batch, 3, generator=generator)
     factors = span[0] + (span[1] - span[0]) * u[:, :2]
     is_applied = u[:, 2:] < p
@@ -91,18 +91,18 @@ def sample_jitter(batch, generator, p=0.8, span=(0.6, 1.4)):
 def sample_actions(batch, generator, p_tone=0.8, p_blur=0.2):
     """Draw actions a = (brightness, contrast, gamma, blur sigma in px). (Sec. B.1) → (B, 4)
 
-    The three tone factors are applied together, with probability p_tone, the blur with p_blur.
-    What is not applied takes its value from IDENTITY.
+    The three tone factors are applied together with probability p_tone; blur is applied with
+    probability p_blur. What is not applied takes its value from IDENTITY.
     """
     u = torch.rand(batch, 6, generator=generator)
-    placed = place_actions(u[:, :4])
-    tones = torch.where(u[:, 4:5] < p_tone, placed[:, :3], torch.ones(3))
-    sigma = torch.where(u[:, 5:6] < p_blur, placed[:, 3:], torch.zeros(1))
+    scaled = scale_to_ranges(u[:, :4])
+    tones = torch.where(u[:, 4:5] < p_tone, scaled[:, :3], torch.ones(3))
+    sigma = torch.where(u[:, 5:6] < p_blur, scaled[:, 3:], torch.zeros(1))
     return torch.cat([tones, sigma], 1)
 
 
-def place_actions(u):
-    """Lay numbers from 0 to 1 over the ranges of an action's four parts. (B, 4) → (B, 4)"""
+def scale_to_ranges(u):
+    """Scale uniform numbers to the four ranges of an action. (B, 4) → (B, 4)"""
     brightness = 0.6 + 0.8 * u[:, 0]  # uniform in (0.6, 1.4)
     contrast = 0.6 + 0.8 * u[:, 1]
     gamma = 0.5 * 4.0 ** u[:, 2]  # log-uniform in (0.5, 2)
@@ -113,25 +113,25 @@ def place_actions(u):
 def apply_jitter(views, jitter):
     """Change brightness and contrast of a film's two views alike. (B, 2, H, W), jitter (B, 2)
 
-    tone sees both views as one item: it stretches them about the mean that they have in common.
+    The contrast is stretched about the mean of both views together.
     """
-    return tone(views, jitter[:, 0], jitter[:, 1])
+    return change_tone(views, jitter[:, 0], jitter[:, 1])
 
 
 def apply_action(images, action):
     """Apply T_a (Eq. 9): brightness, contrast, gamma, then blur. (B, 1, H, W), action (B, 4)"""
     brightness, contrast, gamma, sigma = action.unbind(1)
-    toned = tone(images, brightness, contrast) ** gamma.view(-1, 1, 1, 1)
-    # Blur all images and keep it where sigma > 0: to pick them first, the host would have to wait
-    # for the GPU.
+    toned = change_tone(images, brightness, contrast) ** gamma.view(-1, 1, 1, 1)
+    # Blur all images, and use the result where sigma > 0: choosing them first would make the CPU
+    # wait for the GPU.
     is_blurred = sigma.view(-1, 1, 1, 1) > 0
     return torch.where(is_blurred, blur(toned, sigma), toned)
 
 
-def tone(images, brightness, contrast):
-    """Scale the grey values, then stretch them about each item's mean; factors of 1 change no bit.
+def change_tone(images, brightness, contrast):
+    """Scale the grey values, then stretch them about the mean of each entry of the batch.
 
-    images (B, ...), brightness (B,), contrast (B,) → (B, ...)
+    images (B, ...), brightness (B,), contrast (B,) → (B, ...), bit-identical for factors of 1
     """
     shape = [-1] + [1] * (images.dim() - 1)
     brightness = brightness.view(shape)
@@ -152,8 +152,8 @@ def blur(images, sigma):
 def gaussian_matrix(size, sigma):
     """Make matrices whose row i holds the weights that blur pixel i; each row sums to 1.
 
-    Weights end at three times the largest sigma, the same cut for all. A sigma of 0 (not applied)
-    is raised only to avoid dividing by zero. sigma (B,) px → (B, size, size)
+    Weights are cut off at 3 × BLUR_MAX for every sigma. A sigma of 0 is raised to avoid dividing by
+    zero; its result is not used. sigma (B,) px → (B, size, size)
     """
     pixel = torch.arange(size, device=sigma.device, dtype=torch.float32)
     squared = (pixel[:, None] - pixel[None]).square()
@@ -166,13 +166,11 @@ def gaussian_matrix(size, sigma):
 
 
 def relative_coords(context_box, target_box, grid, context_flip=None, target_flip=None):
-    """Tell where the target view's patches lie in the context view's grid: φ of Eq. (4, 5).
+    """Follow each patch centre from the target view to the film, and on into the context view.
 
+    This is φ of Eq. (4, 5). Without flips it equals (u, v) + n·Δ: (u, v) is the row and column of a
+    patch, Δ the shift from the context's corner to the target's in fractions of the box size.
     Boxes (B, 4) px of the film, flips (B,) bool → (B, N, 2) (row, col) in patches of the context.
-    For unflipped boxes of one size this is n·Δ + (u, v): Δ is the target's corner less the
-    context's, in fractions of the size, (u, v) the row and column of a patch. Since boxes may be
-    flipped, we follow each patch centre from the target view to the film, and from there into the
-    context view.
     """
     context_box = context_box[:, None].float()  # (B, 1, 4)
     target_box = target_box[:, None].float()
@@ -206,7 +204,7 @@ def whole_crop(film, size):
     return crop(film, (0, 0, *film.shape), size)
 
 
-def mask_to(mask, size):
+def squeeze_mask(mask, size):
     """Squeeze a mask as whole_crop squeezes its film, nearest pixel. bool (H, W) → (size, size)"""
     image = Image.fromarray(np.asarray(mask, np.uint8))
     return np.asarray(image.resize((size, size), Image.Resampling.NEAREST), bool)
@@ -227,8 +225,8 @@ def centre_crops(film, size, ten=False):
     return np.concatenate([crops, crops[..., ::-1]]) if ten else crops
 
 
-def shift_tone(images, brightness, contrast):
-    """Scale the grey values by `contrast` and add brightness - 1 to them: segmentation's jitter.
+def jitter_for_masks(images, brightness, contrast):
+    """Scale the grey values by `contrast` and add brightness - 1, where change_tone multiplies.
 
     images (B, H, W), brightness (B,), contrast (B,) → (B, H, W)
     """
@@ -239,17 +237,19 @@ def shift_tone(images, brightness, contrast):
 def shift_scale_turn_flip(film, mask, rng):
     """Move a film and its mask together; black comes in from outside.
 
-    With probability ½ both are shifted by up to a sixteenth, scaled by up to a tenth and turned by
-    up to 10°; with probability ½ both are flipped. film uint8, mask bool, both (size, size) → same
+    With probability ½ both are shifted by up to 1/16 of the side, scaled by up to 10 % and turned
+    by up to 10°; with probability ½ both are flipped. film uint8, mask bool: (size, size) → same
     """
-    centre = len(film) / 2
-    move, zoom, down, right, flip, turn = rng.random(6)  # each from 0 to 1
-    if move < 0.5:
-        zoom = 1 + 0.2 * (zoom - 0.5)
-        down = (down - 0.5) * len(film) / 8  # px of the input
-        right = (right - 0.5) * len(film) / 8
-        angle = math.radians(20 * (turn - 0.5))
-        # Output pixel p shows input pixel R (p - centre) / zoom + centre - shift.
+    side = len(film)
+    centre = side / 2
+    u_move, u_zoom, u_down, u_right, u_flip, u_turn = rng.random(6)  # uniform numbers
+    if u_move < 0.5:
+        zoom = 1 + 0.2 * (u_zoom - 0.5)
+        down = (u_down - 0.5) * side / 8  # px of the input
+        right = (u_right - 0.5) * side / 8
+        angle = math.radians(20 * (u_turn - 0.5))
+        # Pillow asks, for each output pixel p, which input pixel to show; so this is the inverse
+        # motion: R (p - centre) / zoom + centre - shift.
         cos = math.cos(angle) / zoom
         sin = math.sin(angle) / zoom
         x_offset = centre - right - (cos + sin) * centre
@@ -257,13 +257,13 @@ def shift_scale_turn_flip(film, mask, rng):
         matrix = (cos, sin, x_offset, -sin, cos, y_offset)
         film = warp(film, matrix, Image.Resampling.BICUBIC)
         mask = warp(mask.astype(np.uint8), matrix, Image.Resampling.NEAREST).astype(bool)
-    if flip < 0.5:
+    if u_flip < 0.5:
         film = film[:, ::-1]
         mask = mask[:, ::-1]
     return film, mask
 
 
 def warp(pixels, matrix, resampling):
-    """Apply Pillow's affine transform: output (x, y) shows input (ax + by + c, dx + ey + f)."""
+    """Warp so that matrix (a, …, f) maps output (x, y) to input (a x + b y + c, d x + e y + f)."""
     image = Image.fromarray(pixels)
     return np.asarray(image.transform(image.size, Image.Transform.AFFINE, matrix, resampling))

@@ -213,7 +213,7 @@ class TaskFilms:
         if example.mask is None:
             return film, None
         mask = read_mask(example.mask, film.shape)
-        return film, augment.mask_to(mask, self.size)
+        return film, augment.squeeze_mask(mask, self.size)
 
 
 def open_examples(examples, size: int, in_memory: bool):

@@ -377,7 +377,7 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
     jitter = augment.sample_jitter(batch, generator, probability, (0.8, 1.2))  # (B, 2)
     jitter = jitter[batch_positions].to(device)
     images = augment.to_float(item["view"].to(device, non_blocking=True))
-    change = augment.shift_tone if kind == "mask" else augment.tone
+    change = augment.jitter_for_masks if kind == "mask" else augment.change_tone
     images = change(images, jitter[:, 0], jitter[:, 1])[:, None]
     return images, item["goal"].to(device, non_blocking=True)
 

@@ -71,7 +71,7 @@ def sobol_candidates(count=64):
     each of them once. count is 64 in the paper.
     """
     points = torch.quasirandom.SobolEngine(4).draw(count)  # not scrambled: always the same
-    return augment.place_actions(points + 0.5 / count)
+    return augment.scale_to_ranges(points + 0.5 / count)
 
 
 # Two sets of candidates; a candidate is an action that makes a target of the film.

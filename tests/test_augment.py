@@ -17,11 +17,11 @@ from augment import (
     apply_action,
     apply_jitter,
     crop,
-    place_actions,
     relative_coords,
     sample_actions,
     sample_boxes,
     sample_jitter,
+    scale_to_ranges,
     to_float,
 )
 
@@ -438,4 +438,4 @@ def test_actions_are_placed_over_the_papers_ranges():
         ],
         1,
     )
-    assert np.abs(place_actions(torch.from_numpy(u)).numpy() - truth).max() < 1e-6
+    assert np.abs(scale_to_ranges(torch.from_numpy(u)).numpy() - truth).max() < 1e-6
