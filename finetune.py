@@ -401,7 +401,7 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
         images, goal = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
         draws = None if args.freeze else all_draws[batch_positions].to(team.device)
         is_last = k + 1 == micro_batches
-        with launch.average_gradients(forward, now=is_last):
+        with launch.averaging_gradients(forward, only_if=is_last):
             with launch.autocast(team.device, args.precision):
                 loss = loss_of(task.kind, forward(images, draws), goal).mean() / micro_batches
             loss.backward()
@@ -509,7 +509,7 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     run = SeedRun(seed, folder, steps, model, optimizer, about)
     run.resume()
     if run.step:
-        team.say(f"seed {seed}: going on at step {run.step} of {steps.total}")
+        team.say(f"seed {seed}: resuming at step {run.step} of {steps.total}")
 
     # ---- 3. The linear probe: it starts the head (--head probe) or is all there is (--freeze).
     starts_as_probe = task.kind != "mask" and (args.freeze or args.head == "probe")

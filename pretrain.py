@@ -5,12 +5,18 @@
     torchrun --nproc_per_node=8 pretrain.py --data /cxr    # eight GPUs, the same code
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         pretrain.py --data /cxr.pack                       # four nodes, films packed by data.py
-    python pretrain.py --data /cxr --weights FILE          # few films: go on from what exists
+    python pretrain.py --data /cxr --weights FILE          # few films: continue from these weights
 
-Settings that you leave open come from a recipe, a row of the table below: demo without --data,
-continue with --weights, else small with fewer than 20,000 films to train on, paper with more;
---recipe names another. The same command again goes on where the last one stopped. The folder --out
-receives config.json, log.csv, last.pt, encoder.pt, curve.png, views.png and result.json.
+Settings that you leave open come from a recipe, a row of the table below: continue with --weights,
+else demo without --data, else small with fewer than 20,000 films to train on, else paper. --recipe
+chooses one of the last three itself. The folder --out receives config.json, log.csv, last.pt,
+encoder.pt, curve.png, views.png and result.json.
+
+Random numbers depend on the seed and on a step, or on an epoch and film, never on the process. Each
+process draws those of a step for the whole batch and keeps its own films' rows. Gradients are
+averaged over all. So the number of GPUs, the micro-batch or an interruption changes results by
+rounding only. Ctrl-C finishes the step, saves and ends; the same command resumes. A second ends at
+once.
 """
 
 import dataclasses
@@ -20,7 +26,7 @@ import torch
 
 import augment
 from data import Views, make_loader, open_films
-from lab.report import closing
+from lab.report import judge_on_held_out
 from masks import mask_sizes, sample_asked, sample_masks
 from model import SIZES, CheXWorld, swap_views
 from plumbing import checkpoint, launch, pictures
@@ -28,14 +34,14 @@ from plumbing.keys import STEP, torch_generator
 from plumbing.launch import UserError, flag
 from plumbing.monitor import Monitor, describe_length, describe_network
 from plumbing.own_table import open_tables
-from plumbing.pack import UnreadableFilms, hold_in_memory
+from plumbing.pack import UnreadableFilms, choose_loading
 from plumbing.phantom import draw_demo
 from plumbing.splits import hold_out_films
 from plumbing.weights import find_origin, start_world
 
 # fmt: off
-# For all, a gradient norm of at most 1.0 and a last learning rate of 1e-6: launch.TrainFlags. What
-# a row does not name is as in OF_THE_PAPER. The reasons are in docs/method.md.
+# All share --clip 1.0 and --min_lr 1e-6 (launch.TrainFlags). What a row does not name has its value
+# in NEWER_DEFAULTS. The reasons are in docs/method.md.
 RECIPES = {
     "demo":  dict(size="tiny", image=96,  patch=16, batch=8,    epochs=34,  warmup=2.7,
                   lr=7.5e-4,   ema=0.9975, save_every=200),
@@ -43,26 +49,24 @@ RECIPES = {
                   lr=7.5e-4,   ema=0.9975, save_every=200),
     "paper": dict(size="base", image=224, patch=16, batch=2048, epochs=300, warmup=40.0,
                   lr=2e-4,     ema=0.996, save_every=500),  # Sec. B.1
-    # With --weights; size, image and patch are the file's.
+    # Used with --weights, whose file sets size, image and patch.
     "continue": dict(batch=64, epochs=100, warmup=5.0, lr=1e-4, ema=0.998, save_every=200),
 }
 FEW = 20_000  # films to train on; fewer get the small recipe
-# Settings that came later, with the value that does what was done before there was a choice: a run
-# that leaves them so goes on, though an earlier version began it.
-OF_THE_PAPER = {"pixels": 0.0, "global_share": 1.0}
-# Settings that may change when a run goes on: they change no random number and no schedule, though
-# another device or micro-batch may round otherwise. The films that were chosen are compared by name
-# instead, the file of --weights by its content (recipe_of).
-FREE = {"recipe", "data", "out", "weights", "max_steps", "probe", "patients", "device", "workers",
-        "micro", "compile", "checkpointing", "log_every", "save_every"}
+# Newer settings, with the value that means "as in the paper". Runs that began before these flags
+# existed can so be resumed.
+NEWER_DEFAULTS = {"pixels": 0.0, "global_share": 1.0}
+# Flags that may differ when a run resumes: they change its numbers by rounding at most. The films
+# are compared by name instead, and the file of --weights by its content (fingerprint_of).
+MAY_CHANGE = {"recipe", "data", "out", "weights", "max_steps", "probe", "patients", "device",
+              "workers", "micro", "compile", "checkpointing", "log_every", "save_every"}
 # fmt: on
 
 
 @dataclasses.dataclass
 class Config(launch.TrainFlags):
-    """The flags; None is filled in from the recipe ([recipe] in the help) or where it is used.
-
-    The flags of every training (--micro, --precision ...) are in plumbing/launch.py.
+    """The flags, with those of launch.TrainFlags. One left at None comes from the recipe ([recipe]
+    in the help) or is set later.
     """
 
     recipe: str = flag(
@@ -83,7 +87,7 @@ class Config(launch.TrainFlags):
     weights: str = flag(
         None,
         "start from these weights, not from random ones: of a run (its folder or last.pt), the "
-        "authors' file, or an encoder alone, which waits while a new predictor learns",
+        "authors' file, or an encoder alone (frozen until a new predictor has learnt)",
     )
     size: str = flag(
         None,
@@ -97,7 +101,7 @@ class Config(launch.TrainFlags):
     epochs: int = flag(None, "passes over the films; sets the schedules [recipe]")
     warmup: float = flag(
         None,
-        "epochs during which the learning rate rises from 0 [recipe; fewer epochs: the same share]",
+        "epochs during which the learning rate rises from 0 [recipe, shortened with --epochs]",
     )
     lr: float = flag(None, "peak learning rate [recipe]")
     weight_decay: float = flag(0.05, "AdamW weight decay; none on biases, norms and the mask token")
@@ -124,12 +128,12 @@ class Config(launch.TrainFlags):
     patients: str = flag(
         None, "CSV table filename,patient_id, so that no patient of a held-out film is trained on"
     )
-    holdout: int = flag(50, "without --probe: films held out for the domain test, a tenth at most")
+    holdout: int = flag(50, "without --probe: films to keep for the closing test, a tenth at most")
     phantoms: int = flag(2000, "synthetic films of the demo")
     checkpointing: bool = flag(
         False, "recompute activations in the backward pass: less memory, about a third more time"
     )
-    seed: int = flag(0, "of everything random")
+    seed: int = flag(0, "seed of all random numbers")
     log_every: int = flag(20, "steps between rows of log.csv")
     save_every: int = flag(None, "steps between checkpoints [recipe]")
 
@@ -144,11 +148,11 @@ def folder_of(args):
     return "runs/demo" if args.data is None else "runs/pretrain"
 
 
-def choose_recipe(args, films):
+def choose_recipe(args, film_count):
     """Choose the recipe of a run that trains on so many films. → its name
 
-    A run that was begun goes on with its own recipe, of whatever number of films; before there was
-    --recipe that was the paper's.
+    A run that was begun keeps its recipe, whatever the number of films. Runs older than --recipe
+    used the paper's.
     """
     if args.weights is not None:
         return "continue"
@@ -159,23 +163,23 @@ def choose_recipe(args, films):
     out = Path(args.out)
     if (out / "last.pt").is_file():
         begun = checkpoint.read_json(out / "config.json").get("recipe", "paper")
-        if begun != "continue":  # without --weights that run cannot go on: it is refused later
+        if begun != "continue":  # such a run needs --weights: resume_run refuses it
             return begun
-    return "small" if films < FEW else "paper"
+    return "small" if film_count < FEW else "paper"
 
 
 def fill_in(args, name, origin=None):
     """Fill in every setting that the user left open from the recipe `name`. → a new Config
 
-    origin: the weights that --weights starts from, as find_origin read them; size, image and patch
-    are then theirs. A run of fewer epochs than the recipe's gets the same share of warm-up, so that
-    it comes to its peak and down again. Raises UserError when a setting cannot work.
+    origin: the weights of --weights, as find_origin read them; they set size, image and patch. With
+    fewer epochs than the recipe's, warm-up keeps its share of them, so that the learning rate
+    reaches its peak and falls again. Raises UserError when a setting cannot work.
     """
-    recipe = OF_THE_PAPER | RECIPES[name] | (origin.settings() if origin else {})
-    recipe["recipe"] = name
-    epochs = args.epochs or recipe["epochs"]
-    recipe["warmup"] *= min(1, epochs / recipe["epochs"])
-    left_open = {key: value for key, value in recipe.items() if getattr(args, key) is None}
+    settings = NEWER_DEFAULTS | RECIPES[name] | (origin.settings() if origin else {})
+    settings["recipe"] = name
+    epochs = args.epochs or settings["epochs"]
+    settings["warmup"] *= min(1, epochs / settings["epochs"])
+    left_open = {key: value for key, value in settings.items() if getattr(args, key) is None}
     args = dataclasses.replace(args, **left_open)
     if args.warmup >= args.epochs:
         raise UserError(
@@ -190,14 +194,14 @@ def fill_in(args, name, origin=None):
             f"--image {args.image} is {grid} × {grid} patches: at least 4 × 4 are needed for masks"
         )
     if origin:
-        origin.refuse_others(args.size, args.patch, args.pixels)
+        origin.refuse_contradicting(args.size, args.patch, args.pixels)
     return args
 
 
 def choose_films(args, out, team):
-    """Open the films, and divide those to train on from those kept for the closing test.
+    """Open the films, and separate those to train on from those kept for the closing test.
 
-    → films, the tables of --probe, numbers of the films to train on, and of those held out
+    → films, the tables of --probe, indices of the films to train on, and of those held out
     """
     films = open_films(args.data, out, patients=args.patients)
     team.say("\n".join(films.summary))
@@ -206,41 +210,38 @@ def choose_films(args, out, team):
 
 
 # ---- One step
-def prepare(item, args, step, batch_positions, device):
+def prepare(loaded, args, step, batch_positions, device):
     """Turn loaded films into what CheXWorld.forward takes.
 
-    item: b films of data.Views, from the loader: views (b, 2, H, W) uint8, boxes (b, 2, 4), flips
-    (b, 2). batch_positions (b,): where they stand in the batch of all processes. Random numbers are
-    drawn for that whole batch and cut to these positions, so that a film meets the same numbers
-    whatever the number of GPUs and the size of the micro-batch.
+    loaded: b films of data.Views, from the loader: views (b, 2, H, W) uint8, boxes (b, 2, 4), flips
+    (b, 2). batch_positions (b,): their positions in the batch of all processes. Random numbers are
+    drawn for that whole batch and cut to these positions.
     """
     grid = args.image // args.patch
     generator = torch_generator(STEP, args.seed, step)
     jitter = augment.sample_jitter(args.batch, generator)[batch_positions]  # (b, 2)
-    # From here on a batch has 2b rows: view 1 of all films, then view 2.
-    rows = torch.cat([batch_positions, batch_positions + args.batch])  # (2b,)
-    action = augment.sample_actions(2 * args.batch, generator)[rows]  # (2b, 4)
-    keep, masked = sample_masks(2 * args.batch, grid, generator, rows)  # (2b, K), (2b, M)
+    # From here on a batch has 2b rows: view 1 of all films, then view 2. (2b,) of 2 · batch views:
+    view_positions = torch.cat([batch_positions, batch_positions + args.batch])
+    action = augment.sample_actions(2 * args.batch, generator)[view_positions]  # (2b, 4)
+    keep, masked = sample_masks(2 * args.batch, grid, generator, view_positions)  # (2b, K), (2b, M)
     asked = None  # all patches of the other view
-    share = args.global_share or 1.0  # lab.views leaves it open
-    if share < 1:  # drawn last, so that all other numbers are as without it
-        asked = launch.send(sample_asked(2 * args.batch, grid, share, generator, rows), device)
+    if args.global_share < 1:  # drawn last, so that all other numbers are as without it
+        asked = sample_asked(2 * args.batch, grid, args.global_share, generator, view_positions)
+        asked = launch.send(asked, device)
+    drawn = (jitter, action, keep, masked)
+    jitter, action, keep, masked = (launch.send(numbers, device) for numbers in drawn)
 
-    # Targets y: the two crops, jittered alike: view 1 could not foresee a jitter of view 2 alone.
-    views = augment.to_float(item["views"].to(device, non_blocking=True))  # (b, 2, H, W)
-    views = augment.apply_jitter(views, launch.send(jitter, device))
-    y = view_by_view(views)[:, None]  # (2b, 1, H, W)
-
-    # x = T_a(y), Eq. (9), for the contexts: unlike the jitter, each view's action is its own.
-    action = launch.send(action, device)
+    # Targets y: the crops. Both have the same jitter, for view 1 cannot know another one of view 2.
+    views = augment.to_float(loaded["views"].to(device, non_blocking=True))  # (b, 2, H, W)
+    y = view_by_view(augment.apply_jitter(views, jitter))[:, None]  # (2b, 1, H, W)
+    # Contexts x = T_a(y), Eq. (9): they keep the jitter, and each view has an action of its own.
     x = augment.apply_action(y, action)
-
     # φ, Eq. (5): where the patches of the *other* view lie in the grid of this one.
-    boxes = view_by_view(item["boxes"].to(device, non_blocking=True))  # (2b, 4)
-    flips = view_by_view(item["flips"].to(device, non_blocking=True))  # (2b,): is it mirrored?
-    coords = augment.relative_coords(boxes, swap_views(boxes), grid, flips, swap_views(flips))
-    keep = launch.send(keep, device)
-    masked = launch.send(masked, device)
+    boxes = view_by_view(loaded["boxes"].to(device, non_blocking=True))  # (2b, 4)
+    flips = view_by_view(loaded["flips"].to(device, non_blocking=True))  # (2b,): is it mirrored?
+    context = dict(context_box=boxes, context_flip=flips)
+    target = dict(target_box=swap_views(boxes), target_flip=swap_views(flips))
+    coords = augment.relative_coords(grid=grid, **context, **target)
     return dict(y=y, x=x, keep=keep, masked=masked, coords=coords, action=action, asked=asked)
 
 
@@ -250,35 +251,35 @@ def view_by_view(pairs):
 
 
 def micro_batches(items, args, step, team, unreadable):
-    """Yield what this process computes of a step, one prepared micro-batch after the other.
+    """Yield this process's micro-batches of a step, each prepared for CheXWorld.forward.
 
     data.Views puts the next film in the place of one that cannot be read; `unreadable` counts them.
     """
     share = args.batch // team.size
     first = team.rank * share
     for start in range(first, first + share, args.micro):
-        item = next(items)
-        unreadable.note_batch(item)
+        loaded = next(items)
+        unreadable.note_batch(loaded)
         batch_positions = torch.arange(start, start + args.micro)
-        yield prepare(item, args, step, batch_positions, team.device)
+        yield prepare(loaded, args, step, batch_positions, team.device)
 
 
 def train_step(forward, optimizer, batches, args, team):
     """Accumulate the gradients of all micro-batches, clip them, update the weights.
 
     → losses {name: one value per micro-batch}, the pooled targets (2b, D) of this process, the norm
-    of the gradient; all of them stay on the device, so that the host need not wait for it
+    of the gradient. All stay on the device, so that the host need not wait for it.
     """
-    accumulate = args.batch // team.size // args.micro
+    micro_batch_count = args.batch // team.size // args.micro
     losses = {}
     pooled = []
     for k, batch in enumerate(batches, 1):
-        is_last = k == accumulate
-        with launch.average_gradients(forward, now=is_last):
+        is_last = k == micro_batch_count
+        with launch.averaging_gradients(forward, only_if=is_last):
             with launch.autocast(team.device, args.precision):
-                terms, pooled_targets = forward(**batch)
-            (terms["loss"] / accumulate).backward()
-        for name, value in terms.items():
+                batch_losses, pooled_targets = forward(**batch)
+            (batch_losses["loss"] / micro_batch_count).backward()
+        for name, value in batch_losses.items():
             losses.setdefault(name, []).append(value.detach())
         pooled.append(pooled_targets)
     norm = launch.clip_and_step(forward, optimizer, args.clip)
@@ -308,8 +309,8 @@ def parameter_groups(network, weight_decay):
 
 
 def make_optimizer(world, args, origin, total):
-    """Make AdamW. With --weights a new predictor may learn alone first, so that the encoder begins
-    some steps late (docs/method.md); last.pt remembers how many.
+    """Make AdamW. With --weights and a new predictor, the encoder's learning rate stays 0 for the
+    first steps (docs/method.md); `late` says how many, and last.pt keeps it.
     """
     if origin is None:
         groups = parameter_groups(world, args.weight_decay)
@@ -324,42 +325,41 @@ def make_optimizer(world, args, origin, total):
 def set_learning_rate(optimizer, step, total, warmup_steps, args):
     """Set the learning rates of a step. → the predictor's; without --weights all have the same
 
-    Weights that begin late have the same schedule from there on, and 0 before: AdamW then leaves
-    them as they are, though it already averages their gradients.
+    Parameters with `late` start their schedule that many steps later. Until then their learning
+    rate is 0: they stay put while AdamW collects the averages of their gradients.
     """
     for group in optimizer.param_groups:
-        late = group.get("late", 0)
-        times = (step - late, total - late, warmup_steps)
-        group["lr"] = launch.warmup_cosine(*times, args.lr, args.min_lr) if step >= late else 0.0
+        delay = group.get("late", 0)
+        schedule = (step - delay, total - delay, warmup_steps, args.lr, args.min_lr)
+        group["lr"] = launch.warmup_cosine(*schedule) if step >= delay else 0.0
     return optimizer.param_groups[0]["lr"]
 
 
-def recipe_of(args, names, origin=None):
-    """Name all that must stay when a run goes on: settings that change its numbers, the films, the
-    weights that it started from.
+def fingerprint_of(args, names, origin=None):
+    """Collect what must be equal when a run resumes: settings that change its numbers, the films,
+    the weights that it started from.
 
-    A newer setting counts only where it differs from OF_THE_PAPER, so that older runs go on.
+    A newer setting counts only where it differs from NEWER_DEFAULTS, so that older runs resume.
     """
-    recipe = {name: value for name, value in vars(args).items() if name not in FREE}
-    for name, value in OF_THE_PAPER.items():
-        if recipe[name] == value:
-            del recipe[name]
+    fingerprint = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    for name, value in NEWER_DEFAULTS.items():
+        if fingerprint[name] == value:
+            del fingerprint[name]
     if origin:
-        recipe["weights"] = origin.digest
-    return recipe | {"films": len(names), "names": checkpoint.digest_of_names(names)}
+        fingerprint["weights"] = origin.digest
+    return fingerprint | {"films": len(names), "names": checkpoint.digest_of_names(names)}
 
 
-def save(out, world, optimizer, recipe, step):
-    """Write last.pt, all that going on needs, and encoder.pt, the target encoder alone.
+def save(out, world, optimizer, fingerprint, step):
+    """Write last.pt, all that resuming needs, and encoder.pt, the target encoder alone.
 
-    No random state is kept: every draw depends on (seed, step) or (seed, epoch, film) alone. The
-    target encoder is what the paper fine-tunes (Sec. B.3).
+    The paper fine-tunes the target encoder (Sec. B.3). Random numbers need no saved state.
     """
     last = {
         "world": world.state_dict(),
         "config": world.config,
         "optimizer": optimizer.state_dict(),
-        "recipe": recipe,
+        "recipe": fingerprint,
         "step": step,
     }
     checkpoint.save_atomic(last, out / "last.pt")
@@ -371,21 +371,19 @@ def save(out, world, optimizer, recipe, step):
 def draw_views(views, args, count):
     """Draw the first films of the list, changed by the random numbers of step 0. → picture"""
     epoch = 0
-    item = torch.utils.data.default_collate([views[epoch, i] for i in range(count)])
-    batch = prepare(item, args, 0, torch.arange(count), "cpu")
+    loaded = torch.utils.data.default_collate([views[epoch, i] for i in range(count)])
+    batch = prepare(loaded, args, 0, torch.arange(count), "cpu")
     films = [views.read(i)[0] for i in range(count)]
-    return pictures.views_picture(films, item["boxes"], item["flips"], batch, args.patch)
+    return pictures.views_picture(films, loaded["boxes"], loaded["flips"], batch, args.patch)
 
 
 def main(args=None, Model=CheXWorld):
-    """Pre-train one world model.
-
-    args: a Config, by default the command line. Model: what builds the world; lab/ablation.py
-    passes its own.
+    """Pre-train one world model. args: a Config, by default the command line. Model: what builds
+    the world; lab/ablation.py passes its own.
     """
     # ---- 1. Settings: what the user gave; the number of films may decide what is left open.
-    table = launch.table_of_recipes(RECIPES, OF_THE_PAPER)
-    given = args or launch.parse(Config, f"{__doc__}\n{table}")
+    help_text = f"{__doc__}\n{launch.table_of_recipes(RECIPES, NEWER_DEFAULTS)}"
+    given = args or launch.parse(Config, help_text)
     given = dataclasses.replace(given, out=folder_of(given))
     origin = find_origin(given.weights, given.out, given.recipe)
     out = Path(given.out)
@@ -401,20 +399,21 @@ def main(args=None, Model=CheXWorld):
     if given.data is None:  # the demo draws a folder of films, as large as its recipe wants them
         name = choose_recipe(given, given.phantoms)
         given = draw_demo(given, fill_in(given, name, origin).image, team)
-        given = dataclasses.replace(given, recipe=name)  # else section 4 would see a small set
-    films, tables, train, held = choose_films(given, out, team)
+        given = dataclasses.replace(given, recipe=name)  # it has --data now, but stays "demo"
+    films, tables, train_indices, held_indices = choose_films(given, out, team)
 
     # ---- 4. The recipe fills in what is left open.
-    name = choose_recipe(given, len(train))
-    team.say(f"recipe: {name}, for {len(train):,} films to train on; --help shows all recipes")
+    film_count = len(train_indices)
+    name = choose_recipe(given, film_count)
+    team.say(f"recipe: {name}, for {film_count:,} films to train on; --help shows all recipes")
     args = launch.fit_to_machine(fill_in(given, name, origin), team)
     films.side = round(args.image * 320 / 224)  # a short side of 320 px for crops of 224
-    films, workers = hold_in_memory(films, args.workers, team.device)
-    views = Views(films, args.image, args.seed, train)
-    unreadable = UnreadableFilms(len(train))  # ends the run at more than 1 % of the films
+    films, workers = choose_loading(films, args.workers, team.device)
+    views = Views(films, args.image, args.seed, train_indices)
+    unreadable = UnreadableFilms(film_count)  # ends the run at more than 1 % of the films
 
     # ---- 5. Length: a step is one batch; --max_steps ends the training, not the schedules.
-    steps_per_epoch = len(train) // args.batch
+    steps_per_epoch = film_count // args.batch
     total = args.epochs * steps_per_epoch
     end = min(total, args.max_steps or total)
     warmup_steps = round(args.warmup * steps_per_epoch)
@@ -425,14 +424,15 @@ def main(args=None, Model=CheXWorld):
     if origin:
         team.say(origin.describe(args.image, args.patch, total))
     team.say(describe_network(args, world, *mask_sizes(world.encoder.grid), team))
-    team.say(describe_length(given, args, RECIPES[name], films, train, held, total, team))
+    indices = (train_indices, held_indices)
+    team.say(describe_length(given, args, RECIPES[name], films, *indices, total, team))
 
-    # ---- 7. Go on where an earlier run in the same folder stopped.
-    recipe = recipe_of(args, [films.names[i] for i in train], origin)
-    start = checkpoint.resume_run(out, recipe, {"world": world, "optimizer": optimizer}, team)
+    # ---- 7. Resume where an earlier run in the same folder stopped.
+    fingerprint = fingerprint_of(args, [films.names[i] for i in train_indices], origin)
+    start = checkpoint.resume_run(out, fingerprint, {"world": world, "optimizer": optimizer}, team)
     loader = make_loader(views, args, team, workers, args.seed, start, end)
     if start:
-        team.say(f"going on at step {start} of {total}")
+        team.say(f"resuming at step {start} of {total}")
     elif team.lead:
         pictures.save_or_warn(draw_views(views, args, min(4, args.batch)), out / "views.png")
     if team.lead:
@@ -456,7 +456,7 @@ def main(args=None, Model=CheXWorld):
             if is_stopping or done == end or done % args.save_every == 0:
                 monitor.check(done, world)  # stops here rather than save NaN
                 if team.lead:
-                    save(out, world, optimizer, recipe, done)
+                    save(out, world, optimizer, fingerprint, done)
                 team.wait()
             if is_stopping:
                 break
@@ -465,7 +465,7 @@ def main(args=None, Model=CheXWorld):
 
     # ---- 9. Judge the model on the films held out.
     if team.lead:
-        closing(args, out, world, films, held, tables)
+        judge_on_held_out(args, out, world, films, held_indices, tables)
     team.leave()
 
 

@@ -691,7 +691,7 @@ def main(argv=None):
     Flags, run = commands[word]
     doc = __doc__
     if word == "train":
-        doc += "\n" + launch.table_of_recipes(pretrain.RECIPES, pretrain.OF_THE_PAPER)
+        doc += "\n" + launch.table_of_recipes(pretrain.RECIPES, pretrain.NEWER_DEFAULTS)
     run(parse(Flags, doc, argv, prog=f"python -m lab.ablation {word}".strip()))
 
 

@@ -49,7 +49,7 @@ START = "starting encoder"
 DOMAIN_FILMS = 50  # at most so many held-out films in the domain sensitivity test
 
 
-def closing(args, out, world, films, held, tables):
+def judge_on_held_out(args, out, world, films, held, tables):
     """Judge a trained CheXWorld on films it has not seen: by the domain sensitivity test, and by
     linear probes against random weights and raw pixels.
 

@@ -30,8 +30,9 @@ def main(argv=None):
     numbers = common.evenly(common.named(args.table, films), args.films)
     views = Views(films, args.image, args.seed, numbers)
     count = len(numbers)
-    recipe = pretrain.Config(image=args.image, patch=args.patch, batch=count, seed=args.seed)
-    page = pretrain.draw_views(views, recipe, count)
+    shape = dict(image=args.image, patch=args.patch, batch=count)
+    settings = pretrain.Config(**shape, seed=args.seed, global_share=1.0)
+    page = pretrain.draw_views(views, settings, count)
     words = f"{count} films as a training step shows them"
     common.finish(args, {"films": count}, words, views=page)
 

@@ -546,9 +546,9 @@ def prepare_forward(model, compile: str, team: Team, steps: int = COMPILED_FROM)
     return DistributedDataParallel(model, device_ids=devices, **{switch: False})
 
 
-def average_gradients(forward, now: bool):
-    """Return the context of one micro-batch: ranks average their gradients now, or later."""
-    if now or not isinstance(forward, DistributedDataParallel):
+def averaging_gradients(forward, only_if: bool):
+    """Return the context of a backward pass: ranks average their gradients only if `only_if`."""
+    if only_if or not isinstance(forward, DistributedDataParallel):
         return contextlib.nullcontext()
     return forward.no_sync()
 

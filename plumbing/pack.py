@@ -108,8 +108,9 @@ class InMemory:
             self.decoded = dict(zip(numbers, bar, strict=True))
 
 
-def hold_in_memory(films: Films, workers: int | None, device) -> tuple:
-    """Keep a small set of films decoded in memory. → (films, number of loader processes)
+def choose_loading(films: Films, workers: int | None, device) -> tuple:
+    """Choose how films are loaded: a small set stays decoded in memory. → (films, number of loader
+    processes)
 
     workers: what the user asked for. Films are decoded when they are first used; loader processes
     would each decode and keep them all, so films stay in memory only when this process loads them.

@@ -585,7 +585,7 @@ class Origin:
                 size = name
         return dict(size=size, image=self.config["image"], patch=self.config["patch"])
 
-    def refuse_others(self, size: str, patch: int, pixels: float):
+    def refuse_contradicting(self, size: str, patch: int, pixels: float):
         """Raise UserError when --size, --patch or --pixels contradict the file."""
         own = self.settings()
         if self.encoder is None:  # a run that goes on compares its whole recipe

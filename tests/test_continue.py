@@ -144,7 +144,7 @@ def test_kill_nine_then_the_same_command_without_the_file(films, encoder, tmp_pa
     refused(changed, "moved.pt is not the file that the run in", "SHA-256")
     copy.unlink()
     said = run(films, tmp_path / "killed", *more).stdout
-    assert "no longer there; not needed" in said and "going on at step" in said
+    assert "no longer there; not needed" in said and "resuming at step" in said
     assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == 0
     refused(run(films, tmp_path / "killed", ok=False), "another recipe", "weights ", "→ None")
 
@@ -202,7 +202,7 @@ def test_settings_come_from_the_file_and_from_the_recipe_for_continuing(encoder,
 def test_a_run_without_weights_is_what_it_was():
     """So that old runs go on: the recipe's keys, and AdamW's two groups."""
     args = pretrain.fill_in(pretrain.Config(data="x", size="tiny", image=32, patch=8), "paper")
-    assert not {"weights", "pixels"} & pretrain.recipe_of(args, ["a.png"]).keys()
+    assert not {"weights", "pixels"} & pretrain.fingerprint_of(args, ["a.png"]).keys()
     world = pretrain.make_world(args, None, CheXWorld)
     optimizer = pretrain.make_optimizer(world, args, None, 100)
     trained = [*world.encoder.parameters(), *world.predictor.parameters()]

@@ -222,7 +222,7 @@ def test_a_killed_loader_process(films, tmp_path, program):
     assert "error: a helper process was killed" in said.splitlines()[-1], said
     step = torch.load(log.with_name("last.pt"), weights_only=True)["step"]
     again = start(program, *words, "--max_steps", step + 1)
-    assert f"going on at step {step}" in again.communicate()[0]
+    assert f"resuming at step {step}" in again.communicate()[0]
     assert again.returncode == 0
 
 

@@ -627,7 +627,9 @@ def test_test_films_that_pretraining_saw_unlabelled_are_counted(
     films, tmp_path, monkeypatch, capsys
 ):
     """Without --probe it saw all eight, with --probe none; of --weights before it nobody knows."""
-    monkeypatch.setattr("pretrain.closing", lambda *_: None)  # probes would take most of the time
+    monkeypatch.setattr(
+        "pretrain.judge_on_held_out", lambda *_: None
+    )  # probes would take most of the time
     monkeypatch.setattr("lab.report.MANY_FILMS", 0)
     root = tmp_path / "films"
     root.mkdir()

@@ -115,6 +115,7 @@ class NoFloat64(TorchDispatchMode):
 
 def test_a_training_step_makes_no_float64_which_apples_gpus_lack():
     args = pretrain.Config(size="tiny", image=32, patch=8, batch=4, micro=4, precision="float32")
+    args.global_share = 1.0
     boxes = torch.tensor([[0.0, 0, 30, 30], [5, 5, 30, 30]]).expand(4, 2, 4)
     item = {"views": torch.zeros(4, 2, 32, 32, dtype=torch.uint8), "boxes": boxes}
     item["flips"] = torch.tensor([[True, False]] * 4)

@@ -132,7 +132,7 @@ def test_three_steps_and_the_rest_equal_all_at_once(films, reference, tmp_path):
     said = run(films, tmp_path / "parts", "--max_steps", "3").stdout
     assert "stopped at step 3 of 8 by --max_steps; the same command without it goes on\n" in said
     said = run(films, tmp_path / "parts").stdout
-    assert "going on at step 3" in said and "stopped at step" not in said
+    assert "resuming at step 3" in said and "stopped at step" not in said
     assert largest_difference(weights(reference), weights(tmp_path / "parts")) == 0
     steps = [row["step"] for row in log(reference)]
     assert [row["step"] for row in log(tmp_path / "parts")] == steps
@@ -179,7 +179,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(films, tmp_path):
     step = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"]
     assert 3 <= step < 120
     again = run(films, tmp_path / "run", *more, "--max_steps", str(step + 2))
-    assert f"going on at step {step}" in again.stdout
+    assert f"resuming at step {step}" in again.stdout
 
 
 # ---- Another model in the same loop
@@ -218,9 +218,9 @@ def test_a_run_of_the_paper_knows_nothing_of_newer_settings():
     """Its recipe is what it was before there were these flags, so that old runs go on."""
     args = pretrain.fill_in(pretrain.Config(data="x"), "paper")
     newer = {"pixels": 0.5, "global_share": 0.5}
-    assert not newer.keys() & pretrain.recipe_of(args, ["a.png"]).keys()
+    assert not newer.keys() & pretrain.fingerprint_of(args, ["a.png"]).keys()
     args = dataclasses.replace(args, **newer)
-    assert newer.items() <= pretrain.recipe_of(args, ["a.png"]).items()
+    assert newer.items() <= pretrain.fingerprint_of(args, ["a.png"]).items()
 
 
 @pytest.mark.slow
@@ -359,7 +359,7 @@ def test_the_folder_of_a_run_without_out(given, folder):
 def test_every_recipe_works_and_stands_in_the_help(capsys, monkeypatch):
     for name in ("demo", "small", "paper"):
         args = pretrain.fill_in(pretrain.Config(data="films"), name)
-        row = pretrain.OF_THE_PAPER | pretrain.RECIPES[name]
+        row = pretrain.NEWER_DEFAULTS | pretrain.RECIPES[name]
         assert row.items() <= vars(args).items()
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--help"])
     with pytest.raises(SystemExit):
@@ -441,7 +441,7 @@ def test_few_films_get_the_small_recipe_and_the_same_command_goes_on(films, tmp_
     done = subprocess.run([sys.executable, "-c", *many], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "recipe: small, for 33 films to train on" in done.stdout
-    assert "going on at step 1 of 40" in done.stdout
+    assert "resuming at step 1 of 40" in done.stdout
     rates = [float(row["lr"]) for row in log(tmp_path)]
     assert max(rates) == pytest.approx(small["lr"], rel=0.01)
     assert len(rates) == 40 and rates[-1] < 0.01 * small["lr"]
@@ -490,7 +490,7 @@ def loaded(count, device=CPU):
 
 def test_a_prepared_batch_film_by_film():
     """Targets, contexts and φ of each film from its own two crops, written out in a plain loop."""
-    args = pretrain.Config(image=32, patch=8, batch=6, seed=3)
+    args = pretrain.Config(image=32, patch=8, batch=6, seed=3, global_share=1.0)
     positions = torch.tensor([1, 4])
     item = loaded(2)
     batch = pretrain.prepare(item, args, 5, positions, CPU)
@@ -519,7 +519,7 @@ def test_a_prepared_batch_film_by_film():
 
 def test_half_of_the_other_view_is_drawn_last_and_for_the_whole_batch():
     """All other numbers are those of the whole; a film is asked alike wherever it is computed."""
-    whole = pretrain.Config(image=32, patch=8, batch=6, seed=3)
+    whole = pretrain.Config(image=32, patch=8, batch=6, seed=3, global_share=1.0)
     half = dataclasses.replace(whole, global_share=0.5)
     item = loaded(6)
     positions = torch.arange(6)
@@ -555,7 +555,9 @@ def test_the_host_never_waits_while_a_batch_is_prepared(device):
 
 
 def test_a_step_of_micro_batches_equals_one_of_the_whole_batch():
-    args = pretrain.Config(image=32, patch=8, batch=4, seed=0, precision="float32")
+    args = pretrain.Config(
+        image=32, patch=8, batch=4, seed=0, global_share=1.0, precision="float32"
+    )
     item = loaded(4)
     after = []
     for micro in (4, 1):
@@ -579,7 +581,7 @@ def test_a_step_of_micro_batches_equals_one_of_the_whole_batch():
 
 @pytest.mark.slow
 def test_a_demo_whose_phantoms_are_gone_draws_them_again_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "closing", lambda *ignored: None)
+    monkeypatch.setattr(pretrain, "judge_on_held_out", lambda *ignored: None)
     demo = pretrain.Config(out=str(tmp_path), phantoms=24, image=64, batch=4, device="cpu")
     pretrain.main(dataclasses.replace(demo, max_steps=1))
     shutil.rmtree(tmp_path / "phantoms")

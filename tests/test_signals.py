@@ -107,5 +107,5 @@ def test_sigterm_saves_and_the_run_goes_on(films, tmp_path, program, ranks, work
     step = torch.load(folder / "last.pt", weights_only=True)["step"]
     assert step >= 3
     again = finished(command(program, films, out, *more, "--max_steps", step + 2, ranks=ranks))
-    assert f"going on at step {step}" in again
+    assert f"resuming at step {step}" in again
     assert [int(row["step"]) for row in rows_of(folder)] == list(range(1, step + 3))

@@ -31,7 +31,7 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     labels = own_table.Labels(tmp_path / "table.csv", films)
     (tmp_path / "log.csv").write_text("step,l11,l22,l12,l21,rankme\n1,1,2,3,4,\n2,1,2,3,4,5\n")
     args = SimpleNamespace(seed=0, image=64, weights=None)
-    report.closing(args, tmp_path, world, films, np.array([3, 4]), [labels])
+    report.judge_on_held_out(args, tmp_path, world, films, np.array([3, 4]), [labels])
     words = capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["domain"]["images"] == 1  # the other film cannot be read
@@ -48,10 +48,10 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
         assert re.search(rf"\n  {re.escape(name)} +{value:.1f} ", words)
     assert Image.open(tmp_path / "curve.png").height > 600
     args.weights = "encoder.pt"
-    report.closing(args, tmp_path, world, films, np.array([], int), [labels])
+    report.judge_on_held_out(args, tmp_path, world, films, np.array([], int), [labels])
     words = capsys.readouterr().out
     assert "what --weights saw is unknown" in words and "pre-training saw" not in words
-    report.closing(args, tmp_path, world, films, np.array([], int), [])
+    report.judge_on_held_out(args, tmp_path, world, films, np.array([], int), [])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result.pop("made_with")["command"]
     assert result == {"domain": {}, "probe": {}, "probe_intervals": {}}

@@ -412,7 +412,7 @@ def test_one_process_without_compile_is_the_model_itself():
         assert launch.prepare_forward(layer, compile, team) is layer
     compiled = launch.prepare_forward(layer, "on", team)
     assert compiled is not layer and next(compiled.parameters()) is layer.weight
-    with launch.average_gradients(layer, now=False):
+    with launch.averaging_gradients(layer, only_if=False):
         pass
 
 
@@ -514,7 +514,7 @@ def main():
     forward = launch.prepare_forward(layer, "off", team)
     gradients = []
     for is_last in (False, True):
-        with launch.average_gradients(forward, now=is_last):
+        with launch.averaging_gradients(forward, only_if=is_last):
             forward(torch.tensor([[1.0 + 2 * rank]])).sum().backward()
         gradients.append(layer.weight.grad.item())
     team.say("only once")
