@@ -7,12 +7,15 @@
 
 Training starts from the newest pre-training run under runs/ or from --weights; --weights none is
 from scratch; --freeze trains only a head on frozen features. The model is chosen on validation
-films, the test films are used once, at the end. docs/data.md has the rules for tables: empty and ?
-are not known and count nowhere, nor does -1 without --uncertain, and "no X" denies X. Where neither
-a column patient_id nor the names of the films tell the patients, every film counts as one, so that
-the model may be tested on patients it has learnt from. The same command again goes on where the
-last one stopped. --out receives result.json, and in seed*/ config.json, log.csv, best.pt,
-predictions.csv, result.json and roc.csv with roc.png, or cases.png where pixels are found.
+films. The test films are used only after training. In a table, empty cells and ? are unknown and
+ignored, and so is -1 without --uncertain; "no X" means that X is absent (docs/data.md). If neither
+a column patient_id nor the file names tell the patients, every film counts as a patient of its own,
+and the test may then include patients seen in training.
+
+As in pretrain.py, no random number depends on the process, and Ctrl-C saves: the same command
+resumes. But a batch that does not divide by the processes is made smaller (seedrun.share_batch).
+--out receives result.json, and in seed*/ config.json, log.csv, best.pt, predictions.csv,
+result.json, and roc.csv with roc.png or, for segmentation, cases.png.
 """
 
 import dataclasses
@@ -30,7 +33,7 @@ from data import EvalExamples, TrainExamples, make_loader, open_examples
 from lab import report
 from model import SIZES, Classifier, Segmenter, ViT
 from plumbing import checkpoint, launch, metrics, results, seedrun
-from plumbing.benchmarks import SEGMENT, TASKS, find_root, load_task
+from plumbing.benchmarks import SEGMENT_RECIPE, TASKS, find_root, load_task
 from plumbing.checkpoint import StopRequest
 from plumbing.keys import DROP_PATH, TRAIN_JITTER, torch_generator
 from plumbing.launch import Loader, UserError, flag
@@ -40,18 +43,18 @@ from plumbing.splits import draw_few
 from plumbing.weights import load_encoder, make_vit, resized
 
 # ---- Recipe
-# plumbing/benchmarks.py (TASKS) holds the recipe of every task. It is the paper's; for tasks
-# outside results.PUBLISHED nobody published epochs and batch: these are ours. Flags override it.
+# Every task has a recipe (TASKS in plumbing/benchmarks.py), which flags override. Recipes come from
+# the paper; epochs and batch of tasks outside results.PUBLISHED are ours.
 MIN_STEPS = 1000  # where films are few, epochs are raised to reach this: docs/finetuning.md
 # The paper's lr 1e-4 and drop path 0.6 are for ViT-Base with 12 blocks. Networks narrower than
-# ViT-Small are for few films and few steps, and have few blocks: larger steps, fewer drops.
+# ViT-Small have few blocks and few steps: they get a larger lr and less drop path.
 SMALL_PRETRAINED = dict(lr=4e-4, drop_path=0.1)
-SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # and for a new segmentation decoder
+SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # also used when a segmentation decoder is new
 
-# Flags that may change when a run goes on. The films and labels are compared themselves, a seed has
-# a folder of its own, and the rest changes no number.
-FREE = set("out data labels uncertain eval seed seeds device workers micro max_steps".split())
-FREE |= set("log_every save_every compile memory_gb".split())
+# Flags that may differ when a run resumes. Films and labels are compared by content, each seed has
+# its own folder, and the other flags change results by rounding at most.
+MAY_CHANGE = set("out data labels uncertain eval seed seeds device workers micro max_steps".split())
+MAY_CHANGE |= set("log_every save_every compile memory_gb".split())
 
 
 @dataclasses.dataclass
@@ -121,7 +124,7 @@ class Config(launch.TrainFlags):
     is_cut: bool = False  # whether the set has more training films than are used
 
 
-def check(args: Config):
+def check_flags(args: Config):
     """Raise UserError on flags that make no sense, alone or together."""
     is_scratch = args.weights == "none"
     for is_wrong, message in (
@@ -132,22 +135,22 @@ def check(args: Config):
     ):
         if is_wrong:
             raise UserError(message)
-    seedrun.refuse_idle_flags(args)
+    seedrun.refuse_useless_flags(args)
 
 
 def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Config, list[str]]:
     """Fill in every setting that the user left open. → (a filled copy of args, reasons)
 
     What the user gave comes first, then our settings for small networks, then the task's recipe.
-    A batch is never larger than the films; warm-up is not longer than a tenth of the epochs, unless
-    the user says so. kind: see TaskData. shape: encoder_shape. films: number of training films;
-    is_cut: the set has more.
+    The batch is at most the number of films. Warm-up is at most a tenth of the epochs, unless the
+    user says so. kind: see TaskData. shape: the dict that encoder_shape returns. films: number of
+    training films. is_cut: whether the set has more training films than `films`.
     """
-    seedrun.refuse_idle_flags(args, kind)
+    seedrun.refuse_useless_flags(args, kind)
     is_own_masks = kind == "mask" and args.task == "csv"
-    defaults = dict(SEGMENT if is_own_masks else TASKS[args.task].recipe)
+    defaults = dict(SEGMENT_RECIPE if is_own_masks else TASKS[args.task].recipe)
     defaults["image"] = args.image or shape["image"]
-    defaults["patch"] = usual_patch(defaults, shape)
+    defaults["patch"] = seedrun.usual_patch(defaults, shape)
     defaults["workers"] = 8 if team.device.type == "cuda" else 0
     reasons = [results.whose_recipe(args.task)]
     if shape["dim"] < SIZES["small"]["dim"]:
@@ -161,7 +164,7 @@ def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Confi
     filled = dataclasses.replace(args, **left_open, is_cut=is_cut)
     filled.precision = launch.choose_precision(args.precision, team.device)
 
-    reasons += seedrun.share_batch(filled, films, team.size)
+    reasons += seedrun.share_batch(filled, films, team.size)  # sets batch and micro
     per_epoch = max(1, films // filled.batch)
     is_published = args.task in results.PUBLISHED and not is_cut
     may_raise = args.epochs is None and not is_published
@@ -175,16 +178,6 @@ def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Confi
     if filled.image % filled.patch:
         raise UserError(f"--image {filled.image} is not a multiple of --patch {filled.patch}")
     return filled, reasons
-
-
-def usual_patch(defaults: dict, shape: dict) -> int:
-    """The side of a patch, px: as pre-trained, or the task's finer one where it divides the image.
-
-    Of a film of 224 px, patches of 16 px leave a map of 14 × 14: too coarse for small masks.
-    """
-    own = shape["patch"]
-    finer = defaults.get("patch", own)
-    return finer if finer < own and defaults["image"] % finer == 0 else own
 
 
 # ---- Weights and model
@@ -213,15 +206,8 @@ def add_head(vit, kind, labels, pool):
 
 def make_finetuned(saved: dict, device):
     """Make the model that a best.pt holds. saved: as seedrun.load_best gives it."""
-    pool = saved.get("pool", "mean")  # version 0.2 had no other
-    model = add_head(make_vit(saved["config"]), saved["kind"], saved["labels"], pool)
-    try:
-        model.load_state_dict(saved["finetuned"])
-    except RuntimeError:
-        raise UserError(
-            f"{saved['path']} holds another network than today's, as segmentation of version 0.2.0 "
-            "does: fine-tune it anew, into another --out"
-        ) from None
+    model = add_head(make_vit(saved["config"]), saved["kind"], saved["labels"], saved["pool"])
+    seedrun.load_finetuned(model, saved)
     return model.to(device).eval()
 
 
@@ -241,6 +227,7 @@ def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
         if not parameter.requires_grad:
             continue
         layer = last
+        # vit.tokens: class tokens of other papers' ViTs
         if name.startswith(("vit.patch_embed.", "vit.pos_embed", "vit.tokens")):
             layer = 0
         elif name.startswith("vit.blocks."):
@@ -257,15 +244,15 @@ def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
 class TaskData:
     """The task at hand and its films."""
 
-    kind: str  # labels: none, one or several hold; classes: exactly one; mask: segmentation
+    kind: str  # labels: each may be present or not; classes: exactly one; mask: segmentation
     labels: tuple
     size: int  # side of the film as the network sees it, px
     in_memory: bool  # decode every film once and keep it
     unreadable: UnreadableFilms
     films: dict = dataclasses.field(default_factory=dict)  # {"train", "val", "test"}: their films
     root: Path = Path()  # --data, below which films are named
-    against: str = ""  # the other class, where every film is one of two
-    without_truth: frozenset = frozenset()  # numbers of test films whose true mask nobody knows
+    against: str = ""  # of two exclusive classes, the one that counts as 0; the other is the label
+    without_truth: frozenset = frozenset()  # indices of test films whose true mask nobody knows
 
     def open(self, split: str, examples: list):
         """Open the films of a split."""
@@ -275,9 +262,8 @@ class TaskData:
 def loss_of(kind, logits, goal):
     """Compute the loss of every film. logits, goal (B, c), of masks (B, H, W) → (B,)
 
-    labels: binary cross entropy, mean over the classes, to which a label that is not known (NaN)
-    adds nothing. classes: cross entropy. mask: binary cross entropy, mean over the pixels, plus
-    1 - Dice.
+    labels: binary cross entropy, mean over the classes; an unknown label (NaN) counts as loss 0.
+    classes: cross entropy. mask: binary cross entropy, mean over the pixels, plus 1 - Dice.
     """
     logits = logits.float()
     if kind == "classes":
@@ -295,11 +281,11 @@ def loss_of(kind, logits, goal):
 
 
 @torch.no_grad()
-def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
-    """Run the network over the films of a split. → {number of the film: row}, on every rank
+def predict(network, task: TaskData, split, args, team, ten_crop=False) -> dict:
+    """Run the network over the films of a split. → {index of the film: row}, in every process
 
-    A row is the output, mean over the film's crops (c,); of a mask see score_masks. Films that
-    cannot be read are named and have no row.
+    A row holds the outputs averaged over the film's crops (c,), or score_masks's three numbers.
+    Films that cannot be read are named and have no row.
     """
     films = task.films[split]
     mine = Subset(EvalExamples(films, ten_crop), range(team.rank, len(films), team.size))
@@ -310,16 +296,17 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
     for item in Loader(mine, batch_size=batch, num_workers=workers):
         views = augment.to_float(item["views"].to(team.device))  # (b, v, H, W): v crops per film
         with launch.autocast(team.device, args.precision):
-            output = forward(views.flatten(0, 1)[:, None]).float()  # (b v, c) or (b, H, W)
+            output = network(views.flatten(0, 1)[:, None]).float()  # (b v, c) or (b, H, W)
         if task.kind == "mask":
             batch_rows = score_masks(output, item["goal"])
         else:
             batch_rows = output.view(*views.shape[:2], -1).mean(1).cpu().numpy()  # (b, c)
-        for at, i in enumerate(item["index"].tolist()):
-            if item["unreadable"][at]:
-                unreadable[item["unreadable"][at]] = item["reason"][at]
+        for place, index in enumerate(item["index"].tolist()):
+            name = item["unreadable"][place]
+            if name:
+                unreadable[name] = item["reason"][place]
             else:
-                rows[i] = batch_rows[at]
+                rows[index] = batch_rows[place]
     for other_rows, other_unreadable in team.gather_objects((rows, unreadable)):
         rows |= other_rows
         unreadable |= other_unreadable
@@ -333,7 +320,8 @@ def predict(forward, task: TaskData, split, args, team, ten_crop=False) -> dict:
 def score_masks(logits, goal) -> np.ndarray:
     """Score predicted masks (b, H, W). → (b, 3): Dice, 1 if there is a true mask, loss
 
-    Dice is also given over the films with a mask alone: where most have none, empty guesses win.
+    The Dice over films that have a mask is also reported, because where most have none, empty
+    predictions score high.
     """
     losses = loss_of("mask", logits, goal.to(logits.device)).tolist()
     guess = (logits > 0).cpu().numpy()
@@ -353,12 +341,12 @@ def solve_head(model, task: TaskData, args, team):
     It has one optimum, which is computed rather than trained; validation chooses its penalty.
     """
     model.eval()
-    learnt_from = []
-    for split in ("train", "val"):
-        rows = predict(model.features, task, split, args, team)
-        learnt_from.append(np.stack(list(rows.values())))  # features (n, D)
-        learnt_from.append(targets_of(task.films[split], rows))  # (n, c)
-    weight, bias = metrics.fit_probe(*learnt_from)
+    train = predict(model.features, task, "train", args, team)
+    val = predict(model.features, task, "val", args, team)
+    train_x, val_x = (np.stack(list(rows.values())) for rows in (train, val))  # features (n, D)
+    train_y = targets_of(task.films["train"], train)  # (n, c)
+    val_y = targets_of(task.films["val"], val)
+    weight, bias = metrics.fit_probe(train_x, train_y, val_x, val_y)
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight.T))
         model.head.bias.copy_(torch.from_numpy(bias))
@@ -372,7 +360,7 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
     batch_positions (b,), so that it does not matter how processes and micro-batches divide it.
     → images (b, 1, H, W), goal
     """
-    probability = 0.8 if kind == "mask" else 1.0  # as the authors' code has it
+    probability = 0.8 if kind == "mask" else 1.0  # the authors' code jitters 80 % to segment
     generator = torch_generator(TRAIN_JITTER, *key)
     jitter = augment.sample_jitter(batch, generator, probability, (0.8, 1.2))  # (B, 2)
     jitter = jitter[batch_positions].to(device)
@@ -383,27 +371,27 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
 
 
 def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
-    """Add up the gradients of this rank's micro-batches, clip, and step. → its films' mean loss"""
+    """Accumulate the gradients of a step, clip them, update. → this process's mean loss"""
     run.model.train()
     key = (run.seed, run.step)
     # Drop path is drawn for the whole batch, so that it does not matter how processes and
     # micro-batches divide it. A frozen encoder drops none.
     blocks = len(run.model.vit.blocks)
     all_draws = torch.rand(args.batch, blocks, 2, generator=torch_generator(DROP_PATH, *key))
-    share = args.batch // team.size  # films per step of this rank
-    micro_batches = share // args.micro
+    share = args.batch // team.size  # films per step of this process
+    micro_batch_count = share // args.micro
     losses = []
-    for k in range(micro_batches):
+    for k in range(micro_batch_count):
         item = next(loader)
         task.unreadable.note_batch(item)
         first = team.rank * share + k * args.micro
         batch_positions = torch.arange(first, first + args.micro)
         images, goal = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
         draws = None if args.freeze else all_draws[batch_positions].to(team.device)
-        is_last = k + 1 == micro_batches
+        is_last = k + 1 == micro_batch_count
         with launch.averaging_gradients(forward, only_if=is_last):
             with launch.autocast(team.device, args.precision):
-                loss = loss_of(task.kind, forward(images, draws), goal).mean() / micro_batches
+                loss = loss_of(task.kind, forward(images, draws), goal).mean() / micro_batch_count
             loss.backward()
         losses.append(loss.detach())
     launch.clip_and_step(run.model, run.optimizer, args.clip)
@@ -422,8 +410,8 @@ def set_learning_rates(run: SeedRun, args) -> float:
 def train(run: SeedRun, args, task: TaskData, team):
     """Train until the schedule ends or validation has not improved for long.
 
-    After SIGTERM or Ctrl-C the step, and its validation, is finished; then the seed is saved and
-    the script ends.
+    After SIGTERM or Ctrl-C the step is finished (with a validation if one is due), the seed is
+    saved and the script ends.
     """
     end = run.steps.end
     examples = TrainExamples(task.films["train"], run.seed)
@@ -457,8 +445,8 @@ def train(run: SeedRun, args, task: TaskData, team):
 
 
 def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
-    """Judge the model on the validation films. When none was better, keep it in best.pt, with the
-    probability from which on a film counts as of a class.
+    """Judge the model on the validation films. If it is the best so far, save best.pt and, per
+    class, the threshold at which a film counts as positive.
 
     A metric that is undefined counts as 0, so that the loss alone tells which model is best.
     → the task's metric in percent, the mean loss
@@ -475,23 +463,25 @@ def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
     loss = float(losses.mean())
     is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
-        scores = results.probabilities(task.kind, table)[:, : targets.shape[1]]
-        run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, targets.T))
+        run.about["thresholds"] = []
+        if task.kind != "mask":
+            scores = results.probabilities(task.kind, table)
+            run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, targets.T))
         run.save_best()
     return value, loss
 
 
 def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, team):
-    """Train one seed, or go on where it stopped, and test it. → result"""
-    # ---- 1. A model with a new head; unless this seed was finished before.
+    """Train one seed, or resume it where it stopped, and test it. → result"""
+    # ---- 1. The model; a finished seed returns its result here.
     torch.manual_seed(seed)
     model = make_model(args, weights, task.kind, task.labels).to(team.device)
     model.vit.requires_grad_(not args.freeze)
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    films = {split: films.examples for split, films in task.films.items()}
-    recipe = seedrun.recipe_of(settings, weights, model.vit, task.labels, films)
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    examples = {split: films.examples for split, films in task.films.items()}
+    recipe = seedrun.recipe_of(settings, weights, model.vit, task.labels, examples)
     steps = seedrun.count_steps(args, task.kind, recipe["films"])
-    result = seedrun.begin(folder, recipe, steps.end, team)
+    result = seedrun.begin_or_finished(folder, recipe, steps.end, team)
     if result:
         value = results.with_interval(result["value"], result.get("interval"))
         metric = results.metric_of(task.kind, result["per_class"])
@@ -504,8 +494,7 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
     about = {"config": model.vit.config, "task": args.task, "recipe": recipe}
     about |= {"kind": task.kind, "labels": list(task.labels), "against": task.against}
     about["pool"] = args.pool
-    learnt_from = [*task.films["train"].examples, *task.films["val"].examples]
-    about |= seedrun.remember(learnt_from)
+    about |= seedrun.remember([*examples["train"], *examples["val"]])
     run = SeedRun(seed, folder, steps, model, optimizer, about)
     run.resume()
     if run.step:
@@ -518,7 +507,7 @@ def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, te
         validate(run, args, task, team)
 
     # ---- 4. Training, and the test of the model that was best on validation.
-    if steps.total > 0:  # none of a linear probe, which is computed: seedrun.count_steps
+    if steps.total > 0:  # a frozen classifier has no steps: its head is solved, not trained
         train(run, args, task, team)
     return finish(run, args, task, team)
 
@@ -532,7 +521,7 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     result["films"] = len(task.films["train"])
     result |= {"val": run.best.value, "best_step": run.best.step, "steps": run.step}
     result["steps_in_all"] = run.steps.total
-    # Over: finished. Else --max_steps ended it, and more can be trained.
+    # `over` is False when --max_steps ended the run early.
     result["over"] = run.step >= run.steps.total or run.best.stale >= args.patience
     if team.lead:
         run.save_result(result)
@@ -550,7 +539,7 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
 def test(model, task: TaskData, args, folder: Path, team, thresholds) -> dict:
     """Use the test films: judge the model, write predictions.csv, and ROC curves or cases.png.
 
-    thresholds: those of best.pt, or None. → what result.json says of it, on every rank
+    thresholds: those of best.pt, or None. → what result.json says of it, in every process
     """
     films = task.films["test"]
     rows = predict(model, task, "test", args, team, args.ten_crop)
@@ -571,10 +560,10 @@ def test(model, task: TaskData, args, folder: Path, team, thresholds) -> dict:
 
 
 # ---- Main
-def find_examples(args: Config, root, trained=None):
+def find_examples(args: Config, root, model_goal=None):
     """Find the films and labels of the task. → Splits; arguments: see benchmarks.load_task"""
     flags = dict(table=args.labels, shots=args.shots, column=args.column, uncertain=args.uncertain)
-    return load_task(args.task, root, trained=trained, **flags)
+    return load_task(args.task, root, trained=model_goal, **flags)
 
 
 def open_task(args: Config, splits, size, root, team) -> TaskData:
@@ -596,11 +585,12 @@ def test_finished(args: Config, weights, root, out, team):
     saved = seedrun.load_best(weights)
     about = checkpoint.sources(data=root, labels=args.labels, weights=weights)
     checkpoint.refuse_other_result(out, about)
-    trained = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
-    splits = find_examples(args, root, trained)
+    model_goal = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
+    splits = find_examples(args, root, model_goal)
     splits, without_truth = seedrun.fit_to_model(splits, saved, weights)
     team.say(results.describe_weights(weights, "as asked", saved["config"], "fine-tuned"))
     team.say(results.describe_task(root, splits))
+    # Of the filled settings only batch, micro and precision are used.
     filled, _ = fill_in(args, splits.kind, saved["config"], len(splits.test), team)
     task = open_task(args, splits, saved["config"]["image"], root, team)
     task.without_truth = without_truth
@@ -617,8 +607,8 @@ def test_finished(args: Config, weights, root, out, team):
 def judge_beside(args, task: TaskData, weights, out, summary: dict, team):
     """Judge linear probes of the same films beside the model, and add that to result.json.
 
-    What they make of the encoder it started from, of random weights and of raw pixels tells what
-    fine-tuning was good for. Whatever goes wrong here costs no result: they are written already.
+    Comparing with probes of the starting encoder, of random weights and of raw pixels shows what
+    fine-tuning gained. Whatever goes wrong here costs no result: all are written already.
     """
     folders = [out / f"seed{seed}" for seed in range(args.seed, args.seed + args.seeds)]
     try:
@@ -634,7 +624,7 @@ def judge_beside(args, task: TaskData, weights, out, summary: dict, team):
 def main():
     # ---- 1. What was asked for, and the processes that work on it.
     args = launch.parse(Config, __doc__)
-    check(args)
+    check_flags(args)
     out = seedrun.choose_out(args)
     team = launch.start_team(args.device)
     if team.lead:
@@ -659,19 +649,19 @@ def main():
 
     # ---- 4. The training films: few may be wanted, the same for all seeds. The recipe.
     examples = splits.train
-    if not splits.drawn:  # else they are drawn already, by the set's own lists
+    if not splits.drawn:  # if splits.drawn, the set's own lists chose them
         examples = draw_few(splits.train, args.fraction, args.shots, args.draw)
     if len(examples) < len(splits.train):
         team.say(results.describe_draw(splits, examples))
     results.refuse_untestable(splits, examples)
     task.open("train", examples)
     films = len(examples)
-    is_cut = films < len(splits.train) or results.is_part(splits)
+    is_cut = films < len(splits.train) or results.is_fewer_than_published(splits)
     filled, reasons = fill_in(args, splits.kind, shape, films, team, is_cut)
     steps = seedrun.count_steps(filled, splits.kind, films)
     if shape["dim"] >= SIZES["base"]["dim"] and not args.freeze:
-        longest = filled.seeds * steps.end * filled.batch
-        reasons += launch.warn_of_cpu(team, longest, "--freeze takes minutes")
+        films_in_all = filled.seeds * steps.end * filled.batch
+        reasons += launch.warn_of_cpu(team, films_in_all, "--freeze takes minutes")
     team.say(results.describe_recipe(filled, splits.kind, films, steps, reasons))
 
     # ---- 5. Each seed is trained and tested.
@@ -680,7 +670,7 @@ def main():
         folder = out / f"seed{seed}"
         seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))
 
-    # ---- 6. The mean over the seeds; where films are few, linear probes of them beside it.
+    # ---- 6. The mean over the seeds; for few films, also linear probes for comparison.
     recipe = vars(args) | checkpoint.sources(data=root, labels=args.labels, weights=weights)
     summary = results.summarise(out, recipe, splits, weights, seed_results, team)
     is_over = all(result["over"] for result in seed_results)

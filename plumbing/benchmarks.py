@@ -473,7 +473,7 @@ class Task(NamedTuple):
     kind: str  # labels (BCE, mean AUROC), classes (cross entropy, accuracy) or mask (Dice + BCE)
     labels: tuple
     sizes: tuple[int, int, int]  # films in train, val and test; a draw keeps the proportions
-    recipe: dict  # CLASSIFY or SEGMENT, and what differs from it
+    recipe: dict  # CLASSIFY or SEGMENT_RECIPE, and what differs from it
     paper: str  # its result in Tables 1 and 2, percent; "" for a set that the paper has not
     tree: str  # what --data should hold and where to get it: the error for an empty folder ends so
 
@@ -485,7 +485,7 @@ CLASSIFY = dict(
     lr=1e-4, weight_decay=0.05, layer_decay=0.75, drop_path=0.6,
     warmup=1, patience=15, epochs=50, batch=32, head="random", pool="mean",
 )
-SEGMENT = CLASSIFY | dict(lr=2e-4, layer_decay=0.8, drop_path=0.1)
+SEGMENT_RECIPE = CLASSIFY | dict(lr=2e-4, layer_decay=0.8, drop_path=0.1)
 
 TASKS = {
     "vindr": Task(
@@ -527,13 +527,13 @@ TASKS = {
     ),
     "siim": Task(
         read_siim, "mask", ("pneumothorax",), sizes=(9608, 1067, 1372), paper="84.58",
-        recipe=SEGMENT | dict(patch=8),  # as the authors' instructions have it
+        recipe=SEGMENT_RECIPE | dict(patch=8),  # as the authors' instructions have it
         tree="dicom-images-train/**/<ImageId>.dcm and stage_2_train.csv or train-rle.csv, "
         "from kaggle.com/c/siim-acr-pneumothorax-segmentation",
     ),
     "rsna_seg": Task(
         read_rsna_seg, "mask", ("opacity",), sizes=(21295, 2680, 2709), paper="79.02",
-        recipe=SEGMENT | dict(patch=8),  # as the authors' instructions have it
+        recipe=SEGMENT_RECIPE | dict(patch=8),  # as the authors' instructions have it
         tree="stage_2_train_images/<id>.dcm and stage_2_train_labels.csv, "
         "from kaggle.com/c/rsna-pneumonia-detection-challenge",
     ),

@@ -92,7 +92,7 @@ def refuse_untestable(splits: Splits, drawn: list):
             )
 
 
-def is_part(splits: Splits) -> bool:
+def is_fewer_than_published(splits: Splits) -> bool:
     """Whether the training films are few of those that a set of the paper has."""
     task = TASKS[splits.task]
     return splits.drawn or bool(task.paper and len(splits.train) < 0.9 * task.sizes[0])

@@ -40,7 +40,7 @@ OF_STEPS = "epochs lr weight_decay layer_decay drop_path warmup patience max_ste
 OF_TRAINING = f"{OF_STEPS} freeze seed seeds fraction shots draw size image patch pool"
 
 
-def refuse_idle_flags(args, kind: str | None = None):
+def refuse_useless_flags(args, kind: str | None = None):
     """UserError when a flag was given that does nothing beside the others.
 
     kind: that of the task, once it is known; some flags are for one kind only.
@@ -123,7 +123,18 @@ def load_best(path) -> dict:
         raise UserError(
             f"{path} is no fine-tuned checkpoint (best.pt of finetune.py), which --eval needs"
         )
-    return saved | {"path": path}
+    return {"pool": "mean"} | saved | {"path": path}  # version 0.2 had no other pool
+
+
+def load_finetuned(model, saved: dict):
+    """Load the weights of a best.pt into its model. saved: as load_best gives it."""
+    try:
+        model.load_state_dict(saved["finetuned"])
+    except RuntimeError:
+        raise UserError(
+            f"{saved['path']} holds another network than today's, as segmentation of version 0.2.0 "
+            "does: fine-tune it anew, into another --out"
+        ) from None
 
 
 def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:
@@ -241,6 +252,16 @@ def warn_of_known_films(examples, saved: dict) -> list[str]:
     return notes
 
 
+def usual_patch(defaults: dict, shape: dict) -> int:
+    """The side of a patch, px: as pre-trained, or the task's finer one where it divides the image.
+
+    Of a film of 224 px, patches of 16 px leave a map of 14 × 14: too coarse for small masks.
+    """
+    own = shape["patch"]
+    finer = defaults.get("patch", own)
+    return finer if finer < own and defaults["image"] % finer == 0 else own
+
+
 def share_batch(args, films: int, processes: int) -> list[str]:
     """Set args.batch and args.micro so that every process takes the same whole micro-batches.
 
@@ -326,7 +347,7 @@ def refuse_other_run(folder: Path, saved: dict, recipe: dict):
         ) from None
 
 
-def begin(folder: Path, recipe: dict, end: int, team) -> dict | None:
+def begin_or_finished(folder: Path, recipe: dict, end: int, team) -> dict | None:
     """Write config.json. UserError when the folder, or that of another seed beside it, holds a run
     with another recipe: they share a result.json.
 

@@ -11,7 +11,7 @@ from plumbing import checkpoint
 from plumbing.launch import Team, UserError
 from plumbing.seedrun import (
     Best,
-    begin,
+    begin_or_finished,
     choose_out,
     choose_weights,
     recipe_of,
@@ -94,12 +94,12 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
         films[split] = [Example(Path(f"/a/{split}{k}.png"), (k % 2,), f"p{k}") for k in range(4)]
     vit = torch.nn.Linear(1, 1)
     team = Team(0, 1, torch.device("cpu"))
-    begin(tmp_path / "seed0", recipe_of({}, None, vit, ["mass"], films), 5, team)
+    begin_or_finished(tmp_path / "seed0", recipe_of({}, None, vit, ["mass"], films), 5, team)
     moved = {
         split: [film._replace(path=Path("/b") / film.path.name) for film in examples]
         for split, examples in films.items()
     }
-    begin(tmp_path / "seed0", recipe_of({}, None, vit, ["mass"], moved), 5, team)
+    begin_or_finished(tmp_path / "seed0", recipe_of({}, None, vit, ["mass"], moved), 5, team)
     for split in ("train", "val", "test"):
         first, *rest = films[split]
         for other in (
@@ -112,22 +112,22 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
             changed = recipe_of({}, None, vit, ["mass"], films | {split: other})
             why = "another recipe .films_and_labels .* --out.* its table named other films"
             with pytest.raises(UserError, match=why):
-                begin(tmp_path / "seed0", changed, 5, team)
+                begin_or_finished(tmp_path / "seed0", changed, 5, team)
     for labels in (["nodule"], ["mass", "nodule"]):
         with pytest.raises(UserError, match="another recipe .films_and_labels"):
-            begin(tmp_path / "seed0", recipe_of({}, None, vit, labels, films), 5, team)
+            begin_or_finished(tmp_path / "seed0", recipe_of({}, None, vit, labels, films), 5, team)
 
 
 def test_a_run_whose_settings_are_gone_does_not_go_on_with_others(tmp_path):
     seed = tmp_path / "seed0"
     team = Team(0, 1, torch.device("cpu"))
     recipe = dict(lr=1, weights="none")
-    assert begin(seed, recipe, 5, team) is None
+    assert begin_or_finished(seed, recipe, 5, team) is None
     (seed / "last.pt").write_bytes(b"")
-    assert begin(seed, recipe, 5, team) is None
+    assert begin_or_finished(seed, recipe, 5, team) is None
     (seed / "config.json").unlink()
     with pytest.raises(UserError, match="without its config.json"):
-        begin(seed, recipe | {"lr": 2}, 5, team)
+        begin_or_finished(seed, recipe | {"lr": 2}, 5, team)
     assert not (seed / "config.json").exists()
 
 
@@ -135,13 +135,13 @@ def test_seeds_of_one_folder_share_recipe_and_weights(tmp_path):
     """They share a result.json, too, which that of another recipe would write over."""
     team = Team(0, 1, torch.device("cpu"))
     recipe = dict(lr=1, weights="runs/old/encoder.pt")
-    assert begin(tmp_path / "seed0", recipe, 5, team) is None
+    assert begin_or_finished(tmp_path / "seed0", recipe, 5, team) is None
     args = finetune.Config(task="csv", seed=3)
     assert choose_weights(args, tmp_path)[0] == Path("runs/old/encoder.pt")
     with pytest.raises(UserError, match="seed0 holds .* recipe .lr 1 → 2.: choose another --out"):
-        begin(tmp_path / "seed3", recipe | {"lr": 2}, 5, team)
+        begin_or_finished(tmp_path / "seed3", recipe | {"lr": 2}, 5, team)
     assert not (tmp_path / "seed3").exists()
-    assert begin(tmp_path / "seed3", recipe, 5, team) is None
+    assert begin_or_finished(tmp_path / "seed3", recipe, 5, team) is None
 
 
 @pytest.mark.parametrize("file", ["config.json", "result.json"])  # of a pre-training, of the lab
