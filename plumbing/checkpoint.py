@@ -156,6 +156,7 @@ def remove_if_empty(folder: Path):
     with contextlib.suppress(OSError):  # Windows removes no open file
         if os.listdir(folder) == [".lock"] and folder / ".lock" in held_locks:
             (folder / ".lock").unlink()
+            held_locks.pop(folder / ".lock").close()  # a later run of this process locks it anew
             folder.rmdir()
 
 

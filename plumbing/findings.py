@@ -402,7 +402,7 @@ def is_of(name: str, finding: str) -> bool:
 
 
 # One pair of brackets around all, but not those of (left) mass (small) or of a doubt, (mass).
-LIST = re.compile(rf"(?:[\[{{]|\((?=\)|.*[,'\"]))((?:{PLAIN}|[\[({{]{PLAIN}*[\])}}])*)[\])}}]")
+LIST = re.compile(rf"(?:[\[{{]|\((?=\)|.*[|;,'\"]))((?:{PLAIN}|[\[({{]{PLAIN}*[\])}}])*)[\])}}]")
 
 
 def parts_of(cell: str, divider: str) -> list[str]:

@@ -79,7 +79,7 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
         return path, "as asked"
     begun = begun_in(out)
     if begun:  # a newer pre-training run must not change what this run started from
-        path = checkpoint.read_json(begun[0]).get("weights", "none")
+        path = checkpoint.read_json(begun[0]).get("weights") or "none"
         return (None if path == "none" else Path(path)), f"as in the run in {out}"
     newest = checkpoint.newest_run(with_demo=False)
     if newest is None:

@@ -1057,6 +1057,7 @@ IN_A_CELL = [  # the cells of a column; its labels and targets, or the words of 
     (["Pneumonie", "Ödem links"], ["Ödem links"], [(0,), (1,)]),
     (["(left) mass (small)", "normal"], ["(left) mass (small)"], [(1,), (0,)]),
     (['"mass (left, small)"', "normal"], ["mass (left, small)"], [(1,), (0,)]),
+    (["(effusion; mass)", "mass", "normal"], ["effusion", "mass"], [(1, 1), (0, 1), (0, 0)]),
     (["(mass)", "mass", "mass", "normal"], None, "line 2: .*'.mass.' .1 ×. beside 'mass'"),
     (["left", "left lower", "right"], ["left", "left lower", "right"], None),
     (["old TB", "TB", "TB", "normal"], None, "line 2: .*'old TB' .1 ×. beside 'TB'"),
