@@ -329,3 +329,20 @@ def test_the_table_of_small_sets_is_made_from_its_numbers():
     with open(ROOT / "docs" / "study.csv", encoding="utf-8", newline="") as file:
         rows = [row | {"value": float(row["value"])} for row in csv.DictReader(file)]
     assert runs.lay_out(rows) in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_table_3_is_that_of_its_runs():
+    """docs/table3.csv is what lab.runs wrote of the ablated runs; the page shows their means."""
+    with open(ROOT / "docs" / "table3.csv", encoding="utf-8", newline="") as file:
+        rows = [row | {"value": float(row["value"])} for row in csv.DictReader(file)]
+    chapter = (ROOT / "docs" / "results.md").read_text().partition("## Ablations")[2]
+    tables = dict.fromkeys(row["what"] for row in rows if row["films"])
+    for tasks in ("local", "local,global", "local,domain"):
+        own = [row for row in rows if row["setting"] == f"tasks {tasks}"]
+        name = tasks.replace(",", " + ")
+        line = next(row for row in chapter.splitlines() if row.startswith(f"| {name} |"))
+        cells = [
+            runs.pair(own, table, runs.PRETRAINED, runs.PRETRAINED + runs.CELLS) for table in tables
+        ]
+        cells.append(runs.pair(own, "Recall@5", runs.WAYS["action"], runs.WAYS["no_action"]))
+        assert " | ".join(cells) in line
