@@ -377,7 +377,7 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
     # Drop path is drawn for the whole batch, so that it does not matter how processes and
     # micro-batches divide it. A frozen encoder drops none.
     blocks = len(run.model.vit.blocks)
-    all_draws = torch.rand(args.batch, blocks, 2, generator=torch_generator(DROP_PATH, *key))
+    all_noise = torch.rand(args.batch, blocks, 2, generator=torch_generator(DROP_PATH, *key))
     share = args.batch // team.size  # films per step of this process
     micro_batch_count = share // args.micro
     losses = []
@@ -387,11 +387,12 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
         first = team.rank * share + k * args.micro
         batch_positions = torch.arange(first, first + args.micro)
         images, goal = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
-        draws = None if args.freeze else all_draws[batch_positions].to(team.device)
+        drop_noise = None if args.freeze else all_noise[batch_positions].to(team.device)
         is_last = k + 1 == micro_batch_count
         with launch.averaging_gradients(forward, only_if=is_last):
             with launch.autocast(team.device, args.precision):
-                loss = loss_of(task.kind, forward(images, draws), goal).mean() / micro_batch_count
+                losses_of_films = loss_of(task.kind, forward(images, drop_noise), goal)
+                loss = losses_of_films.mean() / micro_batch_count
             loss.backward()
         losses.append(loss.detach())
     launch.clip_and_step(run.model, run.optimizer, args.clip)

@@ -324,17 +324,21 @@ def test_the_example_tables_are_read(table, outcome, tmp_path):
 FILM_COLUMNS = ("filename", "Image Index", "dicom_id", "Path", "filename;label;patient_id;split")
 
 
+def numbers_in(name):
+    """The rows of a CSV of docs/ that lab.runs wrote."""
+    with open(ROOT / "docs" / name, encoding="utf-8", newline="") as file:
+        return [row | {"value": float(row["value"])} for row in csv.DictReader(file)]
+
+
 def test_the_table_of_small_sets_is_made_from_its_numbers():
     """docs/study.csv is what lab.runs wrote; the page shows the table that it makes of it."""
-    with open(ROOT / "docs" / "study.csv", encoding="utf-8", newline="") as file:
-        rows = [row | {"value": float(row["value"])} for row in csv.DictReader(file)]
+    rows = numbers_in("study.csv")
     assert runs.lay_out(rows) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_table_3_is_that_of_its_runs():
     """docs/table3.csv is what lab.runs wrote of the ablated runs; the page shows their means."""
-    with open(ROOT / "docs" / "table3.csv", encoding="utf-8", newline="") as file:
-        rows = [row | {"value": float(row["value"])} for row in csv.DictReader(file)]
+    rows = numbers_in("table3.csv")
     chapter = (ROOT / "docs" / "results.md").read_text().partition("## Ablations")[2]
     tables = dict.fromkeys(row["what"] for row in rows if row["films"])
     for tasks in ("local", "local,global", "local,domain"):
