@@ -24,7 +24,6 @@ from plumbing.own_table import Labels, read_patient_table
 from plumbing.splits import hold_out_films, patients_of
 from plumbing.table import Finder, Sheet, read_list
 from plumbing.weights import load_world, make_vit
-from plumbing.words import split_of
 
 OTHER_PATIENTS = 1000  # added to the seed of phantoms: the demo was trained on none of these
 NOBODY = (set(), set())  # what trained_on would say of those
@@ -172,7 +171,7 @@ def rows_of(table, films, said=lambda row: None, split="test"):
     ]
     numbers = range(len(rows))
     if sheet.split and split:
-        is_wanted = [split_of(cell) == split for cell in sheet.cells[sheet.split]]
+        is_wanted = [said == split for said in sheet.splits()]
         numbers = [k for k in numbers if is_wanted[k]] or numbers
         said_of = f"{len(numbers)} of {len(rows)} rows, column {sheet.split}"
         print(f"table {table}: {said_of}", flush=True)

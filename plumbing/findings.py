@@ -173,7 +173,7 @@ def answer_columns(sheet: Sheet) -> list[str]:
         refuse_other(sheet, coded[0])
     if not found:
         sheet.refuse(
-            "no column label or mask, and none of 0 and 1; its columns are "
+            "no column label or mask, and none of yes and no (1 and 0); its columns are "
             f"{', '.join(sheet.cells)}; --column NAME says what to learn"
         )
     return found
@@ -183,10 +183,11 @@ def refuse_other(sheet: Sheet, column: str):
     """UserError that names the first cell of a column that is no answer, if there is one."""
     answers = sheet.answers(column)
     advice = "correct it, or delete the column, or name those to learn: --column A,B"
-    if {YES, UNCERTAIN}.isdisjoint(answers):
+    is_said = [cell for cell in sheet.cells[column] if answer(cell) not in (OTHER, MISSING)]
+    if all(map(is_negative, is_said)):
         advice = f"correct it, or learn column {column} alone, as classes: --column {column}"
     if OTHER in answers:
-        why = f", which is neither 1, 0, -1 nor empty: {advice}"
+        why = f", which is neither yes (1), no (0), unsure (-1) nor empty: {advice}"
         sheet.refuse_cell(column, answers.index(OTHER), why)
 
 

@@ -289,8 +289,12 @@ class Labels:
             self.refuse("no such file; a CSV with the columns filename,label,split is wanted")
         table = read_own_table(self.path, can_be_mask=False)
         if table.goal.kind == "mask" or not table.sheet.split:
-            lacks = "label" if table.goal.kind == "mask" else "split"
-            self.refuse(f"no column {lacks}, which a probe needs")
+            if table.goal.kind == "mask":
+                self.refuse("no column label, which a probe needs")
+            self.refuse(
+                "no column split, which a probe needs: say train, val or test in every row, and in "
+                "all rows of a patient the same"
+            )
         self.classes = list(table.goal.labels)
         self.names = [row.name for row in table.rows]
         self.y = np.array([row.target for row in table.rows], float)

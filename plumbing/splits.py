@@ -175,12 +175,19 @@ def complete(parts: dict, sizes: tuple, by_name=False) -> tuple[dict, list[str]]
         everything = parts.pop("all")
         count = max(1, round(len(everything) * test_size / sum(sizes)))
         parts["train"], parts["test"] = draw_patients(everything, count, by_name)
-        notes.append(f"test: the data name no test films; {len(parts['test'])} are drawn {how}")
+        drawn = count_films(parts["test"])
+        notes.append(f"test: the data name no test films; {drawn} are drawn {how}")
     if not parts.get("val"):
         count = max(1, round(len(parts["train"]) * val_size / (train_size + val_size)))
         parts["train"], parts["val"] = draw_patients(parts["train"], count, by_name)
-        notes.append(f"val: {len(parts['val'])} films held out of train {how}")
+        drawn = count_films(parts["val"])
+        notes.append(f"val: {drawn} films held out of train {how}")
     return parts, notes
+
+
+def count_films(examples: list[Example]) -> int:
+    """Count the films of some rows, of which several may be of one film."""
+    return len({example.path for example in examples})
 
 
 def disjoint(parts: dict) -> tuple[dict, list[str]]:

@@ -21,6 +21,7 @@ from plumbing.words import (
     SPLITS,
     answer,
     column_key,
+    flags_split,
     patient_keys,
     patient_of,
     plain,
@@ -262,7 +263,8 @@ class Sheet:
 
     @functools.cached_property
     def split(self) -> str | None:
-        """The column of splits: of a usual name, else the one whose cells say train, val or test.
+        """The column of splits: of a usual name, else the one of whose cells most say train, val
+        or test; `splits` refuses the others.
 
         UserError when several columns say so, or a column such as is_test does: else other films
         would be tested than the table means.
@@ -274,10 +276,13 @@ class Sheet:
         for name, cells in self.cells.items():
             if name in (self.film, self.patient):
                 continue
-            if plain(name).startswith("is") and split_of(plain(name).removeprefix("is")):
-                self.refuse(f"column {name}: write a column split that says train, val or test")
-            said = set(map(split_of, cells))
-            if None not in said and len(said) > 1:
+            if flags_split(name) and OTHER not in self.answers(name):
+                self.refuse(
+                    f"column {name}: write a column split that says train, val or test, or delete "
+                    "the column if it means something else"
+                )
+            said = list(filter(None, map(split_of, cells)))
+            if 2 * len(said) > len(cells) and len(set(said)) > 1:
                 found.append(name)
         if len(found) > 1:
             self.refuse(

@@ -59,7 +59,7 @@ COLUMNS = {
         *"participant proband paciente paziente pat ipp nip pseudonym pseudoid".split(),
         *"fallnummer fallnr fallid".split(),  # a stay: better than nobody
     ],
-    "split": "split set fold subset partition".split(),
+    "split": "split set fold subset partition aufteilung".split(),
 }
 
 # What any other column tells, by parts of its name.
@@ -105,17 +105,35 @@ def tells(column: str, *kinds: str) -> bool:
     return any(re.search(PARTS[kind], column_key(column)) for kind in kinds)
 
 
-SPLIT_WORDS = {
-    "train": "train training tr".split(),
-    "val": "val valid validate validation dev development".split(),
-    "test": "test testing tst".split(),
+SPLIT_WORDS = {  # without accents
+    "train": (
+        "train training tr trainset trainingset entrainement apprentissage entrenamiento treino "
+        "treinamento addestramento"
+    ).split(),
+    "val": (
+        "val valid validate validation dev development valset validationset validierung validatie "
+        "validacion validacao validazione"
+    ).split(),
+    "test": "test testing tst testset teste prueba".split(),
 }
 SPLITS = tuple(SPLIT_WORDS)
 
 
 def split_of(word: str) -> str | None:
     """The split that a word names: train, val or test; None when it names none."""
-    return next((split for split, words in SPLIT_WORDS.items() if plain(word) in words), None)
+    return next((split for split, words in SPLIT_WORDS.items() if word_of(word) in words), None)
+
+
+def flags_split(column: str) -> bool:
+    """Whether a column of yes and no is called like a split: is_test, Testset, train; but a column
+    test may be of blood, and TR is a valve's.
+    """
+    before, word, after = re.fullmatch(
+        r"(is|in)?(.+?)(set|data|daten|satz|menge|gruppe|group)?", plain(column)
+    ).groups()
+    split = split_of(word)
+    may_be_else = split == "test" or len(word) < 4
+    return split is not None and bool(before or after or not may_be_else)
 
 
 # ---------------------------------------------------------------- cells
@@ -129,12 +147,14 @@ OTHER = "other"  # no answer at all
 # What the words of a cell mean, without accents. Numbers need no words.
 WORDS = {
     YES: (
-        "yes, y, true, positive, pos, present, ja, oui, si, sim, positiv, positif, positivo, "
-        "vorhanden"
+        "yes, y, true, positive, pos, present, ja, j, oui, si, sim, positiv, positif, positivo, "
+        "vorhanden, "
+        # true, as Excel writes it
+        "wahr, waar, vrai, vero, verdadero, verdadeiro"
     ),
     NO: (
         "no, n, false, negative, neg, absent, nein, nee, non, nao, negativ, negatif, negativo, "
-        "nicht vorhanden"
+        "nicht vorhanden, falsch, onwaar, faux, falso"
     ),
     UNCERTAIN: (
         "uncertain, unsure, equivocal, indeterminate, unklar, fraglich, unsicher, verdacht, v.a., "

@@ -44,6 +44,9 @@ def test_rows_of_a_table_are_those_of_its_test_split(tmp_path):
     assert [(i, row["filename"]) for i, row in common.rows_of(table, films)] == [(1, "b.png")]
     assert common.named(table, films).tolist() == [1]
     assert common.named(None, films).tolist() == [0, 1]
+    table.write_text("filename,split\nb.png,test\nx/a.png,Prüfung\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 3: column split must say train, val, test, not"):
+        common.named(table, films)
     table.write_text("filename\nb.png\nx/a.png\n")
     assert common.named(table, films).tolist() == [0, 1]
     table.write_text("filename\ngone.png\n")

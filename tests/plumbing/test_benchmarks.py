@@ -585,7 +585,7 @@ WRONG = [  # one of each reader; test_own_table.py has the rest
         "line 2: mask .masks/99.png. is not there",
     ),
     ("name,label", ["0.png,a"], r"no column filename \(or file, .*\); its columns are name, label"),
-    ("filename,age", ["0.png,51"], "no column label or mask, and none of 0 and 1"),
+    ("filename,age", ["0.png,51"], "no column label or mask, and none of yes and no"),
 ]
 
 

@@ -54,8 +54,8 @@ SPLIT_ROWS = "filename,label,split\na,x,train\nb,x,val\n"
     [
         ("", "no row below its header .empty"),
         ("filename,label,split\n", "no row below its header .filename, label, split"),
-        ("filename,label\na,b\nc,normal\n", "no column split, which a probe needs"),
-        ("filename,mask,split\na,b.png,train\n", "no column label or mask, and none of 0 and 1"),
+        ("filename,label\na,b\nc,normal\n", "no column split, .* needs: say train, val or test"),
+        ("filename,mask,split\na,b.png,train\n", "no column label or mask, and none of yes and no"),
         ("filename,label,split\na.png,x\n", "line 2: 2 cells where the header has 3"),
         ("filename,label,split\n,x,train\n", "line 2: column filename names no film"),
         ("filename,label,split\na,x,train\nb,x,vaal\n", "line 3: column split must say"),
@@ -870,6 +870,53 @@ def test_a_column_that_says_train_and_test_is_the_split_whatever_its_name(folder
         )
 
 
+def test_a_column_of_splits_in_other_words_is_understood_or_refused_not_passed_over(
+    folder, tmp_path
+):
+    words = ["Training", "Validierung", "Test", "Training"]
+    rows = [f"film{k:02d},{k % 2},{word}" for k, word in enumerate(words)]
+    for name in ("Aufteilung", "Datensatz", "jeu"):
+        found = read_rows(folder, tmp_path, f"file,Mass,{name}", *rows)
+        names = {split: [row.name for row in part] for split, part in found.parts.items()}
+        wanted = {"train": ["film00", "film03"], "val": ["film01"], "test": ["film02"]}
+        assert names == wanted
+    for strange in ("", "Prüfung"):
+        spoilt = [*rows, f"film04,1,{strange}"]
+        refused(
+            lambda spoilt=spoilt: read_rows(folder, tmp_path, "file,Mass,Datensatz", *spoilt),
+            f"line 6: column Datensatz must say train, val, test, not '{strange}'",
+        )
+    cohort = ["film00,1,Test", "film01,0,Kontrolle", "film02,1,Kontrolle", "film03,0,Training"]
+    assert set(read_rows(folder, tmp_path, "file,Mass,Kurs", *cohort).parts) == {"all"}
+
+
+def test_a_column_of_yes_and_no_that_is_called_like_a_split_is_no_finding(folder, tmp_path):
+    rows = [f"film{k:02d},{k % 2},{'ja' if k < 2 else 'nein'}" for k in range(4)]
+    for name in ("Testset", "test data", "Training", "in_test", "validation"):
+        refused(
+            lambda name=name: read_rows(folder, tmp_path, f"file,Mass,{name}", *rows),
+            f"column {name}: write a column split that says train, val or test, or delete",
+        )
+    for name in ("Test", "TR", "Testosteron"):  # of blood, a valve
+        assert read_rows(folder, tmp_path, f"file,Mass,{name}", *rows).labels == ("Mass", name)
+    rows = [f"{row[:-2]}A" for row in rows]
+    assert read_rows(folder, tmp_path, "file,Mass,Testgruppe", *rows).labels == ("Mass",)
+
+
+def test_advice_to_learn_a_column_as_classes_can_be_followed(folder, tmp_path):
+    cells = {"Mass": ["x", "0", "x", "0"], "TB": ["p", "n", "p", "n"]}
+    for name, said_so in cells.items():
+        rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(said_so)]
+        with pytest.raises(UserError, match=f"column {name} says") as error:
+            read_rows(folder, tmp_path, f"file,Nodule,{name}", *rows)
+        advised = f"learn column {name} alone, as classes" in str(error.value)
+        assert advised == (name == "Mass")
+        if advised:
+            header = f"file,Nodule,{name}"
+            found = read_rows(folder, tmp_path, header, *rows, column=name)
+            assert targets_of(found) == [(1,), (0,), (1,), (0,)]
+
+
 def test_what_a_spreadsheet_leaves_of_a_failed_formula_is_no_class_and_no_patient(folder, tmp_path):
     for error in ("#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#BEZUG!", "####"):
         rows = ["film00,normal,p1", "film01,mass,p2"]
@@ -1208,5 +1255,5 @@ def test_of_yes_and_no_and_a_slip_the_slip_is_named(folder, tmp_path):
         rows = [f"film{k:02d},{cell}" for k, cell in enumerate(cells)]
         refused(
             lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows),
-            f"column label says {slip!r}, which is neither 1, 0, -1 nor empty",
+            f"column label says {slip!r}, which is neither yes .1., no .0., unsure .-1. nor empty",
         )

@@ -1,5 +1,6 @@
 """Splits: no patient on two sides, draws by seed, and the sentences that say what was decided."""
 
+import re
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,14 @@ def test_films_of_one_name_in_many_folders_are_not_drawn_together():
     for part in parts.values():
         assert 0.3 < np.mean([film.path.stem == "pa" for film in part]) < 0.7
         assert 0.3 < np.mean(["ill" in film.path.parts for film in part]) < 0.7
+
+
+def test_films_not_rows_are_counted_that_are_drawn():
+    films = [example(f"{k}.png") for k in range(20)]
+    parts, notes = complete({"all": films + films}, (72, 8, 20), by_name=True)
+    kept, _ = disjoint(parts)
+    counts = [int(re.search(r"\d+", note)[0]) for note in notes]
+    assert counts == [len(kept["test"]), len(kept["val"])] == [4, 2]
 
 
 def test_a_name_draws_alike_however_a_machine_writes_its_letters():

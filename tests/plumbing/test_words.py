@@ -45,8 +45,8 @@ def test_a_cell_answers_yes_no_perhaps_or_nothing():
         assert {cell: answer(cell) for cell in cells.split()} == dict.fromkeys(cells.split(), value)
     assert answer("") is answer("  ") is MISSING
     words = {
-        YES: "positiv;Sí;vorhanden;pos.",
-        NO: "Não;negativ;Nein;nicht vorhanden;o.B.;no_finding;neg.",
+        YES: "positiv;Sí;vorhanden;pos.;J;WAHR;VRAI;VERO",
+        NO: "Não;negativ;Nein;nicht vorhanden;o.B.;no_finding;neg.;FALSCH;FAUX;FALSO",
         UNCERTAIN: "unklar;Fraglich;V.a.;v. A.;douteux",
         MISSING: "k.A.;k. A.;keine_Angabe;N.A;Keine Angabe;nicht beurteilbar;Não avaliável;fehlt",
         OTHER: "V.a. Pneumonie;kA;0-1",
