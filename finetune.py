@@ -457,17 +457,18 @@ def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
     targets = targets_of(task.films["val"], rows)  # (n, c); (n, 0) of masks, which have none
     value, _ = results.judge(task.kind, task.labels, table, targets)
     value = value or 0.0
-    losses = table[:, -1]
-    if task.kind != "mask":
+    if task.kind == "mask":
+        losses = table[:, -1]
+        thresholds = []
+    else:
         truth = torch.tensor(targets, dtype=torch.float32)
         losses = loss_of(task.kind, torch.tensor(table), truth)
+        scores = results.probabilities(task.kind, table)
+        thresholds = list(map(metrics.youden_threshold, scores.T, targets.T))
     loss = float(losses.mean())
     is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
-        run.about["thresholds"] = []
-        if task.kind != "mask":
-            scores = results.probabilities(task.kind, table)
-            run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, targets.T))
+        run.about["thresholds"] = thresholds
         run.save_best()
     return value, loss
 

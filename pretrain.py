@@ -140,12 +140,14 @@ class Config(launch.TrainFlags):
 
 # ---- Settings and films
 def folder_of(args):
-    """Choose the folder of the run, where --out names none."""
-    if args.out is not None:
-        return args.out
+    """Choose the folder of the run. UserError when it holds results of another program."""
+    out = "runs/demo" if args.data is None else "runs/pretrain"
     if args.weights is not None:
-        return "runs/continue"
-    return "runs/demo" if args.data is None else "runs/pretrain"
+        out = "runs/continue"
+    if args.out is not None:
+        out = args.out
+    checkpoint.refuse_other_program(out, checkpoint.TRAINING)
+    return out
 
 
 def choose_recipe(args, film_count):

@@ -51,7 +51,7 @@ class Common(AboutFilms):
 def start(Config, doc, name, argv=None):
     """Read the flags of `python -m lab.NAME`, find the weights, and make the folder --out.
 
-    UserError when that holds the result of other weights or settings, or a training.
+    UserError when that holds the result of other weights or settings, or of another program.
     → (args, device)
     """
     args = parse(Config, doc, argv, prog=f"python -m lab.{name}")
@@ -59,10 +59,10 @@ def start(Config, doc, name, argv=None):
     if hasattr(args, "weights"):
         args = dataclasses.replace(args, weights=str(find_weights(args.weights)))
     out = Path(args.out)
+    checkpoint.refuse_other_program(out, checkpoint.ANALYSIS)
     saved = checkpoint.read_json(out / "result.json")
-    if saved or (out / "config.json").is_file():
-        old = saved.get("settings", {})  # a training and an earlier version tell none
-        checkpoint.refuse_other_recipe(out, old, settings_of(args), or_else="")
+    if saved:
+        checkpoint.refuse_other_recipe(out, saved["settings"], settings_of(args), or_else="")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

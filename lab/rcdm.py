@@ -519,6 +519,7 @@ def main(argv=None):
     device = team.device
     args = fill_in(args, run, device)
     out = Path(args.out)
+    checkpoint.refuse_other_program(out, checkpoint.DECODER)
     checkpoint.lock(out)
 
     # ---- 2. World model and films: those to learn from, and those to show.

@@ -310,7 +310,42 @@ def weights_in(path) -> Path:
     )
 
 
-# ---- Runs that go on where they stopped
+# ---- One program per folder
+TRAINING = "a pre-training"
+TUNING = "a fine-tuning"
+TEST = "a test by finetune.py --eval"
+DECODER = "a decoder of lab.rcdm"
+ANALYSIS = "an analysis of the lab"
+
+
+def contents_of(folder) -> str:
+    """Say what a folder holds, by the keys that only one program writes; "" for no results."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    result = read_json(folder / "result.json")
+    if "task" in config:
+        return f"one seed of the fine-tuning in {folder.parent}"
+    if "task" in result and (folder / "predictions.csv").is_file():
+        return TEST
+    if "task" in result or any(folder.glob("seed*/best.pt")):
+        return TUNING
+    if "mode" in config:
+        return DECODER
+    if "settings" in result:
+        return ANALYSIS
+    if config:
+        return TRAINING
+    return "a result of another program or version" if result else ""
+
+
+def refuse_other_program(folder, own: str):
+    """UserError when a folder holds anything but `own`: its files would be written over."""
+    contents = contents_of(folder)
+    if contents not in ("", own):
+        raise UserError(f"{folder} holds {contents}: choose another --out")
+
+
+# ---- Runs that are resumed
 def digest(content: bytes) -> str:
     """Fingerprint what a run depends on: weights, films, labels."""
     return hashlib.sha256(content).hexdigest()[:16]

@@ -29,9 +29,7 @@ def choose_out(args) -> Path:
         films = name if args.labels else Path(args.data or args.task).name
         out = Path(args.weights).parent / f"eval-{films}"
     out = Path(args.out or out)
-    saved = checkpoint.read_json(out / "result.json")
-    if (out / "config.json").is_file() or (saved and "task" not in saved):
-        raise UserError(f"{out} holds what pretrain.py or the lab has made: choose another --out")
+    checkpoint.refuse_other_program(out, checkpoint.TEST if args.eval else checkpoint.TUNING)
     return out
 
 
@@ -334,17 +332,33 @@ def table_fingerprint(labels, films: dict) -> str:
     return checkpoint.digest(repr(said).encode())
 
 
-def refuse_other_run(folder: Path, saved: dict, recipe: dict):
-    """Raise UserError when the seed in `folder` was begun with another recipe, `saved`."""
+# Why a setting may differ that nobody has changed, and how to keep it.
+UNASKED = {
+    "precision": "left open, it is bfloat16 where the hardware has it; give --precision {old}",
+    "batch": "it is at most the number of training films, and all processes take equally many; "
+    "give --batch {old}, and start a number of processes that divides {old}",
+    "films_and_labels": "its table named other films, labels, patients or splits, or an earlier "
+    "version read it or drew its splits otherwise",
+}
+
+
+def refuse_other_run(folder: Path, saved: dict, recipe: dict, is_beside: bool):
+    """Raise UserError when the seed in `folder` was begun with another recipe, `saved`.
+
+    is_beside: it is not the seed that is to be trained, but will stand in the same result.
+    """
+    or_else = ", or delete it to start anew"
+    if is_beside:
+        or_else = ", or give its settings: the seeds of one folder share a recipe and a result"
     try:
-        checkpoint.refuse_other_recipe(folder, saved, recipe)
+        checkpoint.refuse_other_recipe(folder, saved, recipe, or_else)
     except UserError as error:
-        if saved.get("films_and_labels") == recipe.get("films_and_labels"):
-            raise
-        raise UserError(
-            f"{error}. films_and_labels: its table named other films, labels, patients or splits, "
-            "or an earlier version read it or drew its splits otherwise"
-        ) from None
+        reasons = [
+            f". {name}: {why.format(old=saved.get(name))}"
+            for name, why in UNASKED.items()
+            if saved.get(name) != recipe.get(name)
+        ]
+        raise UserError("".join([str(error), *reasons])) from None
 
 
 def begin_or_finished(folder: Path, recipe: dict, end: int, team) -> dict | None:
@@ -356,7 +370,8 @@ def begin_or_finished(folder: Path, recipe: dict, end: int, team) -> dict | None
     if team.lead:
         checkpoint.remove_leftovers(folder)
         for begun in begun_in(folder.parent):
-            refuse_other_run(begun.parent, checkpoint.read_json(begun), recipe)
+            is_beside = begun.parent != folder
+            refuse_other_run(begun.parent, checkpoint.read_json(begun), recipe, is_beside)
         config = folder / "config.json"
         if not config.is_file() and (folder / "last.pt").exists():
             raise UserError(

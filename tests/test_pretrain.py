@@ -27,7 +27,7 @@ from lab import bench
 from lab.ablation import AblatedCheXWorld
 from lab.common import load_predictions
 from model import SIZES, CheXWorld
-from plumbing import launch, phantom
+from plumbing import checkpoint, launch, phantom
 from plumbing.keys import STEP, torch_generator
 from plumbing.launch import UserError
 from plumbing.weights import load_encoder, load_world
@@ -354,6 +354,12 @@ def test_settings_are_filled_in_from_the_recipe():
 )
 def test_the_folder_of_a_run_without_out(given, folder):
     assert pretrain.folder_of(pretrain.Config(**given)) == folder
+
+
+def test_a_folder_of_fine_tuning_is_not_trained_in(tmp_path):
+    checkpoint.write_json(tmp_path / "result.json", {"task": "csv"})
+    with pytest.raises(UserError, match="holds a fine-tuning: choose another --out"):
+        pretrain.folder_of(pretrain.Config(data="films", out=str(tmp_path)))
 
 
 def test_every_recipe_works_and_stands_in_the_help(capsys, monkeypatch):

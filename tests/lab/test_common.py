@@ -112,13 +112,13 @@ def test_a_result_of_other_weights_or_settings_is_not_written_over(place, here):
         with pytest.raises(UserError, match=f"kept holds .*{changed}.*choose another --out$"):
             here(*words, *more)
     assert result.read_text() == before
-    for content in ({"films": 4}, {"domain": {}}):  # an earlier version's, a pre-training's
-        write_json(result, content)
-        with pytest.raises(UserError, match="kept holds .*films None → 4.*another --out$"):
-            here(*words)
-    result.rename(result.with_name("config.json"))  # a training that has not ended
-    with pytest.raises(UserError, match="kept holds .*films None → 4.*another --out$"):
+    write_json(result, {"films": 4})
+    with pytest.raises(UserError, match="kept holds a result of another program or version: "):
         here(*words)
+    write_json(place / "begun" / "config.json", {"ema": 0.99})
+    for name in ("health", "rcdm"):
+        with pytest.raises(UserError, match="begun holds a pre-training: choose another --out$"):
+            here(name, *DATA, "--out", "begun")
 
 
 @pytest.mark.parametrize(

@@ -510,3 +510,30 @@ def test_a_result_says_with_what_it_was_made(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(checkpoint, "__file__", "/nowhere/plumbing/checkpoint.py")
     assert checkpoint.made_with()["commit"] is None  # no .git there, and git is not asked
+
+
+@pytest.mark.parametrize(
+    "contents, files",
+    [
+        ("", {}),
+        ("a pre-training", {"config.json": {"ema": 0.99}}),
+        ("a pre-training", {"config.json": {"ema": 0.99}, "result.json": {"domain": {}}}),
+        ("a fine-tuning", {"result.json": {"task": "csv"}}),
+        ("a fine-tuning", {"seed0/best.pt": {}}),
+        ("a decoder of lab.rcdm", {"config.json": {"mode": "local"}}),
+        (
+            "a decoder of lab.rcdm",
+            {"config.json": {"mode": "local"}, "result.json": {"settings": {}}},
+        ),
+        ("an analysis of the lab", {"result.json": {"settings": {}}}),
+        ("a result of another program or version", {"result.json": {"films": 4}}),
+    ],
+)
+def test_a_folder_is_known_by_what_is_in_it_and_kept_for_its_program(tmp_path, contents, files):
+    for name, content in files.items():
+        checkpoint.write_json(tmp_path / name, content)
+    assert checkpoint.contents_of(tmp_path) == contents
+    checkpoint.refuse_other_program(tmp_path, contents)
+    if contents:
+        with pytest.raises(UserError, match=f"{tmp_path} holds {contents}: choose another --out$"):
+            checkpoint.refuse_other_program(tmp_path, "another")

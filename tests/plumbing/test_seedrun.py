@@ -1,6 +1,8 @@
 """The bookkeeping of one seed of fine-tuning."""
 
+import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -144,12 +146,38 @@ def test_seeds_of_one_folder_share_recipe_and_weights(tmp_path):
     assert begin_or_finished(tmp_path / "seed3", recipe, 5, team) is None
 
 
-@pytest.mark.parametrize("file", ["config.json", "result.json"])  # of a pre-training, of the lab
-def test_results_of_other_programs_are_not_written_over(tmp_path, file):
-    args = finetune.Config(task="csv", out=str(tmp_path))
-    assert choose_out(args) == tmp_path
+def test_a_seed_is_refused_beside_others_with_what_differs_and_how_to_keep_it(tmp_path):
+    """On another machine precision and batch change though no flag did."""
+    team = Team(0, 1, torch.device("cpu"))
+    recipe = dict(batch=24, precision="bfloat16", lr=1)
+    begin_or_finished(tmp_path / "seed0", recipe, 5, team)
+    beside = "choose another --out, or give its settings: the seeds of one folder share a recipe"
+    for name, value, change, advice in (
+        ("batch", 20, "batch 24 → 20", "batch: .*give --batch 24, and start .* divides 24$"),
+        ("precision", "float32", "precision bfloat16 → float32", "give --precision bfloat16$"),
+        ("lr", 2, "lr 1 → 2", "share a recipe and a result$"),
+    ):
+        with pytest.raises(UserError, match=f"seed0 .*{change}.: {beside}") as refused:
+            begin_or_finished(tmp_path / "seed1", recipe | {name: value}, 5, team)
+        assert re.search(advice, str(refused.value))
+        with pytest.raises(UserError, match=f"{change}.: choose another --out, or delete it"):
+            begin_or_finished(tmp_path / "seed0", recipe | {name: value}, 5, team)
+
+
+def test_training_and_test_do_not_write_over_each_other(tmp_path):
+    train = finetune.Config(task="csv", out=str(tmp_path))
+    test = dataclasses.replace(train, eval=True, weights="best.pt")
+    assert choose_out(train) == choose_out(test) == tmp_path
     checkpoint.write_json(tmp_path / "result.json", {"task": "csv"})
-    assert choose_out(args) == tmp_path
-    checkpoint.write_json(tmp_path / file, {"settings": {}})
-    with pytest.raises(UserError, match=f"{tmp_path} holds what .*: choose another --out"):
-        choose_out(args)
+    assert choose_out(train) == tmp_path
+    with pytest.raises(UserError, match=f"{tmp_path} holds a fine-tuning: choose another --out$"):
+        choose_out(test)
+    (tmp_path / "predictions.csv").touch()
+    assert choose_out(test) == tmp_path
+    with pytest.raises(UserError, match="holds a test by finetune.py --eval: choose another"):
+        choose_out(train)
+    checkpoint.write_json(tmp_path / "seed0" / "config.json", {"task": "csv"})
+    for args in (train, test):
+        args.out = str(tmp_path / "seed0")
+        with pytest.raises(UserError, match=f"holds one seed of the fine-tuning in {tmp_path}: "):
+            choose_out(args)
