@@ -321,8 +321,9 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
     """Divide cells like 'Effusion|Mass' into names; None where nothing is said.
 
     | ; and line ends always divide, a comma where none of these is in the column. What else may
-    join names (/ + & and) divides where all parts stand alone elsewhere, and is part of a name
-    where none does. UserError on a cell between the two, or on a part that is no class.
+    join names (JOINT) divides where all parts stand alone elsewhere, and is part of a name where
+    none does. UserError on a cell between the two, on a list with numbers or dashes, or on a part
+    that is no class.
     """
     cells = sheet.cells[column]
     divider = r"[|;\n]" if any(re.search(r"[|;\n]", cell) for cell in cells) else COMMA
@@ -330,21 +331,23 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
     alone = {plain(name) for name in chain(*filter(None, rows)) if not JOINT.search(name)}
     split = []
     for row, names in enumerate(rows):
-        divided = names and []
-        for part, following in pairs_in(cells[row]) if names else ():
-            if denied_by(part) and DENIALS.isdisjoint(words_in(following)):
-                why = f": is {following!r} denied as well? Join several with |"
-                sheet.refuse_cell(column, row, why)
-        for name in names or ():
+        if not names:
+            split.append(names)
+            continue
+        refuse_unclear_list(sheet, column, row)
+        divided = []
+        for name in names:
             parts = JOINT.split(name)
             are_known = [plain(part) in alone for part in parts]
             if len(parts) > 1 and any(are_known) and not all(are_known):
                 why = ": one finding or several? Join several with |, and spell each as elsewhere"
                 sheet.refuse_cell(column, row, why, name)
             divided += parts if all(are_known) else [name]
-        for name in filter(what_instead, divided or ()):
-            why = "and no class: correct it, or say with --column what to learn"
-            sheet.refuse_cell(column, row, f", {what_instead(name)} {why}", name)
+        for name in divided:
+            what = what_instead(name) or ("half of a pair of brackets" if is_half(name) else "")
+            if what:
+                why = "and no class: correct it, or say with --column what to learn"
+                sheet.refuse_cell(column, row, f", {what} {why}", name)
         split.append(divided)
     return split
 
@@ -354,12 +357,39 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
 PLAIN = r"[^\[\](){}]"  # no bracket
 OUTSIDE = rf"(?!{PLAIN}*[\])}}])"  # of brackets
 COMMA = rf"(?:(?<!\d),|,(?!\d)){OUTSIDE}"
-JOINT = re.compile(rf"\s*(?:{COMMA}|[/+&]|\band\b)\s*(?=\S)", re.IGNORECASE)
+DASH = "[-\u2010-\u2015\u2212•·*]"  # hyphen to long dash, minus, bullets
+JOINT = re.compile(rf"\s*(?:{COMMA}|[/\\+&]|\band\b|(?<=\s){DASH}(?=\s))\s*(?=\S)", re.IGNORECASE)
+# Lists with a number or letter before the first finding and the next, or with a dash before one.
+NUMBERED = re.compile(
+    r"\W*(1[.):-](?!\d)|[ai][.)]).*(?<!\w)(2[.):-](?!\d)|(b|ii)[.)]).*|\W*(#1\b|①).*",
+    re.DOTALL | re.IGNORECASE,
+)
+DASHED = re.compile(rf"(.*[|;,\n])?\s*{DASH}\s*[^\W\d].*", re.DOTALL)
 
 
-def pairs_in(cell: str):
-    """The neighbours in a cell that no | ; or line end divides: no effusion, pneumonia."""
-    return chain(*(pairwise(JOINT.split(unit)) for unit in re.split(r"[|;\n]", cell)))
+def refuse_unclear_list(sheet: Sheet, column: str, row: int):
+    """UserError on a cell such as '1. effusion 2. mass', on one with a dash before a finding, which
+    may be a bullet or say no, or where 'no' stands before one of several: no effusion, mass.
+    """
+    cell = sheet.cells[column][row]
+    if NUMBERED.fullmatch(cell) or DASHED.fullmatch(cell):
+        why = ": a list with numbers or dashes? Join several findings with | and nothing else"
+        sheet.refuse_cell(column, row, why)
+    for unit in re.split(r"[|;\n]", cell):
+        for part, following in pairwise(JOINT.split(unit)):
+            if denied_by(part) and DENIALS.isdisjoint(words_in(following)):
+                why = f": is {following!r} denied as well? Join several with |"
+                sheet.refuse_cell(column, row, why)
+
+
+def is_half(name: str) -> bool:
+    """Whether a bracket in a name has no partner; that of '1) mild' needs none."""
+    depth = 0
+    for letter in re.sub(r"^\w{1,2}\)", "", name):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth < 0:
+            return True
+    return depth > 0
 
 
 def take_denials(sheet: Sheet, column: str, named, labels) -> tuple[list, list[str]]:

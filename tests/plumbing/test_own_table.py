@@ -1106,6 +1106,12 @@ IN_A_CELL = [  # the cells of a column; its labels and targets, or the words of 
     (['"mass (left, small)"', "normal"], ["mass (left, small)"], [(1,), (0,)]),
     (["(effusion; mass)", "mass", "normal"], ["effusion", "mass"], [(1, 1), (0, 1), (0, 0)]),
     (["(mass)", "mass", "mass", "normal"], None, "line 2: .*'.mass.' .1 ×. beside 'mass'"),
+    (["effusion - mass", "mass", "effusion"], ["effusion", "mass"], [(1, 1), (0, 1), (1, 0)]),
+    (["effusion • mass", "normal"], ["effusion • mass"], [(1,), (0,)]),
+    (["effusion - mass", "mass", "normal"], None, "line 2: .*one finding or several"),
+    (["1) mild", "2) severe", "0) none"], ["0) none", "1) mild", "2) severe"], None),
+    (["mass (left; right)", "normal"], None, "line 2: .*'mass .left', half of a pair of brackets"),
+    (['"mass, nodule)"', "normal"], None, "line 2: .*half of a pair of brackets and no class"),
     (["left", "left lower", "right"], ["left", "left lower", "right"], None),
     (["old TB", "TB", "TB", "normal"], None, "line 2: .*'old TB' .1 ×. beside 'TB'"),
     (["Pneumonie", "Pneumonie", "Z.n. Pneumonie"], None, "line 4: .*'Z.n. Pneumonie'"),
@@ -1146,6 +1152,36 @@ def test_sides_denials_and_histories_are_no_classes_of_their_own(
     found = read()
     assert labels is None or list(found.labels) == labels
     assert outcome is None or targets_of(found) == outcome
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "a) effusion, b) mass",
+        "A. effusion b. mass",
+        "i) effusion ii) mass",
+        "1) effusion 2) mass",
+        "1. effusion\n2. mass",
+        "1.effusion, 2.mass",
+        "(1) effusion; (2) mass",
+        "#1 effusion #2 mass",
+        "['1: effusion', '2: mass']",
+        "① effusion ② mass",
+        "- effusion - mass",
+        "-effusion\n-mass",
+        "effusion\n• mass",
+        "* effusion",
+    ],
+)
+def test_lists_with_numbers_and_bullets_are_refused(folder, tmp_path, cell):
+    """Each was a class of its own, or several with their numbers."""
+    for others in ([], ["effusion", "mass"]):
+        rows = [f"film{k:02d},{name}" for k, name in enumerate(["normal", *others])]
+        rows.append(f'film09,"{cell}"')
+        refused(
+            lambda rows=rows: read_rows(folder, tmp_path, "file,findings", *rows),
+            f"line {len(rows) + 1}: .*list with numbers or dashes. Join several findings with .",
+        )
 
 
 def test_a_kind_of_a_class_is_warned_of_with_its_films(folder, tmp_path):
