@@ -11,7 +11,7 @@ switches. compare fine-tunes on your own tables: from scratch, frozen and in ful
 few films; --shots 10,20,40,80 also draws the curve over films per class, curve.png. Every run has
 its own folder below --out, which also receives table.md; once all have finished, that of compare
 ends with the differences from scratch on the same test films, each with a 95 % interval. The same
-command again goes on: what is finished is not run again. Without a word --out also receives
+command again resumes: what is finished is not run again. Without a word --out also receives
 result.json.
 """
 
@@ -180,7 +180,7 @@ def run_grid(runs: Iterable[Run], write_table: Callable[[], str]) -> None:
         print(f"\n{run.title}\n{shlex.join(run.command)}", flush=True)
         if run_and_wait(run.command) or not run.is_finished():
             raise UserError(
-                f"{run.title} did not finish (above); what is done is kept, this command goes on"
+                f"{run.title} did not finish (above); what is done is kept, this command resumes"
             )
         write_table()
     if is_complete:

@@ -19,7 +19,14 @@ from data import open_films
 from model import CheXWorld
 from plumbing import checkpoint, phantom, pictures
 from plumbing.film import UnreadableFilm
-from plumbing.launch import UserError, count_cpus, flag, parse, start_team
+from plumbing.launch import (
+    UserError,
+    count_cpus,
+    count_memory,
+    flag,
+    parse,
+    start_team,
+)
 from plumbing.own_table import Labels, read_patient_table
 from plumbing.splits import hold_out_films, patients_of
 from plumbing.table import Finder, Sheet, read_list
@@ -340,6 +347,7 @@ def map_films(function, films, numbers, size, words="films", batch=32):
     """Apply a function to films as `read_whole` reads them, batch by batch; UserError without any.
 
     function: images (b, 1, size, size) → {name: array (b, …)}
+    All arrays are held in memory: UserError after the first batch when that is too small for them.
     → {name: array (n, …)}, numbers of the readable films (n,), {name of an unreadable film: reason}
     """
     whole = {}
@@ -351,12 +359,27 @@ def map_films(function, films, numbers, size, words="films", batch=32):
         done = len(readable)
         readable.extend(read)
         found = function(images) if len(read) else {}
+        whole = whole or allocate(found, len(numbers))
         for name, array in found.items():
-            if name not in whole:
-                whole[name] = np.empty((len(numbers), *array.shape[1:]), array.dtype)
             whole[name][done : len(readable)] = array
     require_readable(readable, words)
     return select(whole, slice(len(readable))), np.array(readable), unreadable
+
+
+def allocate(found, count):
+    """Make arrays for what is found of `count` films, {name: array (b, …)} of the first of them.
+
+    UserError when they would take more than four fifths of the machine's memory.
+    """
+    needed = count * sum(array[0].nbytes for array in found.values())
+    allowed = 0.8 * count_memory()
+    if needed > allowed:
+        raise UserError(
+            f"what is computed of {count:,} films takes {needed / 1e9:,.1f} GB, more than four "
+            f"fifths of this machine's memory, {allowed / 1e9:,.1f} GB: take fewer, such as "
+            f"--films {int(count * allowed / needed)}"
+        )
+    return {name: np.empty((count, *a.shape[1:]), a.dtype) for name, a in found.items()}
 
 
 def require_readable(read, what="films"):

@@ -14,7 +14,8 @@ Each film is read whole, squeezed to a square. Writes one row per film, as
 
     features = numpy.load("features/features.npz")
 
-All is held in memory until it is written: of a ViT-Base 52 kB per film.
+All is held in memory until it is written: of a ViT-Base 52 kB per film. What would not fit is
+refused after the first films.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
     python -m lab.gallery --weights runs/demo --data runs/demo/phantoms/films
 
 Runs every analysis that draws and trains the two RCDM decoders, each in its folder under --out,
-then writes the pictures into --docs as FOLDER_PICTURE.png. A decoder goes on where it stopped. Not
+then writes the pictures into --docs as FOLDER_PICTURE.png. A decoder resumes where it stopped. Not
 among them: few_films.png, which python -m lab.ablation compare --shots draws as curve.png.
 """
 
@@ -71,7 +71,7 @@ def run(name, *words):
     command = ["-m", f"lab.{name}", *words]
     print(f"\npython {shlex.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command]).returncode:
-        raise UserError(f"lab.{name} failed (above); once that is mended, the same command goes on")
+        raise UserError(f"lab.{name} failed (above); once that is mended, the same command resumes")
 
 
 def collect(out, docs):

@@ -13,7 +13,7 @@ pre-training (the same masks), and gets views that are neither mirrored nor chan
 No patient is in two of these: the films that the world model was trained on (the run's config.json
 tells), those that the decoder learns from, and those that are shown. Without --learn and --show,
 the films that the run left out are divided. --out receives config.json, log.csv, last.pt,
-samples.png and result.json. The same command again goes on where the last one stopped.
+samples.png and result.json. The same command again resumes where the last one stopped.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ class Config:
     save_every: int = flag(500, "steps between checkpoints")
 
 
-# A run goes on only with the same of these, the same world and the same films.
+# A run is resumed only with the same of these, the same world and the same films.
 RECIPE = ("mode", "size", "channels", "steps", "batch", "lr", "seed", "precision")
 
 
@@ -478,7 +478,7 @@ def choose_films(films, args, run, learnt):
 
 
 def recipe_of(args, names):
-    """Name all that must stay when a run goes on: settings, world model and films to learn from."""
+    """Name what a resumed run must share: settings, world model and films to learn from."""
     recipe = {name: getattr(args, name) for name in RECIPE}
     world = checkpoint.digest(Path(args.weights).read_bytes())
     return recipe | {"world": world, "names": checkpoint.digest_of_names(names)}
@@ -538,7 +538,7 @@ def main(argv=None):
     averaged = AveragedModel(decoder, multi_avg_fn=average, use_buffers=True).eval()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.lr, fused=True)
 
-    # ---- 4. Go on where an earlier run in the same folder stopped.
+    # ---- 4. Resume where an earlier run in the same folder stopped.
     recipe = recipe_of(args, [films.names[i] for i in train])
     parts = {"decoder": decoder, "averaged": averaged, "optimizer": optimizer}
     saved = checkpoint.resume(out / "last.pt", recipe, parts)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how it goes on: atomic files, locks, checkpoints, log.csv."""
+"""What a run leaves on disk, and how it is resumed: atomic files, locks, checkpoints, log.csv."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def explain_writing(path):
     except OSError as error:
         advice = "is the folder there, and may you write into it?"
         if error.errno in launch.FULL:
-            advice = "make room there; the same command then goes on from what was saved before"
+            advice = "make room there; the same command then resumes from what was saved before"
         words = error.strerror or str(error)
         raise UserError(f"{path} cannot be written: {words}: {advice}") from None
 
@@ -506,7 +506,7 @@ class StopRequest:
     def end(self, team, where: str):
         """Say that the run is saved, and end the script: with exit code 0, after Ctrl-C 130."""
         name = signal.Signals(self.requested).name if self.requested else "a signal elsewhere"
-        team.say(f"{name}: saved at {where}; the same command goes on from there")
+        team.say(f"{name}: saved at {where}; the same command resumes from there")
         team.leave()
         sys.exit(128 + signal.SIGINT if self.requested == signal.SIGINT else 0)
 

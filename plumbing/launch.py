@@ -135,7 +135,7 @@ def in_one_line(error: Exception) -> str:
     if any(words in text for words in LOST_RANK):
         return (
             "another process of this run has ended, as its own lines say, or was killed: "
-            "the same command goes on from what was saved"
+            "the same command resumes from what was saved"
         )
     shared_memory = ("killed by signal: Bus error", "shared memory", "write to file </torch")
     if any(words in text for words in shared_memory):
@@ -146,7 +146,7 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, BrokenExecutor) or text.startswith("DataLoader worker (pid"):
         return (
             "a helper process was killed, most likely because the machine's memory is full: "
-            "the same command goes on from what was saved; --workers 0 or fewer take less memory"
+            "the same command resumes from what was saved; --workers 0 or fewer take less memory"
         )
     return ""
 
@@ -483,6 +483,17 @@ def count_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def count_memory() -> float:
+    """Count the bytes of memory that this process may use; infinite where the system tells none."""
+    limits = []
+    if hasattr(os, "sysconf"):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # Linux: of a container
+        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    return min(limits, default=math.inf)
+
+
 def warn_of_cpu(team: Team, films: int, advice: str) -> list[str]:
     """Warn, on a CPU, how long a ViT-Base takes to learn from so many films. → a line, or none"""
     if team.device.type != "cpu":
@@ -528,7 +539,7 @@ def prepare_forward(model, compile: str, team: Team, steps: int = COMPILED_FROM)
     """Wrap a network for training: torch.compile; DistributedDataParallel for several processes.
 
     compile: on, off or auto (on a GPU, when a run has COMPILED_FROM steps or more). steps: of the
-    whole run, so that it is compiled, and rounds, in the same way when it goes on. The wrapped
+    whole run, so that it is compiled, and rounds, in the same way when it is resumed. The wrapped
     network shares its parameters with `model`.
     """
     on_gpu = team.device.type == "cuda"

@@ -391,7 +391,7 @@ def pack_films(films, out, workers=0, states: list | None = None, old=None, take
     """Write every readable film into the packed file `out`.
 
     states: of the films, see states_of. old, taken: see Attempts.
-    Killed at any moment, the same call goes on where it was: until the file is complete there is
+    Killed at any moment, the same call resumes where it was: until the file is complete there is
     <out>.part, and <out>.journal with a line per film, written after the film's bytes: what it was
     made from, [side, name, state], and what it became, [height, width, CRC-32, reason], which are
     zeros and the reason for a film that cannot be read.
@@ -466,7 +466,7 @@ def take_up(part: Path, journal: Path, sources: list) -> list:
             file.write(MAGIC)
         file.truncate(end)
     if lines:
-        print(f"{part}: packing goes on after {len(rows):,} of {len(lines):,} films")
+        print(f"{part}: packing resumes after {len(rows):,} of {len(lines):,} films")
     kept = zip(sources, rows, strict=False)
     replace_with(journal, lambda path: path.write_bytes(b"".join(journal_line(*k) for k in kept)))
     return rows

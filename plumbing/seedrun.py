@@ -1,7 +1,7 @@
 """The run of one seed of fine-tuning on disk: config.json, log.csv, last.pt, best.pt, result.json.
 
-config.json says with what the seed began, so that it goes on with nothing else. last.pt holds all
-that is needed to go on, best.pt the model that was best on validation, which is then tested.
+config.json says with what the seed began, so that it is resumed with nothing else. last.pt holds
+all that is needed to resume, best.pt the model that was best on validation, which is then tested.
 """
 
 import dataclasses
@@ -109,8 +109,8 @@ def warn_of_unfinished(weights: Path | None) -> str:
     if saved.get("step", total) >= total:
         return ""
     return (
-        f"; WARNING: that run stopped at step {saved['step']:,} of {total:,}: its command goes on "
-        "with it; choose other weights by --weights"
+        f"; WARNING: that run stopped at step {saved['step']:,} of {total:,}: its command resumes "
+        "it; choose other weights by --weights"
     )
 
 
@@ -302,7 +302,7 @@ def count_steps(args, kind, films: int) -> Steps:
 
 
 def recipe_of(settings: dict, weights: Path | None, vit, labels, films: dict) -> dict:
-    """List what must stay the same when a seed goes on.
+    """List what must stay the same when a seed is resumed.
 
     settings: the flags that change its numbers; the weights and the films by fingerprint. labels:
     their names. films: {"train", "val", "test"}: their examples.
@@ -436,7 +436,7 @@ class SeedRun:
         return loss
 
     def resume(self):
-        """Go on from last.pt when there is one."""
+        """Resume from last.pt when there is one."""
         parts = {"finetuned": self.model, "optimizer": self.optimizer}
         saved = checkpoint.resume(self.folder / "last.pt", None, parts)
         if saved:

@@ -563,7 +563,7 @@ class Origin:
     """The weights that a pre-training starts from: a whole world's, or those of an encoder alone.
 
     digest: fingerprint of the file. config: of the world, but for what flags decide. words: what
-    the file is. notes: further lines for the user. encoder, target: None when the run goes on from
+    the file is. notes: further lines for the user. encoder, target: None when the run resumes from
     its own last.pt. predictor: None when it is new.
     """
 
@@ -588,7 +588,7 @@ class Origin:
     def refuse_contradicting(self, size: str, patch: int, pixels: float):
         """Raise UserError when --size, --patch or --pixels contradict the file."""
         own = self.settings()
-        if self.encoder is None:  # a run that goes on compares its whole recipe
+        if self.encoder is None:  # a resumed run compares its whole recipe
             return
         if size != own["size"]:
             raise UserError(f"--size {size}: {self.path} is {own['size']}; leave --size out")
@@ -631,7 +631,7 @@ class Origin:
 def find_origin(weights: str | None, out: str | Path, recipe: str | None = None) -> Origin | None:
     """Read the weights that a pre-training in the folder `out` starts from; None without any.
 
-    weights: a file, or the folder of a run. Once there is a last.pt in `out`, the run goes on from
+    weights: a file, or the folder of a run. Once there is a last.pt in `out`, the run resumes from
     that, and the file is only compared with the one that it began from. recipe: what --recipe says,
     which does not go with weights. Raises UserError.
     """
@@ -678,7 +678,7 @@ def predictor_sizes(dim: int) -> dict:
 def begun_origin(path: Path, last: Path) -> Origin:
     """Compare a file, or a folder's, with the weights that the run of `last` began from.
 
-    The run goes on from `last`.
+    The run resumes from `last`.
     """
     with contextlib.suppress(UserError):  # the folder may have been emptied since
         path = weights_in(path)
@@ -696,9 +696,9 @@ def begun_origin(path: Path, last: Path) -> Origin:
             f"--weights {path} is not the file that the run in {last.parent} started from "
             f"(SHA-256 {now}, then {began_from}): give that one, or another --out"
         )
-    words = "this run started from it, and goes on from its own last.pt"
+    words = "this run started from it, and resumes from its own last.pt"
     if not is_there:
-        words = f"no longer there; not needed, the run goes on from {last}"
+        words = f"no longer there; not needed, the run resumes from {last}"
     return Origin(path, began_from, saved["config"], words)
 
 

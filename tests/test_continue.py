@@ -1,4 +1,4 @@
-"""pretrain.py --weights: what is taken, what is new, and that such a run goes on like any other."""
+"""pretrain.py --weights: what is taken, what is new, and that such a run resumes like any other."""
 
 import dataclasses
 import shutil
@@ -84,7 +84,7 @@ def test_the_encoders_stand_still_for_as_many_steps_as_is_said_then_learn(
         is_alone = steps <= ALONE
         assert same(part(state, "encoder."), given) == is_alone
         assert same(part(state, "target_encoder."), given) == is_alone
-    assert "goes on from its own last.pt" in said
+    assert "resumes from its own last.pt" in said
     whole, said = reference
     assert f"the predictor learns alone for the first {ALONE} of {TOTAL} steps" in said
     assert "taken: both encoders; new: the predictor and the optimizer" in said
@@ -200,7 +200,7 @@ def test_settings_come_from_the_file_and_from_the_recipe_for_continuing(encoder,
 
 
 def test_a_run_without_weights_is_what_it_was():
-    """So that old runs go on: the recipe's keys, and AdamW's two groups."""
+    """So that old runs resume: the recipe's keys, and AdamW's two groups."""
     args = pretrain.fill_in(pretrain.Config(data="x", size="tiny", image=32, patch=8), "paper")
     assert not {"weights", "pixels"} & pretrain.fingerprint_of(args, ["a.png"]).keys()
     world = pretrain.make_world(args, None, CheXWorld)

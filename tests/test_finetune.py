@@ -246,7 +246,7 @@ def test_sigterm_saves_and_the_same_command_ends_bit_equal(films, tmp_path):
     while process.poll() is None and not last.exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from there" in process.communicate()[0]
+    assert "the same command resumes from there" in process.communicate()[0]
     assert process.returncode == 0
     assert last.exists()
     go(films, tmp_path / "killed", *longer)

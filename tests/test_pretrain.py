@@ -126,11 +126,11 @@ def test_worker_count_changes_nothing(films, reference, tmp_path):
     assert largest_difference(weights(reference), weights(tmp_path / "workers")) == 0
 
 
-# ---- Runs that go on
+# ---- Runs that are resumed
 @pytest.mark.slow
 def test_three_steps_and_the_rest_equal_all_at_once(films, reference, tmp_path):
     said = run(films, tmp_path / "parts", "--max_steps", "3").stdout
-    assert "stopped at step 3 of 8 by --max_steps; the same command without it goes on\n" in said
+    assert "stopped at step 3 of 8 by --max_steps; the same command without it resumes\n" in said
     said = run(films, tmp_path / "parts").stdout
     assert "resuming at step 3" in said and "stopped at step" not in said
     assert largest_difference(weights(reference), weights(tmp_path / "parts")) == 0
@@ -215,7 +215,7 @@ def test_pixels_and_half_of_the_other_view_on_two_ranks_and_in_two_parts(films, 
 
 
 def test_a_run_of_the_paper_knows_nothing_of_newer_settings():
-    """Its recipe is what it was before there were these flags, so that old runs go on."""
+    """Its recipe is what it was before there were these flags, so that old runs resume."""
     args = pretrain.fill_in(pretrain.Config(data="x"), "paper")
     newer = {"pixels": 0.5, "global_share": 0.5}
     assert not newer.keys() & pretrain.fingerprint_of(args, ["a.png"]).keys()

@@ -1,4 +1,4 @@
-"""Every signal once, to the process or to its whole group: the run is saved, and goes on."""
+"""Every signal once, to the process or to its whole group: the run is saved, and resumes."""
 
 import os
 import signal

@@ -13,6 +13,7 @@ from PIL import Image
 import augment
 from lab import common, features
 from model import ViT
+from plumbing.launch import UserError
 from plumbing.weights import load_encoder
 
 
@@ -78,6 +79,23 @@ def test_features_of_a_folder_with_a_broken_film(place):
         assert np.allclose(rows[str(name)], mean, rtol=1e-6)
     result = json.loads((place / "f" / "result.json").read_text())
     assert result["films"] == 3 and list(result["unreadable"]) == ["broken.png"]
+
+
+def test_more_films_than_memory_holds_are_refused_after_the_first(monkeypatch):
+    monkeypatch.setattr(common, "count_memory", lambda: 1e6)
+    films = Films({f"{k}.png": np.zeros((8, 8), np.uint8) for k in range(4)})
+    seen = []
+
+    def by_row(images):
+        seen.append(len(images))
+        return {"mean": np.zeros((len(images), 40), np.float32)}
+
+    words = r"of 8,000 films takes 0.0 GB, .* memory, 0.0 GB: .*--films 5000$"
+    with pytest.raises(UserError, match=words):
+        common.map_films(by_row, films, np.arange(8000) % 4, 8)
+    assert seen == [32]
+    found, _, _ = common.map_films(by_row, films, np.arange(5000) % 4, 8)
+    assert found["mean"].shape == (5000, 40)
 
 
 def test_films_come_in_batches_one_of_which_may_hold_none(tmp_path, monkeypatch):

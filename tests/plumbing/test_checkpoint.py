@@ -1,4 +1,4 @@
-"""Atomic files, the log after a crash, the newest run, another recipe, going on, SIGTERM."""
+"""Atomic files, the log after a crash, the newest run, another recipe, resuming, SIGTERM."""
 
 import contextlib
 import errno
