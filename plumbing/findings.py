@@ -251,40 +251,52 @@ def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
 def read_findings(sheet, column: str, uncertain: str, labels=()) -> tuple[list, list[str]]:
     """Read what a column of names or numbers finds → {name} per row, None: not known; notes.
 
-    labels: of a trained model.
+    labels: of a trained model; what is called so is a class, however odd it looks.
     """
     cells = sheet.cells[column]
     unsure = [row for row, cell in enumerate(cells) if answer(cell) == UNCERTAIN]
     if unsure and uncertain != "ignore":
         why = f"which of them --uncertain {uncertain} should count; leave the cell empty"
         sheet.refuse_cell(column, unsure[0], f" among names of classes: nobody can tell {why}")
-    notes = [f"labels: column {column}"]
     said = {cell for cell in cells if answer(cell) not in (MISSING, UNCERTAIN)}
-    if None not in map(whole_number, said):  # '2.0', as pandas writes it beside blanks, is '2'
-        findings = [{str(whole_number(cell))} if cell in said else None for cell in cells]
-        refuse_no_classes(sheet, column, findings, MAX_CODES, labels)
-        refuse_odd_codes(sheet, column, findings, labels)
-        notes.append("numbers are taken as classes, 0 like the others")
-    else:
-        named, denials = take_denials(sheet, column, split_names(sheet, column), labels)
-        findings, negatives = merge_spellings(named)
-        refuse_no_classes(sheet, column, findings, MAX_CLASSES, labels)
-        if tells(column, "comment"):
-            sheet.refuse(
-                f"column {column} holds comments, as its name says: these are no classes; "
-                "--column NAME says what to learn, or rename the column"
-            )
-        notes += refuse_slips(sheet, column, named, labels)
-        if denials:
-            words = ", ".join(map(repr, denials))
-            notes.append(
-                f"{words}: read as no such finding, and what a row does not name as absent"
-            )
-        if negatives:
-            words = ", ".join(map(repr, negatives))
-            notes.append(f"{words} count{'s' * (len(negatives) == 1)} as no finding")
+    are_numbers = None not in map(whole_number, said)
+    read = read_column_of_numbers if are_numbers else read_column_of_names
+    findings, notes = read(sheet, column, labels)
     if unsure:
         notes.append(f"uncertain: {len(unsure)} rows: left out")
+    return findings, [f"labels: column {column}", *notes]
+
+
+def read_column_of_numbers(sheet: Sheet, column: str, labels) -> tuple[list, list[str]]:
+    """Read numbers that stand for classes; see read_findings."""
+    findings = []
+    for cell in sheet.cells[column]:
+        is_said = answer(cell) not in (MISSING, UNCERTAIN)
+        # '2.0', as pandas writes it beside blanks, is '2'.
+        findings.append({str(whole_number(cell))} if is_said else None)
+    refuse_no_classes(sheet, column, findings, MAX_CODES, labels)
+    refuse_odd_codes(sheet, column, findings, labels)
+    return findings, ["numbers are taken as classes, 0 like the others"]
+
+
+def read_column_of_names(sheet: Sheet, column: str, labels) -> tuple[list, list[str]]:
+    """Read names of classes, one or several per cell; see read_findings."""
+    named = split_names(sheet, column)
+    named, denials = take_denials(sheet, column, named, labels)
+    findings, negatives = merge_spellings(named)
+    refuse_no_classes(sheet, column, findings, MAX_CLASSES, labels)
+    if tells(column, "comment"):
+        sheet.refuse(
+            f"column {column} holds comments, as its name says: these are no classes; "
+            "--column NAME says what to learn, or rename the column"
+        )
+    notes = refuse_slips(sheet, column, named, labels)
+    if denials:
+        words = ", ".join(map(repr, denials))
+        notes.append(f"{words}: read as no such finding, and what a row does not name as absent")
+    if negatives:
+        words = ", ".join(map(repr, negatives))
+        notes.append(f"{words} count{'s' * (len(negatives) == 1)} as no finding")
     return findings, notes
 
 
