@@ -47,9 +47,10 @@ NO_WORDS = "0, no, normal and the like"
 class Goal(NamedTuple):
     """What the rows of a table ask for.
 
-    targets: 0, 1 or None (not known) per label; None for a row without any, which is left out.
-    columns: those that say so. masks: names of files, "" for an empty mask; only of kind mask.
-    against: the other class, where every row is one of two.
+    targets: of each row, 0, 1 or None (not known) per label; None for a whole row that is left out,
+    since nothing of it is known. columns: those that were read. masks: names of files, "" for an
+    empty mask; only of kind mask. against: where every row is one of two classes, the one that
+    counts as 0; the other is the label.
     """
 
     kind: str  # labels, classes or mask
@@ -62,8 +63,8 @@ class Goal(NamedTuple):
 
 
 def read_goal(sheet: Sheet, asked, uncertain: str, can_be_mask: bool) -> Goal:
-    """Find out what is to be learnt: `asked` (--column), or the column of masks, if these are
-    wanted, else of labels, else every column that answers yes or no.
+    """Find out what is to be learnt: what --column names (`asked`), else the column of masks where
+    the task may be segmentation, else the column of labels, else every column of yes and no.
 
     UserError when nothing can be learnt.
     """
@@ -92,8 +93,11 @@ def read_goal(sheet: Sheet, asked, uncertain: str, can_be_mask: bool) -> Goal:
 
 def asked_columns(sheet: Sheet, asked: str) -> list[str]:
     """The columns that --column names, one or several with commas between."""
+    names = asked.split(",")
+    if plain(asked) in sheet.named:  # one column, with a comma in its name
+        names = [asked]
     found = []
-    for name in [asked] if plain(asked) in sheet.named else asked.split(","):
+    for name in names:
         column = sheet.named.get(plain(name))
         if column is None:
             like = difflib.get_close_matches(name, sheet.cells, 1)
@@ -110,7 +114,9 @@ def asked_columns(sheet: Sheet, asked: str) -> list[str]:
 
 
 def refuse_only_yes(sheet: Sheet, goal: Goal):
-    """UserError when the columns never say no, but have blanks, which are no answer: a habit."""
+    """UserError when the columns say yes and have blanks, but never say no: many people write
+    nothing where they mean no, yet a blank counts as not known.
+    """
     values = set(chain(*filter(None, goal.targets)))
     blank = sum(sheet.answers(column).count(MISSING) for column in goal.columns)
     if goal.kind == "labels" and YES in values and NO not in values and blank:
@@ -127,14 +133,14 @@ def read_label_column(sheet: Sheet, column: str, uncertain: str) -> Goal:
         sheet.refuse(f"column {column} is empty")
     if answers <= {NO, MISSING}:
         sheet.refuse(f"column {column} names no class beside {NO_WORDS}")
-    if OTHER in answers and not is_of_answers(sheet, column):
-        return read_names(sheet, column, uncertain)
+    if OTHER in answers and not is_of_yes_and_no(sheet, column):
+        return read_classes(sheet, column, uncertain)
     return read_answers(sheet, [column], uncertain)
 
 
-def is_of_answers(sheet: Sheet, column: str) -> bool:
-    """Whether a column says yes more often than anything else but no, and not as one of several
-    codes: then what is neither is the mistake.
+def is_of_yes_and_no(sheet: Sheet, column: str) -> bool:
+    """Whether a column is one of yes and no though some cells say neither, which are then mistakes:
+    more cells say yes than say neither, and what these say are not all numbers, hence codes.
     """
     count = Counter(sheet.answers(column))
     are_codes = all(
@@ -147,8 +153,8 @@ def is_of_answers(sheet: Sheet, column: str) -> bool:
 def answer_columns(sheet: Sheet) -> list[str]:
     """The columns that answer yes or no.
 
-    UserError when there is none, when most cells of a column are such answers and others neither
-    that nor amounts, or when a column beside them is of 1 and 2, as where 2 means no.
+    UserError when there is none; when at least half of a column are such answers and the others are
+    neither codes nor amounts; or when a column of 1 and 2 stands beside them, whose 2 may mean no.
     """
     found = []
     coded = []
@@ -222,7 +228,7 @@ def counted(count: Counter) -> str:
 
 
 # ---------------------------------------------------------------- columns of names
-def read_names(sheet: Sheet, column: str, uncertain: str) -> Goal:
+def read_classes(sheet: Sheet, column: str, uncertain: str) -> Goal:
     """Read a column of classes, one or several per cell, or of numbers that stand for classes.
 
     A cell that is missing or uncertain leaves its row out. Two names of which every row has one are
@@ -301,15 +307,15 @@ def read_column_of_names(sheet: Sheet, column: str, labels) -> tuple[list, list[
 
 
 def refuse_odd_codes(sheet: Sheet, column: str, codes, labels):
-    """UserError on a number that stands for no class: below 0, seen once, or, as -9, 9 and 99 often
-    do, for what is missing: a code of nines or eights without the number before it. What is among
-    the labels of a trained model is a class.
+    """UserError on a number that stands for no class: one below 0, one that a single row has, or a
+    usual code for missing: 9, 99, 88 and the like where the number before it is not there. What is
+    among the labels of a trained model is a class.
     """
     count = Counter(chain(*filter(None, codes)))
     gaps = [code for code in count if str(int(code) - 1) not in count]
     odd = {code for code in count if int(code) < 0 or count[code] == 1}
     odd.update(code for code in gaps if re.fullmatch("9+|88+", code))
-    are_few = 2 * len(odd) < len(count) + 1
+    are_few = 2 * len(odd) < len(count) + 1  # else all may be classes
     odd.difference_update(labels)
     if odd and are_few:
         why = (
@@ -405,31 +411,31 @@ def is_half(name: str) -> bool:
 
 
 def take_denials(sheet: Sheet, column: str, named, labels) -> tuple[list, list[str]]:
-    """Take out of the names of each row what it denies: it is not found, as all that a row does not
-    name. → named without, the denials
+    """Take the denials, such as 'no effusion', out of the names of each row: what they deny counts
+    as absent, like all that a row does not name. → the names without the denials, the denials
 
-    UserError when a row denies what it names, more than a finding (no change in effusion), or
-    nothing but what is no finding of the column or label of a model: who writes 'no effusion' alone
-    may not have looked for anything else.
+    UserError when a row denies what it names; when a denial may say something else ('no change in
+    effusion'); and when a row only denies what is no finding of any row, nor a label of the model:
+    who writes 'no effusion' alone may not have looked for anything else.
     """
     said = set(chain(*filter(None, named)))
     denied = {name: denied_by(name) for name in said.difference(labels) if denied_by(name)}
     findings = [name for name in {*labels, *said.difference(denied)} if not is_negative(name)]
-    about = {}  # {denial: a finding that it holds}
-    for name in list(denied):
+    unmatched = {}  # {denial of what no row finds: a finding that its words hold, else ""}
+    for name in denied:
         if not any(is_of(other, denied[name]) for other in findings):
-            about[name] = next((other for other in findings if is_of(denied[name], other)), "")
+            unmatched[name] = next((other for other in findings if is_of(denied[name], other)), "")
     kept = []
     for row, names in enumerate(named):
         denials = sorted(denied.keys() & (names or ()))
         rest = names and [name for name in names if name not in denials]
         for name in denials:
             why = next((f" beside {other!r}" for other in rest if is_of(other, denied[name])), "")
-            if about.get(name):
-                why = f", which may say something else than: no {about[name]}"
+            if unmatched.get(name):
+                why = f", which may say something else than: no {unmatched[name]}"
             if why:
                 sheet.refuse_cell(column, row, f"{why}: write what is meant", name)
-        if denials and not rest and about.keys() >= set(denials):
+        if denials and not rest and unmatched.keys() >= set(denials):
             why = (
                 ", which no row finds: was anything else found? Write normal where nothing was, "
                 "leave the cell empty where it is not known, or rename the class, without a denial"
@@ -476,8 +482,9 @@ def merge_spellings(named) -> tuple[list[set[str] | None], list[str]]:
 
 
 def refuse_no_classes(sheet: Sheet, column: str, findings, limit: int, labels):
-    """UserError when a column has so many different values, or so few alike, that they are no
-    classes: ages, comments, names. Few films may be alike where one has a trained model's label.
+    """UserError when a column has too many different values to be classes, or when most of them
+    stand in one row only: ages, comments, names. The latter is no fault where a value is a trained
+    model's label: its test may have few films.
     """
     count = Counter(chain(*filter(None, findings)))
     rows = sum(found is not None for found in findings)
@@ -498,8 +505,8 @@ def refuse_slips(sheet: Sheet, column: str, named, labels) -> list[str]:
     would count as negative for the other, unless both are labels of a trained model.
     → a warning of other names that hold another
     """
-    first = {}
-    rows_of = {}
+    first = {}  # {plain name: (its first row, as written there)}
+    rows_of = {}  # {plain name: {its rows}}
     for row, names in enumerate(named):
         for name in names or ():
             first.setdefault(plain(name), (row, name))
@@ -542,7 +549,9 @@ def refuse_twin(sheet: Sheet, column: str, first, rows_of, usual: str, odd: str)
 
 # ---------------------------------------------------------------- columns of masks
 def is_mask_column(sheet: Sheet, column: str, asked: str | None) -> bool:
-    """Whether a column names pictures of masks: by its name, unless asked for, or by its cells."""
+    """Whether a column names pictures of masks: its cells look like it, or its own name says so and
+    --column does not ask for it.
+    """
     is_called_mask = is_called(column, "mask") and not asked
     suffixes = {Path(as_path(cell)).suffix.lower() for cell in sheet.cells[column]}
     return is_called_mask or not suffixes.isdisjoint(SUFFIXES)

@@ -139,14 +139,15 @@ class OwnTable:
                 odd.setdefault(how, []).append(f"{name} is {real}")
             elif written not in (real, without_suffix(real)):
                 odd.setdefault("with another suffix", []).append(f"{name} is {real}")
-        notes = [f"{len(names)} films {how}: {names[0]}" for how, names in odd.items()]
+        notes = [f"{len(which)} films {how}: {which[0]}" for how, which in odd.items()]
         return np.array(found, int), notes
 
     def name_patients(self, names) -> tuple[list[str], str]:
         """Name the patient of every row as the table says, else as the names of the films do.
 
-        names: the paths of the films. A film whose patient nobody knows is its own. UserError when
-        a column seems to know. → patients, a note that says how they are known
+        names: the paths of the films. A film whose patient nobody knows counts as a patient of its
+        own. UserError when a column that is not read seems to tell, or the column tells too few.
+        → patients, a note that says how they are known
         """
         told = [row.patient for row in self.rows]
         every = [row.patient for row in (*self.rows, *self.unknown) if row.patient]
@@ -192,8 +193,8 @@ class OwnTable:
         splits. located: the film of each row.
         """
         path = self.sheet.path
-        first = {}
-        home = {}  # patient: row
+        first = {}  # {film: (its first row, what that says)}
+        home = {}  # {patient: the first row of theirs}
         for row, film, patient in zip(self.rows, located, patients, strict=True):
             said = dict(label=row.target, patient=patient, split=row.split, mask=row.mask)
             other, said_before = first.setdefault(film, (row, said))
@@ -217,9 +218,10 @@ def read_own_table(
 ) -> OwnTable:
     """Read a table of one's own: film, label or mask, and perhaps patient and split of each row.
 
-    column: what to learn, where that is not what is wanted. uncertain: what -1 counts as: ignore,
-    positive or negative. trained: (kind, labels, against) of a model to be tested; its labels are
-    looked for, every row is kept, and labels may be absent.
+    column: what to learn (--column); None: what the table offers, see findings.read_goal.
+    uncertain: what -1 counts as: ignore, positive or negative. can_be_mask: whether a column of
+    masks may be it. trained: (kind, labels, against) of a model to be tested: its labels are looked
+    for, every row is kept, and labels may be absent.
     """
     sheet = Sheet(path)
     split = sheet.split

@@ -19,8 +19,9 @@ def plain(name: str) -> str:
 
 
 def column_key(name: str) -> str:
-    """The name of a column without what people write it with, by which its role is found: plain,
-    without dots and accents, # as nr: 'Pat.-Nr.' is patnr, 'N° patient' npatient.
+    """The name of a column as its role is looked up: plain, without dots and accents, # as nr.
+
+    'Pat.-Nr.' is patnr, 'N° patient' npatient.
     """
     letters = unicodedata.normalize("NFKD", plain(name).replace("#", "nr"))
     return re.sub(r"\W", "", letters)
@@ -320,8 +321,11 @@ def words_in(name: str) -> tuple[str, ...]:
 
 
 def words_beside(name: str, usual: str) -> list[str] | None:
-    """The other words of a name that holds another, and what stands before it in one word; None
-    where it does not hold it: of Massive and Pseudomass, which are no mass, of HIV- beside HIV+.
+    """The words beside a usual name that a longer one holds: of 'mass, left' beside mass [left].
+
+    Of a compound its first part counts as a word: of Pleuraerguss beside Erguss [pleura].
+    None where the name does not hold the usual one: Massive and Pseudomass hold no mass, HIV- no
+    HIV+.
     """
     if {name[-1:], usual[-1:]} == {"+", "-"}:
         return None
