@@ -356,6 +356,12 @@ def digest_of_names(names: list[str]) -> str:
     return digest("\n".join(names).encode(errors="surrogateescape"))
 
 
+# What a fingerprint in a recipe stands for, which tells a reader nothing itself.
+FINGERPRINTED = {
+    "names": "other films to learn from, by --data, --patients, --probe, --holdout or --learn"
+}
+
+
 def refuse_other_recipe(folder, saved: dict, recipe: dict, or_else=", or delete it to start anew"):
     """Raise UserError when the run in `folder` was started with another recipe than `recipe`.
 
@@ -364,7 +370,7 @@ def refuse_other_recipe(folder, saved: dict, recipe: dict, or_else=", or delete 
     """
     settings = list(dict.fromkeys([*recipe, *saved]))  # each once, in order
     changed = [
-        f"{name} {saved.get(name)} → {recipe.get(name)}"
+        FINGERPRINTED.get(name, f"{name} {saved.get(name)} → {recipe.get(name)}")
         for name in settings
         if saved.get(name) != recipe.get(name)
     ]

@@ -75,11 +75,15 @@ def choose_weights(args, out: Path) -> tuple[Path | None, str]:
             if not path.is_file():
                 raise UserError(f"no {path}: give the folder of a pre-training run, or a file")
         return path, "as asked"
+    newest = checkpoint.newest_run(with_demo=False)
     begun = begun_in(out)
     if begun:  # a newer pre-training run must not change what this run started from
         path = checkpoint.read_json(begun[0]).get("weights") or "none"
-        return (None if path == "none" else Path(path)), f"as in the run in {out}"
-    newest = checkpoint.newest_run(with_demo=False)
+        path = None if path == "none" else Path(path)
+        why = f"as in the run in {out}"
+        if newest and (path is None or newest.resolve() != path.resolve()):
+            why += f", not the newest, {newest}: to start from these give another --out"
+        return path, why
     if newest is None:
         demo = checkpoint.newest_run()
         raise UserError(

@@ -284,6 +284,8 @@ def test_another_recipe_is_refused_with_old_and_new():
         "runs/a holds a run with another recipe (lr 1.0 → 2.0; clip None → 1.0; "
         "tasks local → None): choose another --out, or delete it to start anew"
     )
+    with pytest.raises(UserError, match="films 2 → 3; other films to learn from, by --data"):
+        checkpoint.refuse_other_recipe("a", {"films": 2, "names": "a1"}, {"films": 3, "names": "b"})
 
 
 def trained(steps):

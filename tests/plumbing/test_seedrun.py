@@ -44,7 +44,11 @@ def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatc
     reason = "newest pre-training run under runs/"
     assert choose_weights(args, out) == (newest, reason)
     checkpoint.write_json(out / "seed0" / "config.json", {"weights": "runs/old/encoder.pt"})
-    assert choose_weights(args, out)[0] == Path("runs/old/encoder.pt")
+    weights, why = choose_weights(args, out)
+    assert weights == Path("runs/old/encoder.pt") and why.startswith(f"as in the run in {out}")
+    for begun, others in (("none", True), ("runs/old/encoder.pt", True), (str(newest), False)):
+        checkpoint.write_json(out / "seed0" / "config.json", {"weights": begun})
+        assert ("not the newest, runs/new/encoder.pt" in choose_weights(args, out)[1]) == others
 
 
 def test_of_weights_of_a_run_that_has_not_ended_the_step_is_said(tmp_path):
