@@ -362,12 +362,21 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
                 sheet.refuse_cell(column, row, why, name)
             divided += parts if all(are_known) else [name]
         for name in divided:
-            what = what_instead(name) or ("half of a pair of brackets" if is_half(name) else "")
-            if what:
-                why = "and no class: correct it, or say with --column what to learn"
-                sheet.refuse_cell(column, row, f", {what} {why}", name)
+            refuse_no_name(sheet, column, row, name)
         split.append(divided)
     return split
+
+
+def refuse_no_name(sheet: Sheet, column: str, row: int, name: str):
+    """UserError on a name in a cell that cannot be that of a class."""
+    what = what_instead(name) or ("half of a pair of brackets" if is_half(name) else "")
+    if not what:
+        return
+    why = f", {what} and no class"
+    other = next((cell for cell in sheet.cells[column] if answer(cell) == OTHER), "")
+    if what == "an answer" and other:  # which may be the wrong one of the two
+        why += f", beside {other[:60]!r}, which is no answer"
+    sheet.refuse_cell(column, row, f"{why}: correct it, or say with --column what to learn", name)
 
 
 # What may join two findings, or belong to the name of one. The commas of 135,4 and of mass (left,

@@ -509,7 +509,7 @@ NO_LABELS = [
     (["1 5 9 3", "4 4"], "line 2.*run lengths and no class"),
     (["Mass", "a.npy"], "line 3.*a file and no class"),
     (["0.37", "0.5"], "line 2.*a number and no class"),
-    (["Mass", "1", "normal"], "line 3.*'1', an answer and no class"),
+    (["Mass", "1", "normal"], "line 3.*'1', an answer and no class, beside 'Mass'"),
     (["Mass/Efusion", "Mass", "Effusion"], "line 2.*one finding or several"),
     (["normal", "No Finding"], "names no class beside"),
     (["", "NA"], "column label is empty"),
