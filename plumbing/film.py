@@ -159,7 +159,7 @@ def read_image(path, side: int) -> np.ndarray:
     under a transparent border is still the film, and compositing would draw edges. More than 8 bit
     are spread by percentiles as in DICOM, since 12-bit films are often saved unscaled in 16 bits.
     """
-    with Image.open(path, formats=PILLOW_FORMATS) as image:
+    with open_picture(path) as image:
         # For a JPEG: decode luma alone, and at a reduced scale.
         image.draft("L", (side, side) if side else None)
         is_cut = is_cut_to_8_bit(image)
@@ -174,6 +174,17 @@ def read_image(path, side: int) -> np.ndarray:
     if is_cut and int(film.max()) - int(film.min()) < 64:
         raise UnreadableFilm("16-bit colour with few bits used: save it as 16-bit grey")
     return film
+
+
+@contextlib.contextmanager
+def open_picture(path):
+    """Open a file of PILLOW_FORMATS.
+
+    By a file object, not by its name: a named TIFF without compression is mapped into memory, and
+    Pillow 11 to 13 then shears it where its orientation tag turns it by a quarter.
+    """
+    with open(path, "rb") as file, Image.open(file, formats=PILLOW_FORMATS) as image:
+        yield image
 
 
 def is_cut_to_8_bit(image) -> bool:
@@ -411,9 +422,12 @@ def film_size(path) -> tuple[int, int]:
     it has none.
     """
     try:
-        with Image.open(path, formats=PILLOW_FORMATS) as image:
+        with open_picture(path) as image:
             is_turned = image.getexif().get(274) in (5, 6, 7, 8)  # EXIF: by a quarter
-            return image.size if is_turned else image.size[::-1]
+            tags = getattr(image, "tag_v2", {})  # a TIFF's size, which Pillow may have turned
+            width = tags.get(256, image.width)
+            height = tags.get(257, image.height)
+            return (width, height) if is_turned else (height, width)
     except OSError:
         pass
     try:
@@ -473,7 +487,7 @@ def read_mask_file(path, shape) -> np.ndarray:
         values = decode_pixels(pydicom.dcmread(path))
         marked = marked_in(values.max(axis=2) if values.ndim == 3 else values)
     else:
-        with Image.open(path, formats=PILLOW_FORMATS) as image:
+        with open_picture(path) as image:
             is_lossy = head.startswith(b"\xff\xd8") or head[12:16] in (b"VP8 ", b"VP8X")
             marked = marked_in(mask_values(image), is_lossy)  # JPEG, or WEBP
     if shape:

@@ -265,6 +265,31 @@ def test_exif_rotation_is_applied(tmp_path):
     assert film_size(tmp_path / "turned.jpg") == (64, 80)  # as it is read
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_turned_tiffs_are_upright_films_and_masks(tmp_path, compression):
+    """Pillow 13 shears those that are uncompressed when it opens them by name."""
+    upright = film(6)
+    mask = upright > 200
+    ways = {  # tag 274: how the stored picture comes from the upright one, TIFF 6.0
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: np.transpose,
+        6: np.rot90,
+        7: lambda a: np.rot90(a, 2).T,
+        8: lambda a: np.rot90(a, -1),
+    }
+    for orientation, store in ways.items():
+        for values in (upright, mask * np.uint8(255)):
+            stored = Image.fromarray(np.ascontiguousarray(store(values)))
+            path = tmp_path / f"{values is upright}.tif"
+            stored.save(path, tiffinfo={274: orientation}, compression=compression)
+        assert np.array_equal(read_film(tmp_path / "True.tif"), upright), orientation
+        assert film_size(tmp_path / "True.tif") == upright.shape
+        assert np.array_equal(read_mask(("file", path), upright.shape), mask), orientation
+
+
 @pytest.mark.parametrize(
     "content,reason",
     [
