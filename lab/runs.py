@@ -102,7 +102,7 @@ def rows_of_run(run: Path, setting: str) -> list[dict]:
         films = "all" if judged.get("all") else "test"
         for features, value in judged[films]["values"].items():
             interval = judged[films]["intervals"][features]
-            found.append((table, films, features, value, interval))
+            found.append((table, films, features, value, interval or ("", "")))
     log = read_log(run / "log.csv")
     for column in ("loss", "rankme", "images"):
         values = [row[column] for row in log if row.get(column)]
@@ -142,7 +142,8 @@ def pair(rows: list[dict], what: str, *features: str) -> str:
     for name in features:
         chosen = [row for row in rows if (row["what"], row["features"]) == (what, name)]
         values = [row["value"] for row in chosen]
-        texts.append(cell_text(over_seeds(values) if values else None))
+        is_defined = values and None not in values  # None: an AUROC that is undefined
+        texts.append(cell_text(over_seeds(values) if is_defined else None))
     return " / ".join(texts)
 
 

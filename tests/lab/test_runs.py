@@ -91,6 +91,22 @@ def test_a_run_that_was_cut_is_no_seed_of_those_that_were_not(tmp_path, capsys):
     assert "CUT at step 4 of 6" in (tmp_path / "out" / "runs.csv").read_text(encoding="utf-8")
 
 
+def test_an_undefined_number_is_a_dash(tmp_path, capsys):
+    """As where redraws of the patients lack the few who have a finding, or all test films do."""
+    write_run(tmp_path / "a", 8, 0)
+    result = read_json(tmp_path / "a" / "result.json")
+    judged = result["probe_intervals"]["sex"]["all"]
+    judged["values"]["raw 8² pixels"] = None
+    judged["intervals"]["raw 8² pixels"] = None
+    judged["intervals"]["raw 64² pixels"] = None
+    write_json(tmp_path / "a" / "result.json", result)
+    runs.main(["--runs", f"{tmp_path}/a", "--out", str(tmp_path / "out")])
+    assert "| raw 8² pixels / raw 64² pixels | – | – / 81.5 | – |" in capsys.readouterr().out
+    written = (tmp_path / "out" / "runs.csv").read_text(encoding="utf-8")
+    assert "a,all alike,0,sex,all,raw 8² pixels,,,\n" in written
+    assert "a,all alike,0,sex,all,raw 64² pixels,81.5,,\n" in written
+
+
 def test_without_a_finished_run(tmp_path):
     with pytest.raises(UserError, match="no finished run"):
         runs.main(["--runs", f"{tmp_path}/*", "--out", str(tmp_path / "out")])
