@@ -19,6 +19,7 @@ rounding only. Ctrl-C finishes the step, saves and ends; the same command resume
 once.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -365,6 +366,14 @@ def save(out, world, optimizer, fingerprint, step):
         "step": step,
     }
     checkpoint.save_atomic(last, out / "last.pt")
+    save_encoder(out, world, step)
+
+
+def save_encoder(out, world, step):
+    """Write encoder.pt, unless that of this step is there."""
+    with contextlib.suppress(UserError):  # there is none, or a damaged one
+        if checkpoint.load_checkpoint(out / "encoder.pt", mmap=True).get("step") == step:
+            return
     encoder = world.target_encoder
     alone = {"encoder": encoder.state_dict(), "config": encoder.config, "step": step}
     checkpoint.save_atomic(alone, out / "encoder.pt")
@@ -435,6 +444,8 @@ def main(args=None, Model=CheXWorld):
     loader = make_loader(views, args, team, workers, args.seed, start, end)
     if start:
         team.say(f"resuming at step {start} of {total}")
+        if team.lead:  # it is older where the run was killed, or the disk full, after last.pt
+            save_encoder(out, world, start)
     elif team.lead:
         pictures.save_or_warn(draw_views(views, args, min(4, args.batch)), out / "views.png")
     if team.lead:

@@ -198,12 +198,25 @@ def run_and_wait(command: list[str]) -> int:
         raise
 
 
-def keep_recipe(path: Path, recipe: dict) -> None:
-    """Write down what all runs of a grid rest on. UserError when the folder holds another grid."""
+def keep_recipe(path: Path, recipe: dict, tables: list[str]) -> None:
+    """Write down what all runs of a grid rest on. UserError when the folder holds another grid.
+
+    tables: CSVs, of which others may come later. Of each the content is compared, so that numbers
+    of a table are not taken for those of a corrected one.
+    """
     recipe = {key: str(value) for key, value in recipe.items()}
-    if path.is_file():
-        checkpoint.refuse_other_recipe(path.parent, checkpoint.read_json(path), recipe)
-    checkpoint.write_json(path, recipe)
+    contents = {}
+    for table in map(Path, tables):
+        if table.is_file():  # else the first run says so
+            contents[f"content of {table.name}"] = checkpoint.digest(table.read_bytes())
+    saved = checkpoint.read_json(path)
+    if saved:
+        known = {name: saved.pop(name) for name in list(saved) if name.startswith("content of ")}
+        shared = known.keys() & contents.keys()
+        now = recipe | {name: contents[name] for name in shared}
+        checkpoint.refuse_other_recipe(path.parent, saved | {n: known[n] for n in shared}, now)
+        contents = known | contents
+    checkpoint.write_json(path, recipe | contents)
 
 
 def finetune_command(data, table, out, flags) -> list[str]:
@@ -354,7 +367,8 @@ def finetunings(config: Config, row: str, seed: int, weights: list) -> Iterable[
 def read_numbers(config: Config, row: str, seed: int) -> dict[str, float]:
     """The numbers of one row and seed, percent → {column: value}; {} while it is not pre-trained.
 
-    The rows without pre-training take theirs from the first row's run.
+    What is undefined is left out. The rows without pre-training take theirs from the first row's
+    run.
     """
     has_run = row in ROWS
     source = folder(config, row, seed) if has_run else stand_in(config, seed)
@@ -374,7 +388,7 @@ def read_numbers(config: Config, row: str, seed: int) -> dict[str, float]:
     log = checkpoint.read_log(source / "log.csv")
     if has_run and log:
         numbers["RankMe"] = float(log[-1]["rankme"])
-    return numbers
+    return {column: value for column, value in numbers.items() if value is not None}
 
 
 def domain_row(source: Path) -> str:
@@ -429,7 +443,7 @@ def table3(config: Config) -> None:
     refuse_twins("--probe", tables_of(config))
     keys = ("data", "probe", "patients", "flags", "fraction", "finetune")
     recipe = {key: getattr(config, key) for key in keys}
-    keep_recipe(Path(config.out) / "ablation.json", recipe)
+    keep_recipe(Path(config.out) / "ablation.json", recipe, tables_of(config))
     run_grid(table3_runs(config), lambda: write_table3(config))
     words = write_table3(config)
     print(f"\n{words}\n\nmean ± standard deviation over the seeds: {config.out}/table.md, ", end="")
@@ -667,7 +681,7 @@ def compare(config: CompareConfig) -> None:
     recipe = {"weights": checkpoint.digest(Path(config.weights).read_bytes()), "data": config.data}
     if config.finetune:
         recipe["finetune"] = config.finetune
-    keep_recipe(Path(config.out) / "compare.json", recipe)
+    keep_recipe(Path(config.out) / "compare.json", recipe, config.tables.split(","))
     run_grid(runs, lambda: write_comparison(config, rows))
     words = write_comparison(config, rows, has_differences=True)
     print(

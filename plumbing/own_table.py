@@ -302,19 +302,20 @@ class Labels:
         self.y = np.array([row.target for row in table.rows], float)
         self.split = np.array([row.split for row in table.rows])
         self.notes = [*table.notes]
-        self.place(table, films.names)
+        self.place(table, films.names, films.patients)
 
     def refuse(self, message: str):
         """Raise UserError about the table."""
         raise UserError(f"probe table {self.path}: {message}")
 
-    def place(self, table: OwnTable, films: list[str]):
-        """Find the films and patients of the rows, as __init__ says."""
+    def place(self, table: OwnTable, films: list[str], known: list[str]):
+        """Find the films and patients of the rows, as __init__ says. known: the films' patients."""
         where, odd = table.locate(films)
         located = [
             films[i] if i >= 0 else as_path(name) for i, name in zip(where, self.names, strict=True)
         ]
         self.patients, self.patient_note = table.name_patients(located)
+        self.take_patients(known, where, located)
         table.refuse_contradictions(located, self.patients)
         absent = np.flatnonzero(where < 0)
         if len(absent) == len(where):
@@ -333,6 +334,21 @@ class Labels:
         where = where[where >= 0]
         told, _ = replace(table, rows=there).name_patients([films[i] for i in where])
         self.others = dict(zip(where, told, strict=True))
+
+    def take_patients(self, known: list[str], where, located):
+        """Where the table names no patient, take that of the film: of --patients, a pack or a set's
+        lists. where: number of each row's film, -1: not there; located: its path.
+        """
+        taken = 0
+        for row, (i, film) in enumerate(zip(where, located, strict=True)):
+            if i >= 0 and self.patients[row] == film != known[i]:
+                self.patients[row] = known[i]
+                taken += 1
+        if taken:
+            self.patient_note = (
+                f"patients: those of {taken} of {len(where)} rows are taken from --patients, a "
+                "pack or the set's lists, as the table names none"
+            )
 
     def complete(self) -> "Labels":
         """The table itself, when a probe can be fitted, chosen and tested on it.

@@ -173,8 +173,10 @@ class Pack:
 
     def __init__(self, path):
         self.path = str(path)
-        self.bytes = None  # mapped at the first use, in each worker process anew
-        stream = io.BytesIO(read_index(path))
+        index = read_index(path)
+        self.index_checksum = zlib.crc32(index)
+        self.bytes = self.map()  # now, so that a pack made anew does not change a run that reads it
+        stream = io.BytesIO(index)
         self.shapes = np.load(stream, allow_pickle=False)  # (n, 2)
         self.checksums = np.load(stream, allow_pickle=False)  # (n,) CRC-32
         about = json.loads(np.load(stream, allow_pickle=False).tobytes())
@@ -198,9 +200,17 @@ class Pack:
     def __getstate__(self):
         return {**self.__dict__, "bytes": None}
 
+    def map(self) -> np.ndarray:
+        """Map the file, uint8 (bytes,). UserError when it is no longer the one that was opened."""
+        mapped = np.asarray(np.memmap(self.path, np.uint8, "r"))
+        _, _, checksum, _ = FOOTER.unpack(mapped[-FOOTER.size :].tobytes())
+        if checksum != self.index_checksum:
+            raise UserError(f"{self.path} has been made anew since it was opened: start again")
+        return mapped
+
     def __getitem__(self, i: int) -> np.ndarray:
-        if self.bytes is None:
-            self.bytes = np.asarray(np.memmap(self.path, np.uint8, "r"))
+        if self.bytes is None:  # in a worker process that got the rest as a pickle
+            self.bytes = self.map()
         return self.bytes[self.offsets[i] : self.offsets[i + 1]].reshape(self.shapes[i])
 
     def verified(self, i: int) -> np.ndarray:
@@ -371,16 +381,18 @@ def renew(films, states: list, old: Pack) -> dict | None:
             same[i] = place
     new = len(films) - (len(names) - len(gone))
     changed = len(films) - len(same) - new
+    patients = dict(zip(films.names, films.patients, strict=True))
+    told = zip(old.names, old.patients, strict=True)
+    has_same_patients = all(patients.get(name, who) == who for name, who in told)
     if gone:
         words = f"{len(gone):,} of the {len(names):,} films in {old.path} are no longer there"
-        if new or changed:
+        if new or changed or not has_same_patients:
+            others = "the patients of others are" if not (new or changed) else f"{new:,} are"
             raise UserError(
-                f"{words} (first {gone[0]}), {new:,} are new: choose another --out, or delete it"
+                f"{words} (first {gone[0]}), {others} new: choose another --out, or delete it"
             )
         print(f"warning: {words}, first {gone[0]}; they stay in the pack")
         return None
-    patients = dict(zip(films.names, films.patients, strict=True))
-    has_same_patients = [patients[name] for name in old.names] == old.patients
     if not new and not changed and has_same_patients:
         return None
     print(f"{old.path} is made anew: {new:,} films are new, {changed:,} have changed since")

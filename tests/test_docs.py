@@ -317,7 +317,8 @@ def test_the_example_tables_are_read(table, outcome, tmp_path):
     assert sum(value or 0 for value in answers) == positive
     if "split" in lines[0]:
         films = Index(tmp_path / "films").films
-        labels = Labels(tmp_path / "own.csv", SimpleNamespace(names=films))
+        unknown = SimpleNamespace(names=films, patients=films)
+        labels = Labels(tmp_path / "own.csv", unknown)
         assert labels.classes == list(splits.labels)
 
 

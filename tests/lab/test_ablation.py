@@ -311,6 +311,24 @@ def test_intervals_are_computed_once_and_means_are_kept_after_every_run(tmp_path
     assert table.count("60.0") == 4 and "| pre-trained frozen | +1.0 | +1.0 |" in table
 
 
+def test_a_grid_knows_what_its_tables_held(tmp_path):
+    """Others may come, and an older grid does not tell; a changed one is refused."""
+    tables = []
+    for name in "ab":
+        tables.append(str(tmp_path / f"{name}.csv"))
+        (tmp_path / f"{name}.csv").write_text("filename,label\n")
+    grid = tmp_path / "grid.json"
+    checkpoint.write_json(grid, {"data": "d"})
+    for asked in (tables[:1], tables, tables[1:], [*tables, "none.csv"]):
+        ablation.keep_recipe(grid, {"data": "d"}, asked)
+    (tmp_path / "a.csv").write_text("filename,label\nf,1\n")
+    ablation.keep_recipe(grid, {"data": "d"}, tables[1:])
+    with pytest.raises(launch.UserError, match=r"another recipe \(content of a.csv \w+ → \w+\)"):
+        ablation.keep_recipe(grid, {"data": "d"}, tables)
+    with pytest.raises(launch.UserError, match=r"another recipe \(data d → e\)"):
+        ablation.keep_recipe(grid, {"data": "e"}, tables[1:])
+
+
 @pytest.mark.slow
 def test_compare_makes_the_table_and_goes_on(place):
     save_encoder(place / "encoder.pt")
@@ -337,6 +355,11 @@ def test_compare_makes_the_table_and_goes_on(place):
     assert "nothing left to run" in again and "finetune.py" not in again
     assert (place / "c" / "table.md").read_text() == table
     assert len(json.loads(cell.read_text())["seeds"]) == 2
+    table = place / "set" / "labels.csv"
+    corrected = table.read_text().replace(",train", ",val", 1)
+    table.write_text(corrected)
+    refused = run(place, *words)
+    assert refused.returncode == 1 and "another recipe (content of labels.csv" in refused.stderr
     save_encoder(place / "encoder.pt", seed=1)
     refused = run(place, *words)
     assert refused.returncode == 1 and "another recipe (weights" in refused.stderr

@@ -30,7 +30,29 @@ def make_labels(tmp_path, text, *films):
 
 
 def films_named(*names):
-    return SimpleNamespace(names=list(names))
+    return SimpleNamespace(names=list(names), patients=list(names))
+
+
+def test_a_probe_knows_the_patients_whom_the_films_know(tmp_path):
+    """As --patients, a pack or a set's lists tell; the table's own word counts first."""
+    films = SimpleNamespace(names=["a", "b", "c", "d"], patients=["anna", "anna", "bo", "d"])
+    head = "filename,label,split"
+    rows = ("a,yes,train", "b,no,train", "c,yes,test", "d,no,test")
+    labels = labels_of_known(tmp_path, films, head, *rows, "absent,no,val")
+    assert labels.patients == ["anna", "anna", "bo", "d", "absent"]
+    assert "those of 3 of 5 rows are taken from --patients" in labels.patient_note
+    told = [f"{row},{who}" for row, who in zip(rows, ("x", "", "y", "z"), strict=True)]
+    labels = labels_of_known(tmp_path, films, f"{head},patient_id", *told)
+    assert labels.patients == ["x", "anna", "y", "z"]
+    rows = ("a,yes,train", "b,no,test", "c,yes,test", "d,no,train")
+    crossed = "patient anna has films in train and"
+    refused(lambda: labels_of_known(tmp_path, films, head, *rows), crossed)
+
+
+def labels_of_known(tmp_path, films, *lines):
+    """The table of a probe, of films whose patients are known."""
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    return Labels(tmp_path / "table.csv", films)
 
 
 def refused(call, *words):

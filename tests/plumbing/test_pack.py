@@ -1,5 +1,6 @@
 """Packed files against direct reading, after kill -9 and after damage."""
 
+import pickle
 import subprocess
 import sys
 import time
@@ -190,7 +191,24 @@ def test_films_that_are_gone_stay_in_the_pack_or_the_user_decides(tmp_path, caps
         pack(tmp_path)
     with pytest.raises(UserError, match="was packed at --side 100, not 64: choose another --out"):
         pack(tmp_path, side=64)
+    (root / "new.png").unlink()
+    (tmp_path / "people.csv").write_text("filename,patient_id\n002.png,anna\n003.png,anna\n")
+    with pytest.raises(UserError, match="1 of the 6 films .* the patients of others are new: cho"):
+        pack(tmp_path, patients=tmp_path / "people.csv")
     assert (tmp_path / "cxr.pack").read_bytes() == before
+
+
+def test_a_pack_made_anew_changes_no_run_that_reads_it(tmp_path):
+    """Nor does a helper process, which maps the file by itself, read others' bytes as films."""
+    root = big_tree(tmp_path / "films", 5, side=120)
+    opened = pack(tmp_path)
+    for_helper = pickle.dumps(opened)
+    films = [np.array(pickle.loads(for_helper)[i]) for i in range(len(opened))]
+    Image.fromarray(film(9, 130, 120)).save(root / "0.png")
+    assert pack(tmp_path).names[0] == "0.png"
+    assert all(np.array_equal(opened[i], film) for i, film in enumerate(films))
+    with pytest.raises(UserError, match="cxr.pack has been made anew since it was opened"):
+        pickle.loads(for_helper)[0]
 
 
 def test_other_patients_and_packs_of_earlier_versions(tmp_path, capsys):
