@@ -379,6 +379,19 @@ def save_encoder(out, world, step):
     checkpoint.save_atomic(alone, out / "encoder.pt")
 
 
+def resume(out, world, optimizer, fingerprint, total, team):
+    """Load last.pt, where an earlier run in the same folder stopped. → steps done before"""
+    parts = {"world": world, "optimizer": optimizer}
+    start = checkpoint.resume_run(out, fingerprint, parts, team)
+    if start:
+        team.say(f"resuming at step {start} of {total}")
+        if (
+            team.lead
+        ):  # encoder.pt is older where the run was killed, or the disk full, after last.pt
+            save_encoder(out, world, start)
+    return start
+
+
 def draw_views(views, args, count):
     """Draw the first films of the list, changed by the random numbers of step 0. → picture"""
     epoch = 0
@@ -440,13 +453,9 @@ def main(args=None, Model=CheXWorld):
 
     # ---- 7. Resume where an earlier run in the same folder stopped.
     fingerprint = fingerprint_of(args, [films.names[i] for i in train_indices], origin)
-    start = checkpoint.resume_run(out, fingerprint, {"world": world, "optimizer": optimizer}, team)
+    start = resume(out, world, optimizer, fingerprint, total, team)
     loader = make_loader(views, args, team, workers, args.seed, start, end)
-    if start:
-        team.say(f"resuming at step {start} of {total}")
-        if team.lead:  # it is older where the run was killed, or the disk full, after last.pt
-            save_encoder(out, world, start)
-    elif team.lead:
+    if team.lead and not start:
         pictures.save_or_warn(draw_views(views, args, min(4, args.batch)), out / "views.png")
     if team.lead:
         checkpoint.write_json(out / "config.json", dataclasses.asdict(args))

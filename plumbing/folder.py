@@ -32,12 +32,14 @@ def in_threads(function, items: list) -> list:
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """'folder', 'file', or why an entry is neither. Only links cost a look at the disk."""
+    """'folder', 'file', 'link' to a file, or why an entry is none of these. Only links cost a look
+    at the disk.
+    """
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
-            return "file"
+            return "link" if entry.is_symlink() else "file"
         return "link that leads nowhere" if entry.is_symlink() else "pipe, socket or device"
     except OSError as error:
         is_loop = error.errno == errno.ELOOP
@@ -65,10 +67,12 @@ def look(folder: str):
 def walk(root):
     """Look through all folders below `root`, level by level.
 
-    → (sorted paths of the files, {path: why it was skipped}), all relative to root.
+    → (sorted paths of the files, those of them that are links, {path: why it was skipped}), all
+    relative to root.
     """
     root = Path(root).absolute()
     files = []
+    links = []
     skipped = {}
     seen = set()
     level = [""]
@@ -86,12 +90,14 @@ def walk(root):
                 path = f"{folder}/{name}" if folder else name
                 if kind == "folder":
                     next_level.append(path)
-                elif kind == "file":
+                elif kind in ("file", "link"):
                     files.append(path)
+                    if kind == "link":
+                        links.append(path)
                 else:
                     skipped[path] = kind
         level = next_level
-    return sorted(files), skipped
+    return sorted(files), sorted(links), skipped
 
 
 def is_film_or_why(path: str) -> bool | str:
@@ -121,14 +127,14 @@ def describe(skipped: dict[str, str], names: list[str]) -> list[str]:
 class Index:
     """The files below a folder, but for hidden ones, found by name.
 
-    names: sorted paths relative to `root`; films: those of them that look like films; unmasked:
-    the films that lie in no folder of masks or annotations; notes: lines on what was skipped or is
-    odd.
+    names: sorted paths relative to `root`; links: those of them that are links; films: those of
+    them that look like films; unmasked: the films that lie in no folder of masks or annotations;
+    notes: lines on what was skipped or is odd.
     """
 
     def __init__(self, root):
         self.root = Path(root)
-        files, skipped = walk(self.root)
+        files, self.links, skipped = walk(self.root)
         kinds = in_threads(is_film_or_why, [f"{self.root}/{name}" for name in files])
         kind_of_file = dict(zip(files, kinds, strict=True))
         self.films = [name for name in files if kind_of_file[name] is True]
@@ -137,6 +143,26 @@ class Index:
         self.notes = describe(skipped, self.names)
         self.unmasked = [name for name in self.films if not MASK_FOLDER.search(name)]
         self.finder = Finder(self.unmasked)
+
+    def second_names(self) -> set[str]:
+        """The links to a file that is a film here under another name, too."""
+        links = set(self.links)
+        real_folder = {}
+        if links:
+            folders = {os.path.dirname(name) for name in self.films}
+            real_folder = {folder: os.path.realpath(self.root / folder) for folder in folders}
+        real = set()
+        for name in self.films if links else ():
+            if name not in links:
+                folder, base = os.path.split(name)
+                real.add(os.path.join(real_folder[folder], base))
+        second = set()
+        for name in sorted(links):
+            target = os.path.realpath(self.root / name)
+            if target in real:
+                second.add(name)
+            real.add(target)
+        return second
 
     def files(self, *names: str) -> list[Path]:
         """Paths of the files with one of these names, in the order of the names."""
@@ -373,13 +399,15 @@ def read_stems(paths: list[Path]) -> set[str]:
 def choose_films(index: Index, packs: dict, mimic_all: bool = False):
     """Choose the films to train on: those that a set's lists want, and those that belong to no set.
 
-    packs: {path below the root: Pack}; what they hold is there and not taken a second time.
+    packs: {path below the root: Pack}; what they hold is there and not taken a second time. Nor are
+    links to films: a film held out under one name must not be trained on under another.
     → ({film: patient}, lines that say what was recognised). A film of no set is its own patient.
     """
     is_list = (".csv", ".csv.gz", "_list.txt")
     lists = [index.root / name for name in index.names if name.endswith(is_list)]
     sets = [list_mimic(lists, mimic_all), list_chexpert(lists), list_nih(lists)]
     sets = [film_set for film_set in sets if film_set]
+    refuse_twice_packed(packs)
     packed = set().union(*[packed_paths(path, pack) for path, pack in packs.items()])
     for film_set in sets:
         keys = {film_set.key(name) for name in packed}
@@ -387,11 +415,15 @@ def choose_films(index: Index, packs: dict, mimic_all: bool = False):
 
     patients = {}
     others = []
+    second_names = index.second_names()
+    left_out = 0
     for name in index.films:
         if name in packed:
             continue
         film_set, key = owner(name, sets)
-        if film_set is None:
+        if film_set is None and name in second_names:
+            left_out += 1
+        elif film_set is None:
             others.append(name)
             patients[name] = name
         elif film_set.takes(key):
@@ -399,7 +431,27 @@ def choose_films(index: Index, packs: dict, mimic_all: bool = False):
     summary = []
     for film_set in sets:
         summary += film_set.report()
-    return patients, summary + report_others(others, bool(sets))
+    summary += report_others(others, bool(sets))
+    if left_out:
+        summary.append(f"{left_out:,} links left out: what they lead to is here under another name")
+    return patients, summary
+
+
+def refuse_twice_packed(packs: dict):
+    """UserError when two packs hold the same film: one file, as its name, size and time tell."""
+    first = {}  # {name, size and time of a file: the pack that holds it}
+    twice = []
+    for path, pack in packs.items():
+        for name, state in zip(pack.names, pack.states, strict=False):
+            key = (os.path.basename(name), *(state or ()))
+            if state and first.setdefault(key, path) != path:
+                twice.append((first[key], path, name))
+    if twice:
+        one, other, name = twice[0]
+        raise UserError(
+            f"{one} and {other} both hold {len(twice):,} films, the first: {name}: these would "
+            "count twice; move one of the packs away, or give it alone as --data"
+        )
 
 
 def packed_paths(path: str, pack) -> set[str]:

@@ -303,6 +303,28 @@ def test_odd_entries_are_skipped_or_read_and_named_once(tmp_path):
 
 
 @posix
+def test_a_link_to_a_film_that_is_here_is_no_second_film(tmp_path):
+    """Held out under one name, it would be trained on under the other."""
+    root = tree(tmp_path / "set", ["real/a.png", "real/b.png"])
+    outside = tree(tmp_path / "elsewhere", ["c.png", "more/d.png"])
+    for name, target in (
+        ("links/x.png", "../real/a.png"),
+        ("links/of_link.png", "x.png"),
+        ("links/c.png", outside / "c.png"),
+        ("links/c_again.png", outside / "c.png"),
+        ("more", outside / "more"),
+        ("links/d.png", outside / "more" / "d.png"),
+    ):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(target)
+    (tmp_path / "way").symlink_to(root)
+    for way in (root, tmp_path / "way"):
+        films = open_films(way)
+        assert films.names == ["links/c.png", "more/d.png", "real/a.png", "real/b.png"]
+        assert "4 links left out" in films.summary[-1]
+    assert "links/x.png" in Index(root).films  # a table of one's own may name it
+
+
 def test_a_folder_or_file_that_refuses_to_be_read_is_named(tmp_path, monkeypatch):
     root = tree(tmp_path / "films", ["a/1.png", "b/2.png", "noname"])
     scandir = os.scandir

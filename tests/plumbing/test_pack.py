@@ -198,6 +198,19 @@ def test_films_that_are_gone_stay_in_the_pack_or_the_user_decides(tmp_path, caps
     assert (tmp_path / "cxr.pack").read_bytes() == before
 
 
+def test_two_packs_of_one_film_are_refused(tmp_path):
+    root = big_tree(tmp_path / "films", 5, side=120)
+    pack(tmp_path)
+    pack_films(open_films(root, side=64), tmp_path / "small.pack")
+    with pytest.raises(UserError, match="cxr.pack and small.pack both hold 5 films, the first: 0"):
+        open_films(tmp_path)
+    assert len(open_films(tmp_path / "small.pack")) == 5
+    (tmp_path / "small.pack").unlink()
+    tree(tmp_path / "others", ["000.png"])  # another film of the same name
+    pack_films(open_films(tmp_path / "others"), tmp_path / "others.pack")
+    assert len(open_films(tmp_path)) == 7
+
+
 def test_a_pack_made_anew_changes_no_run_that_reads_it(tmp_path):
     """Nor does a helper process, which maps the file by itself, read others' bytes as films."""
     root = big_tree(tmp_path / "films", 5, side=120)
