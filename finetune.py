@@ -672,7 +672,9 @@ def main():
         folder = out / f"seed{seed}"
         seed_results.append(train_one_seed(seed, filled, task, weights, folder, team))
 
-    # ---- 6. The mean over the seeds; for few films, also linear probes for comparison.
+    # ---- 6. Films, and the mean over the seeds; for few films, also linear probes for comparison.
+    if team.lead:
+        results.write_films(out, splits, root)
     recipe = vars(args) | checkpoint.sources(data=root, labels=args.labels, weights=weights)
     summary = results.summarise(out, recipe, splits, weights, seed_results, team)
     is_over = all(result["over"] for result in seed_results)

@@ -19,7 +19,7 @@ from plumbing.film import film_size
 from plumbing.launch import UserError
 from plumbing.splits import Splits, class_warnings, tally
 from plumbing.table import read_cells
-from plumbing.words import plain
+from plumbing.words import SPLITS, plain
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
 SHARES = ("sensitivity", "specificity", "PPV", "NPV")  # as metrics.call_shares orders them
@@ -102,6 +102,25 @@ def describe_draw(splits: Splits, drawn: list) -> str:
     """Tell how many training films are drawn, and what these cannot teach."""
     line = f"drawn: {len(drawn)} of the {len(splits.train)} training films, for all seeds"
     return "\n  ".join([line, *class_warnings(replace(splits, train=drawn), ["train"])])
+
+
+def write_films(out: Path, splits: Splits, root: Path):
+    """Write films.csv: every film with its patient, its split and its label, as they were read.
+
+    It is itself a table for --labels and for pretrain.py --probe, which keep these splits. label is
+    the class of exclusive classes; else every class is a column of 1, 0 or, where nothing is known,
+    nothing. Masks are left out.
+    """
+    names = {"labels": splits.labels, "classes": ["label"], "mask": []}[splits.kind]
+    lines = []
+    for split in SPLITS:
+        for example in getattr(splits, split):
+            cells = example.target
+            if splits.kind == "classes":
+                cells = [splits.labels[example.target.index(1)]]
+            film, patient = spelling_of(example, root)
+            lines.append([film, patient, split, *cells])
+    write_csv(out / "films.csv", ["filename", "patient_id", "split", *names], lines)
 
 
 def whose_recipe(task: str) -> str:

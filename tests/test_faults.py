@@ -35,7 +35,8 @@ FILES = {
     "pretrain": ("config.json log.csv last.pt encoder.pt result.json views.png curve.png "
                  ".lock").split(),
     "finetune": ("seed0/config.json seed0/log.csv seed0/last.pt seed0/best.pt seed0/result.json "
-                 "seed0/predictions.csv seed0/cases.png result.json .lock").split(),
+                 "seed0/predictions.csv seed0/cases.png films.csv result.json "
+                 ".lock").split(),
 }  # fmt: skip
 DISPENSABLE = {"views.png", "curve.png", "seed0/cases.png"}
 CASES = [(program, file) for program, files in FILES.items() for file in files]

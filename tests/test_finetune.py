@@ -146,6 +146,46 @@ def test_labels_that_are_missing_are_left_out_and_counted_to_the_end(films, tmp_
     assert unknown["Square"] and unknown["Dark"]
 
 
+@pytest.mark.parametrize(
+    "header, label_of, columns_of",
+    [
+        # Two findings, of which the second is not known of every seventh film.
+        (
+            "Square;Dark",
+            lambda k: f"{k % 2};{'' if k % 7 == 0 else int(k % 3 == 0)}",
+            lambda k: {"Square": str(k % 2), "Dark": "" if k % 7 == 0 else str(int(k % 3 == 0))},
+        ),
+        (
+            "label",
+            lambda k: ("round", "square", "round|square", "normal")[k % 4],
+            lambda k: {"round": str(int(k % 4 in (0, 2))), "square": str(int(k % 4 in (1, 2)))},
+        ),
+    ],
+)
+def test_films_csv_is_a_table_that_gives_the_same_run_again(
+    films, tmp_path, header, label_of, columns_of
+):
+    rows = [f"{k:02d}.png;P{k // 2:03d};{label_of(k)}" for k in range(40)]
+    (films / "drawn.csv").write_text("\n".join([f"film;patient;{header}", *rows]))
+    first = go(films, tmp_path / "first", "--freeze", table="drawn.csv", short=[])
+    drawn = tmp_path / "first" / "films.csv"
+    again = go(films, tmp_path / "again", "--freeze", table=drawn, short=[])
+    assert first["split"] == again["split"]
+    texts = [
+        (tmp_path / run / "seed0" / "predictions.csv").read_text() for run in ("first", "again")
+    ]
+    assert texts[0] == texts[1]
+    splits_of = {}
+    for row in read_rows(drawn):
+        k = int(row.pop("filename").removesuffix(".png"))
+        patient = row.pop("patient_id")
+        assert patient == f"P{k // 2:03d}"
+        splits_of.setdefault(patient, []).append(row.pop("split"))
+        assert row == columns_of(k)
+    assert len(splits_of) == 20
+    assert all(len(said) == 2 and len(set(said)) == 1 for said in splits_of.values())
+
+
 @pytest.mark.slow
 def test_two_seeds_learn_report_and_are_not_trained_again(films, tmp_path, capsys):
     result = go(films, tmp_path, "--seeds", "2", "--ten_crop")
