@@ -53,14 +53,14 @@ def open_films(root, out=None, side=320, patients=None, mimic_all=False, without
     if without:
         names = [name for name in names if (root / name).resolve() != Path(without).resolve()]
     packs = {name: Pack(root / name) for name in names}
-    patient_of, summary = choose_films(index, packs, mimic_all)
+    patient_of, links, summary = choose_films(index, packs, mimic_all)
     if not patient_of and not packs:
         found = "; ".join(summary) or "none looks like a film"
         raise UserError(
             f"--data {root}: no films to train on below it ({len(index.names):,} files; {found})"
         )
     summary += index.notes + [pack.summary for pack in packs.values()]
-    films = Films(root, patient_of, list(packs.values()), side, summary)
+    films = Films(root, patient_of, list(packs.values()), side, summary, links)
     return set_patients(films, patients)
 
 

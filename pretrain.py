@@ -354,7 +354,7 @@ def fingerprint_of(args, names, origin=None):
 
 
 def save(out, world, optimizer, fingerprint, step):
-    """Write last.pt, all that resuming needs, and encoder.pt, the target encoder alone.
+    """Write last.pt, all that resuming needs, and encoder.pt.
 
     The paper fine-tunes the target encoder (Sec. B.3). Random numbers need no saved state.
     """
@@ -370,10 +370,7 @@ def save(out, world, optimizer, fingerprint, step):
 
 
 def save_encoder(out, world, step):
-    """Write encoder.pt, unless that of this step is there."""
-    with contextlib.suppress(UserError):  # there is none, or a damaged one
-        if checkpoint.load_checkpoint(out / "encoder.pt", mmap=True).get("step") == step:
-            return
+    """Write encoder.pt, the target encoder alone."""
     encoder = world.target_encoder
     alone = {"encoder": encoder.state_dict(), "config": encoder.config, "step": step}
     checkpoint.save_atomic(alone, out / "encoder.pt")
@@ -383,12 +380,14 @@ def resume(out, world, optimizer, fingerprint, total, team):
     """Load last.pt, where an earlier run in the same folder stopped. → steps done before"""
     parts = {"world": world, "optimizer": optimizer}
     start = checkpoint.resume_run(out, fingerprint, parts, team)
-    if start:
-        team.say(f"resuming at step {start} of {total}")
-        if (
-            team.lead
-        ):  # encoder.pt is older where the run was killed, or the disk full, after last.pt
-            save_encoder(out, world, start)
+    if not start:
+        return start
+    team.say(f"resuming at step {start} of {total}")
+    written = {}
+    with contextlib.suppress(UserError):  # there is none, or a damaged one
+        written = checkpoint.load_checkpoint(out / "encoder.pt", mmap=True)
+    if team.lead and written.get("step") != start:  # the run was killed between its two files
+        save_encoder(out, world, start)
     return start
 
 

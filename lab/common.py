@@ -178,7 +178,7 @@ def rows_of(table, films, said=lambda row: None, split="test"):
     ]
     numbers = range(len(rows))
     if sheet.split and split:
-        is_wanted = [said == split for said in sheet.splits()]
+        is_wanted = [own == split for own in sheet.splits()]
         numbers = [k for k in numbers if is_wanted[k]] or numbers
         said_of = f"{len(numbers)} of {len(rows)} rows, column {sheet.split}"
         print(f"table {table}: {said_of}", flush=True)

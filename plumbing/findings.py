@@ -358,7 +358,11 @@ def split_names(sheet: Sheet, column: str) -> list[list[str] | None]:
             parts = JOINT.split(name)
             are_known = [plain(part) in alone for part in parts]
             if len(parts) > 1 and any(are_known) and not all(are_known):
-                why = ": one finding or several? Join several with |, and spell each as elsewhere"
+                joint = JOINT.search(name)[0].strip()
+                why = (
+                    ": one finding or several? Join several with |, and spell each as elsewhere; "
+                    f"write one without {joint!r}"
+                )
                 sheet.refuse_cell(column, row, why, name)
             divided += parts if all(are_known) else [name]
         for name in divided:

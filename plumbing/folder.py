@@ -1,6 +1,7 @@
 """What lies below a folder: one walk, films by name, the lists of three sets."""
 
 import errno
+import functools
 import itertools
 import os
 import re
@@ -144,24 +145,20 @@ class Index:
         self.unmasked = [name for name in self.films if not MASK_FOLDER.search(name)]
         self.finder = Finder(self.unmasked)
 
-    def second_names(self) -> set[str]:
-        """The links to a file that is a film here under another name, too."""
-        links = set(self.links)
-        real_folder = {}
-        if links:
-            folders = {os.path.dirname(name) for name in self.films}
-            real_folder = {folder: os.path.realpath(self.root / folder) for folder in folders}
-        real = set()
-        for name in self.films if links else ():
-            if name not in links:
-                folder, base = os.path.split(name)
-                real.add(os.path.join(real_folder[folder], base))
-        second = set()
-        for name in sorted(links):
-            target = os.path.realpath(self.root / name)
-            if target in real:
-                second.add(name)
-            real.add(target)
+    def second_names(self) -> dict[str, str]:
+        """Find the links to a film that is here under another name, too → {link: that name}."""
+        links = set(self.links).intersection(self.films)
+        if not links:
+            return {}
+        real_folder = functools.cache(os.path.realpath)
+        first = {}  # {real path: the first film that lies there}
+        second = {}
+        for name in sorted(self.films, key=lambda name: (name in links, name)):
+            path = f"{self.root}/{name}"
+            folder, base = os.path.split(path)
+            real = os.path.realpath(path) if name in links else f"{real_folder(folder)}/{base}"
+            if first.setdefault(real, name) != name:
+                second[name] = first[real]
         return second
 
     def files(self, *names: str) -> list[Path]:
@@ -401,7 +398,8 @@ def choose_films(index: Index, packs: dict, mimic_all: bool = False):
 
     packs: {path below the root: Pack}; what they hold is there and not taken a second time. Nor are
     links to films: a film held out under one name must not be trained on under another.
-    → ({film: patient}, lines that say what was recognised). A film of no set is its own patient.
+    → ({film: patient}, {link left out: the film it leads to}, lines that say what was recognised).
+    A film of no set is its own patient.
     """
     is_list = (".csv", ".csv.gz", "_list.txt")
     lists = [index.root / name for name in index.names if name.endswith(is_list)]
@@ -416,13 +414,13 @@ def choose_films(index: Index, packs: dict, mimic_all: bool = False):
     patients = {}
     others = []
     second_names = index.second_names()
-    left_out = 0
+    links = {}
     for name in index.films:
         if name in packed:
             continue
         film_set, key = owner(name, sets)
         if film_set is None and name in second_names:
-            left_out += 1
+            links[name] = second_names[name]
         elif film_set is None:
             others.append(name)
             patients[name] = name
@@ -432,25 +430,31 @@ def choose_films(index: Index, packs: dict, mimic_all: bool = False):
     for film_set in sets:
         summary += film_set.report()
     summary += report_others(others, bool(sets))
-    if left_out:
-        summary.append(f"{left_out:,} links left out: what they lead to is here under another name")
-    return patients, summary
+    if links:
+        summary.append(f"{len(links):,} links left out: their films are here under other names")
+    return patients, links, summary
 
 
 def refuse_twice_packed(packs: dict):
-    """UserError when two packs hold the same film: one file, as its name, size and time tell."""
-    first = {}  # {name, size and time of a file: the pack that holds it}
+    """UserError when two packs hold the same film: one file, as its name, size and time tell and,
+    of packs with one --side, its pixels.
+    """
+    first = {}  # {name, size and time of a file: (its pack, the side and checksum there)}
     twice = []
     for path, pack in packs.items():
-        for name, state in zip(pack.names, pack.states, strict=False):
-            key = (os.path.basename(name), *(state or ()))
-            if state and first.setdefault(key, path) != path:
-                twice.append((first[key], path, name))
+        # The states of unreadable films come after those of the films.
+        for name, state, checksum in zip(pack.names, pack.states, pack.checksums, strict=False):
+            if not state:  # packed by an earlier version
+                continue
+            key = (os.path.basename(name), *state)
+            other, side, pixels = first.setdefault(key, (path, pack.side, checksum))
+            if other != path and (side != pack.side or pixels == checksum):
+                twice.append((other, path, name))
     if twice:
         one, other, name = twice[0]
         raise UserError(
-            f"{one} and {other} both hold {len(twice):,} films, the first: {name}: these would "
-            "count twice; move one of the packs away, or give it alone as --data"
+            f"{one} and {other} both hold {name}, and {len(twice):,} films are in two packs: these "
+            "would count twice; move one of the packs away, or give it alone as --data"
         )
 
 

@@ -271,6 +271,22 @@ def refuse_twins(flag: str, paths: list[str]):
         raise UserError(f"{flag} {','.join(paths)}: two tables of one name; rename one")
 
 
+def locate_or_follow(table: OwnTable, films) -> tuple[np.ndarray, list[str]]:
+    """Find the film of every row as OwnTable.locate does; a link that was left out of the films is
+    the film it leads to, which must not be trained on if the table holds the link out.
+    """
+    where, notes = table.locate(films.names)
+    absent = np.flatnonzero(where < 0)
+    if films.links and len(absent):
+        links = list(films.links)
+        found, _ = replace(table, rows=[table.rows[row] for row in absent]).locate(links)
+        number = {name: i for i, name in enumerate(films.names)}
+        for row, k in zip(absent, found, strict=True):
+            # A set's lists may have left out what the link leads to.
+            where[row] = number.get(films.links[links[k]], -1) if k >= 0 else -1
+    return where, notes
+
+
 class Labels:
     """The table of a linear probe: a table of one's own with labels and a column split, of which
     some films are there.
@@ -290,9 +306,9 @@ class Labels:
         if not self.path.is_file():
             self.refuse("no such file; a CSV with the columns filename,label,split is wanted")
         table = read_own_table(self.path, can_be_mask=False)
-        if table.goal.kind == "mask" or not table.sheet.split:
-            if table.goal.kind == "mask":
-                self.refuse("no column label, which a probe needs")
+        if table.goal.kind == "mask":
+            self.refuse("no column label, which a probe needs")
+        if not table.sheet.split:
             self.refuse(
                 "no column split, which a probe needs: say train, val or test in every row, and in "
                 "all rows of a patient the same"
@@ -302,20 +318,21 @@ class Labels:
         self.y = np.array([row.target for row in table.rows], float)
         self.split = np.array([row.split for row in table.rows])
         self.notes = [*table.notes]
-        self.place(table, films.names, films.patients)
+        self.place(table, films)
 
     def refuse(self, message: str):
         """Raise UserError about the table."""
         raise UserError(f"probe table {self.path}: {message}")
 
-    def place(self, table: OwnTable, films: list[str], known: list[str]):
-        """Find the films and patients of the rows, as __init__ says. known: the films' patients."""
-        where, odd = table.locate(films)
+    def place(self, table: OwnTable, films):
+        """Find the films and patients of the rows, as __init__ says."""
+        where, odd = locate_or_follow(table, films)
         located = [
-            films[i] if i >= 0 else as_path(name) for i, name in zip(where, self.names, strict=True)
+            films.names[i] if i >= 0 else as_path(name)
+            for i, name in zip(where, self.names, strict=True)
         ]
         self.patients, self.patient_note = table.name_patients(located)
-        self.take_patients(known, where, located)
+        self.take_patients(films.patients, where, located)
         table.refuse_contradictions(located, self.patients)
         absent = np.flatnonzero(where < 0)
         if len(absent) == len(where):
@@ -329,10 +346,10 @@ class Labels:
         if is_repeated.any():
             self.notes.append(f"{is_repeated.sum()} repeated rows dropped")
         self.where = np.where(is_repeated, -1, where)
-        where, _ = replace(table, rows=table.unknown).locate(films)
+        where, _ = locate_or_follow(replace(table, rows=table.unknown), films)
         there = [row for row, i in zip(table.unknown, where, strict=True) if i >= 0]
         where = where[where >= 0]
-        told, _ = replace(table, rows=there).name_patients([films[i] for i in where])
+        told, _ = replace(table, rows=there).name_patients([films.names[i] for i in where])
         self.others = dict(zip(where, told, strict=True))
 
     def take_patients(self, known: list[str], where, located):

@@ -35,14 +35,16 @@ class Films:
     """films[i] → uint8 (H, W), short side at most `side` px (0 = as stored); raises UnreadableFilm.
 
     The files below `root` come first, then what packed files hold. names: paths below the root;
-    patients: who is on each film; summary: lines that say what was recognised.
+    patients: who is on each film; summary: lines that say what was recognised. links: {link that
+    was left out: the film it leads to}.
     """
 
-    def __init__(self, root, patient_of, packs, side, summary):
+    def __init__(self, root, patient_of, packs, side, summary, links=()):
         self.root = str(root)
         self.packs = packs
         self.side = side
         self.summary = summary
+        self.links = dict(links)
         self.names = list(patient_of)
         self.patients = list(patient_of.values())
         self.file_count = len(patient_of)

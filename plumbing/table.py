@@ -19,6 +19,7 @@ from plumbing.words import (
     OTHER,
     SHEET_ERROR,
     SPLITS,
+    YES,
     answer,
     column_key,
     flags_split,
@@ -263,8 +264,8 @@ class Sheet:
 
     @functools.cached_property
     def split(self) -> str | None:
-        """The column of splits: of a usual name, else the one of whose cells most say train, val
-        or test; `splits` refuses the others.
+        """The column of splits: of a usual name, else the one of whose filled cells most say train,
+        val or test; `splits` refuses the others.
 
         UserError when several columns say so, or a column such as is_test does: else other films
         would be tested than the table means.
@@ -276,13 +277,15 @@ class Sheet:
         for name, cells in self.cells.items():
             if name in (self.film, self.patient):
                 continue
-            if flags_split(name) and OTHER not in self.answers(name):
+            answers = self.answers(name)
+            if flags_split(name) and YES in answers and OTHER not in answers:
                 self.refuse(
                     f"column {name}: write a column split that says train, val or test, or delete "
                     "the column if it means something else"
                 )
             said = list(filter(None, map(split_of, cells)))
-            if 2 * len(said) > len(cells) and len(set(said)) > 1:
+            filled = len(answers) - answers.count(MISSING)  # a blank speaks for nothing else
+            if 2 * len(said) > filled and len(set(said)) > 1:
                 found.append(name)
         if len(found) > 1:
             self.refuse(

@@ -126,14 +126,15 @@ def split_of(word: str) -> str | None:
 
 
 def flags_split(column: str) -> bool:
-    """Whether a column of yes and no is called like a split: is_test, Testset, train; but a column
-    test may be of blood, and TR is a valve's.
+    """Whether a column of yes and no is called like a split: is_test, Testset, train.
+
+    But a column test may be of blood, valid of the film's quality, and TR of a valve.
     """
     before, word, after = re.fullmatch(
         r"(is|in)?(.+?)(set|data|daten|satz|menge|gruppe|group)?", plain(column)
     ).groups()
     split = split_of(word)
-    may_be_else = split == "test" or len(word) < 4
+    may_be_else = split == "test" or word == "valid" or len(word) < 4
     return split is not None and bool(before or after or not may_be_else)
 
 

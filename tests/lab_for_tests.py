@@ -30,6 +30,7 @@ class Films:
     def __init__(self, films):
         self.names = list(films)
         self.patients = list(films)
+        self.links = {}
         self.films = list(films.values())
 
     def __len__(self):

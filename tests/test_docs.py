@@ -317,7 +317,7 @@ def test_the_example_tables_are_read(table, outcome, tmp_path):
     assert sum(value or 0 for value in answers) == positive
     if "split" in lines[0]:
         films = Index(tmp_path / "films").films
-        unknown = SimpleNamespace(names=films, patients=films)
+        unknown = SimpleNamespace(names=films, patients=films, links={})
         labels = Labels(tmp_path / "own.csv", unknown)
         assert labels.classes == list(splits.labels)
 

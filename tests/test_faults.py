@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from proc import children_of, needs_proc
 
 import finetune
 import pretrain
@@ -201,15 +202,6 @@ def wait_for(process, is_ready):
     while not is_ready():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-
-
-def children_of(process):
-    """Numbers of the processes that a process has started."""
-    tasks = Path(f"/proc/{process.pid}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc")
 
 
 @needs_proc

@@ -321,10 +321,17 @@ def test_a_link_to_a_film_that_is_here_is_no_second_film(tmp_path):
     for way in (root, tmp_path / "way"):
         films = open_films(way)
         assert films.names == ["links/c.png", "more/d.png", "real/a.png", "real/b.png"]
+        assert films.links == {
+            "links/c_again.png": "links/c.png",
+            "links/d.png": "more/d.png",
+            "links/of_link.png": "real/a.png",
+            "links/x.png": "real/a.png",
+        }
         assert "4 links left out" in films.summary[-1]
     assert "links/x.png" in Index(root).films  # a table of one's own may name it
 
 
+@posix
 def test_a_folder_or_file_that_refuses_to_be_read_is_named(tmp_path, monkeypatch):
     root = tree(tmp_path / "films", ["a/1.png", "b/2.png", "noname"])
     scandir = os.scandir

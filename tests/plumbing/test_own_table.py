@@ -30,12 +30,13 @@ def make_labels(tmp_path, text, *films):
 
 
 def films_named(*names):
-    return SimpleNamespace(names=list(names), patients=list(names))
+    return SimpleNamespace(names=list(names), patients=list(names), links={})
 
 
 def test_a_probe_knows_the_patients_whom_the_films_know(tmp_path):
     """As --patients, a pack or a set's lists tell; the table's own word counts first."""
-    films = SimpleNamespace(names=["a", "b", "c", "d"], patients=["anna", "anna", "bo", "d"])
+    films = films_named("a", "b", "c", "d")
+    films.patients = ["anna", "anna", "bo", "d"]
     head = "filename,label,split"
     rows = ("a,yes,train", "b,no,train", "c,yes,test", "d,no,test")
     labels = labels_of_known(tmp_path, films, head, *rows, "absent,no,val")
@@ -47,6 +48,18 @@ def test_a_probe_knows_the_patients_whom_the_films_know(tmp_path):
     rows = ("a,yes,train", "b,no,test", "c,yes,test", "d,no,train")
     crossed = "patient anna has films in train and"
     refused(lambda: labels_of_known(tmp_path, films, head, *rows), crossed)
+
+
+def test_a_probe_holds_out_the_film_that_a_link_leads_to(tmp_path):
+    """The link is no second film; taken for absent, its film would be trained on."""
+    films = films_named("all/1.png", "all/2.png", "all/3.png", "all/4.png")
+    films.links = {"test/ill.png": "all/2.png", "test/well.png": "all/4.png", "mimic.png": "gone"}
+    rows = ("test/ill.png,yes,test", "well,no,test", "all/1.png,yes,train", "all/3.png,no,train")
+    labels = labels_of_known(tmp_path, films, "filename,label,split", *rows, "mimic,no,val")
+    assert labels.where.tolist() == [1, 3, 0, 2, -1]
+    assert labels.split.tolist() == ["test", "test", "train", "train", "val"]
+    rows = ("all/2.png,yes,train", "test/ill.png,yes,test", "all/1.png,no,test")
+    refused(lambda: labels_of_known(tmp_path, films, "filename,label,split", *rows), "split")
 
 
 def labels_of_known(tmp_path, films, *lines):
@@ -908,6 +921,11 @@ def test_a_column_of_splits_in_other_words_is_understood_or_refused_not_passed_o
             lambda spoilt=spoilt: read_rows(folder, tmp_path, "file,Mass,Datensatz", *spoilt),
             f"line 6: column Datensatz must say train, val, test, not '{strange}'",
         )
+    half = [f"film{k:02d},{k % 2},{word}" for k, word in enumerate([*words, *["", "NA"] * 4])]
+    refused(  # blanks speak for nothing else than a split
+        lambda: read_rows(folder, tmp_path, "file,Mass,Datensatz", *half),
+        "line 6: column Datensatz must say train, val, test, not ''",
+    )
     cohort = ["film00,1,Test", "film01,0,Kontrolle", "film02,1,Kontrolle", "film03,0,Training"]
     assert set(read_rows(folder, tmp_path, "file,Mass,Kurs", *cohort).parts) == {"all"}
 
@@ -919,10 +937,11 @@ def test_a_column_of_yes_and_no_that_is_called_like_a_split_is_no_finding(folder
             lambda name=name: read_rows(folder, tmp_path, f"file,Mass,{name}", *rows),
             f"column {name}: write a column split that says train, val or test, or delete",
         )
-    for name in ("Test", "TR", "Testosteron"):  # of blood, a valve
+    for name in ("Test", "valid", "TR", "Testosteron"):  # of blood, of the film's quality, a valve
         assert read_rows(folder, tmp_path, f"file,Mass,{name}", *rows).labels == ("Mass", name)
-    rows = [f"{row[:-2]}A" for row in rows]
-    assert read_rows(folder, tmp_path, "file,Mass,Testgruppe", *rows).labels == ("Mass",)
+    for cell in ("A", ""):
+        others = [f"film{k:02d},{k % 2},{cell}" for k in range(4)]
+        assert read_rows(folder, tmp_path, "file,Mass,Testgruppe", *others).labels == ("Mass",)
 
 
 def test_advice_to_learn_a_column_as_classes_can_be_followed(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Packed files against direct reading, after kill -9 and after damage."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT
 from films_for_tests import film, run, tree
 from PIL import Image
+from proc import children_of, needs_proc, state_and_parent
 
 import plumbing.pack
 from data import Views, open_films
@@ -56,11 +58,7 @@ def test_pack_equals_direct_reading(tmp_path):
 
 
 def is_running(pid):
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rsplit(")", 1)[1].split()[0] != "Z"
+    return state_and_parent(pid)[0] not in ("", "Z")
 
 
 def has_ended(pid, seconds=120):
@@ -71,6 +69,7 @@ def has_ended(pid, seconds=120):
     return seconds > 0
 
 
+@needs_proc
 @pytest.mark.slow
 def test_pack_goes_on_after_kill_9(tmp_path):
     big_tree(tmp_path / "films", 120)
@@ -86,7 +85,7 @@ def test_pack_goes_on_after_kill_9(tmp_path):
     while process.poll() is None and lines < 25:
         time.sleep(0.002)
         lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = children_of(process)
     process.kill()
     process.wait()
     assert workers and all(has_ended(pid) for pid in workers)
@@ -202,13 +201,22 @@ def test_two_packs_of_one_film_are_refused(tmp_path):
     root = big_tree(tmp_path / "films", 5, side=120)
     pack(tmp_path)
     pack_films(open_films(root, side=64), tmp_path / "small.pack")
-    with pytest.raises(UserError, match="cxr.pack and small.pack both hold 5 films, the first: 0"):
+    with pytest.raises(UserError, match="cxr.pack and small.pack both hold 000.png, and 5 films"):
         open_films(tmp_path)
     assert len(open_films(tmp_path / "small.pack")) == 5
     (tmp_path / "small.pack").unlink()
     tree(tmp_path / "others", ["000.png"])  # another film of the same name
     pack_films(open_films(tmp_path / "others"), tmp_path / "others.pack")
     assert len(open_films(tmp_path)) == 7
+    (tmp_path / "twins").mkdir()
+    for k in (3, 4):  # two films of one name, size and time
+        (tmp_path / f"site{k}").mkdir()
+        Image.fromarray(film(k)).save(tmp_path / f"site{k}" / "000.bmp")
+        os.utime(tmp_path / f"site{k}" / "000.bmp", (1e9, 1e9))
+        pack_films(open_films(tmp_path / f"site{k}"), tmp_path / "twins" / f"{k}.pack")
+    one, other = (Pack(tmp_path / "twins" / f"{k}.pack") for k in (3, 4))
+    assert one.states == other.states
+    assert len(open_films(tmp_path / "twins")) == 2
 
 
 def test_a_pack_made_anew_changes_no_run_that_reads_it(tmp_path):

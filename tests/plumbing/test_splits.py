@@ -30,7 +30,7 @@ def make_films(patients):
         def __len__(self):
             return len(self.names)
 
-    return Films(names=list(patients), patients=list(patients.values()))
+    return Films(names=list(patients), patients=list(patients.values()), links={})
 
 
 def make_labels(tmp_path, rows, films):
