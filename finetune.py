@@ -565,7 +565,10 @@ def test(model, task: TaskData, args, folder: Path, team, thresholds) -> dict:
 def find_examples(args: Config, root, model_goal=None):
     """Find the films and labels of the task. → Splits; arguments: see benchmarks.load_task"""
     flags = dict(table=args.labels, shots=args.shots, column=args.column, uncertain=args.uncertain)
-    return load_task(args.task, root, trained=model_goal, **flags)
+    splits = load_task(args.task, root, trained=model_goal, **flags)
+    if splits.drawn and args.draw:
+        raise UserError(f"--draw does nothing with the set's own lists of --shots {args.shots}")
+    return splits
 
 
 def open_task(args: Config, splits, size, root, team) -> TaskData:

@@ -313,6 +313,23 @@ def seen_words(learnt, parts: dict) -> str:
     )
 
 
+def say_seen(args, parts: dict, table=None) -> tuple[str, list[float]]:
+    """Print how many of the films asked about pre-training may know.
+
+    parts: {what the films are for: (Films, their numbers)}. Films that are drawn here are of
+    patients whom nobody knows. → the words, for result.json; the share that is known, of each part
+    """
+    (first, _), *_ = parts.values()
+    learnt = trained_on(args.weights, first) if args.data else NOBODY
+    is_seen = {}
+    for what, (films, numbers) in parts.items():
+        patients = patients_with(films, [table] if table else [])
+        is_seen[what] = seen_by(learnt, films, patients)[numbers]
+    words = seen_words(learnt, is_seen)
+    print(words, flush=True)
+    return words, [float(seen.mean()) for seen in is_seen.values()]
+
+
 def read_whole(films, numbers, size):
     """Read films as the models see them whole: squeezed to (size, size), antialiased.
 

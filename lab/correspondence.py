@@ -54,6 +54,9 @@ def main(argv=None):
         raise UserError("--data needs --table CSV: landmarks (NAME_row, NAME_col) or lungs (mask)")
     numbers, places, shapes, names = read_landmarks(table, films, count)
     R = min(args.references, len(numbers) - 1)  # the first R films are the references
+    kept = of_other_patients(common.patients_with(films, [table])[numbers], R, table)
+    numbers, places, shapes = numbers[kept], places[kept], shapes[kept]
+    overlap, _ = common.say_seen(args, {"to ask about": (films, numbers)}, table)
     size = args.image or encoder.image
     patch = encoder.patch
     if size % patch:
@@ -86,7 +89,7 @@ def main(argv=None):
     # ---- 4. Scores and pictures.
     scores = {name: score(f, places[R:], shapes[R:]) for name, f in found.items()}
     result = {"methods": scores, "references": R, "films": len(images) - R, "landmarks": names}
-    result |= {"image": size, "patch": patch, "area_kept": area_kept}
+    result |= {"image": size, "patch": patch, "area_kept": area_kept, "overlap": overlap}
     shown = [0, *range(R, min(R + 5, len(images)))]
     page = maps_picture(ways["pre-trained"], images[shown], places[shown], names)
     common.finish(args, result, result_table(result, args.crop), maps=page)
@@ -301,7 +304,21 @@ def read_landmarks(table, films, count):
         few = f"{len(found)} of its films can be used"
         raise UserError(f"--table {table}: {few}; a reference film and one to test are needed")
     numbers, places, shapes = zip(*found, strict=True)
-    return numbers, np.stack(places), np.array(shapes, float), names or list(MASK_LANDMARKS)
+    names = names or list(MASK_LANDMARKS)
+    return np.array(numbers), np.stack(places), np.array(shapes, float), names
+
+
+def of_other_patients(patients, references, table):
+    """The places of the references, which come first, and of all films but those of their patients:
+    a point is easily found in another film of the same chest. patients (n,) → rising numbers
+    """
+    is_test = ~np.isin(patients, patients[:references])
+    if not is_test.any():
+        raise UserError(
+            f"--table {table}: all its films are of the patients of the {references} reference "
+            "films: others are needed to test, or fewer --references"
+        )
+    return np.append(np.arange(references), is_test.nonzero()[0])
 
 
 def landmarks_of(row, names, shape, table):

@@ -41,7 +41,8 @@ def main(argv=None):
     numbers = common.evenly(common.named(table, films), args.films)
     images, read, _ = common.read_whole(films, numbers, world.encoder.image)
     common.require_readable(read)
-    result = domain_test(world, images, args.seed, has_second_set=True)
+    overlap, _ = common.say_seen(args, {"to ask about": (films, read)}, table)
+    result = domain_test(world, images, args.seed, has_second_set=True) | {"overlap": overlap}
     candidates = grid_candidates()
     actions = film_actions(len(candidates), args.seed, 0)
     both = domain_errors(world, images[:1], actions, candidates)

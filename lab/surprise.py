@@ -39,8 +39,12 @@ from plumbing.table import Sheet
 from plumbing.words import NO, answer, is_unsaid
 
 PLANTED = ("mirrored heart", "missing lung", "sideways", "inverted", "corner")  # kinds of wrong
+UNLIKE = (
+    "p holds for films that pre-training knows as well as it knows the reference films: it errs "
+    "less on films that it has seen, and others surprise by being new"
+)
 REFERENCES = 400  # at most so many good films are looked at: half of them fit, half calibrate
-FEWEST = 40  # of them: half of them calibrate, and p is never below 1 / (half + 1)
+FEWEST = 40  # of them, or of films without any
 
 
 @dataclasses.dataclass
@@ -65,16 +69,25 @@ def main(argv=None):
 
     # ---- 2. Scores and p-values, by films that say what is usual.
     rng = numpy_rng(SURPRISE, args.seed)
+    parts = {"to judge": (films, numbers)}
     if reference:
         good = open_films(reference)
         references = common.evenly(np.arange(len(good)), REFERENCES)
         words = "reference films"
         usual, read, _ = common.map_films(watch_these, good, references, size, words)
         require_enough(read, words)
+        parts["reference films"] = good, read
+        calibrating = len(read) // 2
         scores, p, z = fold(usual, found, rng)
     else:
         require_enough(numbers, "films")
+        calibrating = (len(numbers) + 1) // 4  # half of the half that judges
         scores, p, z = against_itself(found, rng)
+
+    overlap, known = common.say_seen(args, parts, table)
+    if max(known) - min(known) > 0.1:
+        print(f"warning: {UNLIKE}", flush=True)
+        overlap += f"; {UNLIKE}"
 
     # ---- 3. Table, result and picture.
     names = [films.names[i] for i in numbers]
@@ -85,6 +98,8 @@ def main(argv=None):
         "unreadable": unreadable,
         "flagged": int((p <= args.alpha).sum()),
         "alpha": args.alpha,
+        "calibrating": calibrating,
+        "overlap": overlap,
         "auroc": separation(labels, scores) if table else {},
     }
     by_kind = labels if result["auroc"] else None
@@ -329,9 +344,16 @@ def result_words(result, out):
     """The result in words. → text"""
     alpha = result["alpha"]
     count = result["films"]
+    calibrating = result["calibrating"]
+    by_chance = f"where {alpha * count:.0f} would be by chance"
+    flagged = f"{result['flagged']} with p ≤ {alpha:g}, {by_chance}"
+    if alpha * (calibrating + 1) < 1 - 1e-9:
+        flagged = (
+            f"none can have p ≤ {alpha:g}: {calibrating} films calibrate, so that no p is below "
+            f"{1 / (calibrating + 1):.2g}; give more films (of --reference) or a higher --alpha"
+        )
     words = (
-        f"{count} films: {result['flagged']} with p ≤ {alpha:g}, "
-        f"where {alpha * count:.0f} would be by chance; {len(result['unreadable'])} unreadable; "
+        f"{count} films: {flagged}; {len(result['unreadable'])} unreadable; "
         f"every film in {out}/surprise.csv"
     )
     if not result["auroc"]:

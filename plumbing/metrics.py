@@ -186,9 +186,11 @@ def recall_at_k(errors, ks=(1, 3, 5)) -> dict[int, float]:
     """Share of predictions whose true candidate is among the k best (Table 4) → {k: share}
 
     errors (n, n): row i holds prediction i's error against every candidate, column i the true one.
-    Ties are broken evenly, so that equal errors score chance, k / n.
+    Ties are broken evenly, so that equal errors score chance, k / n. nan where an error is nan.
     """
     errors = to_array(errors)
+    if np.isnan(errors).any():
+        return dict.fromkeys(ks, float("nan"))
     true = np.diag(errors)[:, None]
     smaller = (errors < true).sum(1)
     equal = (errors == true).sum(1)  # counts the true candidate itself

@@ -17,7 +17,7 @@ from plumbing.benchmarks import TASKS
 from plumbing.checkpoint import made_with, replace_with, write_csv, write_json
 from plumbing.film import film_size
 from plumbing.launch import UserError
-from plumbing.splits import Splits, class_warnings, tally
+from plumbing.splits import Splits, class_warnings, is_marked, tally
 from plumbing.table import read_cells
 from plumbing.words import SPLITS, plain
 
@@ -78,6 +78,11 @@ def refuse_untestable(splits: Splits, drawn: list):
     the test films cannot give a number.
     """
     labels = [] if splits.kind == "mask" else splits.labels
+    if splits.kind == "mask" and not any(map(is_marked, drawn)):
+        raise UserError(
+            f"none of the {len(drawn)} training films has a mask that is not empty: nothing can be "
+            "learnt; draw others (--draw) or more, or choose another split"
+        )
     for what, examples in (("training", drawn), ("test", splits.test)):
         counts = [tally(examples, k) for k in range(len(labels))]
         if counts and not any(count[0] and count[1] for count in counts):

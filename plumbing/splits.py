@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.checkpoint import digest
+from plumbing.film import read_mask
 from plumbing.folder import in_threads
 from plumbing.keys import DRAW_FRACTION, DRAW_SHOTS, DRAW_SPLIT, HOLD_OUT, numpy_rng
 from plumbing.launch import UserError
@@ -273,7 +274,8 @@ def draw_few(examples, fraction=1.0, shots: int | None = None, draw=0) -> list[E
     """Draw the few films of --fraction (a share of all) or --shots (so many per class).
 
     draw: another number draws other films. For --shots the films without any finding count as one
-    more class, and a film that shows several findings counts for each of them.
+    more class, and a film that shows several findings counts for each of them; of segmentation the
+    classes are the films that have a mask, and those whose mask is empty.
     """
     if shots is None:
         if fraction >= 1:
@@ -282,14 +284,21 @@ def draw_few(examples, fraction=1.0, shots: int | None = None, draw=0) -> list[E
         chosen = numpy_rng(DRAW_FRACTION, draw).choice(len(examples), count, replace=False)
     else:
         order = numpy_rng(DRAW_SHOTS, draw).permutation(len(examples))
+        targets = [example.target or (is_marked(example),) for example in examples]
         chosen = set()
-        for k in range(len(examples[0].target)):
-            positive = [i for i in order if examples[i].target[k]]
+        for k in range(len(targets[0])):
+            positive = [i for i in order if targets[i][k]]
             chosen.update(positive[:shots])
-        is_free = [all(value == 0 for value in example.target) for example in examples]
+        is_free = [all(value == 0 for value in target) for target in targets]
         without_finding = [i for i in order if is_free[i]]
         chosen.update(without_finding[:shots])
     return [examples[i] for i in sorted(chosen)]
+
+
+def is_marked(example: Example) -> bool:
+    """Whether a film of segmentation has a mask that is not empty."""
+    kind, what, *_ = example.mask
+    return bool(read_mask(example.mask).any()) if kind == "file" else bool(what)
 
 
 LACK = {  # what a class suffers from that a split shows on all of its films, or on none

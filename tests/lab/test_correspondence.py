@@ -125,8 +125,12 @@ def test_points_that_are_missing_are_refused_and_films_go_by_any_name(tmp_path):
     table = tmp_path / "points.csv"
     table.write_text("Image Index,tip_row,tip_col\na.png,4,5\nb.png,6,7\n")
     numbers, places, _, names = correspondence.read_landmarks(table, films, 2)
-    assert (numbers, names) == ((0, 1), ["tip"])
+    assert (numbers.tolist(), names) == ([0, 1], ["tip"])
     assert np.allclose(places[:, 0] * 20 - 0.5, [(4, 5), (6, 7)])
+    kept = correspondence.of_other_patients(np.array(list("abbac")), 1, table)
+    assert kept.tolist() == [0, 1, 2, 4]  # the fourth film is of the reference's patient
+    with pytest.raises(UserError, match="of the patients of the 2 reference films"):
+        correspondence.of_other_patients(np.array(list("abba")), 2, table)
     for cells in ("-1,-1", "nan,nan", "21,5", "na,"):
         table.write_text(f"Image Index,tip_row,tip_col\na.png,4,5\nb.png,{cells}\n")
         with pytest.raises(UserError, match="the row of b.png, .*(lie outside|cannot be)"):

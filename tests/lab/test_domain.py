@@ -190,6 +190,7 @@ def test_domain(place):
     words = good(place, "domain", "--data", "set/films", "--films", 3, "--out", "d")
     result = json.loads((place / "d" / "result.json").read_text())
     assert result["images"] == 3 and result["candidates"] == 64
+    assert result["overlap"] in words and result["overlap"].startswith("nobody can tell")
     assert set(result["action"]) == {"recall@1", "recall@3", "recall@5"}
     for way in ("with the action", "without the action", "chance"):
         assert words.count(way) == 2

@@ -11,7 +11,7 @@ from lab_for_tests import TINY, good, make_here, make_place  # noqa: F401 (fixtu
 from PIL import Image
 from scipy import stats
 
-from lab import surprise
+from lab import common, surprise
 from model import CheXWorld
 from plumbing import launch, phantom
 
@@ -118,7 +118,30 @@ def test_errors_against_one_patch_at_a_time():
 
 # ---------------------------------------------------------------- as a user runs it
 @pytest.mark.slow
-def test_surprise_on_an_odd_film_and_a_broken_file(place, here):
+def test_films_that_pretraining_saw_are_no_measure_for_new_ones(place, here, capsys, monkeypatch):
+    """Reference films that the model was trained on, and new films to judge: p is not uniform."""
+    with open(place / "set" / "phantoms.csv") as file:
+        rows = list(csv.DictReader(file))
+    learnt = {row["filename"] for row in rows[:40]}, {row["patient_id"] for row in rows[:40]}
+    monkeypatch.setattr(common, "trained_on", lambda weights, films: learnt)
+    folder = place / "new"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(phantom.make_phantom(9, i, 64)["film"]).save(folder / f"new{i}.png")
+    here("surprise", "--data", "new", "--reference", "set/films", "--out", "s5")
+    said = capsys.readouterr().out
+    assert "0 of 4 to judge, 40 of 48 reference films" in said
+    assert "\nwarning: p holds for films that pre-training knows as well" in said
+    overlap = json.loads((place / "s5" / "result.json").read_text())["overlap"]
+    assert "40 of 48 reference films" in overlap and surprise.UNLIKE in overlap
+    here("surprise", "--data", "set/films", "--reference", "set/films", "--out", "s6")
+    assert "warning: p holds" not in capsys.readouterr().out
+    here("domain", "--data", "set/films", "--films", 1, "--out", "d5")
+    assert "1 of 1 to ask about" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_surprise_on_an_odd_film_and_a_broken_file(place, here, capsys):
     archive = place / "archive"
     archive.mkdir()
     for i in range(6):
@@ -136,5 +159,12 @@ def test_surprise_on_an_odd_film_and_a_broken_file(place, here):
     assert values == sorted(values, reverse=True)
     assert all(0 < float(row["p"]) <= 1 for row in rows[1:])
     here("surprise", "--data", "set/films", "--out", "s2")  # each half judges the other
+    said = capsys.readouterr().out
+    with open(place / "s2" / "surprise.csv") as file:
+        least = min(float(row["p"]) for row in csv.DictReader(file))
+    assert least >= 0.0769  # 1 / 13: of 48 films 24 judge, of whom 12 calibrate
+    assert "none can have p ≤ 0.05: 12 films calibrate, so that no p is below 0.077; " in said
+    here("surprise", "--data", "set/films", "--alpha", 0.08, "--out", "s4")
+    assert "with p ≤ 0.08, where 4 would be by chance" in capsys.readouterr().out
     with pytest.raises(launch.UserError, match="fewer than 40"):
         here("surprise", "--data", "archive", "--out", "s3")

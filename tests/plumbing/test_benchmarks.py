@@ -4,6 +4,7 @@ The labels that the readers find are compared with what was drawn.
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from films_for_tests import write_dicom
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+import finetune
 from data import TaskFilms
 from plumbing import benchmarks
 from plumbing.film import decode_rle, read_film, read_mask
@@ -501,6 +503,12 @@ def test_chestdr_few_shot_lists_overlap_and_are_disentangled(tmp_path):
     }
     assert "train: 2 repeated rows dropped" in splits.notes
     assert "val: 2 films removed that are in train too" in splits.notes
+    args = finetune.Config(task="chestdr", shots=5, draw=1)
+    with pytest.raises(
+        UserError, match="--draw does nothing with the set's own lists of --shots 5"
+    ):
+        finetune.find_examples(args, tmp_path)
+    assert len(finetune.find_examples(replace(args, draw=0), tmp_path).train) == 6
 
 
 def test_chestdr_whole_lists_and_table(tmp_path):

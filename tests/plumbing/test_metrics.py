@@ -154,6 +154,7 @@ def test_recall_at_k_is_a_sort_and_equal_errors_are_chance():
     got = metrics.recall_at_k(errors, ks=(1, 3, 5))
     assert got == {k: pytest.approx(np.mean([r < k for r in ranks])) for k in (1, 3, 5)}
     assert metrics.recall_at_k(np.ones((64, 64)))[3] == pytest.approx(3 / 64)
+    assert np.isnan(metrics.recall_at_k(np.full((64, 64), np.nan))[3])  # it was 1
     tied = [[0.0, 0.0], [0.0, 1.0]]  # row 0: a tie for first place; row 1: second
     assert metrics.recall_at_k(tied, ks=(1, 2)) == {1: 0.25, 2: 1.0}
 

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from plumbing.film import EMPTY_MASK
 from plumbing.launch import UserError
 from plumbing.own_table import Labels
 from plumbing.results import describe_task, refuse_untestable
@@ -199,6 +201,25 @@ def test_draws_have_the_wanted_size():
     assert all(sum(film.target[k] for film in few) >= 4 for k in (0, 1))
     assert sum(not any(film.target) for film in few) == 4
     assert len(few) <= 12
+
+
+def test_shots_of_segmentation_are_films_with_a_mask_and_films_without(tmp_path):
+    Image.new("L", (9, 9)).save(tmp_path / "empty.png")
+    corner = Image.new("L", (9, 9))
+    corner.putpixel((0, 0), 255)
+    corner.save(tmp_path / "corner.png")
+    boxes = ("boxes", ((1, 1, 3, 3),), (9, 9))
+    marked = [boxes, ("rle", ("3 2",), (9, 9)), ("file", tmp_path / "corner.png")]
+    empty = [EMPTY_MASK, ("rle", (), (9, 9)), ("file", tmp_path / "empty.png")]
+    masks = marked + empty * 15
+    films = [Example(Path(f"{k}.png"), (), str(k), mask) for k, mask in enumerate(masks)]
+    for draw in range(5):
+        drawn = draw_few(films, shots=2, draw=draw)
+        assert [film.mask in marked for film in drawn] == [True, True, False, False]
+    splits = Splits("siim", "mask", ("pneumothorax",), films, films, films)
+    refuse_untestable(splits, films)
+    with pytest.raises(UserError, match="none of the 45 training films has a mask"):
+        refuse_untestable(splits, films[3:])
 
 
 def test_labels_that_are_not_known_are_counted_and_are_no_negatives():
