@@ -490,7 +490,7 @@ def count_memory() -> float:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for file in ("memory.max", "memory/memory.limit_in_bytes"):  # Linux: of a container
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text(encoding="ascii")))
     return min(limits, default=math.inf)
 
 
