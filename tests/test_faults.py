@@ -286,7 +286,7 @@ def test_a_second_start_touches_nothing(films, tmp_path):
     assert second.returncode == 1 and said.startswith(f"error: {out} is in use by process ")
     assert said.count("\n") == 1 and (out / ".last.pt.1.tmp").exists()
     third = start("finetune", *words_of("finetune", films, out))
-    assert f"{out} holds what pretrain.py" in third.communicate()[0]  # in use or not
+    assert f"{out} holds a pre-training" in third.communicate()[0]  # in use or not
     first.terminate()
     assert "saved at step" in first.communicate()[0] and first.returncode == 0
 
