@@ -60,14 +60,14 @@ def test_every_script_reads_what_is_a_film_and_names_the_rest_once(tmp_path):
     assert code == 0 and named_once(said), said
     assert LATIN in Pack(tmp_path / "cxr.pack").names
 
-    for data, workers in (("films", 1), ("films", 0), ("cxr.pack", 1)):
-        out = f"run_{data}_{workers}"
-        words = ["--data", data, "--out", out, "--workers", workers, *RUN.split()]
+    for data in ("films", "cxr.pack"):
+        out = f"run_{data}"
+        words = ["--data", data, "--out", out, "--workers", 1, *RUN.split()]
         code, said = script(tmp_path, f"{ROOT}/pretrain.py", *words)
         assert code == 0 and (tmp_path / out / "result.json").is_file(), said
         assert data == "cxr.pack" or named_once(said), said
 
-    encoder = tmp_path / "run_films_0" / "encoder.pt"
+    encoder = tmp_path / "run_films" / "encoder.pt"
     words = ["--data", "films", "--weights", encoder, "--out", "features", "--device", "cpu"]
     code, said = script(tmp_path, "-m lab.features", *words)
     assert code == 0 and named_once(said), said
