@@ -457,18 +457,15 @@ def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
     targets = targets_of(task.films["val"], rows)  # (n, c); (n, 0) of masks, which have none
     value, _ = results.judge(task.kind, task.labels, table, targets)
     value = value or 0.0
-    if task.kind == "mask":
-        losses = table[:, -1]
-        thresholds = []
-    else:
+    losses = table[:, -1]
+    if task.kind != "mask":
         truth = torch.tensor(targets, dtype=torch.float32)
         losses = loss_of(task.kind, torch.tensor(table), truth)
-        scores = results.probabilities(task.kind, table)
-        thresholds = list(map(metrics.youden_threshold, scores.T, targets.T))
     loss = float(losses.mean())
     is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
-        run.about["thresholds"] = thresholds
+        scores = results.probabilities(task.kind, table)[:, : targets.shape[1]]  # of masks none
+        run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, targets.T))
         run.save_best()
     return value, loss
 

@@ -380,15 +380,20 @@ def resume(out, world, optimizer, fingerprint, total, team):
     """Load last.pt, where an earlier run in the same folder stopped. → steps done before"""
     parts = {"world": world, "optimizer": optimizer}
     start = checkpoint.resume_run(out, fingerprint, parts, team)
-    if not start:
-        return start
-    team.say(f"resuming at step {start} of {total}")
+    if start:
+        team.say(f"resuming at step {start} of {total}")
+    if start and team.lead:
+        renew_encoder(out, world, start)
+    return start
+
+
+def renew_encoder(out, world, step):
+    """Write encoder.pt unless it is of this step: a kill may have come between the two files."""
     written = {}
     with contextlib.suppress(UserError):  # there is none, or a damaged one
         written = checkpoint.load_checkpoint(out / "encoder.pt", mmap=True)
-    if team.lead and written.get("step") != start:  # the run was killed between its two files
-        save_encoder(out, world, start)
-    return start
+    if written.get("step") != step:
+        save_encoder(out, world, step)
 
 
 def draw_views(views, args, count):

@@ -19,14 +19,7 @@ from data import open_films
 from model import CheXWorld
 from plumbing import checkpoint, phantom, pictures
 from plumbing.film import UnreadableFilm
-from plumbing.launch import (
-    UserError,
-    count_cpus,
-    count_memory,
-    flag,
-    parse,
-    start_team,
-)
+from plumbing.launch import UserError, count_cpus, count_memory, flag, parse, start_team
 from plumbing.own_table import Labels, read_patient_table
 from plumbing.splits import hold_out_films, patients_of
 from plumbing.table import Finder, Sheet, read_list
@@ -285,6 +278,11 @@ def trained_on(weights, films, of_all=True):
     return None
 
 
+def known_from(args, films):
+    """What `trained_on` says of args.weights; of films that are drawn here nobody is known."""
+    return trained_on(args.weights, films) if args.data else NOBODY
+
+
 def seen_by(learnt, films, patients):
     """Tell of which films the world model knows the film itself or its patient. → (n,) bool
 
@@ -316,11 +314,11 @@ def seen_words(learnt, parts: dict) -> str:
 def say_seen(args, parts: dict, table=None) -> tuple[str, list[float]]:
     """Print how many of the films asked about pre-training may know.
 
-    parts: {what the films are for: (Films, their numbers)}. Films that are drawn here are of
-    patients whom nobody knows. → the words, for result.json; the share that is known, of each part
+    parts: {what the films are for: (Films, their numbers)}.
+    → the words, for result.json; the share that is known, of each part
     """
     (first, _), *_ = parts.values()
-    learnt = trained_on(args.weights, first) if args.data else NOBODY
+    learnt = known_from(args, first)
     is_seen = {}
     for what, (films, numbers) in parts.items():
         patients = patients_with(films, [table] if table else [])

@@ -109,7 +109,7 @@ def open_study(args, device):
     patients = args.patients or common.run_of(args.weights).get("patients")
     films, table = common.open_set(args, 3 * args.films, patients=patients)
     numbers = common.named(args.table, films)
-    learnt = common.trained_on(args.weights, films) if args.data else common.NOBODY
+    learnt = common.known_from(args, films)
     rows = common.rows_of(table, films, split=None) if table else []
     has_marker = [i for i, row in rows if row.get("marker")]
     numbers = np.setdiff1d(numbers, has_marker)

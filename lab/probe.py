@@ -57,7 +57,7 @@ def main(argv=None):
     refuse_twins("--table", paths)
     tables = [Labels(path, films).complete() for path in paths]
     result = {"tables": {}}
-    learnt = common.trained_on(args.weights, films) if args.data else common.NOBODY
+    learnt = common.known_from(args, films)
     for table, judged in judge_tables(tables, films, encoders, encoder.image):
         seen = seen_words(learnt, table, films)
         result["tables"][table.path.stem] = {"seen": seen, **judged, "notes": table.notes}

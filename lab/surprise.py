@@ -77,12 +77,10 @@ def main(argv=None):
         usual, read, _ = common.map_films(watch_these, good, references, size, words)
         require_enough(read, words)
         parts["reference films"] = good, read
-        calibrating = len(read) // 2
-        scores, p, z = fold(usual, found, rng)
+        scores, p, z, calibrating = fold(usual, found, rng)
     else:
         require_enough(numbers, "films")
-        calibrating = (len(numbers) + 1) // 4  # half of the half that judges
-        scores, p, z = against_itself(found, rng)
+        scores, p, z, calibrating = against_itself(found, rng)
 
     overlap, known = common.say_seen(args, parts, table)
     if max(known) - min(known) > 0.1:
@@ -226,7 +224,7 @@ def judge(fitting, films):
 def fold(usual, found, rng):
     """Judge found films by usual ones, half of which fit and half calibrate.
 
-    → {measure: scores of the films (n,)}, p of their surprise (n,), z (n, N)
+    → {measure: scores of the films (n,)}, p of their surprise (n,), z (n, N), how many calibrate
     """
     first, second = np.array_split(rng.permutation(len(usual["pixels"])), 2)
     fitting = common.select(usual, first)
@@ -234,19 +232,21 @@ def fold(usual, found, rng):
     scores = judge(fitting, found)
     p = conformal_p(calibration["surprise"], scores["surprise"])
     z = [unusual(fitting[key], found[key]) for key in ("whole", "swept")]
-    return scores, p, np.mean(z, 0)
+    return scores, p, np.mean(z, 0), len(second)
 
 
 def against_itself(found, rng):
-    """Without reference films, each half of the films judges the other. Returns what fold does."""
+    """Without reference films, each half of the films judges the other. Returns what fold does, of
+    the calibrating films the larger number.
+    """
     halves = np.array_split(rng.permutation(len(found["pixels"])), 2)
     back = np.argsort(np.concatenate(halves))  # from the order of the halves to that of the films
     one, other = (common.select(found, half) for half in halves)
-    first, *rest = fold(other, one, rng)
-    second, *more = fold(one, other, rng)
+    first, *rest, count = fold(other, one, rng)
+    second, *more, other_count = fold(one, other, rng)
     scores = {name: np.concatenate([first[name], second[name]])[back] for name in first}
     p, z = (np.concatenate(pair)[back] for pair in zip(rest, more, strict=True))
-    return scores, p, z
+    return scores, p, z, max(count, other_count)
 
 
 # ---------------------------------------------------------------- films and their labels

@@ -362,23 +362,32 @@ FINGERPRINTED = {
 }
 
 
-def refuse_other_recipe(folder, saved: dict, recipe: dict, or_else=", or delete it to start anew"):
+def refuse_other_recipe(
+    folder, saved: dict, recipe: dict, or_else=", or delete it to start anew", why=None
+):
     """Raise UserError when the run in `folder` was started with another recipe than `recipe`.
 
     A recipe is {setting: value} of all that a run's numbers depend on; saved: the old run's.
-    or_else: what can be done but for choosing another folder.
+    or_else: what can be done but for choosing another folder. why: {setting: the reason why it may
+    differ though nobody has changed it, with {old} for the old value}.
     """
-    settings = list(dict.fromkeys([*recipe, *saved]))  # each once, in order
-    changed = [
+    settings = dict.fromkeys([*recipe, *saved])  # each once, in order
+    changed = [name for name in settings if saved.get(name) != recipe.get(name)]
+    if not changed:
+        return
+    differences = [
         FINGERPRINTED.get(name, f"{name} {saved.get(name)} → {recipe.get(name)}")
-        for name in settings
-        if saved.get(name) != recipe.get(name)
+        for name in changed
     ]
-    if changed:
-        raise UserError(
-            f"{folder} holds a run with another recipe ({'; '.join(changed)}): "
-            f"choose another --out{or_else}"
-        )
+    reasons = [
+        f". {name}: {reason.format(old=saved.get(name))}"
+        for name, reason in (why or {}).items()
+        if name in changed
+    ]
+    raise UserError(
+        f"{folder} holds a run with another recipe ({'; '.join(differences)}): "
+        f"choose another --out{or_else}{''.join(reasons)}"
+    )
 
 
 def sources(**paths) -> dict:

@@ -354,15 +354,7 @@ def refuse_other_run(folder: Path, saved: dict, recipe: dict, is_beside: bool):
     or_else = ", or delete it to start anew"
     if is_beside:
         or_else = ", or give its settings: the seeds of one folder share a recipe and a result"
-    try:
-        checkpoint.refuse_other_recipe(folder, saved, recipe, or_else)
-    except UserError as error:
-        reasons = [
-            f". {name}: {why.format(old=saved.get(name))}"
-            for name, why in UNASKED.items()
-            if saved.get(name) != recipe.get(name)
-        ]
-        raise UserError("".join([str(error), *reasons])) from None
+    checkpoint.refuse_other_recipe(folder, saved, recipe, or_else, UNASKED)
 
 
 def begin_or_finished(folder: Path, recipe: dict, end: int, team) -> dict | None:

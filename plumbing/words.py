@@ -122,7 +122,8 @@ SPLITS = tuple(SPLIT_WORDS)
 
 def split_of(word: str) -> str | None:
     """The split that a word names: train, val or test; None when it names none."""
-    return next((split for split, words in SPLIT_WORDS.items() if word_of(word) in words), None)
+    said = word_of(word)
+    return next((split for split, words in SPLIT_WORDS.items() if said in words), None)
 
 
 def flags_split(column: str) -> bool:

@@ -51,9 +51,10 @@ def test_good_films_are_flagged_as_often_as_promised_and_odd_ones_always(with_re
     odd_films = draw(8, 2.0)
     films = {key: np.concatenate([good_films[key], odd_films[key]]) for key in good_films}
     if with_reference:
-        scores, p, z = surprise.fold(draw(400), films, rng)
+        scores, p, z, calibrating = surprise.fold(draw(400), films, rng)
     else:
-        scores, p, z = surprise.against_itself(films, rng)
+        scores, p, z, calibrating = surprise.against_itself(films, rng)
+    assert calibrating == (200 if with_reference else 102)  # half of 400, of 408 / 2
     assert (p[400:] < 0.06).all() and 0.01 < (p[:400] <= 0.05).mean() < 0.1
     assert z.shape == (408, 9) and z[400:].mean() > 3
     assert scores["surprise"][400:].min() > np.median(scores["surprise"])
