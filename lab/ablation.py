@@ -199,11 +199,12 @@ def run_and_wait(command: list[str]) -> int:
 
 
 def keep_recipe(path: Path, recipe: dict, tables: list[str]) -> None:
-    """Write down what all runs of a grid rest on. UserError when the folder holds another grid.
+    """Write down what all runs of a grid rest on. UserError when the folder holds something else.
 
     tables: CSVs, of which others may come later. Of each the content is compared, so that numbers
     of a table are not taken for those of a corrected one.
     """
+    checkpoint.refuse_other_program(path.parent, checkpoint.GRIDS[path.name])
     recipe = {key: str(value) for key, value in recipe.items()}
     contents = {}
     for table in map(Path, tables):

@@ -316,6 +316,11 @@ TUNING = "a fine-tuning"
 TEST = "a test by finetune.py --eval"
 DECODER = "a decoder of lab.rcdm"
 ANALYSIS = "an analysis of the lab"
+# Of lab.ablation, by the file that says what its runs rest on.
+GRIDS = {
+    "ablation.json": "a Table 3 of lab.ablation",
+    "compare.json": "a comparison by lab.ablation",
+}
 
 
 def contents_of(folder) -> str:
@@ -325,6 +330,9 @@ def contents_of(folder) -> str:
     result = read_json(folder / "result.json")
     if "task" in config:
         return f"one seed of the fine-tuning in {folder.parent}"
+    for name, grid in GRIDS.items():
+        if (folder / name).is_file():
+            return grid
     if "task" in result and (folder / "predictions.csv").is_file():
         return TEST
     if "task" in result or any(folder.glob("seed*/best.pt")):

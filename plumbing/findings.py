@@ -180,7 +180,7 @@ def answer_columns(sheet: Sheet) -> list[str]:
     if not found:
         sheet.refuse(
             "no column label or mask, and none of yes and no (1 and 0); its columns are "
-            f"{', '.join(sheet.cells)}; --column NAME says what to learn"
+            f"{', '.join(sheet.cells)}; call the one to learn label, or name it: --column NAME"
         )
     return found
 

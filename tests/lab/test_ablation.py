@@ -317,7 +317,7 @@ def test_a_grid_knows_what_its_tables_held(tmp_path):
     for name in "ab":
         tables.append(str(tmp_path / f"{name}.csv"))
         (tmp_path / f"{name}.csv").write_text("filename,label\n")
-    grid = tmp_path / "grid.json"
+    grid = tmp_path / "compare.json"
     checkpoint.write_json(grid, {"data": "d"})
     for asked in (tables[:1], tables, tables[1:], [*tables, "none.csv"]):
         ablation.keep_recipe(grid, {"data": "d"}, asked)
@@ -327,6 +327,8 @@ def test_a_grid_knows_what_its_tables_held(tmp_path):
         ablation.keep_recipe(grid, {"data": "d"}, tables)
     with pytest.raises(launch.UserError, match=r"another recipe \(data d → e\)"):
         ablation.keep_recipe(grid, {"data": "e"}, tables[1:])
+    with pytest.raises(launch.UserError, match="holds a comparison by lab.ablation: choose"):
+        ablation.keep_recipe(tmp_path / "ablation.json", {"data": "d"}, tables)
 
 
 @pytest.mark.slow

@@ -528,6 +528,8 @@ def test_a_result_says_with_what_it_was_made(monkeypatch):
             {"config.json": {"mode": "local"}, "result.json": {"settings": {}}},
         ),
         ("an analysis of the lab", {"result.json": {"settings": {}}}),
+        ("a Table 3 of lab.ablation", {"ablation.json": {}, "result.json": {"rows": {}}}),
+        ("a comparison by lab.ablation", {"compare.json": {}}),
         ("a result of another program or version", {"result.json": {"films": 4}}),
     ],
 )
