@@ -642,9 +642,9 @@ def main():
     # ---- 3. The films of the task: no patient is in two of the three splits.
     splits = find_examples(args, root)
     shape = encoder_shape(args, weights, team.say)
-    why += seedrun.warn_of_unfinished(weights)
     team.say(results.describe_weights(weights, why, shape))
     if weights and team.lead:
+        splits.notes += checkpoint.warn_of_unfinished(weights)
         splits.notes += report.seen_in_pretraining(weights, root, splits.test)
     team.say(results.describe_task(root, splits))
     task = open_task(args, splits, args.image or shape["image"], root, team)

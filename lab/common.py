@@ -118,7 +118,7 @@ def find_weights(weights: str | None) -> Path:
     if not weights and newest is None:
         raise UserError("no pre-training run in runs/: run pretrain.py, or give --weights FILE")
     path = checkpoint.weights_in(weights or newest.parent)
-    print(f"weights {path}", flush=True)
+    print("\n".join([f"weights {path}", *checkpoint.warn_of_unfinished(path)]), flush=True)
     return path
 
 

@@ -31,7 +31,7 @@ COLLAPSED = """collapsed: the encoder says nearly the same of every film. \
 Train again with a lower --lr, a higher --ema or a longer --warmup"""
 SUSPICIOUS = """suspicious: less than half the variety (RankMe) that random weights have. \
 Normal in the first tenth of a training; later, lower --lr or raise --ema"""
-HEALTHY = "healthy: films differ in many directions"
+HEALTHY = "not collapsed: films differ in many directions; what they tell is asked by lab.probe"
 
 
 @dataclasses.dataclass

@@ -310,6 +310,26 @@ def weights_in(path) -> Path:
     )
 
 
+def warn_of_unfinished(weights: Path) -> list[str]:
+    """Warn when the weights are of a pre-training of ours that has not ended. → one line or none"""
+    last = weights.with_name("last.pt")
+    if weights.name not in ("encoder.pt", "last.pt") or not last.is_file():
+        return []
+    try:
+        saved = load_checkpoint(last, mmap=True)
+        recipe = saved["recipe"]
+        total = recipe["epochs"] * (recipe["films"] // recipe["batch"])
+    except (UserError, KeyError, TypeError):  # damaged, or of another program
+        return []
+    step = saved.get("step", total)
+    if step >= total:
+        return []
+    return [
+        f"warning: {weights} is of a pre-training that stopped at step {step:,} of {total:,}: its "
+        "command resumes it; choose other weights by --weights"
+    ]
+
+
 # ---- One program per folder
 TRAINING = "a pre-training"
 TUNING = "a fine-tuning"

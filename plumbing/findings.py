@@ -178,6 +178,10 @@ def answer_columns(sheet: Sheet) -> list[str]:
     if found and coded:
         refuse_other(sheet, coded[0])
     if not found:
+        for column in sheet.others:
+            said = {cell for cell in sheet.cells[column] if answer(cell) is not MISSING}
+            if len(said) == 1 and MISSING in sheet.answers(column):  # a cross where there is one
+                sheet.refuse(f"column {column} has {said.pop()!r} and blanks: write 1 and 0")
         sheet.refuse(
             "no column label or mask, and none of yes and no (1 and 0); its columns are "
             f"{', '.join(sheet.cells)}; call the one to learn label, or name it: --column NAME"

@@ -397,9 +397,8 @@ def renew(films, states: list, old: Pack) -> dict | None:
         return None
     if not new and not changed and has_same_patients:
         return None
-    why = f"{new:,} films are new, {changed:,} have changed since"
-    why = why if new or changed else "films have other patients than before"
-    print(f"{old.path} is made anew: {why}")
+    others = "" if has_same_patients else "; patients are others than before"
+    print(f"{old.path} is made anew: {new:,} films are new, {changed:,} have changed since{others}")
     return {i: place for i, place in same.items() if place < len(old.names)}
 
 

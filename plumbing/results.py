@@ -527,7 +527,7 @@ def describe_point(points: list[dict]) -> list[str]:
     shares = [f"{share} {share_words([point[share] for point in points])}" for share in SHARES]
     prevalence = f"at prevalence {100 * films[0] / sum(films):.1f}"
     return [
-        f"{counts}; yes from {' to '.join(ends)} on, chosen on val; percent:",
+        f"{counts}; yes from {', by seed to '.join(ends)} on, chosen on val; percent:",
         f"    {', '.join(shares)} {prevalence}",
     ]
 

@@ -99,25 +99,6 @@ def begun_in(out: Path) -> list[Path]:
     return sorted(out.glob("seed*/config.json"))
 
 
-def warn_of_unfinished(weights: Path | None) -> str:
-    """Warn when the weights are of a pre-training of ours that has not ended. → words, else ""."""
-    last = weights and weights.with_name("last.pt")
-    if not last or weights.name not in ("encoder.pt", "last.pt") or not last.is_file():
-        return ""
-    try:
-        saved = checkpoint.load_checkpoint(last, mmap=True)
-        recipe = saved["recipe"]
-        total = recipe["epochs"] * (recipe["films"] // recipe["batch"])
-    except (UserError, KeyError, TypeError):  # damaged, or of another program
-        return ""
-    if saved.get("step", total) >= total:
-        return ""
-    return (
-        f"; WARNING: that run stopped at step {saved['step']:,} of {total:,}: its command resumes "
-        "it; choose other weights by --weights"
-    )
-
-
 def load_best(path) -> dict:
     """Load best.pt: its weights under "finetuned", what SeedRun.about says, and its path."""
     saved = checkpoint.load_checkpoint(path)

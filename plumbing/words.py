@@ -44,7 +44,7 @@ COLUMNS = {
     "film": (
         "filename imagefilename imagefile filepath imagepath file image path imageindex imageid "
         "imagename img imgid imgname imgpath dicomid dicom dicomfile dicompath dcm film filmid "
-        "dateiname datei bilddatei fichier nomdefichier archivo arquivo nomefile"
+        "dateiname datei bilddatei bild fichier nomdefichier archivo arquivo nomefile"
     ).split(),
     "mask": "mask maskfile maskfilename maskpath maskname maskimage segmentation".split(),
     "label": (
@@ -161,7 +161,7 @@ WORDS = {
     ),
     UNCERTAIN: (
         "uncertain, unsure, equivocal, indeterminate, unklar, fraglich, unsicher, verdacht, v.a., "
-        "incertain, douteux, dudoso, incierto, incerto, duvidoso, dubbio"
+        "v.d., incertain, douteux, dudoso, incierto, incerto, duvidoso, dubbio"
     ),
     MISSING: (
         ", na, n/a, #n/a, #nv, <na>, nan, null, none, nil, -, --, ?, missing, unknown, n.a., n.d., "
@@ -227,7 +227,7 @@ def is_unsaid(cell: str) -> bool:
 UNSURE = WORDS[UNCERTAIN].replace(".", r"\.").replace(", ", "|")
 DOUBT = re.compile(
     r"[?()\[\]]|\b(possibl[ey]|probabl[ey]|likely|suspect(ed)?|susp|suspicion of|suspicious for|"
-    r"presumed|questionable|query|rule out|maybe|v\.\s?a|verdacht auf|mögliche?[rns]?|"
+    r"presumed|questionable|query|rule out|maybe|v\.\s?[ad]|verdacht auf|dd|mögliche?[rns]?|"
     r"wahrscheinlich(e[rns]?)?|vermutlich(e[rns]?)?|suspicion de|douteuse|posible|sospecha de|"
     r"dudosa|possível|provável|suspeita de|possibile|probabile|sospett[oa]( di)?|"
     rf"({UNSURE})(e[rns]?)?)\b\.?",
@@ -252,9 +252,15 @@ ABSENT = set(
     "negative neg negativ negatif negativo absent absence absente ausencia ausente assente "
     "excluded ausgeschlossen".split()
 )
+# Those without the finding of a study, where a column has two names.
+CONTROLS = (
+    "control controls controlgroup healthycontrol healthycontrols kontrolle kontrollen "
+    "kontrollgruppe vergleichsgruppe controlegroep temoin temoins controles controlli"
+).split()
 DENIAL = re.compile(
     rf"({'|'.join(NONE_OF)})[\s_-]+"
-    r"((evidence|signs?) (of|for) |(nachweis|hinweise?|anhalt|zeichen) (auf|für|von) |de |d['’])?"
+    r"((evidence|signs?) (of|for) |(nachweis|hinweise?|anhalt|zeichen) (auf|für|von|eine[rs]?) |"
+    r"de |d['’])?"
     r"(?P<finding>[^\W\d_].*)",
     re.IGNORECASE,
 )
@@ -347,7 +353,11 @@ def is_kind_of(name: str, usual: str) -> bool:
 
 
 def is_denial_of(name: str, usual: str) -> bool:
-    """Whether a name says no more than that another is not there: non-COVID, TB negative, HIV-."""
+    """Whether a name says no more than that another is not there: non-COVID, TB negative, HIV-,
+    controls.
+    """
+    if word_of(name) in CONTROLS:
+        return True
     if plain(name) in [word + plain(usual) for word in DENIALS]:
         return True
     if name[-1:] in ("-", "\u2013", "\u2212") and usual[-1:] == "+":

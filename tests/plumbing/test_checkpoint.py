@@ -514,6 +514,19 @@ def test_a_result_says_with_what_it_was_made(monkeypatch):
     assert checkpoint.made_with()["commit"] is None  # no .git there, and git is not asked
 
 
+def test_of_weights_of_a_run_that_has_not_ended_the_step_is_said(tmp_path):
+    recipe = {"epochs": 20, "films": 41, "batch": 8}  # 5 steps per epoch
+    for step, lines in ((6, 1), (100, 0)):
+        checkpoint.save_atomic({"step": step, "recipe": recipe}, tmp_path / "last.pt")
+        for name in ("encoder.pt", "last.pt"):
+            said = checkpoint.warn_of_unfinished(tmp_path / name)
+            assert len(said) == lines
+            assert all("pre-training that stopped at step 6 of 100: " in line for line in said)
+    assert checkpoint.warn_of_unfinished(tmp_path / "authors.tar") == []
+    (tmp_path / "last.pt").write_bytes(b"junk")
+    assert checkpoint.warn_of_unfinished(tmp_path / "encoder.pt") == []
+
+
 @pytest.mark.parametrize(
     "contents, files",
     [

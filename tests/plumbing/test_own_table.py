@@ -91,6 +91,7 @@ SPLIT_ROWS = "filename,label,split\na,x,train\nb,x,val\n"
         ("filename,label,split\n", "no row below its header .filename, label, split"),
         ("filename,label\na,b\nc,normal\n", "no column split, .* needs: say train, val or test"),
         ("filename,mask,split\na,b.png,train\n", "no column label or mask, and none of yes and no"),
+        ("file,TB,split\na,x,train\nb,,val\n", "column TB has 'x' and blanks: write 1 and 0"),
         ("filename,label,split\na.png,x\n", "line 2: 2 cells where the header has 3"),
         ("filename,label,split\n,x,train\n", "line 2: column filename names no film"),
         ("filename,label,split\na,x,train\nb,x,vaal\n", "line 3: column split must say"),

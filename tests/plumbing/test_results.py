@@ -139,7 +139,7 @@ def test_what_is_said_of_operating_points(clinic):
     other = results.operating_points(task, scores, truth, examples, [0.6, None])["a"]
     counts, shares = results.describe_point([points["a"], other])
     both = [sensitivity, other["sensitivity"][0]]
-    assert "yes from 0.45 to 0.6 on" in counts
+    assert "yes from 0.45, by seed to 0.6 on" in counts
     assert f"sensitivity {np.mean(both):.1f} ± {np.std(both, ddof=1):.1f}, " in shares
     perfect = results.operating_points(task, truth, truth, examples, [0.5, 0.5])["a"]
     assert "sensitivity 100.0 (no interval)" in results.describe_point([perfect])[1]

@@ -19,7 +19,6 @@ from plumbing.seedrun import (
     recipe_of,
     remember,
     warn_of_known_films,
-    warn_of_unfinished,
 )
 from plumbing.splits import Example
 
@@ -49,18 +48,6 @@ def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatc
     for begun, others in (("none", True), ("runs/old/encoder.pt", True), (str(newest), False)):
         checkpoint.write_json(out / "seed0" / "config.json", {"weights": begun})
         assert ("not the newest, runs/new/encoder.pt" in choose_weights(args, out)[1]) == others
-
-
-def test_of_weights_of_a_run_that_has_not_ended_the_step_is_said(tmp_path):
-    recipe = {"epochs": 20, "films": 41, "batch": 8}  # 5 steps per epoch
-    for step, words in ((6, "; WARNING: that run stopped at step 6 of 100: "), (100, "")):
-        checkpoint.save_atomic({"step": step, "recipe": recipe}, tmp_path / "last.pt")
-        for name in ("encoder.pt", "last.pt"):
-            said = warn_of_unfinished(tmp_path / name)
-            assert said.startswith(words) and bool(said) == bool(words)
-    assert warn_of_unfinished(None) == warn_of_unfinished(tmp_path / "authors.tar") == ""
-    (tmp_path / "last.pt").write_bytes(b"junk")
-    assert warn_of_unfinished(tmp_path / "encoder.pt") == ""
 
 
 def test_a_tie_on_validation_goes_to_the_lower_loss():

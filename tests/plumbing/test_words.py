@@ -77,6 +77,8 @@ def test_a_denial_is_neither_the_finding_nor_a_kind_of_it():
     for name in ("TB", "TB left", "gram-negative TB", "TB ohne Erguss", "drug of TB", "benign"):
         assert not is_denial_of(name, "TB")
     assert is_denial_of("HIV-", "HIV+") and not is_denial_of("HIV+", "HIV-")
+    for name in ("Control", "healthy controls", "Vergleichsgruppe", "Témoins"):
+        assert is_denial_of(name, "TB") and not is_denial_of("TB", name)
 
 
 def test_a_word_has_one_meaning_unless_it_is_no_and_no_finding_or_none():
@@ -95,6 +97,11 @@ def test_a_usual_name_has_one_role_and_is_written_as_names_are_compared():
 @pytest.mark.parametrize("word", WORDS[UNCERTAIN].split(", "))
 def test_what_is_uncertain_as_an_answer_is_a_doubt_before_a_name(word):
     assert is_same_in_doubt(f"{word.title()} mass", "Mass")
+
+
+def test_a_differential_diagnosis_is_a_doubt():
+    assert is_same_in_doubt("DD Pneumonie", "Pneumonie") and not is_same_in_doubt("DDT", "T")
+    assert denied_by("kein Nachweis einer Pneumonie") == "Pneumonie"
 
 
 @pytest.mark.parametrize("word", NONE_OF)
