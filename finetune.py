@@ -632,9 +632,9 @@ def main():
     if team.lead:
         checkpoint.lock(out)  # refuses to start beside another run in the same folder
 
-    # ---- 2. The weights, and the folder of the films; --eval only tests.
-    weights, why = seedrun.choose_weights(args, out)
+    # ---- 2. The folder of the films, and the weights; --eval only tests.
     root = find_root(args.task, args.data)
+    weights, why = seedrun.choose_weights(args, out)
     if args.eval:
         test_finished(args, weights, root, out, team)
         return team.leave()

@@ -34,7 +34,7 @@ FILES = {"weights", "data", "table", "reference", "patients", "learn", "show"}  
 class AboutFilms:
     data: str = flag(None, "folder of films or a .pack file [synthetic films, drawn into --out]")
     out: str = flag(None, "folder of the results [runs/NAME]")
-    table: str = flag(None, "CSV about the films: only those it names are used, or its test split")
+    table: str = flag(None, "CSV about the films: only those it names; with a split only its test")
     films: int = flag(50, "films to look at, evenly from all")
     seed: int = flag(0, "of everything random")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps")
@@ -44,7 +44,8 @@ class AboutFilms:
 class Common(AboutFilms):
     weights: str = flag(
         None,
-        "a run, its last.pt or encoder.pt, the authors' file, another ViT [newest run below runs/]",
+        "a run, its last.pt or encoder.pt, the authors' file, another ViT [newest run below runs/, "
+        "be it the demo]",
     )
 
 
