@@ -180,8 +180,9 @@ def answer_columns(sheet: Sheet) -> list[str]:
     if not found:
         for column in sheet.others:
             said = {cell for cell in sheet.cells[column] if answer(cell) is not MISSING}
-            if len(said) == 1 and MISSING in sheet.answers(column):  # a cross where there is one
-                sheet.refuse(f"column {column} has {said.pop()!r} and blanks: write 1 and 0")
+            is_ticked = {cell.casefold() for cell in said} in ({"x"}, {"×"}, {"✓"}, {"✔"}, {"*"})
+            if is_ticked and MISSING in sheet.answers(column):
+                sheet.refuse(f"column {column} has {min(said)!r} and blanks: write 1 and 0")
         sheet.refuse(
             "no column label or mask, and none of yes and no (1 and 0); its columns are "
             f"{', '.join(sheet.cells)}; call the one to learn label, or name it: --column NAME"
