@@ -492,6 +492,8 @@ def main(args=None, Model=CheXWorld):
     # ---- 9. Judge the model on the films held out.
     if team.lead:
         judge_on_held_out(args, out, world, films, held_indices, tables)
+        if end < total:
+            print(f"CUT at step {end:,} of {total:,}: these numbers are of an unfinished training")
     team.leave()
 
 
