@@ -198,13 +198,22 @@ def run_and_wait(command: list[str]) -> int:
         raise
 
 
+def take_folder(out, grid: str) -> None:
+    """Lock the folder of a grid before anything is drawn into it. UserError when it is in use, or
+    holds what another program has written.
+
+    grid: the file that says what its runs rest on, see checkpoint.GRIDS
+    """
+    checkpoint.refuse_other_program(out, checkpoint.GRIDS[grid])
+    checkpoint.lock(out)
+
+
 def keep_recipe(path: Path, recipe: dict, tables: list[str]) -> None:
-    """Write down what all runs of a grid rest on. UserError when the folder holds something else.
+    """Write down what all runs of a grid rest on. UserError when the folder holds another grid.
 
     tables: CSVs, of which others may come later. Of each the content is compared, so that numbers
     of a table are not taken for those of a corrected one.
     """
-    checkpoint.refuse_other_program(path.parent, checkpoint.GRIDS[path.name])
     recipe = {key: str(value) for key, value in recipe.items()}
     contents = {}
     for table in map(Path, tables):
@@ -434,7 +443,7 @@ def table3(config: Config) -> None:
     rows_of(config)
     if not 0 <= config.fraction <= 1:
         raise UserError(f"--fraction {config.fraction}: a share from 0 to 1 is wanted")
-    checkpoint.lock(config.out)
+    take_folder(config.out, "ablation.json")
     if not config.data:
         made = Path(config.out) / "phantoms"
         if not (made / "phantoms.csv").is_file():
@@ -678,7 +687,7 @@ def compare(config: CompareConfig) -> None:
     for column in compare_columns(config):
         for row in rows:
             runs += compare_runs(config, row, column)
-    checkpoint.lock(config.out)
+    take_folder(config.out, "compare.json")
     recipe = {"weights": checkpoint.digest(Path(config.weights).read_bytes()), "data": config.data}
     if config.finetune:
         recipe["finetune"] = config.finetune

@@ -328,7 +328,8 @@ def test_a_grid_knows_what_its_tables_held(tmp_path):
     with pytest.raises(launch.UserError, match=r"another recipe \(data d → e\)"):
         ablation.keep_recipe(grid, {"data": "e"}, tables[1:])
     with pytest.raises(launch.UserError, match="holds a comparison by lab.ablation: choose"):
-        ablation.keep_recipe(tmp_path / "ablation.json", {"data": "d"}, tables)
+        ablation.take_folder(tmp_path, "ablation.json")
+    assert not (tmp_path / ".lock").exists()
 
 
 @pytest.mark.slow
