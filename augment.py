@@ -225,7 +225,7 @@ def centre_crops(film, size, ten=False):
     return np.concatenate([crops, crops[..., ::-1]]) if ten else crops
 
 
-def jitter_for_masks(images, brightness, contrast):
+def jitter_for_segmentation(images, brightness, contrast):
     """Scale the grey values by `contrast` and add brightness - 1, where change_tone multiplies.
 
     images (B, H, W), brightness (B,), contrast (B,) → (B, H, W)

@@ -9,6 +9,9 @@ task. What is drawn never depends on the number of workers or processes.
 MIMIC-CXR-JPG, CheXpert and ChestX-ray14 are recognised by the tables that come with them (*.csv,
 train_val_list.txt), which may lie anywhere below DIR. Of these sets only frontal training films are
 taken. Everything else below DIR that looks like a film is taken, and so are films in *.pack files.
+
+`films` below is always a `Films` (plumbing/pack.py): films[i] is film i, decoded, uint8 (H, W);
+films.names and films.patients have one entry per film, films.summary are lines to print.
 """
 
 import sys
@@ -24,7 +27,7 @@ from plumbing.folder import Index, choose_films
 from plumbing.keys import ORDER, TRAIN_VIEW, VIEWS, numpy_rng
 from plumbing.launch import Loader, UserError, count_cpus, flag, parse, run_script
 from plumbing.own_table import read_patient_table
-from plumbing.pack import Films, InMemory, Pack, check_and_report, find_out, pack_and_report
+from plumbing.pack import Films, InMemory, Pack, check_and_report, pack_and_report, path_of_pack
 
 
 # ---------------------------------------------------------------- films
@@ -317,7 +320,7 @@ def main():
             "say what to do with which films: python data.py check --data DIR, "
             "or python data.py pack --data DIR --out cxr.pack"
         )
-    out = find_out(args.out) if word == "pack" else None
+    out = path_of_pack(args.out) if word == "pack" else None
     if 0 < args.side < 16:
         raise UserError(f"--side {args.side}: at least 16, or 0 to keep the films' own size")
     if out and Path(args.data).resolve() == out.resolve():

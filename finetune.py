@@ -47,7 +47,7 @@ from plumbing.weights import load_encoder, make_vit, resized
 # the paper; epochs and batch of tasks outside results.PUBLISHED are ours.
 MIN_STEPS = 1000  # where films are few, epochs are raised to reach this: docs/finetuning.md
 # The paper's lr 1e-4 and drop path 0.6 are for ViT-Base with 12 blocks. Networks narrower than
-# ViT-Small have few blocks and few steps: they get a larger lr and less drop path.
+# ViT-Small, such as our `tiny` with 4 blocks, get a larger lr and less drop path.
 SMALL_PRETRAINED = dict(lr=4e-4, drop_path=0.1)
 SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # also used when a segmentation decoder is new
 
@@ -112,7 +112,9 @@ class Config(launch.TrainFlags):
     weight_decay: float = flag(None, "AdamW's; none on biases and norms [from the task]")
     layer_decay: float = flag(None, "learning rate of a layer / that of the next [from the task]")
     drop_path: float = flag(
-        None, "chance to skip the last block; falls linearly to 0 at the first [from the task]"
+        None,
+        "chance that a film skips attention or MLP (each by itself) in the last block; falls "
+        "linearly to 0 at the first [from the task]",
     )
     warmup: float = flag(None, "epochs of linear warm-up [from the task, at most a tenth of all]")
     patience: int = flag(None, "validations without a new best before the end [from the task]")
@@ -144,7 +146,7 @@ def fill_in(args: Config, kind, shape, films, team, is_cut=False) -> tuple[Confi
     What the user gave comes first, then our settings for small networks, then the task's recipe.
     The batch is at most the number of films. Warm-up is at most a tenth of the epochs, unless the
     user says so. kind: see TaskData. shape: the dict that encoder_shape returns. films: number of
-    training films. is_cut: whether the set has more training films than `films`.
+    films to train on, or with --eval to test. is_cut: whether the set has more to train on.
     """
     seedrun.refuse_useless_flags(args, kind)
     is_own_masks = kind == "mask" and args.task == "csv"
@@ -234,8 +236,10 @@ def layer_groups(model, weight_decay, layer_decay) -> list[dict]:
             layer = int(name.split(".")[2]) + 1
         is_matrix = name.endswith(".weight") and parameter.dim() > 1
         decay = weight_decay if is_matrix else 0.0
-        new_group = dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer))
-        groups.setdefault((layer, decay), new_group)["params"].append(parameter)
+        if (layer, decay) not in groups:
+            scale = layer_decay ** (last - layer)
+            groups[layer, decay] = dict(params=[], weight_decay=decay, scale=scale)
+        groups[layer, decay]["params"].append(parameter)
     return list(groups.values())
 
 
@@ -365,7 +369,7 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
     jitter = augment.sample_jitter(batch, generator, probability, (0.8, 1.2))  # (B, 2)
     jitter = jitter[batch_positions].to(device)
     images = augment.to_float(item["view"].to(device, non_blocking=True))
-    change = augment.jitter_for_masks if kind == "mask" else augment.change_tone
+    change = augment.jitter_for_segmentation if kind == "mask" else augment.change_tone
     images = change(images, jitter[:, 0], jitter[:, 1])[:, None]
     return images, item["goal"].to(device, non_blocking=True)
 
@@ -457,15 +461,18 @@ def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
     targets = targets_of(task.films["val"], rows)  # (n, c); (n, 0) of masks, which have none
     value, _ = results.judge(task.kind, task.labels, table, targets)
     value = value or 0.0
-    losses = table[:, -1]
-    if task.kind != "mask":
+    if task.kind == "mask":
+        losses = table[:, 2]  # see score_masks
+    else:
         truth = torch.tensor(targets, dtype=torch.float32)
         losses = loss_of(task.kind, torch.tensor(table), truth)
     loss = float(losses.mean())
     is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
-        scores = results.probabilities(task.kind, table)[:, : targets.shape[1]]  # of masks none
-        run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, targets.T))
+        run.about["thresholds"] = []  # of masks none
+        if task.kind != "mask":
+            scores = results.probabilities(task.kind, table)
+            run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, targets.T))
         run.save_best()
     return value, loss
 

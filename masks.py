@@ -21,8 +21,8 @@ TRIES = 8  # masks drawn per view, of which the one with the smallest shortfall 
 def mask_sizes(grid, kept_share=80 / 196, masked_share=92 / 196):
     """Tell how many patches are kept and masked; grid is n, the patches per side. → (K, M)
 
-    An average mask of 14 × 14 has 84 open and 94 covered patches, the chosen one of eight 90 and
-    99. K = 80 and M = 92 lie below, so few views fall short.
+    An average mask of 14 × 14 has 82 open and 94 covered patches, the chosen one of eight 90 and
+    99. K = 80 and M = 92 lie below, so that five views in six need no filling up.
     """
     return round(kept_share * grid * grid), round(masked_share * grid * grid)
 
@@ -89,6 +89,7 @@ def cover(u, grid, area, aspect=None):
     width = (size / height_by_width).sqrt().round().clamp(1, grid)
     in_row = mark_segment(u[..., 1], height, grid)  # (..., rectangles, n)
     in_col = mark_segment(u[..., 2], width, grid)
+    # A rectangle is the outer product of its rows and columns; the product adds up all of them.
     count = in_row.mT @ in_col  # (..., n, n): how many rectangles cover each patch
     return (count > 0.5).flatten(-2)  # counts are floats, so compare with 0.5
 

@@ -248,29 +248,29 @@ class Predictor(nn.Module):
             initialise(self.pixel_head)
 
     def forward(self, context, context_coords, target_coords, action):
-        """Predict the target features at `target_coords`; arguments as below. → (R, M, D)"""
+        """Predict the target features at `target_coords`; arguments as below. → (R, T, D)"""
         return self.proj(self.tokens(context, context_coords, target_coords, action))
 
     def tokens(self, context, context_coords, target_coords, action):
         """Predict tokens of the predictor's own width d, for `proj` or the pixel head to read.
 
-        context (R, K, D): features of patches at context_coords (R, K, 2); target_coords (R, M, 2);
-        action (R, 4): brightness, contrast, gamma, blur sigma, as augment.sample_actions draws it;
-        None says that nothing was changed → (R, M, d)
+        context (R, K, D): features of patches at context_coords (R, K, 2); target_coords (R, T, 2):
+        T places asked for; action (R, 4): brightness, contrast, gamma, blur sigma, as
+        augment.sample_actions draws it; None says that nothing was changed → (R, T, d)
         """
         context = self.embed(context) + sincos(context_coords, self.width)  # (R, K, d)
-        # Eq. (8), m_{a,p} = π(m + p, a): the mask token m with the code p of its place, mixed with
-        # action a. Context tokens get no action: only the mask tokens must know what to undo.
-        mask_tokens = self.mask_token + sincos(target_coords, self.width)  # (R, M, d): m + p
+        # Eq. (8), m_{a,p} = π(m + p, a): the mask token m with the position p of its place, mixed
+        # with action a. Context tokens get no action: only the mask tokens must know what to undo.
+        mask_tokens = self.mask_token + sincos(target_coords, self.width)  # (R, T, d): m + p
         if action is None:
             code = mask_tokens.new_zeros(len(mask_tokens), 4)  # the code of "nothing was changed"
         else:
-            code = self.action_code(action)
-        code = code[:, None].expand(-1, mask_tokens.shape[1], -1)  # (R, M, 4)
-        mask_tokens = self.policy(torch.cat([mask_tokens, code], -1))  # (R, M, d): m_{a,p}
+            code = self.action_code(action)  # (R, 4)
+        codes = code[:, None].expand(-1, mask_tokens.shape[1], -1)  # (R, T, 4)
+        mask_tokens = self.policy(torch.cat([mask_tokens, codes], -1))  # (R, T, d): m_{a,p}
         # Under autocast the policy returns bfloat16 but `context` is float32: cast to the narrower,
         # which is faster.
-        tokens = torch.cat([context.to(mask_tokens.dtype), mask_tokens], 1)  # (R, K + M, d)
+        tokens = torch.cat([context.to(mask_tokens.dtype), mask_tokens], 1)  # (R, K + T, d)
         tokens = run_blocks(self.blocks, tokens, self.save_memory)
         return self.norm(tokens[:, context.shape[1] :])  # only the mask tokens leave
 
@@ -348,7 +348,7 @@ class CheXWorld(nn.Module):
         other_target = take(swap_views(target), asked)  # row r: target of the other view
         l12, l21 = error_per_view(self.predictor.proj(other_tokens), other_target)
 
-        loss = (l11 + l22 + l12 + l21) / 4  # Eq. (10–12) sum, the authors' code averages
+        loss = (l11 + l22 + l12 + l21) / 4  # means, as in the authors' code; the paper sums
         losses = dict(l11=l11, l22=l22, l12=l12, l21=l21, loss=loss)
         if self.pixel_weight:  # not the paper's: replaces `loss`, adds `pixels`
             losses |= self.mix_in_pixels(loss, y, masked, asked, own_tokens, other_tokens)
@@ -361,8 +361,9 @@ class CheXWorld(nn.Module):
         """
         head = self.predictor.pixel_head
         target = pixel_targets(y, self.encoder.patch)  # (2B, N, P)
-        within = error_per_view(head(own_tokens), take(target, masked))  # l11, l22
-        between = error_per_view(head(other_tokens), take(swap_views(target), asked))  # l12, l21
+        # (2,) each: of the view's own masked patches, as in l11 and l22, and of the other view.
+        within = error_per_view(head(own_tokens), take(target, masked))
+        between = error_per_view(head(other_tokens), take(swap_views(target), asked))
         pixel_loss = (within.mean() + between.mean()) / 2
         mixed = (1 - self.pixel_weight) * loss + self.pixel_weight * pixel_loss
         return dict(loss=mixed, pixels=pixel_loss)

@@ -201,7 +201,7 @@ def fill_in(args, name, origin=None):
     return args
 
 
-def choose_films(args, out, team):
+def open_and_hold_out(args, out, team):
     """Open the films, and separate those to train on from those kept for the closing test.
 
     → films, the tables of --probe, indices of the films to train on, and of those held out
@@ -209,7 +209,8 @@ def choose_films(args, out, team):
     films = open_films(args.data, out, patients=args.patients)
     team.say("\n".join(films.summary))
     tables = open_tables(args.probe, films, team)
-    return films, tables, *hold_out_films(films, tables, args.holdout, args.seed)
+    train_indices, held_indices = hold_out_films(films, tables, args.holdout, args.seed)
+    return films, tables, train_indices, held_indices
 
 
 # ---- One step
@@ -223,7 +224,8 @@ def prepare(loaded, args, step, batch_positions, device):
     grid = args.image // args.patch
     generator = torch_generator(STEP, args.seed, step)
     jitter = augment.sample_jitter(args.batch, generator)[batch_positions]  # (b, 2)
-    # From here on a batch has 2b rows: view 1 of all films, then view 2. (2b,) of 2 · batch views:
+    # From here on a batch has 2b rows: view 1 of all films, then view 2. view_positions (2b,) says
+    # where these rows stand among the 2 · args.batch rows of all processes.
     view_positions = torch.cat([batch_positions, batch_positions + args.batch])
     action = augment.sample_actions(2 * args.batch, generator)[view_positions]  # (2b, 4)
     keep, masked = sample_masks(2 * args.batch, grid, generator, view_positions)  # (2b, K), (2b, M)
@@ -234,10 +236,12 @@ def prepare(loaded, args, step, batch_positions, device):
     drawn = (jitter, action, keep, masked)
     jitter, action, keep, masked = (launch.send(numbers, device) for numbers in drawn)
 
-    # Targets y: the crops. Both have the same jitter, for view 1 cannot know another one of view 2.
+    # Targets y: the crops, both with the same jitter. Were view 2 jittered by itself, its exposure
+    # could not be predicted from view 1, as nobody tells the model the jitter.
     views = augment.to_float(loaded["views"].to(device, non_blocking=True))  # (b, 2, H, W)
     y = view_by_view(augment.apply_jitter(views, jitter))[:, None]  # (2b, 1, H, W)
-    # Contexts x = T_a(y), Eq. (9): they keep the jitter, and each view has an action of its own.
+    # Copies x = T_a(y); with `keep` they make the contexts of Eq. (9), cut out by the encoder. They
+    # keep the jitter, and each view has an action of its own.
     x = augment.apply_action(y, action)
     # φ, Eq. (5): where the patches of the *other* view lie in the grid of this one.
     boxes = view_by_view(loaded["boxes"].to(device, non_blocking=True))  # (2b, 4)
@@ -362,7 +366,7 @@ def save(out, world, optimizer, fingerprint, step):
         "world": world.state_dict(),
         "config": world.config,
         "optimizer": optimizer.state_dict(),
-        "recipe": fingerprint,
+        "recipe": fingerprint,  # the key's name is from older runs
         "step": step,
     }
     checkpoint.save_atomic(last, out / "last.pt")
@@ -426,9 +430,9 @@ def main(args=None, Model=CheXWorld):
     # ---- 3. Films: those to train on, and those kept for the closing test.
     if given.data is None:  # the demo draws a folder of films, as large as its recipe wants them
         name = choose_recipe(given, given.phantoms)
-        given = draw_demo(given, fill_in(given, name, origin).image, team)
-        given = dataclasses.replace(given, recipe=name)  # it has --data now, but stays "demo"
-    films, tables, train_indices, held_indices = choose_films(given, out, team)
+        given = draw_demo(given, fill_in(given, name, origin).image, team)  # now it has --data,
+        given = dataclasses.replace(given, recipe=name)  # as a user's run has, and keeps its recipe
+    films, tables, train_indices, held_indices = open_and_hold_out(given, out, team)
 
     # ---- 4. The recipe fills in what is left open.
     film_count = len(train_indices)

@@ -311,7 +311,7 @@ def check_and_report(films, workers: int):
 
 
 # ---------------------------------------------------------------- writing it
-def find_out(out) -> Path:
+def path_of_pack(out) -> Path:
     """The file that --out names; it ends in .pack, by which packs are known below a folder."""
     out = Path(out)
     if out.is_dir():
@@ -325,7 +325,7 @@ def pack_and_report(films, out, workers: int):
     A pack that is there already is made anew where films have come or changed since; what has not
     changed is taken over from it.
     """
-    out = find_out(out)
+    out = path_of_pack(out)
     began = time.time()
     claim(out.with_name(f".{out.name}.lock"), out)
     states = states_of(films)

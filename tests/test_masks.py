@@ -125,7 +125,7 @@ def slow_frequency(grid, count=2500):
 def test_untruncated_means_are_the_papers():
     covered, is_open = slow_frequency(14)
     assert covered.sum() == pytest.approx(94, abs=2)
-    assert is_open.sum() == pytest.approx(84, abs=2)
+    assert is_open.sum() == pytest.approx(82.3, abs=1)
 
 
 @pytest.mark.parametrize("grid, corner", [(8, 0.22), (14, 0.24), (16, 0.24)])
@@ -133,7 +133,7 @@ def test_coverage_is_even(grid, corner):
     """Opposite edges agree: no raster order. Each patch is masked as often as by the slow sampler.
 
     Shares are scaled to M and K. Patches are also kept as often, but for the corners, since the
-    best of eight favours large squares: 0.61 against 0.43 on 14 × 14.
+    best of eight favours large squares: 0.61 against 0.41 on 14 × 14.
     """
     keep, masked = draw(8000, grid)
     slow_covered, slow_open = slow_frequency(grid)
@@ -193,14 +193,17 @@ def best_try(keep, masked, unions, squares):
 def test_what_the_constant_size_costs(monkeypatch, grid):
     """Masked patches lie in a union of four rectangles, kept ones in its context, but for 0.3 %.
 
-    Nine images in ten break no rule.
+    Nine views in ten have enough of the one, nine in ten enough of the other, five in six both.
     """
     keep, masked, unions, squares = watched(monkeypatch, grid)
     union, context = best_try(keep, masked, unions, squares)
+    is_short = torch.zeros(len(keep), dtype=torch.bool)
     for chosen, within in ((masked, union), (keep, context)):
         astray = (chosen & ~within).sum(1)
         assert astray.sum() / chosen.sum() < 0.005
         assert (astray == 0).float().mean() > 0.87
+        is_short |= astray > 0
+    assert is_short.float().mean() < 0.2
     assert (keep & union).sum() < 0.001 * keep.sum()  # what was covered is all but never kept
     # 0.0505 of 64 patches over 24,000 masks, before and after the draws got their names.
     assert (union & ~masked).sum(1).float().mean() < 0.053 * grid**2

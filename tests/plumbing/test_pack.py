@@ -22,9 +22,9 @@ from plumbing.pack import (
     Pack,
     UnreadableFilms,
     check_and_report,
-    find_out,
     pack_and_report,
     pack_films,
+    path_of_pack,
 )
 
 
@@ -133,7 +133,7 @@ def pack(tmp_path, **options):
     out = options.pop("out", tmp_path / "cxr.pack")
     films = open_films(tmp_path / "films", side=options.pop("side", 100), without=out, **options)
     pack_and_report(films, out, workers=0)
-    return Pack(find_out(out))
+    return Pack(path_of_pack(out))
 
 
 def equals_direct_reading(packed, root, side=100):
