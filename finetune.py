@@ -624,7 +624,9 @@ def judge_beside(args, task: TaskData, weights, out, summary: dict, team):
         scores = [results.read_predictions(folder, task) for folder in folders]
         torch.manual_seed(args.seed)
         vit = make_model(args, weights, task.kind, task.labels).vit.to(team.device).eval()
-        summary["probes"] = report.beside(task.films, scores, vit, weights is None, args.seed)
+        are_few = args.fraction < 1 or bool(args.shots)
+        asked = (vit, weights is None, args.seed, are_few)
+        summary["probes"] = report.beside(task.films, scores, *asked)
         checkpoint.write_json(out / "result.json", summary)
     except Exception as error:
         print(f"warning: no linear probes beside the model: {checkpoint.brief(error)}", flush=True)

@@ -10,7 +10,8 @@ the films; two rows without pre-training stand below. train takes pretrain.py's 
 switches. compare fine-tunes on your own tables: from scratch, frozen and in full, with all and with
 few films; --shots 10,20,40,80 also draws the curve over films per class, curve.png. Every run has
 its own folder below --out, which also receives table.md; once all have finished, that of compare
-ends with the differences from scratch on the same test films, each with a 95 % interval. The same
+ends with the differences from scratch on the same test films, each with a 95 % interval over test
+patients and seeds. The same
 command again resumes: what is finished is not run again. Without a word --out also receives
 result.json.
 """
@@ -33,6 +34,7 @@ from lab.domain import GRID
 from lab.probe import in_percent, word
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
 from plumbing import checkpoint, launch, metrics, phantom, pictures, results
+from plumbing.keys import SEED_DRAWS, numpy_rng
 from plumbing.launch import UserError, flag, parse, run_script
 from plumbing.own_table import refuse_twins
 from plumbing.table import read_table
@@ -236,17 +238,23 @@ def finetune_command(data, table, out, flags) -> list[str]:
 
 
 def over_seeds(values: list[float]) -> dict:
-    """Mean and standard deviation over the seeds of a cell."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    """Mean and standard deviation over the seeds of a cell; of one seed the latter is None."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "seeds": values}
 
 
-def cell_text(cell: dict | None) -> str:
-    """A cell as it stands in the table; a dash where there is none."""
+def cell_text(cell: dict | None, seeds: int | None = None) -> str:
+    """A cell as it stands in the table; a dash where there is none.
+
+    seeds: those of its row, to tell where some have no value here.
+    """
     if not cell:
         return "–"
-    spread = f" ± {cell['std']:.1f}" if len(cell["seeds"]) > 1 else ""
-    return f"{cell['mean']:.1f}{spread}"
+    count = len(cell["seeds"])
+    spread = f" ± {cell['std']:.1f}" if count > 1 else ""
+    lacking = f" ({count} of {seeds} seeds)" if seeds and count < seeds else ""
+    cut = "CUT " if cell.get("is_cut") else ""
+    return f"{cut}{cell['mean']:.1f}{spread}{lacking}"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -429,7 +437,7 @@ def write_table3(config: Config) -> str:
         result[row] = {column: over_seeds(v) for column, v in values.items() if v}
     lines = [["", *columns, "seeds", "paper, VinDr 1 % (order partly a guess)"]]
     for row, cells in result.items():
-        shown = [cell_text(cells.get(column)) for column in columns]
+        shown = [cell_text(cells.get(column), len(numbers[row])) for column in columns]
         paper = f"{PAPER[row]:.1f}" if row in PAPER else "–"
         lines.append([row, *shown, str(len(numbers[row])), paper])
     words = f"{markdown(lines)}\n\nRecall@5: domain sensitivity test, candidates {GRID}"
@@ -572,11 +580,12 @@ def read_cell(config: CompareConfig, row: str, column: Column) -> dict | None:
     folders = compare_folders(config, row, column)
     results = [checkpoint.read_json(out / "result.json") for out in folders]
     results = list(filter(None, results))
-    values = [value for result in results for value in result["seeds"]]
+    values = [value for result in results for value in result["seeds"]][: config.seeds]
     if not values or None in values:
         return None
+    is_cut = any(any(result.get("cut", [])) for result in results)  # by --max_steps
     about = {"metric": results[0]["metric"], "films": results[0]["trained_on"][0]}
-    return over_seeds(values) | about
+    return over_seeds(values) | about | {"is_cut": is_cut}
 
 
 def read_judged(folder: Path) -> tuple:
@@ -601,8 +610,10 @@ def from_scratch(config: CompareConfig, row: str, column: Column) -> str:
     """How far a row lies above scratch on the same test films, and a 95 % interval, in words.
 
     The difference is the mean over the seeds, each beside the same seed (and draw of films) of
-    scratch; the interval is over test patients, drawn anew for both rows and all seeds alike. It
-    does not know of other seeds. A dash while something is missing.
+    scratch. The interval is over test patients and seeds: in each redraw the patients are drawn
+    anew, for both rows and all seeds alike, and of k seeds k - 1 are drawn with replacement, which
+    spreads their mean as much as other seeds would (Rao and Wu, 1988). A dash while something is
+    missing.
     """
     judged = {}
     for name in (row, "scratch"):
@@ -615,15 +626,23 @@ def from_scratch(config: CompareConfig, row: str, column: Column) -> str:
     if any(one[0] != films for one in itertools.chain(*judged.values())):
         return "–"  # some seeds could not read all films
 
-    def statistic(weights):
-        means = {}
-        for name, seeds in judged.items():
-            values = [results.measure(*about, weights)[:, 0] for _, _, *about in seeds]
-            means[name] = np.mean(values, 0)
-        return (means[row] - means["scratch"])[:, None]
+    def differences(weights):
+        """Weights (n, draws) of the films → (seeds, draws)"""
+        values = {
+            name: np.stack([results.measure(*about, weights)[:, 0] for _, _, *about in seeds])
+            for name, seeds in judged.items()
+        }
+        return values[row] - values["scratch"]
 
-    exact = statistic(np.ones((len(films), 1)))[0]
-    value, interval = in_percent([*exact, *metrics.bootstrap(statistic, patients)[0]])
+    rng = numpy_rng(SEED_DRAWS)
+
+    def statistic(weights):
+        found = differences(weights)
+        chosen = rng.integers(len(found), size=(max(1, len(found) - 1), found.shape[1]))
+        return np.take_along_axis(found, chosen, 0).mean(0)[:, None]
+
+    exact = differences(np.ones((len(films), 1))).mean()
+    value, interval = in_percent([exact, *metrics.bootstrap(statistic, patients)[0]])
     if interval is None:
         return "–" if value is None else f"{value:+.1f}"
     return f"{value:+.1f} ({interval[0]:.1f} to {interval[1]:.1f}), {word(interval)}"
@@ -650,7 +669,7 @@ def write_comparison(config: CompareConfig, rows: list[str], has_differences=Fal
         for row in rows:
             if row != "scratch":
                 lines.append([row, *(from_scratch(config, row, column) for column in columns)])
-        words += f"\n\n{markdown(lines)}"
+        words += f"\n\n{markdown(lines)}\n\n95 % intervals over test patients and seeds"
     checkpoint.write_text(Path(config.out) / "table.md", words + "\n")
     if config.shots:
         charts = [draw_curve(table, cells) for table in config.tables.split(",")]
@@ -694,11 +713,8 @@ def compare(config: CompareConfig) -> None:
     keep_recipe(Path(config.out) / "compare.json", recipe, config.tables.split(","))
     run_grid(runs, lambda: write_comparison(config, rows))
     words = write_comparison(config, rows, has_differences=True)
-    print(
-        f"\n{words}\n\nmean ± standard deviation over {config.seeds} seeds, differences with a",
-        end="",
-    )
-    print(f" 95 % interval over test patients; test films, percent: {config.out}/table.md")
+    spread = f"mean ± standard deviation over {config.seeds} seeds"
+    print(f"\n{words}\n\n{spread}; test films, percent: {config.out}/table.md")
     if config.shots:
         print(f"against films per class: {config.out}/curve.png")
 

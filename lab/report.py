@@ -158,14 +158,14 @@ def is_judged(kind: str, films: dict) -> bool:
     return kind != "mask" and sum(map(len, films.values())) <= MANY_FILMS
 
 
-def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int) -> dict:
+def beside(films, seed_scores: list[dict], vit, is_random: bool, seed: int, are_few=False) -> dict:
     """Judge a fine-tuned model beside linear probes of the films that it has learnt from.
 
     films: {"train", "val", "test"}; seed_scores, for each seed {number of the test film: (c,)};
     vit: the encoder that fine-tuning started from, is_random: with random weights; seed: of these
-    where vit has others. The probes are those of lab.probe, of train and val, judged on the films
-    of test that all could read. The model's AUROC is the mean over its seeds, and so is its
-    difference to others.
+    where vit has others; are_few: whether train was cut down, as by --shots. The probes are those
+    of lab.probe, of train and, unless these are few, of val, judged on the films of test that all
+    could read. The model's AUROC is the mean over its seeds, and so is its difference to others.
     → what lab.probe.judge says
     """
     start = time.perf_counter()
@@ -178,7 +178,7 @@ def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int
 
     first = len(together) - len(films["test"])  # number of the first test film
     tested = [first + i for i in set.intersection(*map(set, seed_scores))]
-    is_fit = read < first
+    is_fit = read < (len(films["train"]) if are_few else first)
     is_test = np.isin(read, tested)
     y = np.array([together.examples[i].target for i in read], float)  # (n, c)
     patients = np.array([together.examples[i].patient for i in read])
@@ -193,16 +193,17 @@ def beside(films: dict, seed_scores: list[dict], vit, is_random: bool, seed: int
     judged = judge(scores, truth.reshape(len(truth), -1), patients[is_test], pairs)
     if not any(film.has_patient for film in together.examples):
         judged["patients"] = None
-    print(beside_words(judged, is_fit.sum(), time.perf_counter() - start), flush=True)
+    fitted_to = f"the {is_fit.sum():,} films of {'train' if are_few else 'train and val'}"
+    print(beside_words(judged, fitted_to, time.perf_counter() - start), flush=True)
     return judged
 
 
-def beside_words(judged: dict, films: int, seconds: float) -> str:
-    """The result of `beside` in words. films: those of train and val."""
+def beside_words(judged: dict, fitted_to: str, seconds: float) -> str:
+    """The result of `beside` in words. fitted_to: the films that the probes learnt from."""
     return (
-        f"beside the model: linear probes of the {films:,} films of train and val, judged on "
+        f"beside the model: linear probes of {fitted_to}, judged on "
         f"{judged['films']:,} of test; {patients_words(judged)} ({seconds:.0f} s)\n"
         f"{table_of(judged)}\n"
         "The model learnt from train, and val chose its step or its penalty; the probes are ridge "
-        "regressions of train and val together."
+        f"regressions of {fitted_to}."
     )

@@ -20,6 +20,7 @@ TRAIN_JITTER = 6  # (seed, step): brightness and contrast of a batch
 DROP_PATH = 8  # (seed, step): which residual branches the films of a batch skip
 DRAW_FRACTION = 11  # (draw): the training films of --fraction
 DRAW_SHOTS = 12  # (draw): the order in which --shots looks for films of every class
+SEED_DRAWS = 17  # (): the seeds that lab.ablation redraws beside the patients
 DRAW_SPLIT = 16  # (patient's name): who of a table without splits is for test, who for val
 BOOTSTRAP = 14  # (): the patients of every redraw that a 95 % interval is made of
 # analyses

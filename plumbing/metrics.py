@@ -67,10 +67,16 @@ def mean_auroc(scores, truth, weights) -> tuple[np.ndarray, np.ndarray]:
     """
     columns = list(zip(to_array(scores).T, to_array(truth).T, strict=True))
     areas = np.stack([weighted_auroc(*column, weights) for column in columns], 1)
-    is_defined = [not np.isnan(auroc(*column)) for column in columns]
-    if not any(is_defined):
+    is_defined = has_auroc(scores, truth)
+    if not is_defined.any():
         return np.full(len(areas), np.nan), areas
     return areas[:, is_defined].mean(1), areas
+
+
+def has_auroc(scores, truth) -> np.ndarray:
+    """Tell which labels have an AUROC. scores, truth (n, c) → (c,) bool"""
+    columns = zip(to_array(scores).T, to_array(truth).T, strict=True)
+    return np.array([not np.isnan(auroc(*column)) for column in columns])
 
 
 def roc_curve(scores, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,10 +171,17 @@ def compare_auroc(scores: dict, truth, patients, pairs=()) -> tuple[dict, dict]:
 
     scores: {model: (n, c)}, truth (n, c) of 0, 1 and nan, patients (n,). pairs: of models to be
     compared, whose difference has an interval of its own: the redraws are the same for both, so
-    that what makes a film hard for both cancels out. The mean is that of `mean_auroc`.
+    that what makes a film hard for both cancels out. The mean is over the labels of which every
+    model has an AUROC, but for models that have none at all.
     → {model: (value, low, high)}, {(one, other): (difference, low, high)}; nan where undefined
     """
     names = list(scores)
+    defined = [has_auroc(each, truth) for each in scores.values()]
+    defined = [labels for labels in defined if labels.any()]
+    if defined and np.all(defined, 0).any():
+        shared = np.all(defined, 0)
+        truth = to_array(truth)[:, shared]
+        scores = {name: to_array(each)[:, shared] for name, each in scores.items()}
 
     def statistic(weights):
         values = {name: mean_auroc(scores[name], truth, weights)[0] for name in names}
@@ -502,8 +515,12 @@ def left_out_errors(x: Standardised, residual, aim, shrink, patients) -> torch.T
 def cross_validated(x, y, patients, folds: int = 5, repeats: int = 4) -> np.ndarray:
     """Score every film by `ridge_scores` of other patients: `folds` parts, each in turn left out.
 
-    x (n, d), y (n, c), patients (n,). → (n, c), mean over `repeats` divisions of the patients,
-    always the same ones; nan where a label lacks a class in what remains
+    x (n, d), y (n, c), patients (n,). Each fit has a penalty of its own and so scores on a scale of
+    its own: they are divided by their deviation over the films of the fit. Without that, features
+    that know nothing come to an AUROC of 0.45 to 0.47, not 0.50: a fit whose films happen to teach
+    much has large scores, and of the films left out the opposite is then true.
+    → (n, c), mean over `repeats` divisions of the patients, always the same ones; nan where a label
+    lacks a class in what remains
     """
     y = to_array(y)
     patients = np.asarray(patients, str)
@@ -513,5 +530,7 @@ def cross_validated(x, y, patients, folds: int = 5, repeats: int = 4) -> np.ndar
         part_of = (numpy_rng(PROBE_FOLDS, repeat).permutation(len(names)) % folds)[patient_of]
         for part in range(folds):
             out = part_of == part
-            row[out] = ridge_scores(x[~out], y[~out], patients[~out], x[out])
+            of_all = ridge_scores(x[~out], y[~out], patients[~out], x)
+            deviation = of_all[~out].std(0)
+            row[out] = of_all[out] / np.where(deviation > 0, deviation, 1)
     return scores.mean(0)

@@ -308,6 +308,9 @@ LACK = {  # what a class suffers from that a split shows on all of its films, or
 }
 
 
+# So few films in the smaller class, and a percentile interval of an AUROC of 0.90 holds the true
+# value in 92 % of the tests, with 5 films in 81 % and less (simulated).
+NARROW = 20
 FEW = {  # what it suffers from when they are fewer than 5
     "val": "which step is best is mostly luck",
     "test": "its AUROC is mostly luck",
@@ -328,6 +331,11 @@ def class_warnings(splits: Splits, which=SPLITS) -> list[str]:
                 if films < 5 and split in FEW:
                     lines.append(
                         f"warning: {split} has only {films} films {has} {name}: {FEW[split]}"
+                    )
+                elif films < NARROW and split == "test":
+                    lines.append(
+                        f"warning: test has only {films} films {has} {name}: the 95 % interval of "
+                        "its AUROC is too narrow"
                     )
                 continue
             if not (count[0] or count[1]):

@@ -211,39 +211,55 @@ def test_a_patient_in_two_spellings_is_one(tmp_path):
 
 @pytest.mark.parametrize("flag", ["fraction", "shots"])
 def test_the_difference_from_scratch_is_paired(tmp_path, flag):
-    """AUROC by counting pairs, mean of two seeds; the interval from a loop over redraws."""
+    """AUROC by counting pairs, mean of three seeds; the interval from a loop over redraws, of
+    patients and of two seeds in each.
+    """
     rng = np.random.default_rng(0)
     patients = np.arange(60) // 2
     truth = rng.integers(0, 2, 60)
     films = [f"{i}.png" for i in range(60)]
-    config = ablation.CompareConfig("w", "d", "t.csv", str(tmp_path), seeds=2)
+    config = ablation.CompareConfig("w", "d", "t.csv", str(tmp_path), seeds=3)
     column = ablation.Column("t.csv", flag, "10")
     chances = {}
     for row, skill in (("scratch", 0.2), ("pre-trained full", 1.5)):
-        for k in (0, 1):
-            chances[row, k] = truth * skill + rng.normal(size=60)
+        for k in range(3):
+            chances[row, k] = truth * (skill + k / 2) + rng.normal(size=60)
             folders = ablation.compare_folders(config, row, column)
             here = folders[k % len(folders)] / f"seed{k}"
             header = ["film", "patient", "ill", "true_ill"]
             rows = zip(films, patients, chances[row, k], truth, strict=True)
             write_seed(here, "AUROC", header, rows)
 
-    def mean_difference(drawn):
+    def mean_difference(drawn, seeds):
         ill, well = (drawn[truth[drawn] == value] for value in (1, 0))
         areas = {key: (x[ill][:, None] > x[well]).mean() for key, x in chances.items()}
-        return 50 * sum(v if row != "scratch" else -v for (row, _), v in areas.items())
+        return 100 * np.mean([areas["pre-trained full", k] - areas["scratch", k] for k in seeds])
 
     words = ablation.from_scratch(config, "pre-trained full", column)
     value, low, high = map(float, re.findall(r"[-+]?\d+\.\d", words))
-    assert value == pytest.approx(mean_difference(np.arange(60)), abs=0.051)
+    assert value == pytest.approx(mean_difference(np.arange(60), range(3)), abs=0.051)
     redrawn = []
     for _ in range(1000):
         chosen = rng.integers(0, 30, 30)
-        redrawn.append(mean_difference(np.concatenate([[2 * p, 2 * p + 1] for p in chosen])))
+        drawn = np.concatenate([[2 * p, 2 * p + 1] for p in chosen])
+        redrawn.append(mean_difference(drawn, rng.integers(0, 3, 2)))
     assert (low, high) == pytest.approx(np.quantile(redrawn, (0.025, 0.975)), abs=2)
     assert words.endswith(", above") and low > 0
     (here / "result.json").unlink()
     assert ablation.from_scratch(config, "pre-trained full", column) == "–"
+
+
+def test_a_cell_says_what_was_cut_and_which_seeds_lack(tmp_path):
+    config = ablation.CompareConfig("w", "d", "t.csv", str(tmp_path), seeds=2)
+    column = ablation.Column("t.csv", "fraction", "1")
+    (here,) = ablation.compare_folders(config, "scratch", column)
+    result = {"seeds": [70.0, 80.0, 99.0], "metric": "AUROC", "trained_on": [9, 9]}
+    checkpoint.write_json(here / "result.json", result)  # of an earlier run with three seeds
+    assert ablation.cell_text(ablation.read_cell(config, "scratch", column)) == "75.0 ± 7.1"
+    checkpoint.write_json(here / "result.json", result | {"cut": [None, [5, 100]]})
+    assert ablation.cell_text(ablation.read_cell(config, "scratch", column)) == "CUT 75.0 ± 7.1"
+    assert ablation.cell_text(ablation.over_seeds([70.0, 80.0]), 3) == "75.0 ± 7.1 (2 of 3 seeds)"
+    assert ablation.over_seeds([70.0])["std"] is None
 
 
 def test_the_difference_of_masks_is_that_of_dice(tmp_path):

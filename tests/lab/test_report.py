@@ -111,6 +111,11 @@ def test_a_fine_tuned_model_is_judged_beside_probes_of_the_same_films(capsys, is
     said = capsys.readouterr().out
     torch.rand(9)
     assert report.beside(parts, seeds, vit, is_random, 0) == judged
+    few = report.beside(parts, seeds, vit, is_random, 0, are_few=True)
+    probe = ridge_scores(x[fit[:39]], y[fit[:39]], np.array(fit[:39]), x[test])
+    own = 100 * np.mean([roc_auc_score(y[test, k], probe[:, k]) for k in (0, 1)])
+    assert few["values"]["raw 64² pixels"] == pytest.approx(own, abs=0.3)
+    assert "linear probes of the 39 films of train, judged on 38" in capsys.readouterr().out
     assert "linear probes of the 49 films of train and val, judged on 38 of test" in said
     assert re.search(rf"\n  {report.MODEL} +{judged['values'][report.MODEL]:.1f} ", said)
 

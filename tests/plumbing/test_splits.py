@@ -268,4 +268,5 @@ def test_few_films_with_a_finding_or_without_it_are_told_where_they_choose_or_ju
         "warning: val has only 3 films without b: which step is best is mostly luck",
         "warning: test has only 4 films with a: its AUROC is mostly luck",
         "warning: test has only 3 films without b: its AUROC is mostly luck",
+        "warning: test has only 10 films with c: the 95 % interval of its AUROC is too narrow",
     ]
