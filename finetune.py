@@ -525,7 +525,9 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     model = make_finetuned(saved, team.device)
     result = test(model, task, args, run.folder, team, saved.get("thresholds"))
     result["films"] = len(task.films["train"])
-    result |= {"val": run.best.value, "best_step": run.best.step, "steps": run.step}
+    is_undefined = task.kind == "labels" and not run.best.value  # validate counts it as 0
+    val = None if is_undefined else run.best.value
+    result |= {"val": val, "best_step": run.best.step, "steps": run.step}
     result["steps_in_all"] = run.steps.total
     # `over` is False when --max_steps ended the run early.
     result["over"] = run.step >= run.steps.total or run.best.stale >= args.patience
@@ -537,7 +539,7 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
         which = "linear probe" if args.freeze else "linear probe that it starts from"
     team.say(
         f"seed {run.seed}: test {results.metric_of(task.kind, result['per_class'])} {words}, "
-        f"of the {which}, the best on validation ({run.best.value:.2f} %)"
+        f"of the {which}, the best on validation ({results.with_interval(val, None)})"
     )
     return result
 

@@ -175,6 +175,8 @@ def rows_of(table, films, said=lambda row: None, split="test"):
         is_wanted = [own == split for own in sheet.splits()]
         numbers = [k for k in numbers if is_wanted[k]] or numbers
         said_of = f"{len(numbers)} of {len(rows)} rows, column {sheet.split}"
+        if not any(is_wanted):
+            said_of = f"all {len(rows)} rows, for column {sheet.split} says {split} of none"
         print(f"table {table}: {said_of}", flush=True)
     found = {}
     absent = 0
