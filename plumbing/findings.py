@@ -39,6 +39,7 @@ from plumbing.words import (
 )
 
 MAX_CODES = 20  # different numbers in a column of classes
+MAX_NAMED = 20  # columns in a note
 MAX_CLASSES = 300  # different names; PadChest has 174
 NO_WORDS = "0, no, normal and the like"
 
@@ -84,11 +85,37 @@ def read_goal(sheet: Sheet, asked, uncertain: str, can_be_mask: bool) -> Goal:
         goal = read_label_column(sheet, columns[0], uncertain)
     refuse_only_yes(sheet, goal)
     rest = [name for name in sheet.others if name not in goal.columns]
-    if columns:  # only others that could be learnt as well are worth a word
-        rest = [name for name in rest if {YES, NO} <= set(sheet.answers(name))]
+    if columns and not asked:
+        refuse_second_names(sheet, goal, rest)
     if rest:
-        goal.notes.append(f"columns not learnt: {', '.join(rest)}")
+        more = f" and {len(rest) - MAX_NAMED} more" if len(rest) > MAX_NAMED else ""
+        goal.notes.append(f"columns not learnt: {', '.join(rest[:MAX_NAMED])}{more}")
     return goal
+
+
+def refuse_second_names(sheet: Sheet, goal: Goal, others: list[str]):
+    """UserError when a column that is not read says a class of a row which the learnt column does
+    not say there: it may be a second diagnosis, of which the film would count as negative.
+    """
+    names = filter(None, [*goal.labels, goal.against])
+    classes = {plain(name) for name in names if not name.isdecimal()}
+    learnt = goal.columns[0]
+    for name in others:
+        divided = {cell: re.split(r"[|;,\n]", cell) for cell in set(sheet.cells[name])}
+        named = {cell: classes.intersection(map(plain, divided[cell])) for cell in divided}
+        if not any(named.values()):
+            continue
+        for row, target in enumerate(goal.targets):
+            if not target:
+                continue
+            values = zip(goal.labels, target, strict=True)
+            found = {plain(label) for label, value in values if value} or {plain(goal.against)}
+            if not named[sheet.cells[name][row]] <= found:
+                why = (
+                    f", a class of column {learnt}, which does not say it there: join both with | "
+                    f"in one column, or say --column {learnt} or delete {name} if it is not meant"
+                )
+                sheet.refuse_cell(name, row, why)
 
 
 def asked_columns(sheet: Sheet, asked: str) -> list[str]:

@@ -1335,3 +1335,28 @@ def test_of_yes_and_no_and_a_slip_the_slip_is_named(folder, tmp_path):
             lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows),
             f"column label says {slip!r}, which is neither yes .1., no .0., unsure .-1. nor empty",
         )
+
+
+# ---------------------------------------------------------------- what was passed over in silence
+def test_a_second_column_of_diagnoses_is_refused_and_not_counted_as_negative(folder, tmp_path):
+    header = "Dateiname,Diagnose,Nebendiagnose"
+    rows = ["film00,Pneumonie,Erguss", "film01,normal,", "film02,Erguss,Pneumonie"]
+    refused(
+        lambda: read_rows(folder, tmp_path, header, *rows),
+        "line 2: column Nebendiagnose says 'Erguss', a class of column Diagnose",
+        "join both with . in one column, or say --column Diagnose",
+    )
+    found = read_rows(folder, tmp_path, header, *rows, column="Diagnose")
+    assert targets_of(found) == [(0, 1), (0, 0), (1, 0)]
+    agreeing = ["film00,a|b,B|A", "film01,a,a", "film02,b,", "film03,normal,c", "film04,,a"]
+    found = read_rows(folder, tmp_path, header, *agreeing)
+    assert targets_of(found) == [(1, 1), (1, 0), (0, 1), (0, 0)]
+    codes = [f"film{k:02d},{k % 3},{2 * k % 3}" for k in range(6)]  # the age, say
+    assert read_rows(folder, tmp_path, header, *codes).labels == ("0", "1", "2")
+
+
+def test_every_column_that_is_not_learnt_is_named(folder, tmp_path):
+    names = [f"c{k}" for k in range(23)]
+    rows = [f"film{k:02d},{('Mass', 'normal')[k]}" + ",7" * 23 for k in range(2)]
+    found = read_rows(folder, tmp_path, ",".join(["file,label", *names]), *rows)
+    assert f"columns not learnt: {', '.join(names[:20])} and 3 more" in found.notes
