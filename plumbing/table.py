@@ -27,6 +27,7 @@ from plumbing.words import (
     patient_of,
     plain,
     split_of,
+    split_stem,
 )
 
 # How Excel's workbooks (new and old), Parquet files, web pages and JSON begin.
@@ -265,7 +266,7 @@ class Sheet:
     @functools.cached_property
     def split(self) -> str | None:
         """The column of splits: of a usual name, else the one of whose filled cells most say train,
-        val or test; `splits` refuses the others.
+        val or test, or something alike in a column of few kinds; `splits` refuses the others.
 
         UserError when several columns say so, or a column such as is_test does: else other films
         would be tested than the table means.
@@ -284,7 +285,9 @@ class Sheet:
                     f"column {name}: write a column split that says train, val or test, or delete "
                     "the column if it means something else"
                 )
-            said = list(filter(None, map(split_of, cells)))
+            kinds = set(cells)
+            told = {cell: split_stem(cell) if len(kinds) <= 7 else split_of(cell) for cell in kinds}
+            said = list(filter(None, map(told.get, cells)))
             if len(set(said)) < 2:
                 continue
             filled = len(cells) - self.answers(name).count(MISSING)  # a blank says nothing else
@@ -336,10 +339,14 @@ class Sheet:
         if not self.split:
             return [None] * len(self.lines)
         splits = list(map(split_of, self.cells[self.split]))
+        advice = "rename or delete the column if it means something else"
+        must = f"column {self.split} must say {', '.join(SPLITS)}"
         if None in splits:
             row = splits.index(None)
-            cell = self.cells[self.split][row]
-            self.refuse(f"column {self.split} must say {', '.join(SPLITS)}, not {cell!r}", row)
+            self.refuse(f"{must}, not {self.cells[self.split][row]!r}: {advice}", row)
+        stems = sorted(set(map(split_stem, self.cells[self.split])))
+        if len(stems) > 1 and len(set(splits)) == 1:  # development and validation
+            self.refuse(f"{must}; {' and '.join(stems)} both mean {splits[0]}: {advice}")
         return splits
 
 

@@ -27,11 +27,15 @@ def column_key(name: str) -> str:
     return re.sub(r"\W", "", letters)
 
 
+def without_accents(text: str) -> str:
+    """A text in small letters without accents."""
+    return re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFD", text.strip().casefold()))
+
+
 @functools.lru_cache(100_000)
 def word_of(cell: str) -> str:
     """A cell as words are compared: plain, without accents, last dots, and spaces after dots."""
-    letters = unicodedata.normalize("NFD", cell.strip().casefold())
-    return plain(re.sub(r"[\u0300-\u036f]|(?<=\.)\s+", "", letters)).rstrip(".")
+    return plain(re.sub(r"(?<=\.)\s+", "", without_accents(cell))).rstrip(".")
 
 
 # ---------------------------------------------------------------- columns
@@ -106,37 +110,61 @@ def tells(column: str, *kinds: str) -> bool:
     return any(re.search(PARTS[kind], column_key(column)) for kind in kinds)
 
 
-SPLIT_WORDS = {  # without accents
+SPLIT_WORDS = {  # without accents; of Polish, Turkish and Chinese, too
     "train": (
-        "train training tr trainset trainingset entrainement apprentissage entrenamiento treino "
-        "treinamento addestramento"
+        "train training tr entrainement apprentissage entrenamiento treino treinamento "
+        "addestramento trening egitim 训练"
     ).split(),
     "val": (
-        "val valid validate validation dev development valset validationset validierung validatie "
-        "validacion validacao validazione"
+        "val valid validate validation dev development validierung validatie validacion validacao "
+        "validazione walidacja dogrulama 验证"
     ).split(),
-    "test": "test testing tst testset teste prueba".split(),
+    "test": "test testing tst teste prueba 测试".split(),
 }
 SPLITS = tuple(SPLIT_WORDS)
+FILMS_OF_SPLIT = "set|data|daten|satz|menge|gruppe|group|cohort|kohorte|集"
+SPLIT_NAME = re.compile(rf"\d*(.{{2,20}}?)(s?({FILMS_OF_SPLIT}))*")
+# How a word begins that has to do with splits, though it may not tell which: external test,
+# holdout, derivation; development is train to some and val to others.
+SPLIT_STEMS = {
+    "train": re.compile("train|entrain|apprenti|entrenam|trein|addestra|trening|egitim|训练"),
+    "val": re.compile("val(s|$)|valid|walid|dogrul|验证"),
+    "test": re.compile("test(s|e|d|$|ing|menge|gruppe|kohorte|cohort|group)|测试"),
+    "holdout": re.compile("holdout|hold$|heldout|held$"),
+    "development": re.compile("deriv|develop|entwicklung|desarrollo|dev$"),
+}
 
 
 def split_of(word: str) -> str | None:
-    """The split that a word names: train, val or test; None when it names none."""
-    said = word_of(word)
-    return next((split for split, words in SPLIT_WORDS.items() if said in words), None)
+    """The split that a word names: train, val or test, as 1_train and Testdaten do, too; None when
+    it names none.
+    """
+    said = SPLIT_NAME.fullmatch(word_of(word))
+    return next((split for split, words in SPLIT_WORDS.items() if said and said[1] in words), None)
+
+
+def split_stem(cell: str) -> str | None:
+    """The kind of SPLIT_STEMS that a word of a cell belongs to, else the split that it names."""
+    words = words_in(without_accents(cell))
+    for stem, pattern in SPLIT_STEMS.items():
+        if any(map(pattern.match, words)):
+            return stem
+    return split_of(cell)
 
 
 def flags_split(column: str) -> bool:
-    """Whether a column of yes and no is called like a split: is_test, Testset, train.
+    """Whether a column of yes and no is called like a split: is_test, Testset, train, holdout.
 
     But a column test may be of blood, valid of the film's quality, and TR of a valve.
     """
     before, word, after = re.fullmatch(
-        r"(is|in)?(.+?)(set|data|daten|satz|menge|gruppe|group)?", plain(column)
+        rf"(is|in|(?:used)?for|external|internal)?(.*?)({FILMS_OF_SPLIT}|flag|test)?",
+        column_key(column),
     ).groups()
+    word, after = (word, after) if word or after != "test" else (after, "")
     split = split_of(word)
     may_be_else = split == "test" or word == "valid" or len(word) < 4
-    return split is not None and bool(before or after or not may_be_else)
+    return word == "holdout" or (split is not None and bool(before or after or not may_be_else))
 
 
 # ---------------------------------------------------------------- cells

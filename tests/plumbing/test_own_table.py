@@ -927,6 +927,20 @@ def test_a_column_of_splits_in_other_words_is_understood_or_refused_not_passed_o
         lambda: read_rows(folder, tmp_path, "file,Mass,Datensatz", *half),
         "line 6: column Datensatz must say train, val, test, not ''",
     )
+    half_told = [  # these splits were passed over, and others drawn
+        ("train|external test", "line 3: .* not 'external test': rename or delete the column"),
+        ("train|holdout", "line 3: .* not 'holdout'"),
+        ("Training|Test 1|Test 2", "line 3: .* not 'Test 1'"),
+        ("derivation|validation", "line 2: .* not 'derivation'"),
+        ("development|validation", "train, val, test; development and val both mean val"),
+        ("développement|validation|test", "line 2: .* not 'développement'"),
+    ]
+    for kinds, words in half_told:
+        told = [f"film{k:02d},{k % 2},{kind}" for k, kind in enumerate(2 * kinds.split("|"))]
+        refused(
+            lambda told=told: read_rows(folder, tmp_path, "file,Mass,Datensatz", *told),
+            f"{words}",
+        )
     cohort = ["film00,1,Test", "film01,0,Kontrolle", "film02,1,Kontrolle", "film03,0,Training"]
     assert set(read_rows(folder, tmp_path, "file,Mass,Kurs", *cohort).parts) == {"all"}
 
