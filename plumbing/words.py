@@ -7,7 +7,7 @@ Italian. Nothing here knows a table: a name or a cell goes in, and what it means
 import functools
 import re
 import unicodedata
-from itertools import product
+from itertools import chain, product, takewhile
 from os.path import commonprefix
 
 
@@ -280,6 +280,11 @@ ABSENT = set(
     "negative neg negativ negatif negativo absent absence absente ausencia ausente assente "
     "excluded ausgeschlossen".split()
 )
+# What a denial after a name may hold: Pneumonie nicht vorhanden, mass not seen.
+SEEN = set(
+    "seen present visible evident found detected vorhanden nachweisbar nachgewiesen sichtbar "
+    "erkennbar".split()
+)
 # Those without the finding of a study, where a column has two names.
 CONTROLS = (
     "control controls controlgroup healthycontrol healthycontrols kontrolle kontrollen "
@@ -356,10 +361,11 @@ def words_in(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", name.casefold()))
 
 
-def words_beside(name: str, usual: str) -> list[str] | None:
-    """The words beside a usual name that a longer one holds: of 'mass, left' beside mass [left].
+def words_beside(name: str, usual: str) -> tuple[list[str], list[str]] | None:
+    """The words before and after a usual name that a longer one holds: of 'old mass, left' beside
+    mass [old], [left].
 
-    Of a compound its first part counts as a word: of Pleuraerguss beside Erguss [pleura].
+    Of a compound its first part counts as a word: of Pleuraerguss beside Erguss [pleura], [].
     None where the name does not hold the usual one: Massive and Pseudomass hold no mass, HIV- no
     HIV+.
     """
@@ -369,20 +375,21 @@ def words_beside(name: str, usual: str) -> list[str] | None:
     held = re.search(rf"\b(?!pseudo)(\w{{3,}})?{re.escape(usual)}(s|es|e|n|en)?\b", words)
     if not held or not usual:
         return None
-    return [*words[: held.start()].split(), *filter(None, [held[1]]), *words[held.end() :].split()]
+    before = [*words[: held.start()].split(), *filter(None, [held[1]])]
+    return before, words[held.end() :].split()
 
 
 def is_kind_of(name: str, usual: str) -> bool:
-    """Whether a name holds another and does not deny it: Pneumonie li., Pleuraerguss, but not
-    keine Pneumonie, abnormal or Pseudotumor.
+    """Whether a name holds another and does not deny it: Pneumonie li., Pleuraerguss, Pneumonie
+    ohne Erguss, but not keine Pneumonie, abnormal or Pseudotumor.
     """
-    rest = words_beside(name, usual)
-    return rest is not None and DENIALS.isdisjoint(rest) and not is_denial_of(name, usual)
+    beside = words_beside(name, usual)
+    return beside is not None and DENIALS.isdisjoint(beside[0]) and not is_denial_of(name, usual)
 
 
 def is_denial_of(name: str, usual: str) -> bool:
     """Whether a name says no more than that another is not there: non-COVID, TB negative, HIV-,
-    controls.
+    TB not seen, controls.
     """
     if word_of(name) in CONTROLS:
         return True
@@ -390,17 +397,20 @@ def is_denial_of(name: str, usual: str) -> bool:
         return True
     if name[-1:] in ("-", "\u2013", "\u2212") and usual[-1:] == "+":
         return plain(name[:-1]) == plain(usual[:-1])
-    rest = {*(words_beside(name, usual) or ())} - {"of", "de", "for"}
+    rest = set(chain(*(words_beside(name, usual) or ()))) - {"of", "de", "for"}
+    rest -= SEEN if rest & DENIALS else set()
     return bool(rest) and rest <= DENIALS | ABSENT
 
 
 def is_part_of(name: str, usual: str) -> bool:
-    """Whether a name is another in the plural, or on one side, in one place or of one degree:
-    Pneumonie li., small effusions.
+    """Whether a name is another in the plural, on one side, in one place, of one degree or without
+    a third: Pneumonie li., small effusions, mass without effusion.
     """
-    rest = words_beside(name, usual)
-    is_place = all(map(PLACE.fullmatch, words_in(usual)))
-    return rest is not None and all(map(PLACE.fullmatch, rest)) and not is_place
+    beside = words_beside(name, usual)
+    if beside is None or all(map(PLACE.fullmatch, words_in(usual))):
+        return False
+    after = takewhile(lambda word: word not in DENIALS, beside[1])
+    return all(map(PLACE.fullmatch, chain(beside[0], after)))
 
 
 def is_slip(one: str, other: str) -> bool:

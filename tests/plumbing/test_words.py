@@ -97,6 +97,7 @@ def test_the_name_of_a_column_of_yes_and_no_may_tell_a_split():
 # ---------------------------------------------------------------- one list of each meaning
 def test_a_denial_is_neither_the_finding_nor_a_kind_of_it():
     denials = ["nonTB", "not TB", "TB-negative", "TB neg.", "absence of TB", "TB excluded"]
+    denials += ["TB nicht vorhanden", "TB not seen", "TB not present"]
     for name in denials:
         assert is_denial_of(name, "TB") and not is_denial_of("TB", name)
         assert not is_kind_of(name, "TB")
