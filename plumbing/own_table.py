@@ -22,7 +22,7 @@ MANY = 20  # films, of which a patient has several or the column tells something
 PATIENT_IN_NAME = {
     "CheXpert's patient00001/study1": re.compile(r"(?:^|/)(patient\d+)/study\d+/"),
     "MIMIC's p10000032/s50414267": re.compile(r"(?:^|/)(p\d{8})/s\d+/"),
-    "NIH's 00000013_005": re.compile(r"(?:^|/)(\d{8})_\d{3}(?:\.\w+)?$"),
+    "NIH's 00000013_005": re.compile(r"(?:^|/)(000[0-3]\d{4})_\d{3}(?:\.\w+)?$"),  # up to 00030805
 }
 
 

@@ -70,10 +70,15 @@ COLUMNS = {
 # What any other column tells, by parts of its name.
 PARTS = {
     "patient": "^pat(?!h|tern)|patient|pacient|pazient|proband|subject|participant",
-    "number": "^id|id$|nr$|no$|num$|nummer|number|numero|code|key|pseudo|akte|case|fall",
-    "sex": "sex|sesso|gender|geschl|genre",
+    "number": (
+        "^id|id$|nr$|no$|num$|nummer|number|numero|numer$|code|key|pseudo|akte|case|fall|dossier|"
+        "mrn|^(nhc|hc|dni|nss|bsn|pesel)$|codicefiscale|住院|病历|病案|患者"
+    ),
+    "counter": "(id|nr|no|number|nummer)$|mrn",  # numbers people, whatever stands before
+    "sex": "sex|sesso|gender|geschl|genre|性别",
     "trait": (  # age, size and dates of a person
-        "age|alter|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|date|datum|time|"
+        "(?<!tri)age|alter|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|"
+        "(?<!candi)date(?!i|n)|datum|time|年龄|"
         "zeit|birth|geb|type|status|history|race|ethnic|diagn|idade|edad|^eta(del|$)|peso|poids|"
         "taille|talla|altura|estatura|year|jahr|monat|month"
     ),
@@ -89,9 +94,9 @@ PARTS = {
         "scanner|device|gerat|geraet"
     ),
     "exam": (
-        "study|serie|accession|exam|untersuch|auftrag|order|image|film|bild|dicom|instance|acqui|"
-        "slice|icd|postal|zip|plz|phone|telef|serial|reader|report|note|operator|befund|radiolog|"
-        "proto[ck]ol|[ck]assette|dete[ck]tor|lo[ck]ali|^tnm|^ops|numberof"
+        "study(?!(id|nr|no|number)$)|serie|accession|exam|untersuch|auftrag|order|image|film|bild|"
+        "dicom|instance|acqui|slice|icd|postal|zip|plz|phone|telef|serial|reader|report|note|"
+        "operator|befund|radiolog|proto[ck]ol|[ck]assette|dete[ck]tor|lo[ck]ali|^tnm|^ops|numberof"
     ),
     "grade": (  # codes such as 0 to 3, which are no findings either
         "view|side|seite|group|gruppe|grupo|cohort|kohorte|severity|schwere|score|quality|"
@@ -465,6 +470,7 @@ def patient_keys(patients) -> list[str | None]:
 def looks_like_patient(column: str, cells) -> bool:
     """Whether a column of no known name seems to say whose films are: it is called like a patient,
     or holds codes such as P013, or numbers under a name such as 'Aktennr.', some of them again.
+    Hospital No counts patients, a column hospital or exam no does not.
 
     Numbers alone do not tell: widths in px, doses and leucocytes are many and repeat, too.
     """
@@ -478,4 +484,7 @@ def looks_like_patient(column: str, cells) -> bool:
         return are_numbers or not (is_text or all(map(what_instead, said)))
     are_codes = all(re.fullmatch(r"(?=.*\d)[^\W\d][\w-]*", cell) for cell in said)
     is_id = are_codes or (are_numbers and tells(column, "number"))
-    return is_id and len(said) / 3 < kinds < len(said) and not tells(column, "visit", "exam")
+    if not is_id or kinds == len(said) or tells(column, "exam"):
+        return False
+    is_counter = tells(column, "counter") and kinds > len(said) / 3
+    return is_counter or (kinds > len(said) / 5 and not tells(column, "visit"))

@@ -1060,6 +1060,22 @@ LIKE_A_PATIENT = [  # a column, its cell in row k of 24, whether it is refused a
     ("Aktennr.", "{0}", True),
     ("Kürzel", "P-{0:03d}", True),
     ("Kürzel", "P-{1:03d}", False),  # no two are alike
+    ("Kürzel", "P-{3:03d}", True),  # four films each
+    ("candidate_id", "{0}", True),
+    ("Patientendatei-Nr.", "{0}", True),
+    ("Datensatz-ID", "{0}", True),
+    ("Triage-Nr.", "{0}", True),
+    ("Hospital No", "{0}", True),
+    ("MRN (Hospital)", "{0}", True),
+    ("Klinik-Nr.", "{0}", True),
+    ("Study ID", "{0}", True),
+    ("NHC", "{0}", True),
+    ("PESEL", "{0}", True),
+    ("住院号", "{0}", True),
+    ("患者年龄", "{0}", False),
+    ("Study date", "202401{0:02d}", False),
+    ("hospital", "H{0}", False),
+    ("numeric score", "{0}", False),
     ("Kürzel", "P{2}", False),  # three of 24, such as a scanner
     ("Patient Age (y)", "{0}", False),
     ("Patientengröße", "1{0:02d}", False),
@@ -1088,7 +1104,7 @@ LIKE_A_PATIENT = [  # a column, its cell in row k of 24, whether it is refused a
 def test_a_column_that_looks_like_the_patient_is_refused_and_no_other(
     folder, tmp_path, name, cell, is_refused
 ):
-    cells = [cell.format(k // 2 + 1, k + 1, k % 3) for k in range(24)]
+    cells = [cell.format(k // 2 + 1, k + 1, k % 3, k // 4) for k in range(24)]
     rows = [f'film{k:02d},{("normal", "Mass")[k % 2]},"{cells[k]}",test' for k in range(24)]
 
     def read(**kwargs):
@@ -1379,3 +1395,11 @@ def test_every_column_that_is_not_learnt_is_named(folder, tmp_path):
     rows = [f"film{k:02d},{('Mass', 'normal')[k]}" + ",7" * 23 for k in range(2)]
     found = read_rows(folder, tmp_path, ",".join(["file,label", *names]), *rows)
     assert f"columns not learnt: {', '.join(names[:20])} and 3 more" in found.notes
+
+
+def test_a_date_in_the_name_of_a_film_is_no_patient_of_nih(tmp_path):
+    names = [f"202301{k // 2 + 10}_00{k % 2}.png" for k in range(8)]
+    make_films(tmp_path / "films", names)
+    rows = [f"{name},{k % 2}" for k, name in enumerate(names)]
+    found = read_rows(tmp_path / "films", tmp_path, "file,label", *rows)
+    assert "patients unknown" in said(found) and len(set(patients_of(found))) == 8
