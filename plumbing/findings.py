@@ -340,21 +340,33 @@ def read_column_of_names(sheet: Sheet, column: str, labels) -> tuple[list, list[
 
 def refuse_odd_codes(sheet: Sheet, column: str, codes, labels):
     """UserError on a number that stands for no class: one below 0, one that a single row has, or a
-    usual code for missing: 9, 99, 88 and the like where the number before it is not there. What is
-    among the labels of a trained model is a class.
+    usual code for missing. What is among the labels of a trained model is a class.
     """
     count = Counter(chain(*filter(None, codes)))
-    gaps = [code for code in count if str(int(code) - 1) not in count]
     odd = {code for code in count if int(code) < 0 or count[code] == 1}
-    odd.update(code for code in gaps if re.fullmatch("9+|88+", code))
-    are_few = 2 * len(odd) < len(count) + 1  # else all may be classes
+    odd = odd if 2 * len(odd) < len(count) + 1 else set()  # else all may be classes
+    odd |= codes_for_missing(count)
     odd.difference_update(labels)
-    if odd and are_few:
+    if odd:
         why = (
-            ", a number below 0, one that no other row has, or a code for missing: is it a class? "
-            "Leave the cell empty where it is missing"
+            ", a number below 0, one that no other row has, or a code for missing: if it is a "
+            "class, write its name; leave the cell empty where it is missing"
         )
         sheet.refuse_cell(column, first_row(codes, odd), why)
+
+
+def codes_for_missing(codes) -> set[str]:
+    """The largest codes, if they look like those for missing and do not go on from the others: 9 of
+    0, 1, 9; 98 and 99 of 1, 2, 98, 99; none of 0 to 9, nor where fewer than two others remain.
+    """
+    others = sorted(codes, key=int)
+    found = set()
+    while others and re.fullmatch("[789]|66+|77+|88+|9*9[789]", others[-1]):
+        found.add(others.pop())
+    while str(int(min(found, key=int, default="0")) - 1) in others:
+        others.append(min(found, key=int))
+        found.remove(others[-1])
+    return found if len(others) >= 2 else set()
 
 
 def first_row(findings, names) -> int:

@@ -15,7 +15,9 @@ from plumbing.film import SUFFIXES
 from plumbing.launch import UserError
 from plumbing.words import (
     COLUMNS,
+    GARBLED,
     MISSING,
+    NO_NAMES,
     OTHER,
     SHEET_ERROR,
     SPLITS,
@@ -30,6 +32,8 @@ from plumbing.words import (
     split_stem,
 )
 
+# How a number is kept as text in Excel: ="00118" or '00118.
+EXCEL_TEXT = re.compile(r"""^(?:="([^"]*)"|'(\w[^']*))$""")
 # How Excel's workbooks (new and old), Parquet files, web pages and JSON begin.
 NO_TABLES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"<", b"{", b"[")
 
@@ -69,7 +73,7 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     line = 1
     try:
         for cells in lines:
-            cells = list(map(str.strip, cells))
+            cells = [EXCEL_TEXT.sub(r"\1\2", cell.strip()).strip() for cell in cells]
             if not header and any(cells):
                 last = max(k for k, name in enumerate(cells) if name)
                 header = cells[: last + 1]
@@ -115,7 +119,7 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path}: cannot be read as a table: line {line} is no {name}; {advice}"
         ) from None
-    text = text.replace("\ufeff", "").replace("\u200b", "")  # invisible: marks, empty spaces
+    text = re.sub("[\ufeff\u200b\u00ad]", "", text)  # invisible: marks, empty spaces, soft hyphens
     text = unicodedata.normalize("NFC", text)  # é as one letter, whoever wrote it
     if "\0" in text:
         raise UserError(f"{path}: cannot be read as a table: it holds zero bytes; {advice}")
@@ -212,6 +216,7 @@ class Sheet:
         self.read_signs()
         self.film = self.find_film()
         self.patient = self.column("patient")
+        self.refuse_garbled(GARBLED, [name for name in self.cells if name != self.film])
 
     def read_signs(self):
         """Read + and - as yes and no where a column has no other sign or word."""
@@ -230,6 +235,17 @@ class Sheet:
         """Raise UserError about what a cell says, or a word of it."""
         said = self.cells[column][row] if word is None else word
         self.refuse(f"column {column} says {said[:60]!r}{why}", row)
+
+    def refuse_garbled(self, pattern, columns):
+        """UserError on a cell or a name of these columns that lost letters, as a pattern tells."""
+        why = 'letters were lost when the table was saved: save it as "CSV UTF-8" or correct it'
+        for name in columns:
+            if GARBLED.search(name):
+                self.refuse(f"column {name}: {why}")
+            garbled = set(filter(pattern.search, set(self.cells[name])))
+            if garbled:
+                row = next(row for row, cell in enumerate(self.cells[name]) if cell in garbled)
+                self.refuse_cell(name, row, f": {why}")
 
     def column(self, role: str) -> str | None:
         """The column of a role by the first of its usual names that is there; None without any."""
@@ -316,8 +332,13 @@ class Sheet:
         for row, cell in enumerate(self.cells[column]):
             if SHEET_ERROR.fullmatch(cell):
                 self.refuse_cell(column, row, ", an error of the spreadsheet")
-            if re.fullmatch(r"\d[.,]\d+[eE]\+?\d+", cell):
+            if re.fullmatch(r"\d([.,]\d+[eE]\+?|[eE]\+)\d+", cell):
                 self.refuse_cell(column, row, ": a spreadsheet rounded the number")
+            if re.fullmatch(r"[1-9]\d{0,2}[.,]000", cell):
+                why = ", which may be a thousand or not: write the number without point or comma"
+                self.refuse_cell(column, row, why)
+            if NO_NAMES["a ditto"].fullmatch(cell):
+                self.refuse_cell(column, row, ", a ditto: write the patient in every row")
             patients.append(patient_of(cell))
         known = list(dict.fromkeys(filter(None, patients)))
         first = {}  # as the first row writes it

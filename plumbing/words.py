@@ -311,10 +311,16 @@ PLACE = re.compile(
     r"deutlich|ausgeprägt|massiv|schwer)(s|e[rnms]?)?"
 )
 
+# What is left of letters that were saved in one encoding and read in another: the sign for a letter
+# that is none, UTF-8 taken for Western (cp1252); and of those that an encoding has not.
+GARBLED = re.compile("\ufffd|[ÃÂ][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€")
+LOST = re.compile(r"\?\?|[^\W\d_]\?[^\W\d_]")
+
 # What a formula leaves that failed, in any language, and a column that was too narrow.
 SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
 NO_NAMES = {
     "a doubt": DOUBT,
+    "a ditto": re.compile(r"ditt?o|idem|wie oben|as above|[″〃\"]", re.IGNORECASE),
     "a sign": re.compile(r"[+±\u2013\u2212-]+"),
     "an error of the spreadsheet": SHEET_ERROR,
     "run lengths": re.compile(r"\d+(\s+\d+)+"),
@@ -456,11 +462,15 @@ def patient_of(cell: str) -> str | None:
 
 
 def patient_keys(patients) -> list[str | None]:
-    """What the spellings of one patient have in common: P-0118, P 0118 and p0118 are one; 1-12 and
+    """What the spellings of one patient have in common: P-0118, P 0118 and p118 are one; 1-12 and
     11-2 are two, unless 112 is there as well, which may be either. None of nobody (None).
     """
-    parts = [re.findall(r"\d+|[^\W\d_]+", (who or "").casefold()) for who in patients]
-    undivided = {who.casefold() for who in patients if who and who.isalnum()}
+    # Zeros before a number do not tell.
+    parts = [re.findall(r"0*(\d+)|([^\W\d_]+)", (who or "").casefold()) for who in patients]
+    parts = [["".join(part) for part in found] for found in parts]
+    undivided = {
+        "".join(words) for words, who in zip(parts, patients, strict=True) if who and who.isalnum()
+    }
     return [
         "".join(words) if "".join(words) in undivided else "-".join(words) or who
         for words, who in zip(parts, patients, strict=True)

@@ -1125,13 +1125,16 @@ def test_a_column_that_looks_like_the_patient_is_refused_and_no_other(
 
 
 def test_codes_for_missing_are_no_classes(folder, tmp_path):
-    for codes in ("0 1 9", "0 1 2 99", "1 2 88"):
+    pairs = ("0 1 98 99", "0 1 8 9", "1 2 8 9", "0 1 7 8 9", "0 1 998 999", "0 1 2 66", "1 2 77 88")
+    for codes in ("0 1 9", "0 1 2 99", "1 2 88", *pairs):
         rows = [f"film{k:02d},{codes.split()[k % len(codes.split())]}" for k in range(8)]
         refused(
-            lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows), "missing: is it"
+            lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows), "missing: if it"
         )
-    rows = [f"film{k:02d},{k % 10}" for k in range(20)]
-    assert len(read_rows(folder, tmp_path, "file,label", *rows).labels) == 10
+    for first, last in ((0, 9), (1, 8), (6, 9), (0, 7)):
+        codes = list(range(first, last + 1))
+        rows = [f"film{k:02d},{codes[k % len(codes)]}" for k in range(2 * len(codes))]
+        assert len(read_rows(folder, tmp_path, "file,label", *rows).labels) == len(codes)
 
 
 def test_a_slip_in_a_column_of_a_model_is_refused_and_not_left_out(folder, tmp_path):
@@ -1304,6 +1307,8 @@ SPELT = [  # spellings of patients, how many these are
     ("A-1-12 A-11-2 A-1-1", 3),
     ("1.2.840.1 1.2.84.01", 2),
     ("Meier-A MeierB", 2),
+    ("P0118 P118 p-00118", 1),
+    ("A-1-12 A112 A0112", 1),
 ]
 
 
@@ -1403,3 +1408,59 @@ def test_a_date_in_the_name_of_a_film_is_no_patient_of_nih(tmp_path):
     rows = [f"{name},{k % 2}" for k, name in enumerate(names)]
     found = read_rows(tmp_path / "films", tmp_path, "file,label", *rows)
     assert "patients unknown" in said(found) and len(set(patients_of(found))) == 8
+
+
+LOST_LETTERS = [  # label, patient, what is refused
+    ("PÃ¤vermehrung", "p1", "line 2: column label says 'PÃ¤vermehrung': letters were lost"),
+    ("Erg\ufffd", "p1", "line 2: column label .*: letters were lost"),
+    ("normal", "Mâ€™Bo", "line 2: column patient says .*: letters were lost"),
+    ("normal", "M?ller", "line 2: column patient says 'M.ller': letters were lost"),
+    ("Erg?sse", "p1", "line 2: column label says 'Erg.sse': letters were lost"),
+    ("????", "p1", "line 2: column label says .*: letters were lost"),
+    ("LESÃO", "CONCEIÇÃO", None),
+    ("PULMÃO (ÂNUS)", "Â", None),
+    ("pneumonia?", "p1", None),
+]
+
+
+@pytest.mark.parametrize("label, patient, words", LOST_LETTERS)
+def test_letters_that_were_lost_are_told(folder, tmp_path, label, patient, words):
+    rows = [f"film00,{label},{patient}", "film01,mass,p2", "film02,normal,p3"]
+
+    def read():
+        return read_rows(folder, tmp_path, "file,label,patient", *rows)
+
+    if words:
+        refused(read, words, "save it as .CSV UTF-8.")
+    else:
+        assert label in read().labels and patient in patients_of(read())
+
+
+def test_letters_lost_in_a_name_count_and_not_in_a_film_or_another_column(folder, tmp_path):
+    rows = ["film00,1,what?no", "film01,0,"]
+    refused(lambda: read_rows(folder, tmp_path, "file,ErgÃ¼sse,x", *rows), "column Erg.*: letters")
+    assert read_rows(folder, tmp_path, "file,Ergüsse,x", *rows).labels == ("Ergüsse",)
+    make_films(tmp_path / "films", ["MÃ¼ller?x.png"])
+    found = read_rows(tmp_path / "films", tmp_path, "file,label", "MÃ¼ller?x.png,1")
+    assert targets_of(found) == [(1,)]
+
+
+def test_patients_as_excel_writes_them(folder, tmp_path):
+    cells = ['"=""00118"""', "'00118", '="118"', "118", "A\u00ad1", "A1"]
+    rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(cells)]
+    found = read_rows(folder, tmp_path, "file,label,patient", *rows)
+    assert patients_of(found) == ["118"] * 4 + ["A1"] * 2
+    for cell, words in (
+        ("1E+12", "a spreadsheet rounded the number"),
+        ("1.000", "which may be a thousand or not"),
+        ('"12,000"', "which may be a thousand or not"),
+        ("dito", "a ditto: write the patient in every row"),
+    ):
+        refused(
+            lambda cell=cell: read_rows(
+                folder, tmp_path, "file,label,patient", *rows, f"film09,1,{cell}"
+            ),
+            f"line 8: column patient says .*{words}",
+        )
+    found = read_rows(folder, tmp_path, "file,label,patient", "film00,1,1E5", "film01,0,13.00")
+    assert patients_of(found) == ["1E5", "13"]
