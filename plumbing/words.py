@@ -185,16 +185,18 @@ WORDS = {
     YES: (
         "yes, y, true, positive, pos, present, ja, j, oui, si, sim, positiv, positif, positivo, "
         "vorhanden, "
+        "checked, "  # REDCap's
         # true, as Excel writes it
         "wahr, waar, vrai, vero, verdadero, verdadeiro"
     ),
     NO: (
         "no, n, false, negative, neg, absent, nein, nee, non, nao, negativ, negatif, negativo, "
-        "nicht vorhanden, falsch, onwaar, faux, falso"
+        "nicht vorhanden, unchecked, falsch, onwaar, faux, falso"
     ),
     UNCERTAIN: (
         "uncertain, unsure, equivocal, indeterminate, unklar, fraglich, unsicher, verdacht, v.a., "
-        "v.d., incertain, douteux, dudoso, incierto, incerto, duvidoso, dubbio"
+        "v.d., incertain, douteux, dudoso, incierto, incerto, duvidoso, dubbio, inconclusive, "
+        "unclear, indetermine, indéterminé, non concluant, no concluyente, borderline, grenzwertig"
     ),
     MISSING: (
         ", na, n/a, #n/a, #nv, <na>, nan, null, none, nil, -, --, ?, missing, unknown, n.a., n.d., "
@@ -202,7 +204,9 @@ WORDS = {
         "not known, k.a., n.b., keine angabe, keine angaben, unbekannt, nicht beurteilbar, "
         "nicht bekannt, nicht bestimmt, fehlt, fehlend, non interpretable, non renseigne, inconnu, "
         "no valorable, no evaluable, desconocido, sin datos, nao avaliavel, desconhecido, "
-        "sem dados, non valutabile, sconosciuto"
+        "sem dados, non valutabile, sconosciuto, nicht auswertbar, nondiagnostic, pending, "
+        "ausstehend, poor quality, exclude, not reported, n/d, n/k, tbd, leer, (leer), blank, "
+        "(blank)"
     ),
     NO_FINDING: (
         "normal, no finding, no findings, none, negative, healthy, 0, o.b., o.p.b., ohne befund, "
@@ -215,7 +219,8 @@ WORDS = {
         "kein pathologischer befund, normalbefund, unauffallig, gesund, unauffaellig, regelrecht, "
         "negativ, normale, negatif, negativo, r.a.s., ras, rien a signaler, sans anomalie, "
         "pas d'anomalie, aucune anomalie, sain, sano, sin hallazgos, sin alteraciones, "
-        "sem achados, sem alteracoes, nella norma, nessun reperto, senza alterazioni"
+        "sem achados, sem alteracoes, nella norma, nessun reperto, senza alterazioni, clear, "
+        "unauff., bland, examen normal, rx tórax normal, thorax o.b., lungs clear, clear lungs"
     ),
 }
 MEANT_BY = {meaning: set(map(word_of, words.split(", "))) for meaning, words in WORDS.items()}
@@ -320,7 +325,7 @@ LOST = re.compile(r"\?\?|[^\W\d_]\?[^\W\d_]")
 SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
 NO_NAMES = {
     "a doubt": DOUBT,
-    "a ditto": re.compile(r"ditt?o|idem|wie oben|as above|[″〃\"]", re.IGNORECASE),
+    "a ditto": re.compile(r"ditt?o|idem|(wie|siehe) oben|(as|see) above|[″〃\"]", re.IGNORECASE),
     "a sign": re.compile(r"[+±\u2013\u2212-]+"),
     "an error of the spreadsheet": SHEET_ERROR,
     "run lengths": re.compile(r"\d+(\s+\d+)+"),

@@ -556,6 +556,9 @@ NO_LABELS = [
     (["135", '"135,4"', "4"], "line 2: column label says '135', a number and no class"),
     (["Mass", '"7,2 mg/l"'], "line 3.*'7,2 mg/l', a number and"),
     (["90%", "10%"], "line 2.*'90%', a number and no class"),
+    (["Mass", "dito"], "line 3.*'dito', a ditto and no class"),
+    (["Mass", "″"], "line 3.*'″', a ditto and no class"),
+    (["Mass", '""""'], "line 3.*, a ditto and no class"),
     (["058Y", "060Y"], "line 2.*'058Y', an age and no class"),
 ]
 

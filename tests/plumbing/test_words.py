@@ -53,6 +53,14 @@ def test_a_cell_answers_yes_no_perhaps_or_nothing():
         MISSING: "k.A.;k. A.;keine_Angabe;N.A;Keine Angabe;nicht beurteilbar;Não avaliável;fehlt",
         OTHER: "V.a. Pneumonie;kA;0-1",
     }
+    more = {
+        YES: "Checked",
+        NO: "Unchecked;Lungs clear;Rx tórax normal;Thorax o. B.;unauff.;clear",
+        UNCERTAIN: "indéterminé;Inconclusive;grenzwertig;non concluant",
+        MISSING: "(leer);(Blank);n/d;TBD;Poor quality;non-diagnostic;nicht auswertbar;N/K",
+        OTHER: "dito;clearance;pendent",
+    }
+    words = {meaning: f"{words[meaning]};{more[meaning]}" for meaning in words}
     for value, cells in words.items():
         assert {answer(cell) for cell in cells.split(";")} == {value}, cells
 
