@@ -159,9 +159,9 @@ class OwnTable:
             if told is None:
                 self.refuse_likely_patient()
         elif None in told:
-            note += (
-                f"; {told.count(None)} films have none and count as one each, though they may be "
-                "anyone's: films of one patient may lie on both sides of a split"
+            note = (
+                f"warning: {note}; {told.count(None)} films have none and count as one each, "
+                "though they may be anyone's: films of one patient may lie on both sides of a split"
             )
         elif len(set(every)) == len(every) > MANY:
             self.refuse_likely_patient(f"every film has its own {self.sheet.patient}, but ")

@@ -340,6 +340,7 @@ class Sheet:
             if NO_NAMES["a ditto"].fullmatch(cell):
                 self.refuse_cell(column, row, ", a ditto: write the patient in every row")
             patients.append(patient_of(cell))
+        self.refuse_merged(column)
         known = list(dict.fromkeys(filter(None, patients)))
         first = {}  # as the first row writes it
         for who, key in zip(known, patient_keys(known), strict=True):
@@ -352,6 +353,18 @@ class Sheet:
                 f"patients: {len(several)} are spelt in several ways, such as {found}, taken as one"
             )
         return [one.get(who) for who in patients]
+
+    def refuse_merged(self, column: str):
+        """UserError when a patient seems to stand in the first of their rows only."""
+        cells = self.cells[column]
+        filled = list(filter(None, cells))
+        if cells[0] and len(set(filled)) == len(filled) <= 2 * cells.count(""):
+            self.refuse(
+                f"column {column} names every patient once, with {cells.count('')} blanks below "
+                "them: merged cells? Fill the column down, or write NA where nobody knows the "
+                "patient",
+                cells.index(""),
+            )
 
     def splits(self) -> list[str | None]:
         """Read the split of every row, None without such a column. UserError when a cell names
@@ -390,12 +403,14 @@ class Finder:
 
     A row means a film when one path ends with the other, folder by folder, whatever the suffix and
     whether letters are large or small; \\ counts as /. What fits exactly goes before what does not.
-    Where no folder fits, the name alone is enough if no other film and no other row has it.
+    Where no folder fits, the name alone is enough if no other film and no other row has it, and if
+    no film lies in a folder that is called like the row's.
     """
 
     def __init__(self, films):
         self.films = list(films)
         self.parts = [len(path.split("/")) for path in self.films]
+        self.folders = {folder_of(path) for path in self.films}
         self.of_depth = {}  # {depth: {key of a tail: numbers of films}}
 
     def tails(self, depth: int) -> dict[str, list[int]]:
@@ -448,7 +463,12 @@ class Finder:
             if whole:
                 return Place(self.closest(whole, tail))
             alike = alike or self.closest(found, tail)
-        return Place(alike, is_elsewhere=True) if len(alike) == 1 else Place([])
+        folder = folder_of(path)
+        if len(alike) != 1 or (
+            folder in self.folders and folder != folder_of(self.films[alike[0]])
+        ):
+            return Place([])
+        return Place(alike, is_elsewhere=True)
 
     def closest(self, found: list[int], tail: str) -> list[int]:
         """Those that fit best: whole path, then name with suffix, then letters as written."""
@@ -470,6 +490,11 @@ def as_path(name: str) -> str:
         name = name.partition("://")[2].partition("?")[0]
     parts = name.replace("\\", "/").split("/")
     return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def folder_of(path: str) -> str:
+    """The name of the folder that a film lies in, as names are compared; "" without any."""
+    return key_of(path.rpartition("/")[0].rpartition("/")[2])
 
 
 def tail_of(path: str, depth: int) -> str:

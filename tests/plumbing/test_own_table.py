@@ -615,6 +615,8 @@ MASKS = [  # cell, name of the file that is meant; None: refused with these word
     ("-1", None, "'-1' is not there"),
     ("1", None, "'1' is not there"),
     ("Mass", None, "'Mass' is not there"),
+    ("ja", None, "mask 'ja' is not there .column mask.*save each as PNG.*--column NAME"),
+    (f'"[{", ".join(map(str, range(100)))}]"', None, "mask .* is not there .column mask"),
     ("film01.png", None, "'film01.png' is not there"),  # a film is no mask
 ]
 
@@ -1467,3 +1469,13 @@ def test_patients_as_excel_writes_them(folder, tmp_path):
         )
     found = read_rows(folder, tmp_path, "file,label,patient", "film00,1,1E5", "film01,0,13.00")
     assert patients_of(found) == ["1E5", "13"]
+
+
+def test_patients_in_merged_cells_are_not_taken_for_unknown(folder, tmp_path):
+    def read(*cells):
+        rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(cells)]
+        return read_rows(folder, tmp_path, "file,label,patient", *rows)
+
+    refused(lambda: read("a", "", "", "b", ""), "line 3: column patient .* 3 blanks .*merged cells")
+    for cells in (("a", "", "b", "c"), ("a", "", "", "b", "b"), ("", "a", ""), ("a", "NA", "NA")):
+        assert "warning: patients: column patient; " in said(read(*cells))

@@ -167,6 +167,13 @@ def test_a_film_in_another_folder_is_found_by_its_name_if_that_is_unique():
     assert [place.films for place in Finder(films[3:]).find(rows[3:])] == [[], []]
 
 
+def test_a_film_is_not_taken_from_another_folder_when_that_of_the_row_is_there():
+    films = ["siteA/only.png", "siteA/1.png", "siteB/2.png", "a/images/3.png", "4.png"]
+    rows = ["siteB/only.png", "SITEB/1.png", "siteC/2.png", "data/images/3.png", "site/4.png"]
+    places = Finder(films).find(rows)
+    assert [place.films for place in places] == [[], [], [2], [3], [4]]
+
+
 def test_finding_many_films_takes_seconds():
     many = [f"train/patient{k:05d}/study1/view1_frontal.jpg" for k in range(20000)]
     began = time.process_time()
