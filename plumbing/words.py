@@ -110,6 +110,11 @@ def is_called(column: str, role: str) -> bool:
     return column_key(column) in COLUMNS[role]
 
 
+def has_other_role(name: str) -> bool:
+    """Whether a class has a name by which a column of it would not be known as one."""
+    return any(is_called(name, role) for role in COLUMNS) or flags_split(name)
+
+
 def tells(column: str, *kinds: str) -> bool:
     """Whether a column is called like one of these kinds of PARTS."""
     return any(re.search(PARTS[kind], column_key(column)) for kind in kinds)
