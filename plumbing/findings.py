@@ -180,8 +180,9 @@ def is_of_yes_and_no(sheet: Sheet, column: str) -> bool:
 def answer_columns(sheet: Sheet) -> list[str]:
     """The columns that answer yes or no.
 
-    UserError when there is none; when at least half of a column are such answers and the others are
-    neither codes nor amounts; or when a column of 1 and 2 stands beside them, whose 2 may mean no.
+    UserError when there is none; when at least half of a column are such answers, or some are
+    words, and the others are neither codes nor amounts; or when a column of ticks and blanks, or of
+    1 and 2, stands beside them: a blank or 2 may mean no.
     """
     found = []
     coded = []
@@ -195,7 +196,7 @@ def answer_columns(sheet: Sheet) -> list[str]:
         are_numbers = all(map(NO_NAMES["a number"].fullmatch, strays))
         are_amounts = are_numbers and len(strays) >= 5  # such as pack years
         is_mixed = answers >= count[OTHER] > 0 and len(cells) > 1
-        if is_mixed and not (are_codes or are_amounts):
+        if (is_mixed or has_words_beside(sheet, column)) and not (are_codes or are_amounts):
             refuse_other(sheet, column)
         if not strays and count[YES] + count[NO]:
             found.append(column)
@@ -204,17 +205,36 @@ def answer_columns(sheet: Sheet) -> list[str]:
             coded.append(column)
     if found and coded:
         refuse_other(sheet, coded[0])
+    refuse_ticks(sheet)
     if not found:
-        for column in sheet.others:
-            said = {cell for cell in sheet.cells[column] if answer(cell) is not MISSING}
-            is_ticked = {cell.casefold() for cell in said} in ({"x"}, {"×"}, {"✓"}, {"✔"}, {"*"})
-            if is_ticked and MISSING in sheet.answers(column):
-                sheet.refuse(f"column {column} has {min(said)!r} and blanks: write 1 and 0")
         sheet.refuse(
             "no column label or mask, and none of yes and no (1 and 0); its columns are "
             f"{', '.join(sheet.cells)}; call the one to learn label, or name it: --column NAME"
         )
     return found
+
+
+def has_words_beside(sheet: Sheet, column: str) -> bool:
+    """Whether a column of few kinds says yes or no in words beside others: ja (links), nein.
+
+    'normal' or a single letter may be a word of another question: of an ECG, of smoking.
+    """
+    kinds = set(sheet.cells[column])
+    if len(kinds) > 10 or tells(column, "sex", "visit", "grade", "comment"):
+        return False
+    words = {cell for cell in kinds if answer(cell) in (YES, NO) and len(cell) > 1}
+    words = {cell for cell in words if whole_number(cell) is None and not is_negative(cell)}
+    return bool(words) and 1 <= sum(answer(cell) == OTHER for cell in kinds) <= 6
+
+
+def refuse_ticks(sheet: Sheet):
+    """UserError on a column of ticks and blanks, which may mean no or not known."""
+    for column in sheet.others:
+        said = {cell for cell in sheet.cells[column] if answer(cell) is not MISSING}
+        is_ticked = {cell.casefold() for cell in said} in ({"x"}, {"×"}, {"✓"}, {"✔"}, {"*"})
+        if is_ticked and MISSING in sheet.answers(column) and not tells(column, "comment"):
+            advice = "write 1 and 0, or delete the column, or name those to learn: --column A,B"
+            sheet.refuse(f"column {column} has {min(said)!r} and blanks: {advice}")
 
 
 def refuse_other(sheet: Sheet, column: str):

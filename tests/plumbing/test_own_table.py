@@ -1479,3 +1479,27 @@ def test_patients_in_merged_cells_are_not_taken_for_unknown(folder, tmp_path):
     refused(lambda: read("a", "", "", "b", ""), "line 3: column patient .* 3 blanks .*merged cells")
     for cells in (("a", "", "b", "c"), ("a", "", "", "b", "b"), ("", "a", ""), ("a", "NA", "NA")):
         assert "warning: patients: column patient; " in said(read(*cells))
+
+
+BESIDE = [  # cells of a column beside one of 0 and 1, what is refused
+    ("x||x|", "column Erguss has 'x' and blanks: write 1 and 0"),
+    ("ja (links)|nein|ja (rechts)|ja (links)", "line 2: column Erguss says 'ja .links.', which is"),
+    ("yes|mild|severe|mild", "line 3: column Erguss says 'mild'"),
+    ("Checked|Unchecked|Checked|", None),
+    ("AFib|normal|AFib|SVT", ()),  # another question
+    ("N|E|C|E", ()),
+]
+
+
+@pytest.mark.parametrize("cells, outcome", BESIDE)
+def test_answers_in_another_code_beside_others_are_refused(folder, tmp_path, cells, outcome):
+    rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(cells.split("|"))]
+
+    def read(**kwargs):
+        return read_rows(folder, tmp_path, "file,Mass,Erguss", *rows, **kwargs)
+
+    if outcome:
+        refused(read, outcome)
+        assert read(column="Mass").labels == ("Mass",)
+    else:
+        assert read().labels == (("Mass", "Erguss") if outcome is None else ("Mass",))
