@@ -55,13 +55,13 @@ def read_table(path, *columns: str) -> list[dict[str, str]]:
 def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Read a table as programs and people save it → (column names, [(line number, cells)]).
 
-    CSV with commas, semicolons or tabs, in UTF-8 or UTF-16, perhaps zipped by gzip. Spaces around
+    CSV with commas, semicolons, tabs or |, in UTF-8 or UTF-16, perhaps gzipped. Spaces around
     names and values are dropped, and so are rows without any content and empty cells beyond the
     header (the rows of NIH's table end with a comma). A row may lack its last cells. UserError when
     the file is no such table, or a cell belongs to no column.
     """
     text = read_text(Path(path))
-    hint = re.match(r'"?sep=([,;\t])"?[ \t]*(?=[\r\n])', text)  # for Excel, in a line of its own
+    hint = re.match(r'"?sep=([,;\t|])"?[ \t]*(?=[\r\n])', text)  # for Excel, in a line of its own
     text = text[hint.end() :] if hint else text  # the line end stays, so that lines keep numbers
     separator = hint[1] if hint else find_separator(text)
     text = re.sub(f'" +(?=[{separator}\r\n])', '"', text)  # a space after a quotation mark
@@ -127,13 +127,14 @@ def read_text(path: Path) -> str:
 
 
 def find_separator(text: str) -> str:
-    """Find what stands between the cells: comma, semicolon or tab, the most frequent of the header.
+    """Find what stands between the cells: comma, semicolon, tab or |, the most frequent of the
+    header.
 
     What stands between quotation marks does not count.
     """
     unquoted = re.sub('"[^"]*"', '""', text[:1_000_000])
     header = next(filter(str.strip, unquoted.splitlines()), "")
-    return max(",;\t", key=header.count)
+    return max(",;\t|", key=header.count)
 
 
 def refuse_double_names(path, header):
@@ -203,14 +204,21 @@ class Sheet:
         header, rows = read_cells(path)
         if not rows:
             raise UserError(f"{path}: no row below its header ({', '.join(header) or 'empty'})")
-        for line, cells in rows:
-            if len(cells) < len(header):
-                raise UserError(
-                    f"{path}, line {line}: {len(cells)} cells where the header has {len(header)}: "
-                    "is the file cut off?"
-                )
+        line, cells = rows[-1]
+        if len(cells) < len(header):
+            raise UserError(
+                f"{path}, line {line}: {len(cells)} cells where the header has {len(header)}: "
+                "is the file cut off?"
+            )
+        short = [line for line, cells in rows if len(cells) < len(header)]
+        if short:  # Excel leaves blank cells out
+            self.notes.append(
+                f"{len(short)} rows have fewer cells than the header (first: line {short[0]}): "
+                "those that they lack at their end are blank"
+            )
         self.lines = [line for line, _ in rows]
-        columns = zip(*(cells for _, cells in rows), strict=True)
+        filled = ([*cells, *[""] * (len(header) - len(cells))] for _, cells in rows)
+        columns = zip(*filled, strict=True)
         self.cells = {name: cells for name, cells in zip(header, columns, strict=True) if name}
         self.named = {plain(name): name for name in self.cells}
         self.read_signs()

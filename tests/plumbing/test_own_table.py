@@ -1503,3 +1503,14 @@ def test_answers_in_another_code_beside_others_are_refused(folder, tmp_path, cel
         assert read(column="Mass").labels == ("Mass",)
     else:
         assert read().labels == (("Mass", "Erguss") if outcome is None else ("Mass",))
+
+
+def test_cells_that_excel_left_out_are_blank_but_in_the_last_row(folder, tmp_path):
+    rows = ["film00,1,Mass", "film01,0", "film02", "film03,0,"]
+    found = read_rows(folder, tmp_path, "file,A,B", *rows, column="A")
+    assert targets_of(found) == [(1,), (0,), (0,)]
+    assert "2 rows have fewer cells than the header (first: line 3)" in said(found)
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,A,B", *rows, "film04,1"),
+        "line 6: 2 cells where the header has 3: is the file cut off",
+    )

@@ -72,6 +72,8 @@ def test_of_several_separators_in_the_header_the_most_frequent_counts(tmp_path):
         ["name", "size, px", "b"],
         [(2, ["a", "1,5", "2"]), (3, list("b23"))],
     )
+    path.write_text("name|label|b\na|Mass, left|2\n")
+    assert read_cells(path) == (["name", "label", "b"], [(2, ["a", "Mass, left", "2"])])
     path.write_text('"a;\nb;c;d",e\n1,2\n')
     assert read_cells(path) == (["a;\nb;c;d", "e"], [(3, list("12"))])
 
