@@ -33,7 +33,7 @@ from plumbing.words import (
 )
 
 # How a number is kept as text in Excel: ="00118" or '00118.
-EXCEL_TEXT = re.compile(r"""^(?:="([^"]*)"|'(\w[^']*))$""")
+EXCEL_TEXT = re.compile(r"""^(?:="([^"]*)"|'(\d[^']*))$""")
 # How Excel's workbooks (new and old), Parquet files, web pages and JSON begin.
 NO_TABLES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"<", b"{", b"[")
 

@@ -506,5 +506,9 @@ def looks_like_patient(column: str, cells) -> bool:
     is_id = are_codes or (are_numbers and tells(column, "number"))
     if not is_id or kinds == len(said) or tells(column, "exam"):
         return False
-    is_counter = tells(column, "counter") and kinds > len(said) / 3
-    return is_counter or (kinds > len(said) / 5 and not tells(column, "visit"))
+    is_visit = tells(column, "visit")
+    if is_visit and not tells(column, "counter"):
+        return False
+    is_long = any(re.search(r"\d\d", cell) for cell in said)  # a stage has one digit: T1
+    films = 5 if is_long and not is_visit else 3  # of a patient, at most, on average
+    return kinds > len(said) / films

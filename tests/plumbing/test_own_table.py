@@ -1066,6 +1066,7 @@ LIKE_A_PATIENT = [  # a column, its cell in row k of 24, whether it is refused a
     ("Kürzel", "P-{0:03d}", True),
     ("Kürzel", "P-{1:03d}", False),  # no two are alike
     ("Kürzel", "P-{3:03d}", True),  # four films each
+    ("Stadium", "T{3}", False),
     ("candidate_id", "{0}", True),
     ("Patientendatei-Nr.", "{0}", True),
     ("Datensatz-ID", "{0}", True),
