@@ -73,7 +73,9 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     line = 1
     try:
         for cells in lines:
-            cells = [EXCEL_TEXT.sub(r"\1\2", cell.strip()).strip() for cell in cells]
+            cells = list(map(str.strip, cells))
+            if any(cell[:1] in ("=", "'") for cell in cells):
+                cells = [EXCEL_TEXT.sub(r"\1\2", cell).strip() for cell in cells]
             if not header and any(cells):
                 last = max(k for k, name in enumerate(cells) if name)
                 header = cells[: last + 1]
