@@ -430,13 +430,16 @@ def find_masks(index, own, paths) -> list[tuple | None]:
             continue
         beside = [Path(name)] if Path(name).is_absolute() else []
         beside += [folder / as_path(name) for folder in (own.sheet.path.parent, index.root)]
-        found = [path for path in beside if path.is_file() and path.absolute() not in films]
+        # os.path has no error for a name that is too long, such as a polygon.
+        found = [p for p in beside if os.path.isfile(p) and p.absolute() not in films]
         found = found[:1] or [index.root / pictures[i] for i in place.films]
         if len(found) != 1:
             what = f"fits {found[0]} and {found[1]}" if found else "is not there"
+            (column,) = own.goal.columns
             raise UserError(
-                f"{own.sheet.path}, line {row.line}: mask {name[:60]!r} {what}: pictures of masks "
-                f"are wanted, beside the table or below {index.root}"
+                f"{own.sheet.path}, line {row.line}: mask {name[:60]!r} {what} (column {column}): "
+                f"pictures of masks are wanted, beside the table or below {index.root}: save each "
+                "as PNG and write its name; columns of answers are learnt with --column NAME"
             )
         masks.append(("file", found[0]))
     return masks

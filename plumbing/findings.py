@@ -39,6 +39,7 @@ from plumbing.words import (
 )
 
 MAX_CODES = 20  # different numbers in a column of classes
+MAX_NAMED = 20  # columns in a note
 MAX_CLASSES = 300  # different names; PadChest has 174
 NO_WORDS = "0, no, normal and the like"
 
@@ -84,11 +85,37 @@ def read_goal(sheet: Sheet, asked, uncertain: str, can_be_mask: bool) -> Goal:
         goal = read_label_column(sheet, columns[0], uncertain)
     refuse_only_yes(sheet, goal)
     rest = [name for name in sheet.others if name not in goal.columns]
-    if columns:  # only others that could be learnt as well are worth a word
-        rest = [name for name in rest if {YES, NO} <= set(sheet.answers(name))]
+    if columns and not asked:
+        refuse_second_names(sheet, goal, rest)
     if rest:
-        goal.notes.append(f"columns not learnt: {', '.join(rest)}")
+        more = f" and {len(rest) - MAX_NAMED} more" if len(rest) > MAX_NAMED else ""
+        goal.notes.append(f"columns not learnt: {', '.join(rest[:MAX_NAMED])}{more}")
     return goal
+
+
+def refuse_second_names(sheet: Sheet, goal: Goal, others: list[str]):
+    """UserError when a column that is not read says a class of a row which the learnt column does
+    not say there: it may be a second diagnosis, of which the film would count as negative.
+    """
+    names = filter(None, [*goal.labels, goal.against])
+    classes = {plain(name) for name in names if not name.isdecimal()}
+    learnt = goal.columns[0]
+    for name in others:
+        divided = {cell: re.split(r"[|;,\n]", cell) for cell in set(sheet.cells[name])}
+        named = {cell: classes.intersection(map(plain, divided[cell])) for cell in divided}
+        if not any(named.values()):
+            continue
+        for row, target in enumerate(goal.targets):
+            if not target:
+                continue
+            values = zip(goal.labels, target, strict=True)
+            found = {plain(label) for label, value in values if value} or {plain(goal.against)}
+            if not named[sheet.cells[name][row]] <= found:
+                why = (
+                    f", a class of column {learnt}, which does not say it there: join both with | "
+                    f"in one column, or say --column {learnt} or delete {name} if it is not meant"
+                )
+                sheet.refuse_cell(name, row, why)
 
 
 def asked_columns(sheet: Sheet, asked: str) -> list[str]:
@@ -153,8 +180,9 @@ def is_of_yes_and_no(sheet: Sheet, column: str) -> bool:
 def answer_columns(sheet: Sheet) -> list[str]:
     """The columns that answer yes or no.
 
-    UserError when there is none; when at least half of a column are such answers and the others are
-    neither codes nor amounts; or when a column of 1 and 2 stands beside them, whose 2 may mean no.
+    UserError when there is none; when at least half of a column are such answers, or some are
+    words, and the others are neither codes nor amounts; or when a column of ticks and blanks, or of
+    1 and 2, stands beside them: a blank or 2 may mean no.
     """
     found = []
     coded = []
@@ -168,7 +196,7 @@ def answer_columns(sheet: Sheet) -> list[str]:
         are_numbers = all(map(NO_NAMES["a number"].fullmatch, strays))
         are_amounts = are_numbers and len(strays) >= 5  # such as pack years
         is_mixed = answers >= count[OTHER] > 0 and len(cells) > 1
-        if is_mixed and not (are_codes or are_amounts):
+        if (is_mixed or has_words_beside(sheet, column)) and not (are_codes or are_amounts):
             refuse_other(sheet, column)
         if not strays and count[YES] + count[NO]:
             found.append(column)
@@ -177,17 +205,36 @@ def answer_columns(sheet: Sheet) -> list[str]:
             coded.append(column)
     if found and coded:
         refuse_other(sheet, coded[0])
+    refuse_ticks(sheet)
     if not found:
-        for column in sheet.others:
-            said = {cell for cell in sheet.cells[column] if answer(cell) is not MISSING}
-            is_ticked = {cell.casefold() for cell in said} in ({"x"}, {"×"}, {"✓"}, {"✔"}, {"*"})
-            if is_ticked and MISSING in sheet.answers(column):
-                sheet.refuse(f"column {column} has {min(said)!r} and blanks: write 1 and 0")
         sheet.refuse(
             "no column label or mask, and none of yes and no (1 and 0); its columns are "
             f"{', '.join(sheet.cells)}; call the one to learn label, or name it: --column NAME"
         )
     return found
+
+
+def has_words_beside(sheet: Sheet, column: str) -> bool:
+    """Whether a column of few kinds says yes or no in words beside others: ja (links), nein.
+
+    'normal' or a single letter may be a word of another question: of an ECG, of smoking.
+    """
+    kinds = set(sheet.cells[column])
+    if len(kinds) > 10 or tells(column, "sex", "visit", "grade", "comment"):
+        return False
+    words = {cell for cell in kinds if answer(cell) in (YES, NO) and len(cell) > 1}
+    words = {cell for cell in words if whole_number(cell) is None and not is_negative(cell)}
+    return bool(words) and 1 <= sum(answer(cell) == OTHER for cell in kinds) <= 6
+
+
+def refuse_ticks(sheet: Sheet):
+    """UserError on a column of ticks and blanks, which may mean no or not known."""
+    for column in sheet.others:
+        said = {cell for cell in sheet.cells[column] if answer(cell) is not MISSING}
+        is_ticked = {cell.casefold() for cell in said} in ({"x"}, {"×"}, {"✓"}, {"✔"}, {"*"})
+        if is_ticked and MISSING in sheet.answers(column) and not tells(column, "comment"):
+            advice = "write 1 and 0, or delete the column, or name those to learn: --column A,B"
+            sheet.refuse(f"column {column} has {min(said)!r} and blanks: {advice}")
 
 
 def refuse_other(sheet: Sheet, column: str):
@@ -313,21 +360,33 @@ def read_column_of_names(sheet: Sheet, column: str, labels) -> tuple[list, list[
 
 def refuse_odd_codes(sheet: Sheet, column: str, codes, labels):
     """UserError on a number that stands for no class: one below 0, one that a single row has, or a
-    usual code for missing: 9, 99, 88 and the like where the number before it is not there. What is
-    among the labels of a trained model is a class.
+    usual code for missing. What is among the labels of a trained model is a class.
     """
     count = Counter(chain(*filter(None, codes)))
-    gaps = [code for code in count if str(int(code) - 1) not in count]
     odd = {code for code in count if int(code) < 0 or count[code] == 1}
-    odd.update(code for code in gaps if re.fullmatch("9+|88+", code))
-    are_few = 2 * len(odd) < len(count) + 1  # else all may be classes
+    odd = odd if 2 * len(odd) < len(count) + 1 else set()  # else all may be classes
+    odd |= codes_for_missing(count)
     odd.difference_update(labels)
-    if odd and are_few:
+    if odd:
         why = (
-            ", a number below 0, one that no other row has, or a code for missing: is it a class? "
-            "Leave the cell empty where it is missing"
+            ", a number below 0, one that no other row has, or a code for missing: if it is a "
+            "class, write its name; leave the cell empty where it is missing"
         )
         sheet.refuse_cell(column, first_row(codes, odd), why)
+
+
+def codes_for_missing(codes) -> set[str]:
+    """The largest codes, if they look like those for missing and do not go on from the others: 9 of
+    0, 1, 9; 98 and 99 of 1, 2, 98, 99; none of 0 to 9, nor where fewer than two others remain.
+    """
+    others = sorted(codes, key=int)
+    found = set()
+    while others and re.fullmatch("[789]|66+|77+|88+|9*9[789]", others[-1]):
+        found.add(others.pop())
+    while str(int(min(found, key=int, default="0")) - 1) in others:
+        others.append(min(found, key=int))
+        found.remove(others[-1])
+    return found if len(others) >= 2 else set()
 
 
 def first_row(findings, names) -> int:

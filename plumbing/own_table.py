@@ -14,7 +14,7 @@ import numpy as np
 from plumbing.findings import Goal, goal_of_model, read_goal
 from plumbing.launch import UserError
 from plumbing.table import Finder, Sheet, as_path, without_suffix
-from plumbing.words import LATERAL, NO, SPLITS, YES, looks_like_patient, tells, word_of
+from plumbing.words import LATERAL, LOST, NO, SPLITS, YES, looks_like_patient, tells, word_of
 
 MANY = 20  # films, of which a patient has several or the column tells something else
 
@@ -22,7 +22,7 @@ MANY = 20  # films, of which a patient has several or the column tells something
 PATIENT_IN_NAME = {
     "CheXpert's patient00001/study1": re.compile(r"(?:^|/)(patient\d+)/study\d+/"),
     "MIMIC's p10000032/s50414267": re.compile(r"(?:^|/)(p\d{8})/s\d+/"),
-    "NIH's 00000013_005": re.compile(r"(?:^|/)(\d{8})_\d{3}(?:\.\w+)?$"),
+    "NIH's 00000013_005": re.compile(r"(?:^|/)(000[0-3]\d{4})_\d{3}(?:\.\w+)?$"),  # up to 00030805
 }
 
 
@@ -159,9 +159,9 @@ class OwnTable:
             if told is None:
                 self.refuse_likely_patient()
         elif None in told:
-            note += (
-                f"; {told.count(None)} films have none and count as one each, though they may be "
-                "anyone's: films of one patient may lie on both sides of a split"
+            note = (
+                f"warning: {note}; {told.count(None)} films have none and count as one each, "
+                "though they may be anyone's: films of one patient may lie on both sides of a split"
             )
         elif len(set(every)) == len(every) > MANY:
             self.refuse_likely_patient(f"every film has its own {self.sheet.patient}, but ")
@@ -229,6 +229,8 @@ def read_own_table(
         goal = goal_of_model(sheet, column, uncertain, *trained)
     else:
         goal = read_goal(sheet, column, uncertain, can_be_mask)
+    learnt = [] if goal.kind == "mask" else filter(None, goal.columns)
+    sheet.refuse_garbled(LOST, [*learnt, *filter(None, [sheet.patient])])
     nothing = [None] * len(sheet.lines)
     patients = sheet.patients()
     films = sheet.cells[sheet.film]

@@ -19,7 +19,7 @@ from plumbing.film import film_size
 from plumbing.launch import UserError
 from plumbing.splits import Splits, class_warnings, is_marked, tally
 from plumbing.table import read_cells
-from plumbing.words import SPLITS, plain
+from plumbing.words import SPLITS, has_other_role, is_called, plain
 
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
 SHARES = ("sensitivity", "specificity", "PPV", "NPV")  # as metrics.call_shares orders them
@@ -114,9 +114,12 @@ def write_films(out: Path, splits: Splits, root: Path):
 
     It is itself a table for --labels and for pretrain.py --probe, which keep these splits. label is
     the class of exclusive classes; else every class is a column of 1, 0 or, where nothing is known,
-    nothing. Masks are left out.
+    nothing, called "class Pathology" where Pathology alone would be read as something else than one
+    of several classes. Masks are left out.
     """
     names = {"labels": splits.labels, "classes": ["label"], "mask": []}[splits.kind]
+    if len(names) > 1 or not any(is_called(name, "label") for name in names):
+        names = [f"class {name}" if has_other_role(name) else name for name in names]
     lines = []
     for split in SPLITS:
         for example in getattr(splits, split):

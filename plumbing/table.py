@@ -15,7 +15,9 @@ from plumbing.film import SUFFIXES
 from plumbing.launch import UserError
 from plumbing.words import (
     COLUMNS,
+    GARBLED,
     MISSING,
+    NO_NAMES,
     OTHER,
     SHEET_ERROR,
     SPLITS,
@@ -27,8 +29,11 @@ from plumbing.words import (
     patient_of,
     plain,
     split_of,
+    split_stem,
 )
 
+# How a number is kept as text in Excel: ="00118" or '00118.
+EXCEL_TEXT = re.compile(r"""^(?:="([^"]*)"|'(\d[^']*))$""")
 # How Excel's workbooks (new and old), Parquet files, web pages and JSON begin.
 NO_TABLES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1", b"<", b"{", b"[")
 
@@ -50,13 +55,13 @@ def read_table(path, *columns: str) -> list[dict[str, str]]:
 def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Read a table as programs and people save it → (column names, [(line number, cells)]).
 
-    CSV with commas, semicolons or tabs, in UTF-8 or UTF-16, perhaps zipped by gzip. Spaces around
+    CSV with commas, semicolons, tabs or |, in UTF-8 or UTF-16, perhaps gzipped. Spaces around
     names and values are dropped, and so are rows without any content and empty cells beyond the
     header (the rows of NIH's table end with a comma). A row may lack its last cells. UserError when
     the file is no such table, or a cell belongs to no column.
     """
     text = read_text(Path(path))
-    hint = re.match(r'"?sep=([,;\t])"?[ \t]*(?=[\r\n])', text)  # for Excel, in a line of its own
+    hint = re.match(r'"?sep=([,;\t|])"?[ \t]*(?=[\r\n])', text)  # for Excel, in a line of its own
     text = text[hint.end() :] if hint else text  # the line end stays, so that lines keep numbers
     separator = hint[1] if hint else find_separator(text)
     text = re.sub(f'" +(?=[{separator}\r\n])', '"', text)  # a space after a quotation mark
@@ -69,6 +74,8 @@ def read_cells(path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
         for cells in lines:
             cells = list(map(str.strip, cells))
+            if any(cell[:1] in ("=", "'") for cell in cells):
+                cells = [EXCEL_TEXT.sub(r"\1\2", cell).strip() for cell in cells]
             if not header and any(cells):
                 last = max(k for k, name in enumerate(cells) if name)
                 header = cells[: last + 1]
@@ -114,7 +121,7 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path}: cannot be read as a table: line {line} is no {name}; {advice}"
         ) from None
-    text = text.replace("\ufeff", "").replace("\u200b", "")  # invisible: marks, empty spaces
+    text = re.sub("[\ufeff\u200b\u00ad]", "", text)  # invisible: marks, empty spaces, soft hyphens
     text = unicodedata.normalize("NFC", text)  # é as one letter, whoever wrote it
     if "\0" in text:
         raise UserError(f"{path}: cannot be read as a table: it holds zero bytes; {advice}")
@@ -122,13 +129,14 @@ def read_text(path: Path) -> str:
 
 
 def find_separator(text: str) -> str:
-    """Find what stands between the cells: comma, semicolon or tab, the most frequent of the header.
+    """Find what stands between the cells: comma, semicolon, tab or |, the most frequent of the
+    header.
 
     What stands between quotation marks does not count.
     """
     unquoted = re.sub('"[^"]*"', '""', text[:1_000_000])
     header = next(filter(str.strip, unquoted.splitlines()), "")
-    return max(",;\t", key=header.count)
+    return max(",;\t|", key=header.count)
 
 
 def refuse_double_names(path, header):
@@ -198,19 +206,27 @@ class Sheet:
         header, rows = read_cells(path)
         if not rows:
             raise UserError(f"{path}: no row below its header ({', '.join(header) or 'empty'})")
-        for line, cells in rows:
-            if len(cells) < len(header):
-                raise UserError(
-                    f"{path}, line {line}: {len(cells)} cells where the header has {len(header)}: "
-                    "is the file cut off?"
-                )
+        line, cells = rows[-1]
+        if len(cells) < len(header):
+            raise UserError(
+                f"{path}, line {line}: {len(cells)} cells where the header has {len(header)}: "
+                "is the file cut off?"
+            )
+        short = [line for line, cells in rows if len(cells) < len(header)]
+        if short:  # Excel leaves blank cells out
+            self.notes.append(
+                f"{len(short)} rows have fewer cells than the header (first: line {short[0]}): "
+                "those that they lack at their end are blank"
+            )
         self.lines = [line for line, _ in rows]
-        columns = zip(*(cells for _, cells in rows), strict=True)
+        filled = ([*cells, *[""] * (len(header) - len(cells))] for _, cells in rows)
+        columns = zip(*filled, strict=True)
         self.cells = {name: cells for name, cells in zip(header, columns, strict=True) if name}
         self.named = {plain(name): name for name in self.cells}
         self.read_signs()
         self.film = self.find_film()
         self.patient = self.column("patient")
+        self.refuse_garbled(GARBLED, [name for name in self.cells if name != self.film])
 
     def read_signs(self):
         """Read + and - as yes and no where a column has no other sign or word."""
@@ -229,6 +245,17 @@ class Sheet:
         """Raise UserError about what a cell says, or a word of it."""
         said = self.cells[column][row] if word is None else word
         self.refuse(f"column {column} says {said[:60]!r}{why}", row)
+
+    def refuse_garbled(self, pattern, columns):
+        """UserError on a cell or a name of these columns that lost letters, as a pattern tells."""
+        why = 'letters were lost when the table was saved: save it as "CSV UTF-8" or correct it'
+        for name in columns:
+            if GARBLED.search(name):
+                self.refuse(f"column {name}: {why}")
+            garbled = set(filter(pattern.search, set(self.cells[name])))
+            if garbled:
+                row = next(row for row, cell in enumerate(self.cells[name]) if cell in garbled)
+                self.refuse_cell(name, row, f": {why}")
 
     def column(self, role: str) -> str | None:
         """The column of a role by the first of its usual names that is there; None without any."""
@@ -265,7 +292,7 @@ class Sheet:
     @functools.cached_property
     def split(self) -> str | None:
         """The column of splits: of a usual name, else the one of whose filled cells most say train,
-        val or test; `splits` refuses the others.
+        val or test, or something alike in a column of few kinds; `splits` refuses the others.
 
         UserError when several columns say so, or a column such as is_test does: else other films
         would be tested than the table means.
@@ -284,7 +311,9 @@ class Sheet:
                     f"column {name}: write a column split that says train, val or test, or delete "
                     "the column if it means something else"
                 )
-            said = list(filter(None, map(split_of, cells)))
+            kinds = set(cells)
+            told = {cell: split_stem(cell) if len(kinds) <= 7 else split_of(cell) for cell in kinds}
+            said = list(filter(None, map(told.get, cells)))
             if len(set(said)) < 2:
                 continue
             filled = len(cells) - self.answers(name).count(MISSING)  # a blank says nothing else
@@ -313,9 +342,15 @@ class Sheet:
         for row, cell in enumerate(self.cells[column]):
             if SHEET_ERROR.fullmatch(cell):
                 self.refuse_cell(column, row, ", an error of the spreadsheet")
-            if re.fullmatch(r"\d[.,]\d+[eE]\+?\d+", cell):
+            if re.fullmatch(r"\d([.,]\d+[eE]\+?|[eE]\+)\d+", cell):
                 self.refuse_cell(column, row, ": a spreadsheet rounded the number")
+            if re.fullmatch(r"[1-9]\d{0,2}[.,]000", cell):
+                why = ", which may be a thousand or not: write the number without point or comma"
+                self.refuse_cell(column, row, why)
+            if NO_NAMES["a ditto"].fullmatch(cell):
+                self.refuse_cell(column, row, ", a ditto: write the patient in every row")
             patients.append(patient_of(cell))
+        self.refuse_merged(column)
         known = list(dict.fromkeys(filter(None, patients)))
         first = {}  # as the first row writes it
         for who, key in zip(known, patient_keys(known), strict=True):
@@ -329,6 +364,18 @@ class Sheet:
             )
         return [one.get(who) for who in patients]
 
+    def refuse_merged(self, column: str):
+        """UserError when a patient seems to stand in the first of their rows only."""
+        cells = self.cells[column]
+        filled = list(filter(None, cells))
+        if cells[0] and len(set(filled)) == len(filled) <= 2 * cells.count(""):
+            self.refuse(
+                f"column {column} names every patient once, with {cells.count('')} blanks below "
+                "them: merged cells? Fill the column down, or write NA where nobody knows the "
+                "patient",
+                cells.index(""),
+            )
+
     def splits(self) -> list[str | None]:
         """Read the split of every row, None without such a column. UserError when a cell names
         none.
@@ -336,10 +383,14 @@ class Sheet:
         if not self.split:
             return [None] * len(self.lines)
         splits = list(map(split_of, self.cells[self.split]))
+        advice = "rename or delete the column if it means something else"
+        must = f"column {self.split} must say {', '.join(SPLITS)}"
         if None in splits:
             row = splits.index(None)
-            cell = self.cells[self.split][row]
-            self.refuse(f"column {self.split} must say {', '.join(SPLITS)}, not {cell!r}", row)
+            self.refuse(f"{must}, not {self.cells[self.split][row]!r}: {advice}", row)
+        stems = sorted(set(map(split_stem, self.cells[self.split])))
+        if len(stems) > 1 and len(set(splits)) == 1:  # development and validation
+            self.refuse(f"{must}; {' and '.join(stems)} both mean {splits[0]}: {advice}")
         return splits
 
 
@@ -362,12 +413,14 @@ class Finder:
 
     A row means a film when one path ends with the other, folder by folder, whatever the suffix and
     whether letters are large or small; \\ counts as /. What fits exactly goes before what does not.
-    Where no folder fits, the name alone is enough if no other film and no other row has it.
+    Where no folder fits, the name alone is enough if no other film and no other row has it, and if
+    no film lies in a folder that is called like the row's.
     """
 
     def __init__(self, films):
         self.films = list(films)
         self.parts = [len(path.split("/")) for path in self.films]
+        self.folders = {folder_of(path) for path in self.films}
         self.of_depth = {}  # {depth: {key of a tail: numbers of films}}
 
     def tails(self, depth: int) -> dict[str, list[int]]:
@@ -420,7 +473,12 @@ class Finder:
             if whole:
                 return Place(self.closest(whole, tail))
             alike = alike or self.closest(found, tail)
-        return Place(alike, is_elsewhere=True) if len(alike) == 1 else Place([])
+        folder = folder_of(path)
+        if len(alike) != 1 or (
+            folder in self.folders and folder != folder_of(self.films[alike[0]])
+        ):
+            return Place([])
+        return Place(alike, is_elsewhere=True)
 
     def closest(self, found: list[int], tail: str) -> list[int]:
         """Those that fit best: whole path, then name with suffix, then letters as written."""
@@ -442,6 +500,11 @@ def as_path(name: str) -> str:
         name = name.partition("://")[2].partition("?")[0]
     parts = name.replace("\\", "/").split("/")
     return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def folder_of(path: str) -> str:
+    """The name of the folder that a film lies in, as names are compared; "" without any."""
+    return key_of(path.rpartition("/")[0].rpartition("/")[2])
 
 
 def tail_of(path: str, depth: int) -> str:

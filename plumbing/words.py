@@ -7,7 +7,7 @@ Italian. Nothing here knows a table: a name or a cell goes in, and what it means
 import functools
 import re
 import unicodedata
-from itertools import product
+from itertools import chain, product, takewhile
 from os.path import commonprefix
 
 
@@ -27,11 +27,15 @@ def column_key(name: str) -> str:
     return re.sub(r"\W", "", letters)
 
 
+def without_accents(text: str) -> str:
+    """A text in small letters without accents."""
+    return re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFD", text.strip().casefold()))
+
+
 @functools.lru_cache(100_000)
 def word_of(cell: str) -> str:
     """A cell as words are compared: plain, without accents, last dots, and spaces after dots."""
-    letters = unicodedata.normalize("NFD", cell.strip().casefold())
-    return plain(re.sub(r"[\u0300-\u036f]|(?<=\.)\s+", "", letters)).rstrip(".")
+    return plain(re.sub(r"(?<=\.)\s+", "", without_accents(cell))).rstrip(".")
 
 
 # ---------------------------------------------------------------- columns
@@ -66,10 +70,15 @@ COLUMNS = {
 # What any other column tells, by parts of its name.
 PARTS = {
     "patient": "^pat(?!h|tern)|patient|pacient|pazient|proband|subject|participant",
-    "number": "^id|id$|nr$|no$|num$|nummer|number|numero|code|key|pseudo|akte|case|fall",
-    "sex": "sex|sesso|gender|geschl|genre",
+    "number": (
+        "^id|id$|nr$|no$|num$|nummer|number|numero|numer$|code|key|pseudo|akte|case|fall|dossier|"
+        "mrn|^(nhc|hc|dni|nss|bsn|pesel)$|codicefiscale|住院|病历|病案|患者"
+    ),
+    "counter": "(id|nr|no|number|nummer)$|mrn",  # numbers people, whatever stands before
+    "sex": "sex|sesso|gender|geschl|genre|性别",
     "trait": (  # age, size and dates of a person
-        "age|alter|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|date|datum|time|"
+        "(?<!tri)age|alter|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|"
+        "(?<!candi)date(?!i|n)|datum|time|年龄|"
         "zeit|birth|geb|type|status|history|race|ethnic|diagn|idade|edad|^eta(del|$)|peso|poids|"
         "taille|talla|altura|estatura|year|jahr|monat|month"
     ),
@@ -85,9 +94,9 @@ PARTS = {
         "scanner|device|gerat|geraet"
     ),
     "exam": (
-        "study|serie|accession|exam|untersuch|auftrag|order|image|film|bild|dicom|instance|acqui|"
-        "slice|icd|postal|zip|plz|phone|telef|serial|reader|report|note|operator|befund|radiolog|"
-        "proto[ck]ol|[ck]assette|dete[ck]tor|lo[ck]ali|^tnm|^ops|numberof"
+        "study(?!(id|nr|no|number)$)|serie|accession|exam|untersuch|auftrag|order|image|film|bild|"
+        "dicom|instance|acqui|slice|icd|postal|zip|plz|phone|telef|serial|reader|report|note|"
+        "operator|befund|radiolog|proto[ck]ol|[ck]assette|dete[ck]tor|lo[ck]ali|^tnm|^ops|numberof"
     ),
     "grade": (  # codes such as 0 to 3, which are no findings either
         "view|side|seite|group|gruppe|grupo|cohort|kohorte|severity|schwere|score|quality|"
@@ -101,42 +110,71 @@ def is_called(column: str, role: str) -> bool:
     return column_key(column) in COLUMNS[role]
 
 
+def has_other_role(name: str) -> bool:
+    """Whether a class has a name by which a column of it would not be known as one."""
+    return any(is_called(name, role) for role in COLUMNS) or flags_split(name)
+
+
 def tells(column: str, *kinds: str) -> bool:
     """Whether a column is called like one of these kinds of PARTS."""
     return any(re.search(PARTS[kind], column_key(column)) for kind in kinds)
 
 
-SPLIT_WORDS = {  # without accents
+SPLIT_WORDS = {  # without accents; of Polish, Turkish and Chinese, too
     "train": (
-        "train training tr trainset trainingset entrainement apprentissage entrenamiento treino "
-        "treinamento addestramento"
+        "train training tr entrainement apprentissage entrenamiento treino treinamento "
+        "addestramento trening egitim 训练"
     ).split(),
     "val": (
-        "val valid validate validation dev development valset validationset validierung validatie "
-        "validacion validacao validazione"
+        "val valid validate validation dev development validierung validatie validacion validacao "
+        "validazione walidacja dogrulama 验证"
     ).split(),
-    "test": "test testing tst testset teste prueba".split(),
+    "test": "test testing tst teste prueba 测试".split(),
 }
 SPLITS = tuple(SPLIT_WORDS)
+FILMS_OF_SPLIT = "set|data|daten|satz|menge|gruppe|group|cohort|kohorte|集"
+SPLIT_NAME = re.compile(rf"\d*(.{{2,20}}?)(s?({FILMS_OF_SPLIT}))*")
+# How a word begins that has to do with splits, though it may not tell which: external test,
+# holdout, derivation; development is train to some and val to others.
+SPLIT_STEMS = {
+    "train": re.compile("train|entrain|apprenti|entrenam|trein|addestra|trening|egitim|训练"),
+    "val": re.compile("val(s|$)|valid|walid|dogrul|验证"),
+    "test": re.compile("test(s|e|d|$|ing|menge|gruppe|kohorte|cohort|group)|测试"),
+    "holdout": re.compile("holdout|hold$|heldout|held$"),
+    "development": re.compile("deriv|develop|entwicklung|desarrollo|dev$"),
+}
 
 
 def split_of(word: str) -> str | None:
-    """The split that a word names: train, val or test; None when it names none."""
-    said = word_of(word)
-    return next((split for split, words in SPLIT_WORDS.items() if said in words), None)
+    """The split that a word names: train, val or test, as 1_train and Testdaten do, too; None when
+    it names none.
+    """
+    said = SPLIT_NAME.fullmatch(word_of(word))
+    return next((split for split, words in SPLIT_WORDS.items() if said and said[1] in words), None)
+
+
+def split_stem(cell: str) -> str | None:
+    """The kind of SPLIT_STEMS that a word of a cell belongs to, else the split that it names."""
+    words = words_in(without_accents(cell))
+    for stem, pattern in SPLIT_STEMS.items():
+        if any(map(pattern.match, words)):
+            return stem
+    return split_of(cell)
 
 
 def flags_split(column: str) -> bool:
-    """Whether a column of yes and no is called like a split: is_test, Testset, train.
+    """Whether a column of yes and no is called like a split: is_test, Testset, train, holdout.
 
     But a column test may be of blood, valid of the film's quality, and TR of a valve.
     """
     before, word, after = re.fullmatch(
-        r"(is|in)?(.+?)(set|data|daten|satz|menge|gruppe|group)?", plain(column)
+        rf"(is|in|(?:used)?for|external|internal)?(.*?)({FILMS_OF_SPLIT}|flag|test)?",
+        column_key(column),
     ).groups()
+    word, after = (word, after) if word or after != "test" else (after, "")
     split = split_of(word)
     may_be_else = split == "test" or word == "valid" or len(word) < 4
-    return split is not None and bool(before or after or not may_be_else)
+    return word == "holdout" or (split is not None and bool(before or after or not may_be_else))
 
 
 # ---------------------------------------------------------------- cells
@@ -152,16 +190,18 @@ WORDS = {
     YES: (
         "yes, y, true, positive, pos, present, ja, j, oui, si, sim, positiv, positif, positivo, "
         "vorhanden, "
+        "checked, "  # REDCap's
         # true, as Excel writes it
         "wahr, waar, vrai, vero, verdadero, verdadeiro"
     ),
     NO: (
         "no, n, false, negative, neg, absent, nein, nee, non, nao, negativ, negatif, negativo, "
-        "nicht vorhanden, falsch, onwaar, faux, falso"
+        "nicht vorhanden, unchecked, falsch, onwaar, faux, falso"
     ),
     UNCERTAIN: (
         "uncertain, unsure, equivocal, indeterminate, unklar, fraglich, unsicher, verdacht, v.a., "
-        "v.d., incertain, douteux, dudoso, incierto, incerto, duvidoso, dubbio"
+        "v.d., incertain, douteux, dudoso, incierto, incerto, duvidoso, dubbio, inconclusive, "
+        "unclear, indetermine, indéterminé, non concluant, no concluyente, borderline, grenzwertig"
     ),
     MISSING: (
         ", na, n/a, #n/a, #nv, <na>, nan, null, none, nil, -, --, ?, missing, unknown, n.a., n.d., "
@@ -169,7 +209,9 @@ WORDS = {
         "not known, k.a., n.b., keine angabe, keine angaben, unbekannt, nicht beurteilbar, "
         "nicht bekannt, nicht bestimmt, fehlt, fehlend, non interpretable, non renseigne, inconnu, "
         "no valorable, no evaluable, desconocido, sin datos, nao avaliavel, desconhecido, "
-        "sem dados, non valutabile, sconosciuto"
+        "sem dados, non valutabile, sconosciuto, nicht auswertbar, nondiagnostic, pending, "
+        "ausstehend, poor quality, exclude, not reported, n/d, n/k, tbd, leer, (leer), blank, "
+        "(blank)"
     ),
     NO_FINDING: (
         "normal, no finding, no findings, none, negative, healthy, 0, o.b., o.p.b., ohne befund, "
@@ -182,7 +224,8 @@ WORDS = {
         "kein pathologischer befund, normalbefund, unauffallig, gesund, unauffaellig, regelrecht, "
         "negativ, normale, negatif, negativo, r.a.s., ras, rien a signaler, sans anomalie, "
         "pas d'anomalie, aucune anomalie, sain, sano, sin hallazgos, sin alteraciones, "
-        "sem achados, sem alteracoes, nella norma, nessun reperto, senza alterazioni"
+        "sem achados, sem alteracoes, nella norma, nessun reperto, senza alterazioni, clear, "
+        "unauff., bland, examen normal, rx tórax normal, thorax o.b., lungs clear, clear lungs"
     ),
 }
 MEANT_BY = {meaning: set(map(word_of, words.split(", "))) for meaning, words in WORDS.items()}
@@ -252,6 +295,11 @@ ABSENT = set(
     "negative neg negativ negatif negativo absent absence absente ausencia ausente assente "
     "excluded ausgeschlossen".split()
 )
+# What a denial after a name may hold: Pneumonie nicht vorhanden, mass not seen.
+SEEN = set(
+    "seen present visible evident found detected vorhanden nachweisbar nachgewiesen sichtbar "
+    "erkennbar".split()
+)
 # Those without the finding of a study, where a column has two names.
 CONTROLS = (
     "control controls controlgroup healthycontrol healthycontrols kontrolle kontrollen "
@@ -273,10 +321,16 @@ PLACE = re.compile(
     r"deutlich|ausgeprägt|massiv|schwer)(s|e[rnms]?)?"
 )
 
+# What is left of letters that were saved in one encoding and read in another: the sign for a letter
+# that is none, UTF-8 taken for Western (cp1252); and of those that an encoding has not.
+GARBLED = re.compile("\ufffd|[ÃÂ][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]|â€")
+LOST = re.compile(r"\?\?|[^\W\d_]\?[^\W\d_]")
+
 # What a formula leaves that failed, in any language, and a column that was too narrow.
 SHEET_ERROR = re.compile(r"#\w[\w/]*[!?]|#+")
 NO_NAMES = {
     "a doubt": DOUBT,
+    "a ditto": re.compile(r"ditt?o|idem|(wie|siehe) oben|(as|see) above|[″〃\"]", re.IGNORECASE),
     "a sign": re.compile(r"[+±\u2013\u2212-]+"),
     "an error of the spreadsheet": SHEET_ERROR,
     "run lengths": re.compile(r"\d+(\s+\d+)+"),
@@ -328,10 +382,11 @@ def words_in(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", name.casefold()))
 
 
-def words_beside(name: str, usual: str) -> list[str] | None:
-    """The words beside a usual name that a longer one holds: of 'mass, left' beside mass [left].
+def words_beside(name: str, usual: str) -> tuple[list[str], list[str]] | None:
+    """The words before and after a usual name that a longer one holds: of 'old mass, left' beside
+    mass [old], [left].
 
-    Of a compound its first part counts as a word: of Pleuraerguss beside Erguss [pleura].
+    Of a compound its first part counts as a word: of Pleuraerguss beside Erguss [pleura], [].
     None where the name does not hold the usual one: Massive and Pseudomass hold no mass, HIV- no
     HIV+.
     """
@@ -341,20 +396,21 @@ def words_beside(name: str, usual: str) -> list[str] | None:
     held = re.search(rf"\b(?!pseudo)(\w{{3,}})?{re.escape(usual)}(s|es|e|n|en)?\b", words)
     if not held or not usual:
         return None
-    return [*words[: held.start()].split(), *filter(None, [held[1]]), *words[held.end() :].split()]
+    before = [*words[: held.start()].split(), *filter(None, [held[1]])]
+    return before, words[held.end() :].split()
 
 
 def is_kind_of(name: str, usual: str) -> bool:
-    """Whether a name holds another and does not deny it: Pneumonie li., Pleuraerguss, but not
-    keine Pneumonie, abnormal or Pseudotumor.
+    """Whether a name holds another and does not deny it: Pneumonie li., Pleuraerguss, Pneumonie
+    ohne Erguss, but not keine Pneumonie, abnormal or Pseudotumor.
     """
-    rest = words_beside(name, usual)
-    return rest is not None and DENIALS.isdisjoint(rest) and not is_denial_of(name, usual)
+    beside = words_beside(name, usual)
+    return beside is not None and DENIALS.isdisjoint(beside[0]) and not is_denial_of(name, usual)
 
 
 def is_denial_of(name: str, usual: str) -> bool:
     """Whether a name says no more than that another is not there: non-COVID, TB negative, HIV-,
-    controls.
+    TB not seen, controls.
     """
     if word_of(name) in CONTROLS:
         return True
@@ -362,17 +418,20 @@ def is_denial_of(name: str, usual: str) -> bool:
         return True
     if name[-1:] in ("-", "\u2013", "\u2212") and usual[-1:] == "+":
         return plain(name[:-1]) == plain(usual[:-1])
-    rest = {*(words_beside(name, usual) or ())} - {"of", "de", "for"}
+    rest = set(chain(*(words_beside(name, usual) or ()))) - {"of", "de", "for"}
+    rest -= SEEN if rest & DENIALS else set()
     return bool(rest) and rest <= DENIALS | ABSENT
 
 
 def is_part_of(name: str, usual: str) -> bool:
-    """Whether a name is another in the plural, or on one side, in one place or of one degree:
-    Pneumonie li., small effusions.
+    """Whether a name is another in the plural, on one side, in one place, of one degree or without
+    a third: Pneumonie li., small effusions, mass without effusion.
     """
-    rest = words_beside(name, usual)
-    is_place = all(map(PLACE.fullmatch, words_in(usual)))
-    return rest is not None and all(map(PLACE.fullmatch, rest)) and not is_place
+    beside = words_beside(name, usual)
+    if beside is None or all(map(PLACE.fullmatch, words_in(usual))):
+        return False
+    after = takewhile(lambda word: word not in DENIALS, beside[1])
+    return all(map(PLACE.fullmatch, chain(beside[0], after)))
 
 
 def is_slip(one: str, other: str) -> bool:
@@ -413,11 +472,15 @@ def patient_of(cell: str) -> str | None:
 
 
 def patient_keys(patients) -> list[str | None]:
-    """What the spellings of one patient have in common: P-0118, P 0118 and p0118 are one; 1-12 and
+    """What the spellings of one patient have in common: P-0118, P 0118 and p118 are one; 1-12 and
     11-2 are two, unless 112 is there as well, which may be either. None of nobody (None).
     """
-    parts = [re.findall(r"\d+|[^\W\d_]+", (who or "").casefold()) for who in patients]
-    undivided = {who.casefold() for who in patients if who and who.isalnum()}
+    # Zeros before a number do not tell.
+    parts = [re.findall(r"0*(\d+)|([^\W\d_]+)", (who or "").casefold()) for who in patients]
+    parts = [["".join(part) for part in found] for found in parts]
+    undivided = {
+        "".join(words) for words, who in zip(parts, patients, strict=True) if who and who.isalnum()
+    }
     return [
         "".join(words) if "".join(words) in undivided else "-".join(words) or who
         for words, who in zip(parts, patients, strict=True)
@@ -427,6 +490,7 @@ def patient_keys(patients) -> list[str | None]:
 def looks_like_patient(column: str, cells) -> bool:
     """Whether a column of no known name seems to say whose films are: it is called like a patient,
     or holds codes such as P013, or numbers under a name such as 'Aktennr.', some of them again.
+    Hospital No counts patients, a column hospital or exam no does not.
 
     Numbers alone do not tell: widths in px, doses and leucocytes are many and repeat, too.
     """
@@ -440,4 +504,11 @@ def looks_like_patient(column: str, cells) -> bool:
         return are_numbers or not (is_text or all(map(what_instead, said)))
     are_codes = all(re.fullmatch(r"(?=.*\d)[^\W\d][\w-]*", cell) for cell in said)
     is_id = are_codes or (are_numbers and tells(column, "number"))
-    return is_id and len(said) / 3 < kinds < len(said) and not tells(column, "visit", "exam")
+    if not is_id or kinds == len(said) or tells(column, "exam"):
+        return False
+    is_visit = tells(column, "visit")
+    if is_visit and not tells(column, "counter"):
+        return False
+    is_long = any(re.search(r"\d\d", cell) for cell in said)  # a stage has one digit: T1
+    films = 5 if is_long and not is_visit else 3  # of a patient, at most, on average
+    return kinds > len(said) / films

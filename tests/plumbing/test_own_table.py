@@ -556,6 +556,9 @@ NO_LABELS = [
     (["135", '"135,4"', "4"], "line 2: column label says '135', a number and no class"),
     (["Mass", '"7,2 mg/l"'], "line 3.*'7,2 mg/l', a number and"),
     (["90%", "10%"], "line 2.*'90%', a number and no class"),
+    (["Mass", "dito"], "line 3.*'dito', a ditto and no class"),
+    (["Mass", "″"], "line 3.*'″', a ditto and no class"),
+    (["Mass", '""""'], "line 3.*, a ditto and no class"),
     (["058Y", "060Y"], "line 2.*'058Y', an age and no class"),
 ]
 
@@ -612,6 +615,8 @@ MASKS = [  # cell, name of the file that is meant; None: refused with these word
     ("-1", None, "'-1' is not there"),
     ("1", None, "'1' is not there"),
     ("Mass", None, "'Mass' is not there"),
+    ("ja", None, "mask 'ja' is not there .column mask.*save each as PNG.*--column NAME"),
+    (f'"[{", ".join(map(str, range(100)))}]"', None, "mask .* is not there .column mask"),
     ("film01.png", None, "'film01.png' is not there"),  # a film is no mask
 ]
 
@@ -927,6 +932,20 @@ def test_a_column_of_splits_in_other_words_is_understood_or_refused_not_passed_o
         lambda: read_rows(folder, tmp_path, "file,Mass,Datensatz", *half),
         "line 6: column Datensatz must say train, val, test, not ''",
     )
+    half_told = [  # these splits were passed over, and others drawn
+        ("train|external test", "line 3: .* not 'external test': rename or delete the column"),
+        ("train|holdout", "line 3: .* not 'holdout'"),
+        ("Training|Test 1|Test 2", "line 3: .* not 'Test 1'"),
+        ("derivation|validation", "line 2: .* not 'derivation'"),
+        ("development|validation", "train, val, test; development and val both mean val"),
+        ("développement|validation|test", "line 2: .* not 'développement'"),
+    ]
+    for kinds, words in half_told:
+        told = [f"film{k:02d},{k % 2},{kind}" for k, kind in enumerate(2 * kinds.split("|"))]
+        refused(
+            lambda told=told: read_rows(folder, tmp_path, "file,Mass,Datensatz", *told),
+            f"{words}",
+        )
     cohort = ["film00,1,Test", "film01,0,Kontrolle", "film02,1,Kontrolle", "film03,0,Training"]
     assert set(read_rows(folder, tmp_path, "file,Mass,Kurs", *cohort).parts) == {"all"}
 
@@ -1046,6 +1065,23 @@ LIKE_A_PATIENT = [  # a column, its cell in row k of 24, whether it is refused a
     ("Aktennr.", "{0}", True),
     ("Kürzel", "P-{0:03d}", True),
     ("Kürzel", "P-{1:03d}", False),  # no two are alike
+    ("Kürzel", "P-{3:03d}", True),  # four films each
+    ("Stadium", "T{3}", False),
+    ("candidate_id", "{0}", True),
+    ("Patientendatei-Nr.", "{0}", True),
+    ("Datensatz-ID", "{0}", True),
+    ("Triage-Nr.", "{0}", True),
+    ("Hospital No", "{0}", True),
+    ("MRN (Hospital)", "{0}", True),
+    ("Klinik-Nr.", "{0}", True),
+    ("Study ID", "{0}", True),
+    ("NHC", "{0}", True),
+    ("PESEL", "{0}", True),
+    ("住院号", "{0}", True),
+    ("患者年龄", "{0}", False),
+    ("Study date", "202401{0:02d}", False),
+    ("hospital", "H{0}", False),
+    ("numeric score", "{0}", False),
     ("Kürzel", "P{2}", False),  # three of 24, such as a scanner
     ("Patient Age (y)", "{0}", False),
     ("Patientengröße", "1{0:02d}", False),
@@ -1074,7 +1110,7 @@ LIKE_A_PATIENT = [  # a column, its cell in row k of 24, whether it is refused a
 def test_a_column_that_looks_like_the_patient_is_refused_and_no_other(
     folder, tmp_path, name, cell, is_refused
 ):
-    cells = [cell.format(k // 2 + 1, k + 1, k % 3) for k in range(24)]
+    cells = [cell.format(k // 2 + 1, k + 1, k % 3, k // 4) for k in range(24)]
     rows = [f'film{k:02d},{("normal", "Mass")[k % 2]},"{cells[k]}",test' for k in range(24)]
 
     def read(**kwargs):
@@ -1095,13 +1131,16 @@ def test_a_column_that_looks_like_the_patient_is_refused_and_no_other(
 
 
 def test_codes_for_missing_are_no_classes(folder, tmp_path):
-    for codes in ("0 1 9", "0 1 2 99", "1 2 88"):
+    pairs = ("0 1 98 99", "0 1 8 9", "1 2 8 9", "0 1 7 8 9", "0 1 998 999", "0 1 2 66", "1 2 77 88")
+    for codes in ("0 1 9", "0 1 2 99", "1 2 88", *pairs):
         rows = [f"film{k:02d},{codes.split()[k % len(codes.split())]}" for k in range(8)]
         refused(
-            lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows), "missing: is it"
+            lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows), "missing: if it"
         )
-    rows = [f"film{k:02d},{k % 10}" for k in range(20)]
-    assert len(read_rows(folder, tmp_path, "file,label", *rows).labels) == 10
+    for first, last in ((0, 9), (1, 8), (6, 9), (0, 7)):
+        codes = list(range(first, last + 1))
+        rows = [f"film{k:02d},{codes[k % len(codes)]}" for k in range(2 * len(codes))]
+        assert len(read_rows(folder, tmp_path, "file,label", *rows).labels) == len(codes)
 
 
 def test_a_slip_in_a_column_of_a_model_is_refused_and_not_left_out(folder, tmp_path):
@@ -1142,6 +1181,11 @@ IN_A_CELL = [  # the cells of a column; its labels and targets, or the words of 
     (["Pneumonie", "Pneumonie links", "normal"], None, "line 3: .*'Pneumonie links' .1 ×. beside"),
     (["left pneumonia", "pneumonia", "normal"], None, "line 2: .*'left pneumonia' .1 ×. beside"),
     (["effusion", "small effusions", "normal"], None, "line 3: .*'small effusions'"),
+    (["Erguss ohne Pneumonie", "Erguss", "normal"], None, "line 2: .*'Erguss ohne Pneumonie'"),
+    (["rib fracture without effusion", "rib fracture"], None, "line 2: .*'rib fracture without"),
+    (["Mass left not cystic", "Mass", "TB"], None, "line 2: .*'Mass left not cystic'"),
+    (["Mass nicht vorhanden", "Mass"], ["Mass"], [(0,), (1,)]),
+    (["TB negative", "TB", "Mass"], ["Mass", "TB", "TB negative"], None),
     (["pneumonia", "pneumonia|left pneumonia"], ["left pneumonia", "pneumonia"], [(0, 1), (1, 1)]),
     (["Pneumonie", "Ödem links"], ["Ödem links"], [(0,), (1,)]),
     (["(left) mass (small)", "normal"], ["(left) mass (small)"], [(1,), (0,)]),
@@ -1269,6 +1313,8 @@ SPELT = [  # spellings of patients, how many these are
     ("A-1-12 A-11-2 A-1-1", 3),
     ("1.2.840.1 1.2.84.01", 2),
     ("Meier-A MeierB", 2),
+    ("P0118 P118 p-00118", 1),
+    ("A-1-12 A112 A0112", 1),
 ]
 
 
@@ -1335,3 +1381,137 @@ def test_of_yes_and_no_and_a_slip_the_slip_is_named(folder, tmp_path):
             lambda rows=rows: read_rows(folder, tmp_path, "file,label", *rows),
             f"column label says {slip!r}, which is neither yes .1., no .0., unsure .-1. nor empty",
         )
+
+
+# ---------------------------------------------------------------- what was passed over in silence
+def test_a_second_column_of_diagnoses_is_refused_and_not_counted_as_negative(folder, tmp_path):
+    header = "Dateiname,Diagnose,Nebendiagnose"
+    rows = ["film00,Pneumonie,Erguss", "film01,normal,", "film02,Erguss,Pneumonie"]
+    refused(
+        lambda: read_rows(folder, tmp_path, header, *rows),
+        "line 2: column Nebendiagnose says 'Erguss', a class of column Diagnose",
+        "join both with . in one column, or say --column Diagnose",
+    )
+    found = read_rows(folder, tmp_path, header, *rows, column="Diagnose")
+    assert targets_of(found) == [(0, 1), (0, 0), (1, 0)]
+    agreeing = ["film00,a|b,B|A", "film01,a,a", "film02,b,", "film03,normal,c", "film04,,a"]
+    found = read_rows(folder, tmp_path, header, *agreeing)
+    assert targets_of(found) == [(1, 1), (1, 0), (0, 1), (0, 0)]
+    codes = [f"film{k:02d},{k % 3},{2 * k % 3}" for k in range(6)]  # the age, say
+    assert read_rows(folder, tmp_path, header, *codes).labels == ("0", "1", "2")
+
+
+def test_every_column_that_is_not_learnt_is_named(folder, tmp_path):
+    names = [f"c{k}" for k in range(23)]
+    rows = [f"film{k:02d},{('Mass', 'normal')[k]}" + ",7" * 23 for k in range(2)]
+    found = read_rows(folder, tmp_path, ",".join(["file,label", *names]), *rows)
+    assert f"columns not learnt: {', '.join(names[:20])} and 3 more" in found.notes
+
+
+def test_a_date_in_the_name_of_a_film_is_no_patient_of_nih(tmp_path):
+    names = [f"202301{k // 2 + 10}_00{k % 2}.png" for k in range(8)]
+    make_films(tmp_path / "films", names)
+    rows = [f"{name},{k % 2}" for k, name in enumerate(names)]
+    found = read_rows(tmp_path / "films", tmp_path, "file,label", *rows)
+    assert "patients unknown" in said(found) and len(set(patients_of(found))) == 8
+
+
+LOST_LETTERS = [  # label, patient, what is refused
+    ("PÃ¤vermehrung", "p1", "line 2: column label says 'PÃ¤vermehrung': letters were lost"),
+    ("Erg\ufffd", "p1", "line 2: column label .*: letters were lost"),
+    ("normal", "Mâ€™Bo", "line 2: column patient says .*: letters were lost"),
+    ("normal", "M?ller", "line 2: column patient says 'M.ller': letters were lost"),
+    ("Erg?sse", "p1", "line 2: column label says 'Erg.sse': letters were lost"),
+    ("????", "p1", "line 2: column label says .*: letters were lost"),
+    ("LESÃO", "CONCEIÇÃO", None),
+    ("PULMÃO (ÂNUS)", "Â", None),
+    ("pneumonia?", "p1", None),
+]
+
+
+@pytest.mark.parametrize("label, patient, words", LOST_LETTERS)
+def test_letters_that_were_lost_are_told(folder, tmp_path, label, patient, words):
+    rows = [f"film00,{label},{patient}", "film01,mass,p2", "film02,normal,p3"]
+
+    def read():
+        return read_rows(folder, tmp_path, "file,label,patient", *rows)
+
+    if words:
+        refused(read, words, "save it as .CSV UTF-8.")
+    else:
+        assert label in read().labels and patient in patients_of(read())
+
+
+def test_letters_lost_in_a_name_count_and_not_in_a_film_or_another_column(folder, tmp_path):
+    rows = ["film00,1,what?no", "film01,0,"]
+    refused(lambda: read_rows(folder, tmp_path, "file,ErgÃ¼sse,x", *rows), "column Erg.*: letters")
+    assert read_rows(folder, tmp_path, "file,Ergüsse,x", *rows).labels == ("Ergüsse",)
+    make_films(tmp_path / "films", ["MÃ¼ller?x.png"])
+    found = read_rows(tmp_path / "films", tmp_path, "file,label", "MÃ¼ller?x.png,1")
+    assert targets_of(found) == [(1,)]
+
+
+def test_patients_as_excel_writes_them(folder, tmp_path):
+    cells = ['"=""00118"""', "'00118", '="118"', "118", "A\u00ad1", "A1"]
+    rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(cells)]
+    found = read_rows(folder, tmp_path, "file,label,patient", *rows)
+    assert patients_of(found) == ["118"] * 4 + ["A1"] * 2
+    for cell, words in (
+        ("1E+12", "a spreadsheet rounded the number"),
+        ("1.000", "which may be a thousand or not"),
+        ('"12,000"', "which may be a thousand or not"),
+        ("dito", "a ditto: write the patient in every row"),
+    ):
+        refused(
+            lambda cell=cell: read_rows(
+                folder, tmp_path, "file,label,patient", *rows, f"film09,1,{cell}"
+            ),
+            f"line 8: column patient says .*{words}",
+        )
+    found = read_rows(folder, tmp_path, "file,label,patient", "film00,1,1E5", "film01,0,13.00")
+    assert patients_of(found) == ["1E5", "13"]
+
+
+def test_patients_in_merged_cells_are_not_taken_for_unknown(folder, tmp_path):
+    def read(*cells):
+        rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(cells)]
+        return read_rows(folder, tmp_path, "file,label,patient", *rows)
+
+    refused(lambda: read("a", "", "", "b", ""), "line 3: column patient .* 3 blanks .*merged cells")
+    for cells in (("a", "", "b", "c"), ("a", "", "", "b", "b"), ("", "a", ""), ("a", "NA", "NA")):
+        assert "warning: patients: column patient; " in said(read(*cells))
+
+
+BESIDE = [  # cells of a column beside one of 0 and 1, what is refused
+    ("x||x|", "column Erguss has 'x' and blanks: write 1 and 0"),
+    ("ja (links)|nein|ja (rechts)|ja (links)", "line 2: column Erguss says 'ja .links.', which is"),
+    ("yes|mild|severe|mild", "line 3: column Erguss says 'mild'"),
+    ("Checked|Unchecked|Checked|", None),
+    ("AFib|normal|AFib|SVT", ()),  # another question
+    ("N|E|C|E", ()),
+]
+
+
+@pytest.mark.parametrize("cells, outcome", BESIDE)
+def test_answers_in_another_code_beside_others_are_refused(folder, tmp_path, cells, outcome):
+    rows = [f"film{k:02d},{k % 2},{cell}" for k, cell in enumerate(cells.split("|"))]
+
+    def read(**kwargs):
+        return read_rows(folder, tmp_path, "file,Mass,Erguss", *rows, **kwargs)
+
+    if outcome:
+        refused(read, outcome)
+        assert read(column="Mass").labels == ("Mass",)
+    else:
+        assert read().labels == (("Mass", "Erguss") if outcome is None else ("Mass",))
+
+
+def test_cells_that_excel_left_out_are_blank_but_in_the_last_row(folder, tmp_path):
+    rows = ["film00,1,Mass", "film01,0", "film02", "film03,0,"]
+    found = read_rows(folder, tmp_path, "file,A,B", *rows, column="A")
+    assert targets_of(found) == [(1,), (0,), (0,)]
+    assert "2 rows have fewer cells than the header (first: line 3)" in said(found)
+    refused(
+        lambda: read_rows(folder, tmp_path, "file,A,B", *rows, "film04,1"),
+        "line 6: 2 cells where the header has 3: is the file cut off",
+    )

@@ -246,3 +246,31 @@ def test_it_is_said_of_which_labels_a_mean_is():
     ]
     assert results.metric_of("mask", {"all films": 1, "films with a mask": None}) == "Dice"
     assert results.metric_of("labels", {"a": None, "b": None}) == "AUROC"
+
+
+@pytest.mark.parametrize(
+    "rows, labels",
+    [
+        (["Pathology", "Mass|Disease", "normal", "mask|split"], None),
+        (["filename|patient id", "Segmentation", "normal", "Training"], None),
+        (["Disease", "normal", "Disease", "normal"], ("Disease",)),
+        (["mask", "normal", "mask", "normal"], ("class mask",)),
+    ],
+)
+def test_films_csv_can_be_read_back_however_its_classes_are_called(tmp_path, rows, labels):
+    lines = ["file,patient,split,label"]
+    for k in range(12):
+        Image.new("L", (4, 4), k).save(tmp_path / f"{k}.png")
+        lines.append(f"{k}.png,P{k},{('train', 'val', 'test')[k // 4]},{rows[k % 4]}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    first = load_task("csv", tmp_path, tmp_path / "t.csv")
+    results.write_films(tmp_path, first, tmp_path)
+    again = load_task("csv", tmp_path, tmp_path / "films.csv")
+    assert [name.removeprefix("class ") for name in again.labels] == list(first.labels)
+    assert labels is None or again.labels == labels
+    for split in ("train", "val", "test"):
+        films = [
+            {(e.path, e.patient, tuple(e.target)) for e in getattr(s, split)}
+            for s in (first, again)
+        ]
+        assert films[0] == films[1]

@@ -72,6 +72,8 @@ def test_of_several_separators_in_the_header_the_most_frequent_counts(tmp_path):
         ["name", "size, px", "b"],
         [(2, ["a", "1,5", "2"]), (3, list("b23"))],
     )
+    path.write_text("name|label|b\na|Mass, left|2\n")
+    assert read_cells(path) == (["name", "label", "b"], [(2, ["a", "Mass, left", "2"])])
     path.write_text('"a;\nb;c;d",e\n1,2\n')
     assert read_cells(path) == (["a;\nb;c;d", "e"], [(3, list("12"))])
 
@@ -165,6 +167,13 @@ def test_a_film_in_another_folder_is_found_by_its_name_if_that_is_unique():
     assert [place.films for place in places] == [[0], [], [3], [], []]
     assert [place.is_elsewhere for place in places] == [True, False, False, False, False]
     assert [place.films for place in Finder(films[3:]).find(rows[3:])] == [[], []]
+
+
+def test_a_film_is_not_taken_from_another_folder_when_that_of_the_row_is_there():
+    films = ["siteA/only.png", "siteA/1.png", "siteB/2.png", "a/images/3.png", "4.png"]
+    rows = ["siteB/only.png", "SITEB/1.png", "siteC/2.png", "data/images/3.png", "site/4.png"]
+    places = Finder(films).find(rows)
+    assert [place.films for place in places] == [[], [], [2], [3], [4]]
 
 
 def test_finding_many_films_takes_seconds():

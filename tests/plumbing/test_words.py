@@ -18,11 +18,13 @@ from plumbing.words import (
     answer,
     column_key,
     denied_by,
+    flags_split,
     is_denial_of,
     is_kind_of,
     is_negative,
     is_same_in_doubt,
     plain,
+    split_of,
     whole_number,
 )
 
@@ -51,6 +53,14 @@ def test_a_cell_answers_yes_no_perhaps_or_nothing():
         MISSING: "k.A.;k. A.;keine_Angabe;N.A;Keine Angabe;nicht beurteilbar;Não avaliável;fehlt",
         OTHER: "V.a. Pneumonie;kA;0-1",
     }
+    more = {
+        YES: "Checked",
+        NO: "Unchecked;Lungs clear;Rx tórax normal;Thorax o. B.;unauff.;clear",
+        UNCERTAIN: "indéterminé;Inconclusive;grenzwertig;non concluant",
+        MISSING: "(leer);(Blank);n/d;TBD;Poor quality;non-diagnostic;nicht auswertbar;N/K",
+        OTHER: "dito;clearance;pendent",
+    }
+    words = {meaning: f"{words[meaning]};{more[meaning]}" for meaning in words}
     for value, cells in words.items():
         assert {answer(cell) for cell in cells.split(";")} == {value}, cells
 
@@ -68,9 +78,34 @@ def test_words_for_no_finding_and_spellings_of_one_name():
     assert len(set(map(plain, different))) == 5
 
 
+SPLIT_SAID = {
+    "train": "Trainingsdaten Trainingsset training_cohort 1_train trening eğitim 训练集 TR",
+    "val": "Validierungsdaten validation-cohort 2_val walidacja doğrulama 验证集 dev",
+    "test": "Testdaten Testset TEST-COHORT 3_test Testing 测试集 test",
+    None: "holdout external_test Test_1 set data derivation développement Testosteron 1 valve",
+}
+
+
+@pytest.mark.parametrize("split", SPLIT_SAID)
+def test_a_word_names_a_split_whatever_it_is_joined_with(split):
+    assert {word: split_of(word) for word in SPLIT_SAID[split].split()} == dict.fromkeys(
+        SPLIT_SAID[split].split(), split
+    )
+
+
+def test_the_name_of_a_column_of_yes_and_no_may_tell_a_split():
+    flags = (
+        "test_cohort holdout external_test test_flag used_for_training train_test Train? Testset"
+    )
+    assert all(map(flags_split, flags.split()))
+    others = "test Test? valid TR Testosteron contest set flag strain"
+    assert not any(map(flags_split, others.split()))
+
+
 # ---------------------------------------------------------------- one list of each meaning
 def test_a_denial_is_neither_the_finding_nor_a_kind_of_it():
     denials = ["nonTB", "not TB", "TB-negative", "TB neg.", "absence of TB", "TB excluded"]
+    denials += ["TB nicht vorhanden", "TB not seen", "TB not present"]
     for name in denials:
         assert is_denial_of(name, "TB") and not is_denial_of("TB", name)
         assert not is_kind_of(name, "TB")
