@@ -206,7 +206,7 @@ def test_a_patient_in_two_spellings_is_one(tmp_path):
     spellings = ["P-01", "p01", "013", "13", "13.0"]
     rows = [[f"{k}.png", who, 0.5, k % 2] for k, who in enumerate(spellings)]
     write_seed(tmp_path / "seed0", "AUROC", ["film", "patient", "ill", "true_ill"], rows)
-    assert ablation.read_judged(tmp_path / "seed0")[1] == ["p01"] * 2 + ["13"] * 3
+    assert ablation.read_judged(tmp_path / "seed0")[1] == ["p1"] * 2 + ["13"] * 3
 
 
 @pytest.mark.parametrize("flag", ["fraction", "shots"])
