@@ -94,17 +94,17 @@ def read_goal(sheet: Sheet, asked, uncertain: str, can_be_mask: bool) -> Goal:
 
 
 def refuse_second_names(sheet: Sheet, goal: Goal, others: list[str]):
-    """UserError when a column that is not read says a class of a row which the learnt column does
-    not say there: it may be a second diagnosis, of which the film would count as negative.
+    """UserError when a column that is called like a second diagnosis says a class of a row which
+    the learnt column does not say there: the film would count as negative of it.
     """
     names = filter(None, [*goal.labels, goal.against])
     classes = {plain(name) for name in names if not name.isdecimal()}
     learnt = goal.columns[0]
     for name in others:
+        if not tells(name, "second") or tells(name, "comment", "visit", "grade"):
+            continue
         divided = {cell: re.split(r"[|;,\n]", cell) for cell in set(sheet.cells[name])}
         named = {cell: classes.intersection(map(plain, divided[cell])) for cell in divided}
-        if not any(named.values()):
-            continue
         for row, target in enumerate(goal.targets):
             if not target:
                 continue
@@ -217,14 +217,18 @@ def answer_columns(sheet: Sheet) -> list[str]:
 def has_words_beside(sheet: Sheet, column: str) -> bool:
     """Whether a column of few kinds says yes or no in words beside others: ja (links), nein.
 
-    'normal' or a single letter may be a word of another question: of an ECG, of smoking.
+    A column of no, nasal and mask asks something else; so may 'normal' or a single letter do.
     """
     kinds = set(sheet.cells[column])
     if len(kinds) > 10 or tells(column, "sex", "visit", "grade", "comment"):
         return False
     words = {cell for cell in kinds if answer(cell) in (YES, NO) and len(cell) > 1}
     words = {cell for cell in words if whole_number(cell) is None and not is_negative(cell)}
-    return bool(words) and 1 <= sum(answer(cell) == OTHER for cell in kinds) <= 6
+    others = [cell for cell in kinds if answer(cell) == OTHER]
+    first_words = (words_in(cell)[:1] for cell in others)
+    is_answered = any(first and answer(first[0]) in (YES, NO) for first in first_words)
+    says_yes = any(answer(word) == YES for word in words)
+    return bool(words) and 1 <= len(others) <= 6 and (says_yes or is_answered)
 
 
 def refuse_ticks(sheet: Sheet):
@@ -232,7 +236,8 @@ def refuse_ticks(sheet: Sheet):
     for column in sheet.others:
         said = {cell for cell in sheet.cells[column] if answer(cell) is not MISSING}
         is_ticked = {cell.casefold() for cell in said} in ({"x"}, {"×"}, {"✓"}, {"✔"}, {"*"})
-        if is_ticked and MISSING in sheet.answers(column) and not tells(column, "comment"):
+        is_finding = not tells(column, "comment", "chore")
+        if is_ticked and MISSING in sheet.answers(column) and is_finding:
             advice = "write 1 and 0, or delete the column, or name those to learn: --column A,B"
             sheet.refuse(f"column {column} has {min(said)!r} and blanks: {advice}")
 
@@ -377,7 +382,8 @@ def refuse_odd_codes(sheet: Sheet, column: str, codes, labels):
 
 def codes_for_missing(codes) -> set[str]:
     """The largest codes, if they look like those for missing and do not go on from the others: 9 of
-    0, 1, 9; 98 and 99 of 1, 2, 98, 99; none of 0 to 9, nor where fewer than two others remain.
+    0, 1, 9; 98 and 99 of 1, 2, 98, 99; none of 0 to 9, nor where fewer than two others remain. 7
+    and 8 alone may end a scale with gaps: 1, 3, 5, 7.
     """
     others = sorted(codes, key=int)
     found = set()
@@ -386,7 +392,7 @@ def codes_for_missing(codes) -> set[str]:
     while str(int(min(found, key=int, default="0")) - 1) in others:
         others.append(min(found, key=int))
         found.remove(others[-1])
-    return found if len(others) >= 2 else set()
+    return found if len(others) >= 2 and not found <= {"7", "8"} else set()
 
 
 def first_row(findings, names) -> int:

@@ -14,7 +14,17 @@ import numpy as np
 from plumbing.findings import Goal, goal_of_model, read_goal
 from plumbing.launch import UserError
 from plumbing.table import Finder, Sheet, as_path, without_suffix
-from plumbing.words import LATERAL, LOST, NO, SPLITS, YES, looks_like_patient, tells, word_of
+from plumbing.words import (
+    GARBLED,
+    LATERAL,
+    LOST,
+    NO,
+    SPLITS,
+    YES,
+    looks_like_patient,
+    tells,
+    word_of,
+)
 
 MANY = 20  # films, of which a patient has several or the column tells something else
 
@@ -229,8 +239,10 @@ def read_own_table(
         goal = goal_of_model(sheet, column, uncertain, *trained)
     else:
         goal = read_goal(sheet, column, uncertain, can_be_mask)
-    learnt = [] if goal.kind == "mask" else filter(None, goal.columns)
-    sheet.refuse_garbled(LOST, [*learnt, *filter(None, [sheet.patient])])
+    learnt = [] if goal.kind == "mask" else goal.columns
+    read = list(filter(None, [*learnt, sheet.patient, split]))
+    sheet.refuse_garbled(GARBLED, read)
+    sheet.refuse_garbled(LOST, read)
     nothing = [None] * len(sheet.lines)
     patients = sheet.patients()
     films = sheet.cells[sheet.film]

@@ -8,6 +8,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,14 +130,15 @@ def read_text(path: Path) -> str:
 
 
 def find_separator(text: str) -> str:
-    """Find what stands between the cells: comma, semicolon, tab or |, the most frequent of the
-    header.
+    """Find what stands between the cells: comma, semicolon or tab, the most frequent of the header;
+    | where it has none of them.
 
     What stands between quotation marks does not count.
     """
     unquoted = re.sub('"[^"]*"', '""', text[:1_000_000])
     header = next(filter(str.strip, unquoted.splitlines()), "")
-    return max(",;\t|", key=header.count)
+    separator = max(",;\t", key=header.count)
+    return separator if separator in header or "|" not in header else "|"
 
 
 def refuse_double_names(path, header):
@@ -226,7 +228,6 @@ class Sheet:
         self.read_signs()
         self.film = self.find_film()
         self.patient = self.column("patient")
-        self.refuse_garbled(GARBLED, [name for name in self.cells if name != self.film])
 
     def read_signs(self):
         """Read + and - as yes and no where a column has no other sign or word."""
@@ -317,7 +318,7 @@ class Sheet:
             if len(set(said)) < 2:
                 continue
             filled = len(cells) - self.answers(name).count(MISSING)  # a blank says nothing else
-            if 2 * len(said) > filled:
+            if 2 * len(said) > filled and any(map(split_of, kinds)):
                 found.append(name)
         if len(found) > 1:
             self.refuse(
@@ -368,7 +369,9 @@ class Sheet:
         """UserError when a patient seems to stand in the first of their rows only."""
         cells = self.cells[column]
         filled = list(filter(None, cells))
-        if cells[0] and len(set(filled)) == len(filled) <= 2 * cells.count(""):
+        blocks = sum(bool(cell) and not below for cell, below in pairwise(cells))
+        is_once = len(set(filled)) == len(filled) <= 2 * cells.count("")
+        if cells[0] and is_once and blocks > 1:
             self.refuse(
                 f"column {column} names every patient once, with {cells.count('')} blanks below "
                 "them: merged cells? Fill the column down, or write NA where nobody knows the "
@@ -414,13 +417,12 @@ class Finder:
     A row means a film when one path ends with the other, folder by folder, whatever the suffix and
     whether letters are large or small; \\ counts as /. What fits exactly goes before what does not.
     Where no folder fits, the name alone is enough if no other film and no other row has it, and if
-    no film lies in a folder that is called like the row's.
+    the row's folder is not there: no other row's film lies in one of that name.
     """
 
     def __init__(self, films):
         self.films = list(films)
         self.parts = [len(path.split("/")) for path in self.films]
-        self.folders = {folder_of(path) for path in self.films}
         self.of_depth = {}  # {depth: {key of a tail: numbers of films}}
 
     def tails(self, depth: int) -> dict[str, list[int]]:
@@ -437,9 +439,15 @@ class Finder:
         """Find the film of every row: none, one, or all that fit equally well."""
         places = [self.place(as_path(name)) for name in names]
         used = {i for place in places if not place.is_elsewhere for i in place.films}
+        there = {folder_of(self.films[i]) for i in used}
         asked = Counter(place.films[0] for place in places if place.is_elsewhere)
         for row, place in enumerate(places):
-            if place.is_elsewhere and (place.films[0] in used or asked[place.films[0]] > 1):
+            if not place.is_elsewhere:
+                continue
+            (film,) = place.films
+            folder = folder_of(as_path(names[row]))
+            is_lacking = folder in there and folder != folder_of(self.films[film])
+            if film in used or asked[film] > 1 or is_lacking:
                 places[row] = Place([])
         return places
 
@@ -473,12 +481,7 @@ class Finder:
             if whole:
                 return Place(self.closest(whole, tail))
             alike = alike or self.closest(found, tail)
-        folder = folder_of(path)
-        if len(alike) != 1 or (
-            folder in self.folders and folder != folder_of(self.films[alike[0]])
-        ):
-            return Place([])
-        return Place(alike, is_elsewhere=True)
+        return Place(alike, is_elsewhere=True) if len(alike) == 1 else Place([])
 
     def closest(self, found: list[int], tail: str) -> list[int]:
         """Those that fit best: whole path, then name with suffix, then letters as written."""

@@ -75,6 +75,7 @@ PARTS = {
         "mrn|^(nhc|hc|dni|nss|bsn|pesel)$|codicefiscale|住院|病历|病案|患者"
     ),
     "counter": "(id|nr|no|number|nummer)$|mrn",  # numbers people, whatever stands before
+    "clinic": "hospital|klinik|clinic|mrn",  # whose numbers are patients
     "sex": "sex|sesso|gender|geschl|genre|性别",
     "trait": (  # age, size and dates of a person
         "(?<!tri)age|alter|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|"
@@ -93,9 +94,17 @@ PARTS = {
         "follow|visit|verlauf|site|hospital|klinik|center|centre|zentrum|ward|station|zimmer|room|"
         "scanner|device|gerat|geraet"
     ),
+    "second": (  # of several diagnoses
+        "neben|second(?!read)|zweit(?!les|bef)|weiter|andere|other|additional|zusatz|autre|otro|"
+        "altr[oi]|(?<!reader)(?<!rater)(?<!leser)(?<!befunder)(?<!lecteur)(?<!lector)[2-9]$"
+    ),
+    "chore": (  # what was done with a film, often as a tick
+        "check|gepr|review|done|print|exclu|ausschl|flag|consent|repeat|artefa|artifa|kontroll"
+    ),
     "exam": (
         "study(?!(id|nr|no|number)$)|serie|accession|exam|untersuch|auftrag|order|image|film|bild|"
-        "dicom|instance|acqui|slice|icd|postal|zip|plz|phone|telef|serial|reader|report|note|"
+        "dicom|instance|acqui|slice|icd|annotat|technic|^rad|mtra|user|batch|^bed|bett|tube|rack|"
+        "proced|departm|region|countr|postal|zip|plz|phone|telef|serial|reader|report|note|"
         "operator|befund|radiolog|proto[ck]ol|[ck]assette|dete[ck]tor|lo[ck]ali|^tnm|^ops|numberof"
     ),
     "grade": (  # codes such as 0 to 3, which are no findings either
@@ -173,8 +182,10 @@ def flags_split(column: str) -> bool:
     ).groups()
     word, after = (word, after) if word or after != "test" else (after, "")
     split = split_of(word)
-    may_be_else = split == "test" or word == "valid" or len(word) < 4
-    return word == "holdout" or (split is not None and bool(before or after or not may_be_else))
+    is_odd = word == "valid" or len(word) < 4
+    is_told = bool(before or (after and not (is_odd and after in ("flag", "test"))))
+    may_be_else = split == "test" or is_odd
+    return word == "holdout" or (split is not None and (is_told or not may_be_else))
 
 
 # ---------------------------------------------------------------- cells
@@ -201,7 +212,7 @@ WORDS = {
     UNCERTAIN: (
         "uncertain, unsure, equivocal, indeterminate, unklar, fraglich, unsicher, verdacht, v.a., "
         "v.d., incertain, douteux, dudoso, incierto, incerto, duvidoso, dubbio, inconclusive, "
-        "unclear, indetermine, indéterminé, non concluant, no concluyente, borderline, grenzwertig"
+        "unclear, indetermine, indéterminé, non concluant, no concluyente"
     ),
     MISSING: (
         ", na, n/a, #n/a, #nv, <na>, nan, null, none, nil, -, --, ?, missing, unknown, n.a., n.d., "
@@ -209,9 +220,8 @@ WORDS = {
         "not known, k.a., n.b., keine angabe, keine angaben, unbekannt, nicht beurteilbar, "
         "nicht bekannt, nicht bestimmt, fehlt, fehlend, non interpretable, non renseigne, inconnu, "
         "no valorable, no evaluable, desconocido, sin datos, nao avaliavel, desconhecido, "
-        "sem dados, non valutabile, sconosciuto, nicht auswertbar, nondiagnostic, pending, "
-        "ausstehend, poor quality, exclude, not reported, n/d, n/k, tbd, leer, (leer), blank, "
-        "(blank)"
+        "sem dados, non valutabile, sconosciuto, nicht auswertbar, pending, ausstehend, "
+        "not reported, n/d, n/k, tbd, leer, (leer), (blank)"
     ),
     NO_FINDING: (
         "normal, no finding, no findings, none, negative, healthy, 0, o.b., o.p.b., ohne befund, "
@@ -507,8 +517,8 @@ def looks_like_patient(column: str, cells) -> bool:
     if not is_id or kinds == len(said) or tells(column, "exam"):
         return False
     is_visit = tells(column, "visit")
-    if is_visit and not tells(column, "counter"):
+    if is_visit and not (tells(column, "counter") and tells(column, "clinic")):
         return False
-    is_long = any(re.search(r"\d\d", cell) for cell in said)  # a stage has one digit: T1
-    films = 5 if is_long and not is_visit else 3  # of a patient, at most, on average
-    return kinds > len(said) / films
+    begin_with_p = are_codes and all(cell[0] in "Pp" for cell in said)
+    is_likely = begin_with_p or column_key(column) in ("id", "recordid")
+    return kinds > len(said) / (5 if is_likely else 3)  # so many films of a patient, on average

@@ -1515,3 +1515,37 @@ def test_cells_that_excel_left_out_are_blank_but_in_the_last_row(folder, tmp_pat
         lambda: read_rows(folder, tmp_path, "file,A,B", *rows, "film04,1"),
         "line 6: 2 cells where the header has 3: is the file cut off",
     )
+
+
+@pytest.mark.parametrize(
+    "header, cells, labels",
+    [
+        # A second reader, and why the film was taken, are no second diagnosis.
+        ("reader1,reader2,label", ["TB,normal,normal", "TB,TB,TB"], ("TB",)),
+        ("Indication,Befund", ["Erguss,normal", ",Erguss", ",Pneumonie"], ("Erguss", "Pneumonie")),
+        # A column of no and kinds asks something else than the columns of 0 and 1.
+        ("oxygen,mass,effusion", ["no,0,1", "nasal,1,0", "mask,0,0"], ("mass", "effusion")),
+        ("printed,mass,effusion", ["x,0,1", ",1,0", "x,0,0"], ("mass", "effusion")),
+        # PadChest's label, and names that may be classes of their own.
+        ("Labels", ["['exclude']", "['pneumonia']", "['exclude', 'pneumonia']"], None),
+        ("label", ["normal", "borderline", "enlarged"], ("borderline", "enlarged")),
+        ("label", ["good", "poor quality", "moderate"], ("good", "moderate", "poor quality")),
+        ("label", ["1", "3", "5", "7"], ("1", "3", "5", "7")),  # a scale with gaps
+        # What nobody learns may be garbled.
+        ("hospital,label", ["CharitÃ©,normal", "CharitÃ©,Mass"], ("Mass",)),
+        ("valid flag,Mass", ["1,0", "0,1"], ("valid flag", "Mass")),
+        (
+            "site_id,label",
+            [f"{1 + k % 7},{('normal', 'Mass')[k % 2]}" for k in range(10)],
+            ("Mass",),
+        ),
+    ],
+)
+def test_what_a_careful_human_reads_without_doubt_is_not_refused(
+    folder, tmp_path, header, cells, labels
+):
+    rows = [
+        f'film{k:02d},"{c}"' if "[" in c else f"film{k:02d},{c}" for k, c in enumerate(2 * cells)
+    ]
+    found = read_rows(folder, tmp_path, f"filename,{header}", *rows[:10])
+    assert found.labels == (labels or ("exclude", "pneumonia"))

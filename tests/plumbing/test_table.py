@@ -170,10 +170,11 @@ def test_a_film_in_another_folder_is_found_by_its_name_if_that_is_unique():
 
 
 def test_a_film_is_not_taken_from_another_folder_when_that_of_the_row_is_there():
-    films = ["siteA/only.png", "siteA/1.png", "siteB/2.png", "a/images/3.png", "4.png"]
+    films = ["siteA/only.png", "siteA/1.png", "x/2.png", "a/images/3.png", "4.png", "siteB/5.png"]
     rows = ["siteB/only.png", "SITEB/1.png", "siteC/2.png", "data/images/3.png", "site/4.png"]
-    places = Finder(films).find(rows)
-    assert [place.films for place in places] == [[], [], [2], [3], [4]]
+    places = Finder(films).find([*rows, "siteB/5.png"])
+    assert [place.films for place in places] == [[], [], [2], [3], [4], [5]]
+    assert Finder(films).find(rows)[0].films == [0]  # of siteB the table knows nothing else
 
 
 def test_finding_many_films_takes_seconds():

@@ -56,8 +56,8 @@ def test_a_cell_answers_yes_no_perhaps_or_nothing():
     more = {
         YES: "Checked",
         NO: "Unchecked;Lungs clear;Rx tórax normal;Thorax o. B.;unauff.;clear",
-        UNCERTAIN: "indéterminé;Inconclusive;grenzwertig;non concluant",
-        MISSING: "(leer);(Blank);n/d;TBD;Poor quality;non-diagnostic;nicht auswertbar;N/K",
+        UNCERTAIN: "indéterminé;Inconclusive;non concluant",
+        MISSING: "(leer);(Blank);n/d;TBD;nicht auswertbar;N/K",
         OTHER: "dito;clearance;pendent",
     }
     words = {meaning: f"{words[meaning]};{more[meaning]}" for meaning in words}
