@@ -11,9 +11,8 @@ switches. compare fine-tunes on your own tables: from scratch, frozen and in ful
 few films; --shots 10,20,40,80 also draws the curve over films per class, curve.png. Every run has
 its own folder below --out, which also receives table.md; once all have finished, that of compare
 ends with the differences from scratch on the same test films, each with a 95 % interval over test
-patients and seeds. The same
-command again resumes: what is finished is not run again. Without a word --out also receives
-result.json.
+patients and seeds. The same command again resumes: what is finished is not run again. Without a
+word --out also receives result.json.
 """
 
 import dataclasses
@@ -669,7 +668,8 @@ def write_comparison(config: CompareConfig, rows: list[str], has_differences=Fal
         for row in rows:
             if row != "scratch":
                 lines.append([row, *(from_scratch(config, row, column) for column in columns)])
-        words += f"\n\n{markdown(lines)}\n\n95 % intervals over test patients and seeds"
+        over = "test patients and seeds" if config.seeds > 1 else "test patients, of one seed"
+        words += f"\n\n{markdown(lines)}\n\n95 % intervals over {over}"
     checkpoint.write_text(Path(config.out) / "table.md", words + "\n")
     if config.shots:
         charts = [draw_curve(table, cells) for table in config.tables.split(",")]
