@@ -430,8 +430,8 @@ def main(args=None, Model=CheXWorld):
     # ---- 3. Films: those to train on, and those kept for the closing test.
     if given.data is None:  # the demo draws a folder of films, as large as its recipe wants them
         name = choose_recipe(given, given.phantoms)
-        given = draw_demo(given, fill_in(given, name, origin).image, team)  # now it has --data,
-        given = dataclasses.replace(given, recipe=name)  # as a user's run has, and keeps its recipe
+        given = draw_demo(given, fill_in(given, name, origin).image, team)
+        given = dataclasses.replace(given, recipe=name)  # it has --data now, but stays the demo
     films, tables, train_indices, held_indices = open_and_hold_out(given, out, team)
 
     # ---- 4. The recipe fills in what is left open.

@@ -178,8 +178,8 @@ def compare_auroc(scores: dict, truth, patients, pairs=()) -> tuple[dict, dict]:
     names = list(scores)
     defined = [has_auroc(each, truth) for each in scores.values()]
     defined = [labels for labels in defined if labels.any()]
-    if defined and np.all(defined, 0).any():
-        shared = np.all(defined, 0)
+    shared = np.all(defined, 0)
+    if defined and shared.any():
         truth = to_array(truth)[:, shared]
         scores = {name: to_array(each)[:, shared] for name, each in scores.items()}
 

@@ -14,17 +14,7 @@ import numpy as np
 from plumbing.findings import Goal, goal_of_model, read_goal
 from plumbing.launch import UserError
 from plumbing.table import Finder, Sheet, as_path, without_suffix
-from plumbing.words import (
-    GARBLED,
-    LATERAL,
-    LOST,
-    NO,
-    SPLITS,
-    YES,
-    looks_like_patient,
-    tells,
-    word_of,
-)
+from plumbing.words import LATERAL, NO, SPLITS, YES, looks_like_patient, tells, word_of
 
 MANY = 20  # films, of which a patient has several or the column tells something else
 
@@ -240,9 +230,7 @@ def read_own_table(
     else:
         goal = read_goal(sheet, column, uncertain, can_be_mask)
     learnt = [] if goal.kind == "mask" else goal.columns
-    read = list(filter(None, [*learnt, sheet.patient, split]))
-    sheet.refuse_garbled(GARBLED, read)
-    sheet.refuse_garbled(LOST, read)
+    sheet.refuse_garbled(filter(None, [*learnt, sheet.patient, split]))
     nothing = [None] * len(sheet.lines)
     patients = sheet.patients()
     films = sheet.cells[sheet.film]

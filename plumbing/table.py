@@ -17,6 +17,7 @@ from plumbing.launch import UserError
 from plumbing.words import (
     COLUMNS,
     GARBLED,
+    LOST,
     MISSING,
     NO_NAMES,
     OTHER,
@@ -247,16 +248,16 @@ class Sheet:
         said = self.cells[column][row] if word is None else word
         self.refuse(f"column {column} says {said[:60]!r}{why}", row)
 
-    def refuse_garbled(self, pattern, columns):
-        """UserError on a cell or a name of these columns that lost letters, as a pattern tells."""
+    def refuse_garbled(self, columns):
+        """UserError on a cell or a name of these columns that lost letters."""
         why = 'letters were lost when the table was saved: save it as "CSV UTF-8" or correct it'
         for name in columns:
             if GARBLED.search(name):
                 self.refuse(f"column {name}: {why}")
-            garbled = set(filter(pattern.search, set(self.cells[name])))
+            cells = self.cells[name]
+            garbled = {cell for cell in set(cells) if GARBLED.search(cell) or LOST.search(cell)}
             if garbled:
-                row = next(row for row, cell in enumerate(self.cells[name]) if cell in garbled)
-                self.refuse_cell(name, row, f": {why}")
+                self.refuse_cell(name, min(map(cells.index, garbled)), f": {why}")
 
     def column(self, role: str) -> str | None:
         """The column of a role by the first of its usual names that is there; None without any."""
@@ -391,7 +392,7 @@ class Sheet:
         if None in splits:
             row = splits.index(None)
             self.refuse(f"{must}, not {self.cells[self.split][row]!r}: {advice}", row)
-        stems = sorted(set(map(split_stem, self.cells[self.split])))
+        stems = sorted(set(map(split_stem, set(self.cells[self.split]))))
         if len(stems) > 1 and len(set(splits)) == 1:  # development and validation
             self.refuse(f"{must}; {' and '.join(stems)} both mean {splits[0]}: {advice}")
         return splits

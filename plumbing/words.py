@@ -74,8 +74,7 @@ PARTS = {
         "^id|id$|nr$|no$|num$|nummer|number|numero|numer$|code|key|pseudo|akte|case|fall|dossier|"
         "mrn|^(nhc|hc|dni|nss|bsn|pesel)$|codicefiscale|住院|病历|病案|患者"
     ),
-    "counter": "(id|nr|no|number|nummer)$|mrn",  # numbers people, whatever stands before
-    "clinic": "hospital|klinik|clinic|mrn",  # whose numbers are patients
+    "clinic number": "(hospital|klinik|clinic).*(id|nr|no|number|nummer)$|mrn",  # of a patient
     "sex": "sex|sesso|gender|geschl|genre|性别",
     "trait": (  # age, size and dates of a person
         "(?<!tri)age|alter|weight|gewicht|height|gross|size|bmi|dos[ei]|position|orient|"
@@ -516,8 +515,7 @@ def looks_like_patient(column: str, cells) -> bool:
     is_id = are_codes or (are_numbers and tells(column, "number"))
     if not is_id or kinds == len(said) or tells(column, "exam"):
         return False
-    is_visit = tells(column, "visit")
-    if is_visit and not (tells(column, "counter") and tells(column, "clinic")):
+    if tells(column, "visit") and not tells(column, "clinic number"):
         return False
     begin_with_p = are_codes and all(cell[0] in "Pp" for cell in said)
     is_likely = begin_with_p or column_key(column) in ("id", "recordid")
