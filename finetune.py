@@ -627,7 +627,7 @@ def judge_beside(args, task: TaskData, weights, out, summary: dict, team):
         torch.manual_seed(args.seed)
         vit = make_model(args, weights, task.kind, task.labels).vit.to(team.device).eval()
         are_few = args.fraction < 1 or bool(args.shots)
-        asked = (vit, weights is None, args.seed, are_few)
+        asked = (vit, weights is None, args.seed, args.pool, are_few)
         summary["probes"] = report.beside(task.films, scores, *asked)
         checkpoint.write_json(out / "result.json", summary)
     except Exception as error:

@@ -23,6 +23,7 @@ from lab.common import (
 )
 from lab.domain import domain_test, result_table
 from lab.probe import (
+    CELLS,
     MANY_FILMS,
     PIXELS,
     RANDOM,
@@ -158,14 +159,15 @@ def is_judged(kind: str, films: dict) -> bool:
     return kind != "mask" and sum(map(len, films.values())) <= MANY_FILMS
 
 
-def beside(films, seed_scores: list[dict], vit, is_random: bool, seed: int, are_few=False) -> dict:
+def beside(films, seed_scores, vit, is_random: bool, seed: int, pool: str, are_few=False) -> dict:
     """Judge a fine-tuned model beside linear probes of the films that it has learnt from.
 
     films: {"train", "val", "test"}; seed_scores, for each seed {number of the test film: (c,)};
     vit: the encoder that fine-tuning started from, is_random: with random weights; seed: of these
-    where vit has others; are_few: whether train was cut down, as by --shots. The probes are those
-    of lab.probe, of train and, unless these are few, of val, judged on the films of test that all
-    could read. The model's AUROC is the mean over its seeds, and so is its difference to others.
+    where vit has others; pool: what the model sees of the tokens, mean or cells; are_few: whether
+    train was cut down, as by --shots. The probes are those of lab.probe, of train and, unless these
+    are few, of val, judged on the films of test that all could read. The model's AUROC is the mean
+    over its seeds, and so is its difference to others.
     → what lab.probe.judge says
     """
     start = time.perf_counter()
@@ -189,21 +191,28 @@ def beside(films, seed_scores: list[dict], vit, is_random: bool, seed: int, are_
     # The seeds count as further labels, over which judge takes the mean.
     truth = np.repeat(y[is_test][:, None], len(seed_scores), 1)
     scores = {name: rows.reshape(len(truth), -1) for name, rows in scores.items()}
-    pairs = [(MODEL, pixels) for pixels in PIXELS] + pairs_of(list(encoders))
+    untrained = RANDOM + CELLS if pool == "cells" else RANDOM  # under the model's own kind of head
+    pairs = [(MODEL, other) for other in (untrained, *PIXELS)] + pairs_of(list(encoders))
     judged = judge(scores, truth.reshape(len(truth), -1), patients[is_test], pairs)
     if not any(film.has_patient for film in together.examples):
         judged["patients"] = None
     fitted_to = f"the {is_fit.sum():,} films of {'train' if are_few else 'train and val'}"
-    print(beside_words(judged, fitted_to, time.perf_counter() - start), flush=True)
+    print(beside_words(judged, fitted_to, is_random, time.perf_counter() - start), flush=True)
     return judged
 
 
-def beside_words(judged: dict, fitted_to: str, seconds: float) -> str:
-    """The result of `beside` in words. fitted_to: the films that the probes learnt from."""
+def beside_words(judged: dict, fitted_to: str, is_random: bool, seconds: float) -> str:
+    """The result of `beside` in words.
+
+    fitted_to: the films that the probes learnt from; is_random: whether the model began with random
+    weights.
+    """
+    began = "random weights" if is_random else "the weights of the starting encoder"
+    (untrained,) = judged["differences"][MODEL].keys() - set(PIXELS)
     return (
         f"beside the model: linear probes of {fitted_to}, judged on "
         f"{judged['films']:,} of test; {patients_words(judged)} ({seconds:.0f} s)\n"
         f"{table_of(judged)}\n"
-        "The model learnt from train, and val chose its step or its penalty; the probes are ridge "
-        f"regressions of {fitted_to}."
+        f"The model began with {began} and learnt from train; val chose its step or its penalty. "
+        f"It is compared with '{untrained}'. The probes are ridge regressions of {fitted_to}."
     )

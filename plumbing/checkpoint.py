@@ -403,19 +403,31 @@ def refuse_other_recipe(
     changed = [name for name in settings if saved.get(name) != recipe.get(name)]
     if not changed:
         return
-    differences = [
-        FINGERPRINTED.get(name, f"{name} {saved.get(name)} → {recipe.get(name)}")
-        for name in changed
-    ]
+    old, new = (
+        {name: "not given" if run.get(name) is None else run[name] for name in changed}
+        for run in (saved, recipe)
+    )
+    differences = [FINGERPRINTED.get(name, f"{name} {old[name]} → {new[name]}") for name in changed]
     reasons = [
-        f". {name}: {reason.format(old=saved.get(name))}"
+        f". {name}: {reason.format(old=old[name])}"
         for name, reason in (why or {}).items()
         if name in changed
     ]
+    command = command_of(folder)
     raise UserError(
         f"{folder} holds a run with another recipe ({'; '.join(differences)}): "
         f"choose another --out{or_else}{''.join(reasons)}"
+        + (f". Its command was: {command}" if command else "")
     )
+
+
+def command_of(folder) -> str:
+    """The command whose result lies in a folder or, of one seed, in that above; "" for none."""
+    for place in (Path(folder), Path(folder).parent):
+        made = read_json(place / "result.json").get("made_with")
+        if made:
+            return made["command"]
+    return ""
 
 
 def sources(**paths) -> dict:

@@ -146,7 +146,7 @@ def test_kill_nine_then_the_same_command_without_the_file(films, encoder, tmp_pa
     said = run(films, tmp_path / "killed", *more).stdout
     assert "no longer there; not needed" in said and "resuming at step" in said
     assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == 0
-    refused(run(films, tmp_path / "killed", ok=False), "another recipe", "weights ", "→ None")
+    refused(run(films, tmp_path / "killed", ok=False), "another recipe", "weights ", "→ not given")
 
 
 # ---- A whole world

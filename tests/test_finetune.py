@@ -564,7 +564,7 @@ def test_films_without_labels_are_predicted(films, tmp_path, capsys):
         name = f"sub/{row['filename']}"
         (tmp_path / "films" / "sub").mkdir(parents=True, exist_ok=True)
         (tmp_path / "films" / name).write_bytes((films / row["filename"]).read_bytes())
-    with pytest.raises(launch.UserError, match="data .* → .*films; labels .*other.csv → None"):
+    with pytest.raises(launch.UserError, match="data .* → .*films; labels .*other.csv → not given"):
         examine(tmp_path / "films", tmp_path, None, base)  # would write over the other result
     (tmp_path / "out" / "result.json").unlink()
     result, found = examine(tmp_path / "films", tmp_path, None, base)

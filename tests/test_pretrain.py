@@ -207,7 +207,7 @@ def test_pixels_and_half_of_the_other_view_on_two_ranks_and_in_two_parts(films, 
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "parts")) == 0
     assert [row["pixels"] for row in log(tmp_path / "parts")] == [row["pixels"] for row in rows]
     other = run(films, tmp_path / "parts", "--lr", "3e-3", ok=False)
-    refused(other, "another recipe", "pixels 1.0 → None", "global_share 0.5 → None")
+    refused(other, "another recipe", "pixels 1.0 → not given", "global_share 0.5 → not given")
 
     path = tmp_path / "one" / "last.pt"
     assert load_world(path).pixel_weight == 1 and load_encoder(path).dim == 128

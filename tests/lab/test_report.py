@@ -92,7 +92,7 @@ def test_a_fine_tuned_model_is_judged_beside_probes_of_the_same_films(capsys, is
     seeds = [{i: rng.normal(size=2) + y[50 + i] for i in range(40) if i != 21} for _ in range(3)]
     del seeds[1][30]  # a film that one seed has not read is left out everywhere
     vit = ViT(64, 16, dim=16, depth=1, heads=2)
-    judged = report.beside(parts, seeds, vit, is_random, 0)
+    judged = report.beside(parts, seeds, vit, is_random, 0, "cells")
     assert (report.START in judged["values"]) != is_random
     assert judged["films"] == judged["patients"] == 38
 
@@ -104,19 +104,22 @@ def test_a_fine_tuned_model_is_judged_beside_probes_of_the_same_films(capsys, is
     probe = ridge_scores(x[fit], y[fit], np.array(fit), x[test])
     own = 100 * np.mean([roc_auc_score(y[test, k], probe[:, k]) for k in (0, 1)])
     assert judged["values"]["raw 64² pixels"] == pytest.approx(own, abs=0.3)
-    ((pixels, told),) = judged["differences"][report.MODEL].items()
-    assert told["difference"] == pytest.approx(
-        judged["values"][report.MODEL] - judged["values"][pixels]
-    )
+    (untrained, pixels), told = zip(*judged["differences"][report.MODEL].items(), strict=True)
+    assert untrained == "random initialisation, cells" and pixels.startswith("raw ")
+    values = judged["values"]
+    own, *others = (values[name] for name in (report.MODEL, untrained, pixels))
+    assert [each["difference"] for each in told] == pytest.approx([own - value for value in others])
     said = capsys.readouterr().out
     torch.rand(9)
-    assert report.beside(parts, seeds, vit, is_random, 0) == judged
-    few = report.beside(parts, seeds, vit, is_random, 0, are_few=True)
+    assert report.beside(parts, seeds, vit, is_random, 0, "cells") == judged
+    few = report.beside(parts, seeds, vit, is_random, 0, "mean", are_few=True)
     probe = ridge_scores(x[fit[:39]], y[fit[:39]], np.array(fit[:39]), x[test])
     own = 100 * np.mean([roc_auc_score(y[test, k], probe[:, k]) for k in (0, 1)])
     assert few["values"]["raw 64² pixels"] == pytest.approx(own, abs=0.3)
     assert "linear probes of the 39 films of train, judged on 38" in capsys.readouterr().out
     assert "linear probes of the 49 films of train and val, judged on 38 of test" in said
+    assert "random initialisation" in few["differences"][report.MODEL]
+    assert ("The model began with random weights" in said) == is_random
     assert re.search(rf"\n  {report.MODEL} +{judged['values'][report.MODEL]:.1f} ", said)
 
 

@@ -281,11 +281,18 @@ def test_another_recipe_is_refused_with_old_and_new():
             "runs/a", {"lr": 1.0, "seed": 0, "tasks": "local"}, {"lr": 2.0, "seed": 0, "clip": 1.0}
         )
     assert str(error.value) == (
-        "runs/a holds a run with another recipe (lr 1.0 → 2.0; clip None → 1.0; "
-        "tasks local → None): choose another --out, or delete it to start anew"
+        "runs/a holds a run with another recipe (lr 1.0 → 2.0; clip not given → 1.0; "
+        "tasks local → not given): choose another --out, or delete it to start anew"
     )
     with pytest.raises(UserError, match="films 2 → 3; other films to learn from, by --data"):
         checkpoint.refuse_other_recipe("a", {"films": 2, "names": "a1"}, {"films": 3, "names": "b"})
+
+
+def test_the_refusal_tells_the_old_command(tmp_path):
+    checkpoint.write_json(tmp_path / "result.json", {"made_with": {"command": "finetune.py --a 1"}})
+    for folder in (tmp_path, tmp_path / "seed0"):
+        with pytest.raises(UserError, match=r"\. Its command was: finetune.py --a 1$"):
+            checkpoint.refuse_other_recipe(folder, {"size": "tiny"}, {"size": None})
 
 
 def trained(steps):
