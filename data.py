@@ -235,7 +235,7 @@ class TrainExamples(torch.utils.data.Dataset):
     """Item (epoch, i) → a view of film i and what to predict of it.
 
     The view is drawn by random numbers that depend on (seed, epoch, i) only. view uint8
-    (size, size); goal float32: the labels (c,), or the mask (size, size), moved as the film is.
+    (size, size); truth float32: the labels (c,), or the mask (size, size), moved as the film is.
     """
 
     def __init__(self, films, seed):
@@ -252,11 +252,11 @@ class TrainExamples(torch.utils.data.Dataset):
         rng = numpy_rng(TRAIN_VIEW, self.seed, epoch, i)
         if mask is None:
             view = augment.train_crop(film, rng, size)
-            goal = self.films.examples[index].target
+            truth = self.films.examples[index].truth
         else:
-            view, goal = augment.shift_scale_turn_flip(augment.whole_crop(film, size), mask, rng)
+            view, truth = augment.shift_scale_turn_flip(augment.whole_crop(film, size), mask, rng)
         # A copy of the view, for torch refuses the negative strides of a flipped one.
-        return {"view": np.array(view), "goal": np.asarray(goal, np.float32), **report}
+        return {"view": np.array(view), "truth": np.asarray(truth, np.float32), **report}
 
 
 def eval_views(film, size: int, ten=False):
@@ -268,9 +268,9 @@ def eval_views(film, size: int, ten=False):
 class EvalExamples(torch.utils.data.Dataset):
     """Item i → what to predict of film i, and from which crops of it.
 
-    views uint8 (1 or 10, size, size), goal as in TrainExamples, index i. A film that cannot be read
-    gives black views, its name under `unreadable` and why under `reason` (both else ""); finetune's
-    `predict` then drops it.
+    views uint8 (1 or 10, size, size), truth as in TrainExamples, index i. A film that cannot be
+    read gives black views, its name under `unreadable` and why under `reason` (both else "");
+    finetune's `predict` then drops it.
     """
 
     def __init__(self, films, ten=False):
@@ -292,11 +292,11 @@ class EvalExamples(torch.utils.data.Dataset):
             item.update(unreadable=self.films.names[i], reason=str(error))
         if mask is None:
             views = eval_views(film, size, self.ten)
-            goal = example.target
+            truth = example.truth
         else:
             views = augment.whole_crop(film, size)[None]
-            goal = mask
-        return {"views": np.array(views), "goal": np.float32(goal), **item}
+            truth = mask
+        return {"views": np.array(views), "truth": np.float32(truth), **item}
 
 
 # ---------------------------------------------------------------- python data.py check|pack

@@ -263,22 +263,22 @@ class TaskData:
         self.films[split] = open_examples(examples, self.size, self.in_memory)
 
 
-def loss_of(kind, logits, goal):
-    """Compute the loss of every film. logits, goal (B, c), of masks (B, H, W) → (B,)
+def loss_of(kind, logits, truth):
+    """Compute the loss of every film. logits, truth (B, c), of masks (B, H, W) → (B,)
 
     labels: binary cross entropy, mean over the classes; an unknown label (NaN) counts as loss 0.
     classes: cross entropy. mask: binary cross entropy, mean over the pixels, plus 1 - Dice.
     """
     logits = logits.float()
     if kind == "classes":
-        return F.cross_entropy(logits, goal, reduction="none")  # goal is 1 for the class, else 0
-    is_known = ~goal.isnan()
-    entropy = F.binary_cross_entropy_with_logits(logits, goal.nan_to_num(), reduction="none")
+        return F.cross_entropy(logits, truth, reduction="none")  # truth is 1 for the class, else 0
+    is_known = ~truth.isnan()
+    entropy = F.binary_cross_entropy_with_logits(logits, truth.nan_to_num(), reduction="none")
     entropy = (entropy * is_known).flatten(1).mean(1)
     if kind == "labels":
         return entropy
     guess = logits.sigmoid().flatten(1)  # (B, H W)
-    truth = goal.flatten(1)
+    truth = truth.flatten(1)
     overlap = 2 * (guess * truth).sum(1)
     dice = (overlap + 1e-5) / (guess.sum(1) + truth.sum(1) + 1e-5)  # nothing against nothing is 1
     return entropy + 1 - dice
@@ -302,7 +302,7 @@ def predict(network, task: TaskData, split, args, team, ten_crop=False) -> dict:
         with launch.autocast(team.device, args.precision):
             output = network(views.flatten(0, 1)[:, None]).float()  # (b v, c) or (b, H, W)
         if task.kind == "mask":
-            batch_rows = score_masks(output, item["goal"])
+            batch_rows = score_masks(output, item["truth"])
         else:
             batch_rows = output.view(*views.shape[:2], -1).mean(1).cpu().numpy()  # (b, c)
         for place, index in enumerate(item["index"].tolist()):
@@ -321,22 +321,22 @@ def predict(network, task: TaskData, split, args, team, ten_crop=False) -> dict:
     return dict(sorted(rows.items()))
 
 
-def score_masks(logits, goal) -> np.ndarray:
+def score_masks(logits, truth) -> np.ndarray:
     """Score predicted masks (b, H, W). → (b, 3): Dice, 1 if there is a true mask, loss
 
     The Dice over films that have a mask is also reported, because where most have none, empty
     predictions score high.
     """
-    losses = loss_of("mask", logits, goal.to(logits.device)).tolist()
+    losses = loss_of("mask", logits, truth.to(logits.device)).tolist()
     guess = (logits > 0).cpu().numpy()
-    truth = goal.numpy() > 0.5
+    truth = truth.numpy() > 0.5
     dices = [metrics.dice(g, t) for g, t in zip(guess, truth, strict=True)]
     return np.array([dices, truth.any((1, 2)), losses]).T
 
 
-def targets_of(films, rows) -> np.ndarray:
-    """The targets (n, c) of the films that have a row, in their order; NaN: not known."""
-    return np.array([films.examples[i].target for i in rows], float)
+def truth_of(films, rows) -> np.ndarray:
+    """The truth (n, c) of the films that have a row, in their order; NaN: not known."""
+    return np.array([films.examples[i].truth for i in rows], float)
 
 
 def solve_head(model, task: TaskData, args, team):
@@ -348,8 +348,8 @@ def solve_head(model, task: TaskData, args, team):
     train = predict(model.features, task, "train", args, team)
     val = predict(model.features, task, "val", args, team)
     train_x, val_x = (np.stack(list(rows.values())) for rows in (train, val))  # features (n, D)
-    train_y = targets_of(task.films["train"], train)  # (n, c)
-    val_y = targets_of(task.films["val"], val)
+    train_y = truth_of(task.films["train"], train)  # (n, c)
+    val_y = truth_of(task.films["val"], val)
     weight, bias = metrics.fit_probe(train_x, train_y, val_x, val_y)
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight.T))
@@ -362,7 +362,7 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
 
     key: (seed, step). The factors are drawn for all `batch` films of the step and taken at
     batch_positions (b,), so that it does not matter how processes and micro-batches divide it.
-    → images (b, 1, H, W), goal
+    → images (b, 1, H, W), truth
     """
     probability = 0.8 if kind == "mask" else 1.0  # the authors' code jitters 80 % to segment
     generator = torch_generator(TRAIN_JITTER, *key)
@@ -371,7 +371,7 @@ def jitter_batch(item, kind, key, batch_positions, batch, device):
     images = augment.to_float(item["view"].to(device, non_blocking=True))
     change = augment.jitter_for_segmentation if kind == "mask" else augment.change_tone
     images = change(images, jitter[:, 0], jitter[:, 1])[:, None]
-    return images, item["goal"].to(device, non_blocking=True)
+    return images, item["truth"].to(device, non_blocking=True)
 
 
 def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
@@ -390,12 +390,12 @@ def train_step(run: SeedRun, forward, loader, args, task: TaskData, team):
         task.unreadable.note_batch(item)
         first = team.rank * share + k * args.micro
         batch_positions = torch.arange(first, first + args.micro)
-        images, goal = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
+        images, truth = jitter_batch(item, task.kind, key, batch_positions, args.batch, team.device)
         drop_noise = None if args.freeze else all_noise[batch_positions].to(team.device)
         is_last = k + 1 == micro_batch_count
         with launch.averaging_gradients(forward, only_if=is_last):
             with launch.autocast(team.device, args.precision):
-                losses_of_films = loss_of(task.kind, forward(images, drop_noise), goal)
+                losses_of_films = loss_of(task.kind, forward(images, drop_noise), truth)
                 loss = losses_of_films.mean() / micro_batch_count
             loss.backward()
         losses.append(loss.detach())
@@ -458,21 +458,20 @@ def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
     """
     rows = predict(run.model.eval(), task, "val", args, team)
     table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
-    targets = targets_of(task.films["val"], rows)  # (n, c); (n, 0) of masks, which have none
-    value, _ = results.judge(task.kind, task.labels, table, targets)
+    truth = truth_of(task.films["val"], rows)  # (n, c); (n, 0) of masks, which have none
+    value, _ = results.judge(task.kind, task.labels, table, truth)
     value = value or 0.0
     if task.kind == "mask":
         losses = table[:, 2]  # see score_masks
     else:
-        truth = torch.tensor(targets, dtype=torch.float32)
-        losses = loss_of(task.kind, torch.tensor(table), truth)
+        losses = loss_of(task.kind, torch.tensor(table), torch.tensor(truth, dtype=torch.float32))
     loss = float(losses.mean())
     is_best = run.best.update(value, loss, run.step)  # of equals, the lower loss
     if is_best and team.lead:
         run.about["thresholds"] = []  # of masks none
         if task.kind != "mask":
             scores = results.probabilities(task.kind, table)
-            run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, targets.T))
+            run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, truth.T))
         run.save_best()
     return value, loss
 
@@ -555,13 +554,13 @@ def test(model, task: TaskData, args, folder: Path, team, thresholds) -> dict:
     rows |= {i: np.full(3, np.nan) for i in task.without_truth.intersection(rows)}
     result = {}
     if team.lead:  # the redraws of the interval take some seconds
-        targets = targets_of(films, rows)
-        result = results.judge_test(task, rows, targets, thresholds)
+        truth = truth_of(films, rows)
+        result = results.judge_test(task, rows, truth, thresholds)
         results.write_predictions(folder, task, rows)
         if task.kind == "mask":
             results.draw_cases(folder, model, EvalExamples(films), rows, team.device)
         else:
-            results.write_roc(folder, task, rows, targets, result["operating_points"])
+            results.write_roc(folder, task, rows, truth, result["operating_points"])
     result = team.gather_objects(result)[0]
     unreadable = team.gather_objects(list(task.unreadable.reasons))
     return result | {"bad": sorted(set().union(*unreadable))}

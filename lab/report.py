@@ -182,7 +182,7 @@ def beside(films, seed_scores, vit, is_random: bool, seed: int, pool: str, are_f
     tested = [first + i for i in set.intersection(*map(set, seed_scores))]
     is_fit = read < (len(films["train"]) if are_few else first)
     is_test = np.isin(read, tested)
-    y = np.array([together.examples[i].target for i in read], float)  # (n, c)
+    y = np.array([together.examples[i].truth for i in read], float)  # (n, c)
     patients = np.array([together.examples[i].patient for i in read])
     scores = {MODEL: np.array([[rows[i - first] for rows in seed_scores] for i in read[is_test]])}
     for name, x in features.items():

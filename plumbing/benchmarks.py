@@ -4,7 +4,7 @@ To add a ninth one, write a reader, give it a row in TASKS and test it on a smal
 lay-out: .github/CONTRIBUTING.md says how, step by step.
 
     splits = load_task("shenzhen", find_root("shenzhen"))
-    splits.train[0]    # Example(path, target, patient, mask); splits.notes says what was decided
+    splits.train[0]    # Example(path, truth, patient, mask); splits.notes says what was decided
 
 The facts behind every reader are in docs/data.md.
 """
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from plumbing.film import EMPTY_MASK, UnreadableFilm, film_size, read_mask
-from plumbing.findings import target_of
+from plumbing.findings import truth_of
 from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.own_table import Row, read_own_table
@@ -147,7 +147,7 @@ def read_nih(index, shots):
         unknown = set(findings).difference(NIH, ["No Finding"])
         if unknown:
             raise UserError(f"{table}: {name}: {unknown.pop()!r} is no finding of ChestX-ray14")
-        row = Row(name, target_of(findings, NIH), nih_patient(name))
+        row = Row(name, truth_of(findings, NIH), nih_patient(name))
         rows[without_suffix(name)] = row
     files = dict(train=index.files("train_val_list.txt"), test=index.files("test_list.txt"))
     lists = {split: read_list(paths[0]) for split, paths in files.items() if paths}
@@ -186,7 +186,7 @@ def read_vindr_table(table) -> list[Row]:
         cells = {label: line[column] for label, column in column_of.items()}
         seen = [label for label, cell in cells.items() if read_number(table, line, cell) > 0]
         findings.setdefault(line["image_id"], set()).update(seen)
-    return [Row(name, target_of(found, VINDR)) for name, found in findings.items()]
+    return [Row(name, truth_of(found, VINDR)) for name, found in findings.items()]
 
 
 def read_chexpert(index, shots):
@@ -200,8 +200,8 @@ def read_chexpert(index, shots):
             if path.count("/") < 2:
                 raise UserError(f"{table}: Path {path!r} is not patient/study/view")
             if line["Frontal/Lateral"] == "Frontal":
-                target = chexpert_target(table, line)
-                parts[split].append(Row(path, target, patient=path.split("/")[-3]))
+                truth = chexpert_truth(table, line)
+                parts[split].append(Row(path, truth, patient=path.split("/")[-3]))
     uncertain = " and ".join(UNCERTAIN_IS_POSITIVE)
     notes = [
         f"labels: uncertain is positive for {uncertain}, negative for the others",
@@ -211,14 +211,14 @@ def read_chexpert(index, shots):
     return Found(parts, notes, depth=3)
 
 
-def chexpert_target(table, line):
+def chexpert_truth(table, line):
     """1 is positive, 0 and blank negative; -1 is uncertain and depends on the label."""
-    target = []
+    truth = []
     for label in CHEXPERT:
         value = read_number(table, line, line[label])
         is_positive = value == 1 or (value == -1 and label in UNCERTAIN_IS_POSITIVE)
-        target.append(int(is_positive))
-    return tuple(target)
+        truth.append(int(is_positive))
+    return tuple(truth)
 
 
 RSNA_LISTS = "RSNAPneumonia_{}.txt"
@@ -231,7 +231,7 @@ def read_rsna(index, shots):
     for line in read_table(table, "patientId", "class"):  # one line per box: up to four per film
         if line["class"] not in RSNA:
             raise UserError(f"{table}: class {line['class']!r} is none of {', '.join(RSNA)}")
-        rows[line["patientId"]] = Row(line["patientId"], target_of([line["class"]], RSNA))
+        rows[line["patientId"]] = Row(line["patientId"], truth_of([line["class"]], RSNA))
     return divide_rows(rows, index.lists(RSNA_LISTS), table, RSNA_LISTS.format("*"))
 
 
@@ -261,8 +261,8 @@ def read_chestdr_table(index) -> list[Row]:
     for line in lines:
         cells = list(line.values())[first : first + len(CHESTDR)]
         if line["img_id"] and all(cells):
-            target = tuple(int(read_number(table, line, cell)) for cell in cells)
-            rows.append(Row(line["img_id"], target))
+            truth = tuple(int(read_number(table, line, cell)) for cell in cells)
+            rows.append(Row(line["img_id"], truth))
     return rows
 
 
@@ -374,10 +374,10 @@ def read_csv(index, table, column=None, uncertain="ignore", trained=None):
 
 def every_film(index, kind, labels) -> Found:
     """All films below a folder, of which nothing is known, for a finished model to predict."""
-    target = () if kind == "mask" else (None,) * len(labels)
+    truth = () if kind == "mask" else (None,) * len(labels)
     if not index.unmasked:
         raise UserError(f"--data {index.root}: no film below it, so there is nothing to predict")
-    rows = [Row(name, target, name, path=index.root / name) for name in index.unmasked]
+    rows = [Row(name, truth, name, path=index.root / name) for name in index.unmasked]
     notes = [f"test: all {len(rows)} films below the folder, of which no label is known"]
     return Found({"test": rows}, notes, kind=kind, labels=labels)
 
@@ -613,13 +613,13 @@ def examples_of(index, found: Found, split: str, kind, labels) -> list[Example]:
     rows = found.parts[split]
     length = 0 if kind == "mask" else len(labels)
     for row in rows:
-        if len(row.target) != length:
-            raise UserError(f"{index.root}: {row.name} has {len(row.target)} labels, not {length}")
+        if len(row.truth) != length:
+            raise UserError(f"{index.root}: {row.name} has {len(row.truth)} labels, not {length}")
     paths = [row.path for row in rows]
     if None in paths:
         what = "the table of labels" if split == "all" else f"the {split} list"
         paths = index.find([row.name for row in rows], found.depth, what)
     return [
-        Example(path, row.target, row.patient or path.name, row.mask, row.written)
+        Example(path, row.truth, row.patient or path.name, row.mask, row.written)
         for path, row in zip(paths, rows, strict=True)
     ]

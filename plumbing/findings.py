@@ -48,7 +48,7 @@ NO_WORDS = "0, no, normal and the like"
 class Goal(NamedTuple):
     """What the rows of a table ask for.
 
-    targets: of each row, 0, 1 or None (not known) per label; None for a whole row that is left out,
+    truth: of each row, 0, 1 or None (not known) per label; None for a whole row that is left out,
     since nothing of it is known. columns: those that were read. masks: names of files, "" for an
     empty mask; only of kind mask. against: where every row is one of two classes, the one that
     counts as 0; the other is the label.
@@ -56,7 +56,7 @@ class Goal(NamedTuple):
 
     kind: str  # labels, classes or mask
     labels: tuple
-    targets: list
+    truth: list
     notes: list[str]
     columns: list[str]
     masks: list | None = None
@@ -105,10 +105,10 @@ def refuse_second_names(sheet: Sheet, goal: Goal, others: list[str]):
             continue
         divided = {cell: re.split(r"[|;,\n]", cell) for cell in set(sheet.cells[name])}
         named = {cell: classes.intersection(map(plain, divided[cell])) for cell in divided}
-        for row, target in enumerate(goal.targets):
-            if not target:
+        for row, truth in enumerate(goal.truth):
+            if not truth:
                 continue
-            values = zip(goal.labels, target, strict=True)
+            values = zip(goal.labels, truth, strict=True)
             found = {plain(label) for label, value in values if value} or {plain(goal.against)}
             if not named[sheet.cells[name][row]] <= found:
                 why = (
@@ -144,7 +144,7 @@ def refuse_only_yes(sheet: Sheet, goal: Goal):
     """UserError when the columns say yes and have blanks, but never say no: many people write
     nothing where they mean no, yet a blank counts as not known.
     """
-    values = set(chain(*filter(None, goal.targets)))
+    values = set(chain(*filter(None, goal.truth)))
     blank = sum(sheet.answers(column).count(MISSING) for column in goal.columns)
     if goal.kind == "labels" and YES in values and NO not in values and blank:
         sheet.refuse(
@@ -266,7 +266,7 @@ def read_answers(sheet: Sheet, columns: list[str], uncertain: str) -> Goal:
         missing[column] += answers.count(MISSING)
         unsure[column] += answers.count(UNCERTAIN)
         values.append([become.get(value, value) for value in answers])
-    targets = [None if set(row) == {MISSING} else row for row in zip(*values, strict=True)]
+    truth = [None if set(row) == {MISSING} else row for row in zip(*values, strict=True)]
     notes = [f"labels: column{'s' * (len(columns) > 1)} {', '.join(columns)}"]
     if len(columns) > 1 and missing.total():
         notes.append(f"missing: {counted(missing)}: they count in no loss and no AUROC")
@@ -275,7 +275,7 @@ def read_answers(sheet: Sheet, columns: list[str], uncertain: str) -> Goal:
         if uncertain == "ignore":
             fate = "left out (--uncertain positive or negative counts them)"
         notes.append(f"uncertain: {counted(unsure)}: {fate}")
-    return Goal("labels", tuple(columns), targets, notes, columns)
+    return Goal("labels", tuple(columns), truth, notes, columns)
 
 
 def counted(count: Counter) -> str:
@@ -307,8 +307,8 @@ def read_classes(sheet: Sheet, column: str, uncertain: str) -> Goal:
             "should they mean yes and no, write yes and no"
         )
         labels = labels[1:]
-    targets = [found if found is None else target_of(found, labels) for found in findings]
-    return Goal("labels", tuple(labels), targets, notes, [column], against=against)
+    truth = [found if found is None else truth_of(found, labels) for found in findings]
+    return Goal("labels", tuple(labels), truth, notes, [column], against=against)
 
 
 def read_findings(sheet, column: str, uncertain: str, labels=()) -> tuple[list, list[str]]:
@@ -400,7 +400,7 @@ def first_row(findings, names) -> int:
     return next(row for row, found in enumerate(findings) if found and not names.isdisjoint(found))
 
 
-def target_of(findings, labels) -> tuple[int, ...]:
+def truth_of(findings, labels) -> tuple[int, ...]:
     """One 0 or 1 per label: whether it is among the findings."""
     return tuple(int(label in findings) for label in labels)
 
@@ -652,11 +652,11 @@ def read_masks(sheet: Sheet, column: str) -> Goal:
                 why = f", {kind} and no picture: save each mask as PNG and write its name"
                 sheet.refuse_cell(column, row, why)
         masks.append(None if cell and answer(cell) is MISSING else cell)
-    targets = [None if mask is None else () for mask in masks]
+    truth = [None if mask is None else () for mask in masks]
     notes = [f"masks: column {column}"]
     if masks.count(""):
         notes.append(f"masks: {masks.count('')} rows have none: their masks are empty")
-    return Goal("mask", (column,), targets, notes, [column], masks)
+    return Goal("mask", (column,), truth, notes, [column], masks)
 
 
 # ---------------------------------------------------------------- a table for a trained model
@@ -670,24 +670,24 @@ def goal_of_model(sheet: Sheet, asked, uncertain, kind, labels, against="") -> G
     if kind == "mask":
         goal = Goal("mask", (), [], ["masks: no column mask"], [])
         goal = read_masks(sheet, column) if column else goal
-        return goal._replace(labels=tuple(labels), targets=[()] * len(sheet.lines))
+        return goal._replace(labels=tuple(labels), truth=[()] * len(sheet.lines))
     # One of two codes such as 1 and 2 is no answer to the label "2": 1 would be its no.
     is_question = len(labels) == 1 and not labels[0].isdecimal()
     if column and is_question and not columns and OTHER not in sheet.answers(column):
         columns = {labels[0]: column}
     if columns:
-        targets, notes = match_columns(sheet, columns, uncertain, labels)
+        truth, notes = match_columns(sheet, columns, uncertain, labels)
     elif column:
-        targets, notes = match_findings(sheet, column, uncertain, labels, against)
+        truth, notes = match_findings(sheet, column, uncertain, labels, against)
     else:
-        targets = [(None,) * len(labels)] * len(sheet.lines)
+        truth = [(None,) * len(labels)] * len(sheet.lines)
         notes = [f"labels: no column label or {', '.join(labels)}: nothing to compare with"]
-    targets = exclusive(targets) if kind == "classes" else targets
+    truth = exclusive(truth) if kind == "classes" else truth
     used = list(columns.values()) or [column]
     rest = [name for name in sheet.others if name not in used]
     if rest:
         notes.append(f"columns not compared: {', '.join(rest)}")
-    return Goal(kind, tuple(labels), targets, notes, used)
+    return Goal(kind, tuple(labels), truth, notes, used)
 
 
 def columns_of_labels(sheet: Sheet, labels) -> dict[str, str]:
@@ -705,23 +705,23 @@ def columns_of_labels(sheet: Sheet, labels) -> dict[str, str]:
 
 
 def match_columns(sheet, columns, uncertain, labels) -> tuple[list[tuple], list[str]]:
-    """Read the columns of a model's labels, {label: column} → targets, notes."""
+    """Read the columns of a model's labels, {label: column} → truth, notes."""
     goal = read_answers(sheet, list(columns.values()), uncertain)
-    rows = [dict(zip(columns, row, strict=True)) if row else {} for row in goal.targets]
-    targets = [tuple(map(row.get, labels)) for row in rows]
+    rows = [dict(zip(columns, row, strict=True)) if row else {} for row in goal.truth]
+    truth = [tuple(map(row.get, labels)) for row in rows]
     absent = [label for label in labels if label not in columns]
     if absent:
         goal.notes.append(f"not in the table: {', '.join(absent)}")
-    return targets, goal.notes
+    return truth, goal.notes
 
 
-def exclusive(targets: list[tuple]) -> list[tuple]:
+def exclusive(truth: list[tuple]) -> list[tuple]:
     """Of classes that exclude each other exactly one holds, else which one is not known."""
-    return [row if row.count(YES) == 1 or None in row else (None,) * len(row) for row in targets]
+    return [row if row.count(YES) == 1 or None in row else (None,) * len(row) for row in truth]
 
 
 def match_findings(sheet, column, uncertain, labels, against) -> tuple[list, list[str]]:
-    """Compare the findings of each row with a model's labels → targets, notes.
+    """Compare the findings of each row with a model's labels → truth, notes.
 
     Names that the model does not know count as none of its labels; UserError when it knows none, or
     one may be a label. Of a label and the class that it was learnt `against` a row must have one,
@@ -739,19 +739,19 @@ def match_findings(sheet, column, uncertain, labels, against) -> tuple[list, lis
             f"column {column} names {', '.join(list(others)[:5])}, but none of what the model was "
             f"trained for: {', '.join(labels)}; --column NAME says what to compare"
         )
-    targets = []
+    truth = []
     for found in findings:
-        target = target_of(set(map(plain, found or healthy)), keys)
-        targets.append((None,) * len(both) if found is None else target)
+        row = truth_of(set(map(plain, found or healthy)), keys)
+        truth.append((None,) * len(both) if found is None else row)
     if against:
-        targets = [row[: len(labels)] for row in exclusive(targets)]
+        truth = [row[: len(labels)] for row in exclusive(truth)]
     if others:
         words = ", ".join(f"{name} {films}" for name, films in others.items())
         notes.append(f"none of the model's labels: {words}")
     if against:
-        neither = targets.count((None,))
+        neither = truth.count((None,))
         notes.append(f"neither {labels[0]} nor {against}, hence not judged: {neither} rows")
-    return targets, notes
+    return truth, notes
 
 
 def refuse_likeness(sheet: Sheet, column: str, findings, others, labels):

@@ -77,7 +77,7 @@ class Row(NamedTuple):
     """What a table or a list says of one film. What it does not say is None."""
 
     name: str  # as written
-    target: tuple | None  # 0, 1 or None (not known) per label, () of masks; None: nothing is known
+    truth: tuple | None  # 0, 1 or None (not known) per label, () of masks; None: nothing is known
     patient: str | None = None
     mask: str | tuple | None = None  # a file's name, "" for an empty one; or as film.read_mask asks
     split: str | None = None
@@ -196,7 +196,7 @@ class OwnTable:
         first = {}  # {film: (its first row, what that says)}
         home = {}  # {patient: the first row of theirs}
         for row, film, patient in zip(self.rows, located, patients, strict=True):
-            said = dict(label=row.target, patient=patient, split=row.split, mask=row.mask)
+            said = dict(label=row.truth, patient=patient, split=row.split, mask=row.mask)
             other, said_before = first.setdefault(film, (row, said))
             if said != said_before:
                 what = " and ".join(name for name in said if said[name] != said_before[name])
@@ -234,10 +234,10 @@ def read_own_table(
     nothing = [None] * len(sheet.lines)
     patients = sheet.patients()
     films = sheet.cells[sheet.film]
-    said = films, goal.targets, patients, goal.masks or nothing, sheet.splits(), sheet.lines
+    said = films, goal.truth, patients, goal.masks or nothing, sheet.splits(), sheet.lines
     rows = [Row(*cells) for cells in zip(*said, strict=True)]
-    known = [row for row in rows if row.target is not None]
-    unknown = [row for row in rows if row.target is None]
+    known = [row for row in rows if row.truth is not None]
+    unknown = [row for row in rows if row.truth is None]
     if not known:
         sheet.refuse("nothing is known of any row: all is missing or uncertain")
     notes = [*goal.notes, *sheet.notes]
@@ -317,7 +317,7 @@ class Labels:
             )
         self.classes = list(table.goal.labels)
         self.names = [row.name for row in table.rows]
-        self.y = np.array([row.target for row in table.rows], float)
+        self.y = np.array([row.truth for row in table.rows], float)
         self.split = np.array([row.split for row in table.rows])
         self.notes = [*table.notes]
         self.place(table, films)

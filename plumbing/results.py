@@ -123,9 +123,9 @@ def write_films(out: Path, splits: Splits, root: Path):
     lines = []
     for split in SPLITS:
         for example in getattr(splits, split):
-            cells = example.target
+            cells = example.truth
             if splits.kind == "classes":
-                cells = [splits.labels[example.target.index(1)]]
+                cells = [splits.labels[example.truth.index(1)]]
             film, patient = spelling_of(example, root)
             lines.append([film, patient, split, *cells])
     write_csv(out / "films.csv", ["filename", "patient_id", "split", *names], lines)
@@ -160,10 +160,10 @@ def describe_recipe(args, kind: str, films: int, steps, reasons: list[str]) -> s
     return "\n  ".join([recipe, *reasons])
 
 
-def measure(kind: str, table, targets, weights) -> np.ndarray:
+def measure(kind: str, table, truth, weights) -> np.ndarray:
     """Compute a task's metric and its parts when film i counts weights[i] times, as fractions.
 
-    table, targets: as judge takes them. weights (n, k): k times as many results.
+    table, truth: as judge takes them. weights (n, k): k times as many results.
     → (k, 1 + parts): the metric; then the AUROC of each class or, of masks, the mean Dice over all
     films and over those that have a mask. nan where undefined.
     """
@@ -173,10 +173,10 @@ def measure(kind: str, table, targets, weights) -> np.ndarray:
         means = [weighted_mean(dice, weights[is_known])]
         means.append(weighted_mean(dice, weights[is_known] * has_mask[:, None]))
         return np.stack([means[0], *means], 1)
-    value, areas = metrics.mean_auroc(table, targets, weights)
+    value, areas = metrics.mean_auroc(table, truth, weights)
     if kind == "classes":
-        is_known = ~np.isnan(targets).any(1)
-        is_right = table[is_known].argmax(1) == targets[is_known].argmax(1)
+        is_known = ~np.isnan(truth).any(1)
+        is_right = table[is_known].argmax(1) == truth[is_known].argmax(1)
         value = weighted_mean(is_right, weights[is_known])
     return np.column_stack([value, areas])
 
@@ -197,22 +197,22 @@ def percent(value: float) -> float | None:
     return None if np.isnan(value) else 100 * float(value)
 
 
-def judge(kind: str, labels, table, targets) -> tuple[float | None, dict]:
+def judge(kind: str, labels, table, truth) -> tuple[float | None, dict]:
     """Judge the rows of finetune.predict. → (the task's metric, {class: AUROC}), percent
 
-    table: the rows (n, c), or (n, 3) of masks. targets (n, c): 0, 1, or NaN: not known. A class
+    table: the rows (n, c), or (n, 3) of masks. truth (n, c): 0, 1, or NaN: not known. A class
     without positives or without negatives has no AUROC (None) and counts in no mean. The Dice is
     also given over the films that have a mask, for where most have none an empty guess is right.
     """
-    value, *parts = map(percent, measure(kind, table, targets, np.ones((len(table), 1)))[0])
+    value, *parts = map(percent, measure(kind, table, truth, np.ones((len(table), 1)))[0])
     return value, dict(zip(parts_of(kind, labels), parts, strict=True))
 
 
-def operating_points(task, scores, targets, examples, thresholds) -> dict:
+def operating_points(task, scores, truth, examples, thresholds) -> dict:
     """Count how often a model's yes or no to each class is right, film by film.
 
     scores (n, c): probabilities of these examples, at or above thresholds (c,) yes; of a label
-    without a threshold (None) nothing is said. targets: as judge takes them.
+    without a threshold (None) nothing is said. truth: as judge takes them.
     → {class: {threshold; films, patients: [with it, without it]; of SHARES: [value, low, high] of
     its interval, percent, None where undefined}}
     """
@@ -220,7 +220,7 @@ def operating_points(task, scores, targets, examples, thresholds) -> dict:
     calls = np.where(np.isnan(least), np.nan, scores >= least)
 
     def shares(weights):
-        return metrics.call_shares(calls, targets, weights).reshape(weights.shape[1], -1)
+        return metrics.call_shares(calls, truth, weights).reshape(weights.shape[1], -1)
 
     patients = np.array([example.patient for example in examples])
     is_told = any(example.has_patient for example in examples)
@@ -228,7 +228,7 @@ def operating_points(task, scores, targets, examples, thresholds) -> dict:
     rows = np.column_stack([exact, metrics.bootstrap(shares, patients)])  # (4 c, 3)
     points = {}
     for k, name in enumerate(task.labels):
-        ill, well = (patients[targets[:, k] == value] for value in (1, 0))
+        ill, well = (patients[truth[:, k] == value] for value in (1, 0))
         points[name] = {"threshold": thresholds[k], "films": [len(ill), len(well)]}
         points[name]["patients"] = [len({*ill}), len({*well} - {*ill})] if is_told else None
         for share, row in zip(SHARES, rows[4 * k : 4 * k + 4], strict=True):
@@ -236,7 +236,7 @@ def operating_points(task, scores, targets, examples, thresholds) -> dict:
     return points
 
 
-def judge_test(task, rows: dict, targets, thresholds) -> dict:
+def judge_test(task, rows: dict, truth, thresholds) -> dict:
     """Judge the test films as `judge` does, and say how sure that is. → a part of result.json
 
     interval, per_class_interval: [low, high], between which 95 % of the values lie when the
@@ -249,10 +249,10 @@ def judge_test(task, rows: dict, targets, thresholds) -> dict:
     if task.kind != "mask":
         table = probabilities(task.kind, table)
     if thresholds:
-        points = operating_points(task, table, targets, examples, thresholds)
+        points = operating_points(task, table, truth, examples, thresholds)
     patients = [example.patient for example in examples]
-    value, per_class = judge(task.kind, task.labels, table, targets)
-    bounds = metrics.bootstrap(partial(measure, task.kind, table, targets), patients)
+    value, per_class = judge(task.kind, task.labels, table, truth)
+    bounds = metrics.bootstrap(partial(measure, task.kind, table, truth), patients)
     intervals = [None if np.isnan(pair).any() else (100 * pair).tolist() for pair in bounds]
     return {
         "value": value,
@@ -316,7 +316,7 @@ def write_predictions(folder: Path, task, rows: dict):
         else:
             # csv writes all digits, without which films near 1 would tie, and None, what is not
             # known, as an empty cell.
-            cells = [*probabilities(task.kind, row).tolist(), *example.target]
+            cells = [*probabilities(task.kind, row).tolist(), *example.truth]
         lines.append([*spelling_of(example, task.root), *cells])
     write_csv(folder / "predictions.csv", ["film", "patient", *columns], lines)
 
@@ -333,17 +333,17 @@ def read_predictions(folder: Path, task) -> dict:
     return rows
 
 
-def write_roc(folder: Path, task, rows: dict, targets, points: dict | None):
+def write_roc(folder: Path, task, rows: dict, truth, points: dict | None):
     """Write roc.csv and roc.png: sensitivity and specificity from every probability on.
 
-    targets: as judge takes them; points: as operating_points gives them, drawn as dots.
+    truth: as judge takes them; points: as operating_points gives them, drawn as dots.
     """
     scores = probabilities(task.kind, np.stack(list(rows.values())))
     lines = []
     drawn = {}
     dots = {}
-    for name, column, truth in zip(task.labels, scores.T, targets.T, strict=True):
-        thresholds, sensitivity, specificity = metrics.roc_curve(column, truth)
+    for name, column, known in zip(task.labels, scores.T, truth.T, strict=True):
+        thresholds, sensitivity, specificity = metrics.roc_curve(column, known)
         if not len(thresholds):
             continue
         curve = np.column_stack([thresholds, sensitivity, specificity])
@@ -399,7 +399,7 @@ def draw_cases(folder: Path, model, test_examples, rows: dict, device):
         guess = model(torch.from_numpy(film)[:, None].to(device) / 255) > 0
         tinted = np.repeat(film[0, ..., None] * 0.6, 3, axis=2)
         tinted[..., 0] += 100 * guess[0].cpu().numpy()
-        tinted[..., 1] += 100 * item["goal"]
+        tinted[..., 1] += 100 * item["truth"]
         images.append([film[0], tinted.clip(0, 255).astype(np.uint8)])
         name = test_examples.films.examples[i].path.name[:40]
         captions.append([name, f"Dice {100 * rows[i][0]:.1f}"])

@@ -151,8 +151,8 @@ def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:
             notes.append(f"labels that the model was not trained for: {', '.join(strange)}")
         test = []
         for example in splits.test:
-            target = tuple(None if k is None else example.target[k] for k in places)
-            test.append(example._replace(target=target))
+            truth = tuple(None if k is None else example.truth[k] for k in places)
+            test.append(example._replace(truth=truth))
     unknown = frozenset(i for i, film in enumerate(test) if kind == "mask" and not film.mask)
     if unknown:
         notes.append(f"masks: those of {len(unknown)} of {len(test)} films are not known: no Dice")
@@ -313,7 +313,7 @@ def table_fingerprint(labels, films: dict) -> str:
         for film in examples:
             mask = film.mask and str(getattr(film.mask[1], "name", film.mask[1]))
             patient = patients.setdefault(film.patient, len(patients))
-            said.append((split, film.path.name, film.target, patient, mask))
+            said.append((split, film.path.name, film.truth, patient, mask))
     return checkpoint.digest(repr(said).encode())
 
 

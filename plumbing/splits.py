@@ -59,12 +59,12 @@ def patients_of(films, tables) -> list[str]:
 class Example(NamedTuple):
     """One film of a downstream task and what is to be predicted of it.
 
-    target: 0, 1 or None (not known) per label, () for segmentation. patient: where nobody knows it
+    truth: 0, 1 or None (not known) per label, () for segmentation. patient: where nobody knows it
     the film's own name, with suffix and perhaps folders. mask: as film.read_mask takes it.
     """
 
     path: Path
-    target: tuple
+    truth: tuple
     patient: str
     mask: tuple | None = None
     written: tuple | None = None  # film and patient as the user's own table spells them
@@ -119,7 +119,7 @@ class Splits:
 
 def tally(examples: list[Example], k: int) -> Counter:
     """Count of how many films label k holds (1), does not hold (0) and is not known (None)."""
-    return Counter(example.target[k] for example in examples)
+    return Counter(example.truth[k] for example in examples)
 
 
 def draw_patients(examples, count: int, by_name=False) -> tuple[list[Example], list[Example]]:
@@ -284,12 +284,12 @@ def draw_few(examples, fraction=1.0, shots: int | None = None, draw=0) -> list[E
         chosen = numpy_rng(DRAW_FRACTION, draw).choice(len(examples), count, replace=False)
     else:
         order = numpy_rng(DRAW_SHOTS, draw).permutation(len(examples))
-        targets = [example.target or (is_marked(example),) for example in examples]
+        truth = [example.truth or (is_marked(example),) for example in examples]
         chosen = set()
-        for k in range(len(targets[0])):
-            positive = [i for i in order if targets[i][k]]
+        for k in range(len(truth[0])):
+            positive = [i for i in order if truth[i][k]]
             chosen.update(positive[:shots])
-        is_free = [all(value == 0 for value in target) for target in targets]
+        is_free = [all(value == 0 for value in row) for row in truth]
         without_finding = [i for i in order if is_free[i]]
         chosen.update(without_finding[:shots])
     return [examples[i] for i in sorted(chosen)]

@@ -313,7 +313,7 @@ def test_the_example_tables_are_read(table, outcome, tmp_path):
     assert splits.labels == tuple(labels.split("," if "," in labels else None))
     examples = splits.train + splits.val + splits.test
     assert len(examples) == films and len({example.patient for example in examples}) == patients
-    answers = [value for example in examples for value in example.target]
+    answers = [value for example in examples for value in example.truth]
     assert sum(value or 0 for value in answers) == positive
     if "split" in lines[0]:
         films = Index(tmp_path / "films").films

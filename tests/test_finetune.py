@@ -1116,7 +1116,7 @@ def test_films_are_turned_scaled_and_shifted_as_a_rotation_matrix_says(turn, zoo
 def test_segmentation_adds_brightness_and_scales_contrast():
     """As the authors' library does by default: v · (1 + c) + b, cut to the range."""
     films = np.random.default_rng(0).integers(0, 256, (4, 16, 16))
-    item = {"view": torch.tensor(films, dtype=torch.uint8), "goal": torch.zeros(4, 16, 16)}
+    item = {"view": torch.tensor(films, dtype=torch.uint8), "truth": torch.zeros(4, 16, 16)}
     images, _ = finetune.jitter_batch(item, "mask", (0, 3), torch.arange(4), 4, "cpu")
     generator = torch_generator(TRAIN_JITTER, 0, 3)
     factors = augment.sample_jitter(4, generator, 0.8, (0.8, 1.2)).numpy()
@@ -1141,8 +1141,8 @@ def test_training_views_depend_on_seed_epoch_and_index_only(films):
 
 def test_jitter_does_not_depend_on_how_the_batch_is_divided():
     views = torch.randint(0, 256, (8, 32, 32), dtype=torch.uint8)
-    whole = {"view": views, "goal": torch.zeros(8, 1)}
-    half = {"view": views[4:], "goal": torch.zeros(4, 1)}
+    whole = {"view": views, "truth": torch.zeros(8, 1)}
+    half = {"view": views[4:], "truth": torch.zeros(4, 1)}
     a, _ = finetune.jitter_batch(whole, "labels", (0, 3), torch.arange(8), 8, "cpu")
     b, _ = finetune.jitter_batch(half, "labels", (0, 3), torch.arange(4, 8), 8, "cpu")
     assert a.shape == (8, 1, 32, 32)
@@ -1166,7 +1166,7 @@ def test_solved_head_is_the_probe_of_pooled_features(films, pool):
         with torch.no_grad():
             tokens = model.vit(torch.from_numpy(views).float() / 255)
         pooled[split] = tokens.mean(1) if pool == "mean" else tokens.flatten(1)  # 4 × 4 patches
-        labels[split] = [example.target[0] for example in of.examples]
+        labels[split] = [example.truth[0] for example in of.examples]
     train = (pooled["train"], labels["train"])
     val = (pooled["val"], labels["val"])
     expected = linear_probe(*train, *val, pooled["test"])

@@ -121,7 +121,7 @@ def test_a_training_step_makes_no_float64_which_apples_gpus_lack():
     item["flips"] = torch.tensor([[True, False]] * 4)
     world = pretrain.CheXWorld(32, 8, **pretrain.SIZES["tiny"]).to("meta")
     task = dict(kind="mask", key=(0, 1), batch_positions=torch.arange(4), batch=4, device="meta")
-    films = {"view": torch.zeros(4, 32, 32, dtype=torch.uint8), "goal": torch.zeros(4, 32, 32)}
+    films = {"view": torch.zeros(4, 32, 32, dtype=torch.uint8), "truth": torch.zeros(4, 32, 32)}
     segmenter = finetune.Segmenter(world.encoder).to("meta")
     with NoFloat64():
         batch = pretrain.prepare(item, args, 0, torch.arange(4), torch.device("meta"))

@@ -54,7 +54,7 @@ def write_lines(path, lines):
 def targets_by_split(splits):
     """{split: {file name: target}}"""
     return {
-        split: {example.path.name: example.target for example in getattr(splits, split)}
+        split: {example.path.name: example.truth for example in getattr(splits, split)}
         for split in SPLITS
     }
 
@@ -102,7 +102,7 @@ def test_shenzhen_lists_with_their_misspelt_names(tmp_path):
 def test_shenzhen_without_lists_is_drawn_in_the_same_proportions(tmp_path):
     names, _ = shenzhen_tree(tmp_path, 60)
     splits = benchmarks.load_task("shenzhen", tmp_path)
-    found = {example.path.name: example.target for example in everything(splits)}
+    found = {example.path.name: example.truth for example in everything(splits)}
     assert sorted(example.path.name for example in everything(splits)) == names
     assert found == {name: (int(name[-5]),) for name in names}
     assert sizes(splits) == [42, 6, 12]  # 60 × 463/65/134 of 662
@@ -157,7 +157,7 @@ def nih_target(findings):
 def test_chestxray14_labels_patients_and_test_list(tmp_path, table):
     nih_tree(tmp_path, table)
     splits = benchmarks.load_task("chestxray14", tmp_path)
-    found = {example.path.name: example.target for example in everything(splits)}
+    found = {example.path.name: example.truth for example in everything(splits)}
     assert found == {name: nih_target(findings) for name, _, findings in NIH_ROWS}
     test = {example.path.name for example in splits.test}
     assert test == {name for name, patient, _ in NIH_ROWS if patient > 7}
@@ -179,7 +179,7 @@ def test_chestxray14_official_lists_carry_labels(tmp_path):
     splits = benchmarks.load_task("chestxray14", tmp_path)
     for split, members in parts.items():
         assert {int(example.patient) for example in getattr(splits, split)} == set(members)
-    found = {example.path.name: example.target for example in splits.val}
+    found = {example.path.name: example.truth for example in splits.val}
     assert found["00000006_000.png"] == nih_target("Mass")
 
 
@@ -226,7 +226,7 @@ def vindr_tree(root):
 def test_vindr_any_of_three_and_pleural_effusion_not_copd(tmp_path):
     vindr_tree(tmp_path)
     splits = benchmarks.load_task("vindr", tmp_path)
-    found = {example.path.stem: example.target for example in everything(splits)}
+    found = {example.path.stem: example.truth for example in everything(splits)}
     for name, votes in VOTES.items():
         seen = set().union(*votes)
         assert found[name] == tuple(int(label in seen) for label in benchmarks.VINDR)
@@ -265,7 +265,7 @@ def test_vindr_lists_with_crlf_and_folder_and_the_papers_validation_draw(tmp_pat
     fit, val = train_test_split(names[:30], train_size=0.9, random_state=42)  # as the authors' code
     assert {example.path.stem for example in splits.train} == set(fit)
     assert {example.path.stem for example in splits.val} == set(val)
-    found = {example.path.stem: example.target for example in splits.test}
+    found = {example.path.stem: example.truth for example in splits.test}
     assert found[names[31]] == (0, 1, 1, 1, 0, 0)
 
 
@@ -314,7 +314,7 @@ def test_chexpert_layouts_uncertain_labels_and_frontals(tmp_path, prefix, folder
     splits = benchmarks.load_task("chexpert", tmp_path)
     truth = {f"patient{p:05d}": CHEXPERT_TARGETS[p % 3] for p in range(1, 9)}
     truth |= {"patient00009": (1, 0, 0, 1, 0), "patient00010": (1, 0, 0, 1, 0)}
-    assert {example.patient: example.target for example in everything(splits)} == truth
+    assert {example.patient: example.truth for example in everything(splits)} == truth
     assert {example.patient for example in splits.test} == {"patient00009", "patient00010"}
     assert len(splits.val) == 1
     assert all("frontal" in example.path.name for example in everything(splits))
@@ -355,7 +355,7 @@ def test_rsna_duplicate_rows_and_lists_with_or_without_suffix(tmp_path, suffix):
     splits = benchmarks.load_task("rsna", tmp_path)
     assert sizes(splits) == [20, 4, 6]
     found = {
-        example.path.stem: benchmarks.RSNA[int(np.argmax(example.target))]
+        example.path.stem: benchmarks.RSNA[int(np.argmax(example.truth))]
         for example in everything(splits)
     }
     assert found == dict(zip(ids, classes, strict=True))
@@ -514,7 +514,7 @@ def test_chestdr_few_shot_lists_overlap_and_are_disentangled(tmp_path):
 def test_chestdr_whole_lists_and_table(tmp_path):
     names, targets = chestdr_tree(tmp_path)
     splits = benchmarks.load_task("chestdr", tmp_path)  # the table alone
-    assert {example.path.name: example.target for example in everything(splits)} == targets
+    assert {example.path.name: example.truth for example in everything(splits)} == targets
     assert not splits.drawn
     write_lists(
         tmp_path / "anns",

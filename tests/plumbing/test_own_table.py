@@ -303,7 +303,7 @@ def read_by_both(root, path, uncertain="ignore"):
     for split, rows in found.parts.items():
         for row in rows:
             name = row.path.relative_to(root).as_posix()
-            films[name] = row.target, row.patient, None if split == "all" else split
+            films[name] = row.truth, row.patient, None if split == "all" else split
     if "all" not in found.parts and uncertain == "ignore":
         labels = Labels(path, films_named(*FOLDER))
         probe = {}
@@ -414,7 +414,7 @@ def patients_of(found):
 
 
 def targets_of(found):
-    return [row.target for rows in found.parts.values() for row in rows]
+    return [row.truth for rows in found.parts.values() for row in rows]
 
 
 SET_HEADERS = {

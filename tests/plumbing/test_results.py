@@ -270,7 +270,6 @@ def test_films_csv_can_be_read_back_however_its_classes_are_called(tmp_path, row
     assert labels is None or again.labels == labels
     for split in ("train", "val", "test"):
         films = [
-            {(e.path, e.patient, tuple(e.target)) for e in getattr(s, split)}
-            for s in (first, again)
+            {(e.path, e.patient, tuple(e.truth)) for e in getattr(s, split)} for s in (first, again)
         ]
         assert films[0] == films[1]

@@ -96,8 +96,8 @@ def test_a_corrected_table_is_another_run_wherever_it_was_corrected(tmp_path):
     for split in ("train", "val", "test"):
         first, *rest = films[split]
         for other in (
-            [first._replace(target=(1,)), *rest],
-            [first._replace(target=(None,)), *rest],
+            [first._replace(truth=(1,)), *rest],
+            [first._replace(truth=(None,)), *rest],
             [first._replace(patient="p1"), *rest],
             [first._replace(mask=("file", Path("/a/mask.png"))), *rest],
             rest,

@@ -198,8 +198,8 @@ def test_draws_have_the_wanted_size():
     assert draw_few(HUNDRED) == HUNDRED
     assert len(draw_few(HUNDRED, 1e-9)) == 1
     few = draw_few(HUNDRED, shots=4)
-    assert all(sum(film.target[k] for film in few) >= 4 for k in (0, 1))
-    assert sum(not any(film.target) for film in few) == 4
+    assert all(sum(film.truth[k] for film in few) >= 4 for k in (0, 1))
+    assert sum(not any(film.truth) for film in few) == 4
     assert len(few) <= 12
 
 
