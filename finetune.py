@@ -14,8 +14,9 @@ and the test may then include patients seen in training.
 
 As in pretrain.py, no random number depends on the process, and Ctrl-C saves: the same command
 resumes. But a batch that does not divide by the processes is made smaller (seedrun.share_batch).
---out receives result.json, and in seed*/ config.json, log.csv, best.pt, predictions.csv,
-result.json, and roc.csv with roc.png or, for segmentation, cases.png.
+--out receives result.json and films.csv (every film as it was understood), and in seed*/
+config.json, log.csv where steps are trained, best.pt, predictions.csv, result.json, and roc.csv
+with roc.png or, for segmentation, cases.png.
 """
 
 import dataclasses
@@ -52,7 +53,8 @@ SMALL_PRETRAINED = dict(lr=4e-4, drop_path=0.1)
 SMALL_FROM_SCRATCH = dict(lr=1e-3, drop_path=0.1)  # also used when a segmentation decoder is new
 
 # Flags that may differ when a run resumes. Films and labels are compared by content, each seed has
-# its own folder, and the other flags change results by rounding at most.
+# its own folder. --max_steps adds a validation where it stops a run, and that may be the best one;
+# the other flags change results by rounding at most.
 MAY_CHANGE = set("out data labels uncertain eval seed seeds device workers micro max_steps".split())
 MAY_CHANGE |= set("log_every save_every compile memory_gb".split())
 
@@ -322,7 +324,7 @@ def predict(network, task: TaskData, split, args, team, ten_crop=False) -> dict:
 
 
 def score_masks(logits, truth) -> np.ndarray:
-    """Score predicted masks (b, H, W). → (b, 3): Dice, 1 if there is a true mask, loss
+    """Score predicted masks (b, H, W). → (b, 3): Dice, 1 if the true mask is not empty, loss
 
     The Dice over films that have a mask is also reported, because where most have none, empty
     predictions score high.
@@ -453,14 +455,13 @@ def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
     """Judge the model on the validation films. If it is the best so far, save best.pt and, per
     class, the threshold at which a film counts as positive.
 
-    A metric that is undefined counts as 0, so that the loss alone tells which model is best.
-    → the task's metric in percent, the mean loss
+    → the task's metric in percent, 0 where it is undefined, so that the loss alone tells which
+    model is best; the mean loss
     """
     rows = predict(run.model.eval(), task, "val", args, team)
     table = np.stack(list(rows.values()))  # (n, c), or (n, 3) as score_masks says
     truth = truth_of(task.films["val"], rows)  # (n, c); (n, 0) of masks, which have none
     value, _ = results.judge(task.kind, task.labels, table, truth)
-    value = value or 0.0
     if task.kind == "mask":
         losses = table[:, 2]  # see score_masks
     else:
@@ -473,7 +474,7 @@ def validate(run: SeedRun, args, task: TaskData, team) -> tuple[float, float]:
             scores = results.probabilities(task.kind, table)
             run.about["thresholds"] = list(map(metrics.youden_threshold, scores.T, truth.T))
         run.save_best()
-    return value, loss
+    return value or 0.0, loss
 
 
 def train_one_seed(seed, args: Config, task: TaskData, weights, folder: Path, team):
@@ -524,8 +525,7 @@ def finish(run: SeedRun, args, task: TaskData, team) -> dict:
     model = make_finetuned(saved, team.device)
     result = test(model, task, args, run.folder, team, saved.get("thresholds"))
     result["films"] = len(task.films["train"])
-    is_undefined = task.kind == "labels" and not run.best.value  # validate counts it as 0
-    val = None if is_undefined else run.best.value
+    val = run.best.value
     result |= {"val": val, "best_step": run.best.step, "steps": run.step}
     result["steps_in_all"] = run.steps.total
     # `over` is False when --max_steps ended the run early.
@@ -550,7 +550,7 @@ def test(model, task: TaskData, args, folder: Path, team, thresholds) -> dict:
     """
     films = task.films["test"]
     rows = predict(model, task, "test", args, team, args.ten_crop)
-    # Films without a true mask get no score.
+    # Films whose true mask nobody knows get no score.
     rows |= {i: np.full(3, np.nan) for i in task.without_truth.intersection(rows)}
     result = {}
     if team.lead:  # the redraws of the interval take some seconds
@@ -567,10 +567,10 @@ def test(model, task: TaskData, args, folder: Path, team, thresholds) -> dict:
 
 
 # ---- Main
-def find_examples(args: Config, root, model_goal=None):
+def find_examples(args: Config, root, trained=None):
     """Find the films and labels of the task. → Splits; arguments: see benchmarks.load_task"""
     flags = dict(table=args.labels, shots=args.shots, column=args.column, uncertain=args.uncertain)
-    splits = load_task(args.task, root, trained=model_goal, **flags)
+    splits = load_task(args.task, root, trained=trained, **flags)
     if splits.drawn and args.draw:
         raise UserError(f"--draw does nothing with the set's own lists of --shots {args.shots}")
     return splits
@@ -595,8 +595,8 @@ def test_finished(args: Config, weights, root, out, team):
     saved = seedrun.load_best(weights)
     about = checkpoint.sources(data=root, labels=args.labels, weights=weights)
     checkpoint.refuse_other_result(out, about)
-    model_goal = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
-    splits = find_examples(args, root, model_goal)
+    trained = (saved["kind"], tuple(saved["labels"]), saved.get("against", ""))
+    splits = find_examples(args, root, trained)
     splits, without_truth = seedrun.fit_to_model(splits, saved, weights)
     team.say(results.describe_weights(weights, "as asked", saved["config"], "fine-tuned"))
     team.say(results.describe_task(root, splits))

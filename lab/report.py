@@ -57,7 +57,9 @@ def judge_on_held_out(args, out, world, films, held, tables):
     args: those of pretrain.py; held: numbers of the held-out films; tables: the Labels to probe.
     """
     world.eval()
-    result = {"domain": domain_part(world, films, held), "probe": {}, "probe_intervals": {}}
+    log = read_log(out / "log.csv")
+    result = {"step": int(log[-1]["step"]) if log else None}  # None: the disk took no log
+    result |= {"domain": domain_part(world, films, held), "probe": {}, "probe_intervals": {}}
     result["made_with"] = made_with()
     write_json(out / "result.json", result)  # kept when a probe fails or is interrupted
     encoder = world.target_encoder
@@ -69,7 +71,7 @@ def judge_on_held_out(args, out, world, films, held, tables):
         result.setdefault("notes", {})[table.path.stem] = table.notes
         print(judged_words(table, judged, seen))
     write_json(out / "result.json", result)
-    curves = curves_picture(read_log(out / "log.csv"), world.loss_names)
+    curves = curves_picture(log, world.loss_names)
     pictures.save_or_warn(curves, out / "curve.png")
     print(
         f"curves {out}/curve.png, views {out}/views.png, weights {out}/encoder.pt, "
@@ -163,11 +165,11 @@ def beside(films, seed_scores, vit, is_random: bool, seed: int, pool: str, are_f
     """Judge a fine-tuned model beside linear probes of the films that it has learnt from.
 
     films: {"train", "val", "test"}; seed_scores, for each seed {number of the test film: (c,)};
-    vit: the encoder that fine-tuning started from, is_random: with random weights; seed: of these
-    where vit has others; pool: what the model sees of the tokens, mean or cells; are_few: whether
-    train was cut down, as by --shots. The probes are those of lab.probe, of train and, unless these
-    are few, of val, judged on the films of test that all could read. The model's AUROC is the mean
-    over its seeds, and so is its difference to others.
+    vit: the encoder that fine-tuning started from; is_random: whether its weights are random; seed:
+    of the random twin that is judged beside it when they are not; pool: what the model sees of the
+    tokens, mean or cells; are_few: whether train was cut down, as by --shots. The probes are those
+    of lab.probe, of train and, unless these are few, of val, judged on the films of test that all
+    could read. The model's AUROC is the mean over its seeds, and so is its difference to others.
     → what lab.probe.judge says
     """
     start = time.perf_counter()
@@ -194,7 +196,7 @@ def beside(films, seed_scores, vit, is_random: bool, seed: int, pool: str, are_f
     untrained = RANDOM + CELLS if pool == "cells" else RANDOM  # under the model's own kind of head
     pairs = [(MODEL, other) for other in (untrained, *PIXELS)] + pairs_of(list(encoders))
     judged = judge(scores, truth.reshape(len(truth), -1), patients[is_test], pairs)
-    if not any(film.has_patient for film in together.examples):
+    if not any(film.has_patient for film in films["test"].examples):
         judged["patients"] = None
     fitted_to = f"the {is_fit.sum():,} films of {'train' if are_few else 'train and val'}"
     print(beside_words(judged, fitted_to, is_random, time.perf_counter() - start), flush=True)

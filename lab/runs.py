@@ -26,8 +26,8 @@ from plumbing.checkpoint import read_json, read_log, write_csv, write_text
 from plumbing.launch import UserError, flag, parse, run_script
 
 COLUMNS = ("run", "setting", "seed", "what", "films", "features", "value", "low", "high")
-# What may differ between runs of one recipe: where they and their films lie, and what changes no
-# number.
+# What may differ between runs of one recipe: where they and their films lie, the seed, what changes
+# no number, and --max_steps, of which cut_words tells.
 NOT_THE_RECIPE = {"out", "seed", "data", "probe", "device", "workers", "micro"}
 NOT_THE_RECIPE |= {"log_every", "save_every", "checkpointing", "compile", "max_steps"}
 
@@ -44,7 +44,7 @@ def main(argv=None):
     configs = {run: read_json(run / "config.json") for run in runs}
     settings = name_settings(configs)
     for run in runs:
-        settings[run] += cut_words(read_log(run / "log.csv"), configs[run])
+        settings[run] += cut_words(run, configs[run])
     rows = [row for run in runs for row in rows_of_run(run, settings[run])]
     table = lay_out(rows)
     write_csv(Path(args.out) / "runs.csv", COLUMNS, [list(row.values()) for row in rows])
@@ -81,14 +81,19 @@ def name_settings(configs: dict[Path, dict]) -> dict[Path, str]:
     return names
 
 
-def cut_words(log: list[dict], config: dict) -> str:
-    """Say that a run has not come to the end of its schedule, as its log tells; "" where it has."""
+def cut_words(run: Path, config: dict) -> str:
+    """Say that a run was judged before the end of its schedule; "" where it was not.
+
+    It may have been resumed since: then its log has come further than its result.json.
+    """
+    log = read_log(run / "log.csv")
     last = log[-1] if log else {}
     if not last.get("epoch"):
         return ""
     step = int(last["step"])
     total = config["epochs"] * round(step / float(last["epoch"]))
-    return f", CUT at step {step:,} of {total:,}" if step < total else ""
+    judged = read_json(run / "result.json").get("step") or step  # older ones do not tell
+    return f", CUT at step {judged:,} of {total:,}" if judged < total else ""
 
 
 def rows_of_run(run: Path, setting: str) -> list[dict]:
@@ -120,36 +125,54 @@ def lay_out(rows: list[dict]) -> str:
     """Lay the numbers out: one line per setting, below those of random weights and raw pixels."""
     tables = list(dict.fromkeys(row["what"] for row in rows if row["films"]))
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    # Every run judges these beside itself: equal values are one measurement.
-    beside = {(row["what"], row["features"], row["value"]): row for row in rows}.values()
     small, large = PIXELS
     lines = [["", "seeds", *(f"{table}, mean / cells" for table in tables), "Recall@5"]]
-    pixels = [pair(beside, table, small, large) for table in tables]
+    # Every run judges pixels and random weights beside itself: equal ones are one measurement.
+    pixels = {(row["what"], row["features"], row["value"]): row for row in rows}.values()
+    pixels = [pair(pixels, table, small, large) for table in tables]
     lines.append([f"{small} / {large}", "–", *pixels, "–"])
-    random = [pair(beside, table, RANDOM, RANDOM + CELLS) for table in tables]
-    lines.append([RANDOM, count_seeds(rows), *random, "–"])
+    for shape in dict.fromkeys(map(shape_of, settings)):
+        random = [row for row in rows if row["features"] in (RANDOM, RANDOM + CELLS)]
+        random = [row for row in random if shape_of(row["setting"]) == shape]
+        random = {(row["what"], row["features"], row["seed"]): row for row in random}.values()
+        seeds = count_seeds(random)
+        cells = [pair(random, table, RANDOM, RANDOM + CELLS, seeds=seeds) for table in tables]
+        if random:
+            name = ", ".join(filter(None, (RANDOM, shape)))
+            lines.append([name, str(seeds), *cells, "–"])
     for setting in settings:
         own = [row for row in rows if row["setting"] == setting]
-        probes = [pair(own, table, PRETRAINED, PRETRAINED + CELLS) for table in tables]
-        recall = pair(own, "Recall@5", WAYS["action"], WAYS["no_action"])
-        lines.append([setting, count_seeds(own), *probes, recall])
+        seeds = count_seeds(own)
+        probes = [pair(own, table, PRETRAINED, PRETRAINED + CELLS, seeds=seeds) for table in tables]
+        recall = pair(own, "Recall@5", WAYS["action"], WAYS["no_action"], seeds=seeds)
+        lines.append([setting, str(seeds), *probes, recall])
     return markdown(lines)
 
 
-def pair(rows: list[dict], what: str, *features: str) -> str:
-    """Two numbers of one table as they stand in a cell, each over the seeds."""
+def shape_of(setting: str) -> str:
+    """The part of a setting that tells the network and its input: each has random weights of its
+    own.
+    """
+    parts = [part for part in setting.split(", ") if part.startswith(("size ", "image ", "patch "))]
+    return ", ".join(parts)
+
+
+def pair(rows: list[dict], what: str, *features: str, seeds: int | None = None) -> str:
+    """Two numbers of one table as they stand in a cell, each over the seeds that have it.
+
+    seeds: those of the row, to tell where some have no number, or an undefined one (None).
+    """
     texts = []
     for name in features:
         chosen = [row for row in rows if (row["what"], row["features"]) == (what, name)]
-        values = [row["value"] for row in chosen]
-        is_defined = values and None not in values  # None: an AUROC that is undefined
-        texts.append(cell_text(over_seeds(values) if is_defined else None))
+        values = [row["value"] for row in chosen if row["value"] is not None]
+        texts.append(cell_text(over_seeds(values) if values else None, seeds))
     return " / ".join(texts)
 
 
-def count_seeds(rows: list[dict]) -> str:
+def count_seeds(rows) -> int:
     """How many seeds these numbers are of."""
-    return str(len({row["seed"] for row in rows}))
+    return len({row["seed"] for row in rows})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from plumbing.film import EMPTY_MASK, UnreadableFilm, film_size, read_mask
-from plumbing.findings import truth_of
+from plumbing.findings import zeros_and_ones
 from plumbing.folder import Index
 from plumbing.launch import UserError
 from plumbing.own_table import Row, read_own_table
@@ -147,7 +147,7 @@ def read_nih(index, shots):
         unknown = set(findings).difference(NIH, ["No Finding"])
         if unknown:
             raise UserError(f"{table}: {name}: {unknown.pop()!r} is no finding of ChestX-ray14")
-        row = Row(name, truth_of(findings, NIH), nih_patient(name))
+        row = Row(name, zeros_and_ones(findings, NIH), nih_patient(name))
         rows[without_suffix(name)] = row
     files = dict(train=index.files("train_val_list.txt"), test=index.files("test_list.txt"))
     lists = {split: read_list(paths[0]) for split, paths in files.items() if paths}
@@ -186,7 +186,7 @@ def read_vindr_table(table) -> list[Row]:
         cells = {label: line[column] for label, column in column_of.items()}
         seen = [label for label, cell in cells.items() if read_number(table, line, cell) > 0]
         findings.setdefault(line["image_id"], set()).update(seen)
-    return [Row(name, truth_of(found, VINDR)) for name, found in findings.items()]
+    return [Row(name, zeros_and_ones(found, VINDR)) for name, found in findings.items()]
 
 
 def read_chexpert(index, shots):
@@ -231,7 +231,7 @@ def read_rsna(index, shots):
     for line in read_table(table, "patientId", "class"):  # one line per box: up to four per film
         if line["class"] not in RSNA:
             raise UserError(f"{table}: class {line['class']!r} is none of {', '.join(RSNA)}")
-        rows[line["patientId"]] = Row(line["patientId"], truth_of([line["class"]], RSNA))
+        rows[line["patientId"]] = Row(line["patientId"], zeros_and_ones([line["class"]], RSNA))
     return divide_rows(rows, index.lists(RSNA_LISTS), table, RSNA_LISTS.format("*"))
 
 

@@ -307,7 +307,7 @@ def read_classes(sheet: Sheet, column: str, uncertain: str) -> Goal:
             "should they mean yes and no, write yes and no"
         )
         labels = labels[1:]
-    truth = [found if found is None else truth_of(found, labels) for found in findings]
+    truth = [found if found is None else zeros_and_ones(found, labels) for found in findings]
     return Goal("labels", tuple(labels), truth, notes, [column], against=against)
 
 
@@ -400,7 +400,7 @@ def first_row(findings, names) -> int:
     return next(row for row, found in enumerate(findings) if found and not names.isdisjoint(found))
 
 
-def truth_of(findings, labels) -> tuple[int, ...]:
+def zeros_and_ones(findings, labels) -> tuple[int, ...]:
     """One 0 or 1 per label: whether it is among the findings."""
     return tuple(int(label in findings) for label in labels)
 
@@ -741,7 +741,7 @@ def match_findings(sheet, column, uncertain, labels, against) -> tuple[list, lis
         )
     truth = []
     for found in findings:
-        row = truth_of(set(map(plain, found or healthy)), keys)
+        row = zeros_and_ones(set(map(plain, found or healthy)), keys)
         truth.append((None,) * len(both) if found is None else row)
     if against:
         truth = [row[: len(labels)] for row in exclusive(truth)]

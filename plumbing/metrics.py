@@ -1,8 +1,7 @@
 """Numbers that judge a model: AUROC, Dice, intervals, Recall@k, collapse, linear probes.
 
-Every function takes NumPy arrays or torch tensors (any device) and computes in float64, on the CPU
-but for `spectrum`.
-Results are fractions, not percent.
+AUROC, Dice, Recall@k and the spectrum take NumPy arrays or torch tensors of any device, the others
+arrays or tensors of the CPU. All compute in float64; results are fractions, not percent.
 """
 
 import numpy as np
@@ -24,27 +23,27 @@ def to_array(values) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- downstream tasks
-def auroc(scores, labels) -> float:
+def auroc(scores, truth) -> float:
     """Area under the ROC curve: the share of (positive, negative) pairs ranked rightly, a tie half.
 
-    scores (n,), labels (n,) of 0 and 1; films whose label is not known (nan) are left out. nan when
+    scores (n,), truth (n,) of 0 and 1; films whose label is not known (nan) are left out. nan when
     one class is absent or a score is nan.
     """
-    return float(weighted_auroc(scores, labels, np.ones((len(scores), 1)))[0])
+    return float(weighted_auroc(scores, truth, np.ones((len(scores), 1)))[0])
 
 
-def weighted_auroc(scores, labels, weights) -> np.ndarray:
+def weighted_auroc(scores, truth, weights) -> np.ndarray:
     """AUROC when row i counts weights[i] times, for every column of weights (n, k). → (k,)
 
-    scores and labels (n,) as auroc takes them.
+    scores and truth (n,) as auroc takes them.
     """
     scores = to_array(scores)
-    labels = to_array(labels)
+    truth = to_array(truth)
     areas = np.full(weights.shape[1], np.nan)
-    if np.isnan(scores[~np.isnan(labels)]).any():
+    if np.isnan(scores[~np.isnan(truth)]).any():
         return areas
-    positives = np.flatnonzero(labels > 0.5)
-    negatives = np.flatnonzero(labels <= 0.5)
+    positives = np.flatnonzero(truth > 0.5)
+    negatives = np.flatnonzero(truth <= 0.5)
     negatives = negatives[np.argsort(scores[negatives])]
     # How much lies among the lowest 0, 1, ... negatives: (negatives + 1, k).
     amount = np.zeros((len(negatives) + 1, len(areas)))
@@ -79,33 +78,33 @@ def has_auroc(scores, truth) -> np.ndarray:
     return np.array([not np.isnan(auroc(*column)) for column in columns])
 
 
-def roc_curve(scores, labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tell how many films are judged rightly when those count as positive that score so much.
+def roc_curve(scores, truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute sensitivity and specificity at every threshold.
 
-    scores (n,), labels (n,) as auroc takes them. → thresholds (t,), rising: every score that
+    scores (n,), truth (n,) as auroc takes them. → thresholds (t,), rising: every score that
     occurs, and infinity; sensitivity (t,) and specificity (t,) of `score >= threshold`. All are
     empty where the AUROC is undefined.
     """
-    if np.isnan(auroc(scores, labels)):
+    if np.isnan(auroc(scores, truth)):
         return np.zeros(0), np.zeros(0), np.zeros(0)
-    labels = to_array(labels)
+    truth = to_array(truth)
     scores = to_array(scores)
-    positives = np.sort(scores[labels > 0.5])
-    negatives = np.sort(scores[labels <= 0.5])
+    positives = np.sort(scores[truth > 0.5])
+    negatives = np.sort(scores[truth <= 0.5])
     thresholds = np.append(np.union1d(positives, negatives), np.inf)
     missed = np.searchsorted(positives, thresholds, "left")
     spared = np.searchsorted(negatives, thresholds, "left")
     return thresholds, 1 - missed / len(positives), spared / len(negatives)
 
 
-def youden_threshold(scores, labels) -> float | None:
+def youden_threshold(scores, truth) -> float | None:
     """Choose the threshold with the highest sensitivity + specificity - 1, Youden's J.
 
-    scores (n,), labels (n,) as auroc takes them. Of equals it is the lowest, the most sensitive. It
+    scores (n,), truth (n,) as auroc takes them. Of equals it is the lowest, the most sensitive. It
     lies halfway to the next lower score: a film a little below those that count as positive still
     does. None where the AUROC is undefined.
     """
-    thresholds, sensitivity, specificity = roc_curve(scores, labels)
+    thresholds, sensitivity, specificity = roc_curve(scores, truth)
     if not len(thresholds):
         return None
     best = int((sensitivity + specificity).round(9).argmax())  # the first of equals
@@ -327,7 +326,7 @@ def fit_logistic(x: Standardised, y, l2) -> torch.Tensor:
 
     Minimises, for each column of y (n, c) of 0, 1 and nan (not known: no loss), the sum of the log
     losses + l2 / 2 · |w|², l2 (c,); the bias is not penalised. By Newton's method, until a step
-    gains less than a billionth of a millionth per film.
+    gains less than 1e-15 per film.
     """
     penalty = l2.repeat(len(x.squares), 1)
     penalty[-1] = 0

@@ -1,7 +1,7 @@
 """What a fine-tuning run says and writes: split, recipe, predictions, curves, cases, result.json.
 
 A row is what finetune.predict says of one film: the logits (c,) or, for segmentation, (Dice, 1 if
-there is a true mask, loss).
+the true mask is not empty, loss).
 """
 
 from dataclasses import replace
@@ -24,8 +24,9 @@ from plumbing.words import SPLITS, has_other_role, is_called, plain
 METRIC = {"labels": "AUROC", "classes": "accuracy", "mask": "Dice"}  # by kind of task
 SHARES = ("sensitivity", "specificity", "PPV", "NPV")  # as metrics.call_shares orders them
 PUBLISHED = {  # tasks whose epochs are published
-    "vindr": "The recipe is the paper's; epochs and batch are those of the authors' code.",
-    "chexpert": "The recipe is the paper's; one epoch is the authors' code's, the batch is ours.",
+    "vindr": "What is left open is the paper's; epochs and batch are those of the authors' code.",
+    "chexpert": "What is left open is the paper's; one epoch is the authors' code's, the batch is "
+    "ours.",
 }
 
 
@@ -56,7 +57,7 @@ def describe_task(root: Path, splits: Splits) -> str:
         for name, films in counts.get("positive", {}).items():
             not_known = f" and {unknown[name]} unknown" if name in unknown else ""
             positive.append(f"{name} {films}{not_known}")
-        if positive and is_labelled:
+        if is_labelled:
             line += f" ({', '.join(positive)})"
         lines.append(line)
     notes = [*splits.notes, *class_warnings(splits, asked)]
@@ -77,16 +78,17 @@ def refuse_untestable(splits: Splits, drawn: list):
     """UserError, before anything is trained, when the drawn training films can teach nothing, or
     the test films cannot give a number.
     """
-    labels = [] if splits.kind == "mask" else splits.labels
-    if splits.kind == "mask" and not any(map(is_marked, drawn)):
+    if splits.kind == "mask":
+        if any(map(is_marked, drawn)):
+            return
         raise UserError(
             f"none of the {len(drawn)} training films has a mask that is not empty: nothing can be "
             "learnt; draw others (--draw) or more, or choose another split"
         )
     for what, examples in (("training", drawn), ("test", splits.test)):
-        counts = [tally(examples, k) for k in range(len(labels))]
-        if counts and not any(count[0] and count[1] for count in counts):
-            then = "AUROC is undefined; choose another split"
+        counts = [tally(examples, k) for k in range(len(splits.labels))]
+        if not any(count[0] and count[1] for count in counts):
+            then = "nothing can be measured; choose another split"
             if what == "training":
                 then = "nothing can be learnt; choose another split"
                 if len(drawn) < len(splits.train):
@@ -98,7 +100,9 @@ def refuse_untestable(splits: Splits, drawn: list):
 
 
 def is_fewer_than_published(splits: Splits) -> bool:
-    """Whether the training films are few of those that a set of the paper has."""
+    """Whether a set of the paper gives only its few-shot lists to train on, or less than 90 % of
+    the paper's training films.
+    """
     task = TASKS[splits.task]
     return splits.drawn or bool(task.paper and len(splits.train) < 0.9 * task.sizes[0])
 
@@ -134,8 +138,8 @@ def write_films(out: Path, splits: Splits, root: Path):
 def whose_recipe(task: str) -> str:
     """Say how much of a task's recipe is the paper's."""
     if not TASKS[task].paper:
-        return "The recipe is that of the paper's tasks; epochs, batch, --head and --pool are ours."
-    ours = "The recipe is the paper's, but for epochs and batch, which are ours."
+        return "What is left open is as in the paper's tasks, but for epochs, batch, head and pool."
+    ours = "What is left open is the paper's, but for epochs and batch, which are ours."
     return PUBLISHED.get(task, ours)
 
 
@@ -160,23 +164,23 @@ def describe_recipe(args, kind: str, films: int, steps, reasons: list[str]) -> s
     return "\n  ".join([recipe, *reasons])
 
 
-def measure(kind: str, table, truth, weights) -> np.ndarray:
+def measure(kind: str, scores, truth, weights) -> np.ndarray:
     """Compute a task's metric and its parts when film i counts weights[i] times, as fractions.
 
-    table, truth: as judge takes them. weights (n, k): k times as many results.
+    scores, truth: as judge takes them. weights (n, k): k times as many results.
     → (k, 1 + parts): the metric; then the AUROC of each class or, of masks, the mean Dice over all
     films and over those that have a mask. nan where undefined.
     """
     if kind == "mask":
-        is_known = ~np.isnan(table[:, 0])
-        dice, has_mask, _ = table[is_known].T
+        is_known = ~np.isnan(scores[:, 0])
+        dice, has_mask, _ = scores[is_known].T
         means = [weighted_mean(dice, weights[is_known])]
         means.append(weighted_mean(dice, weights[is_known] * has_mask[:, None]))
         return np.stack([means[0], *means], 1)
-    value, areas = metrics.mean_auroc(table, truth, weights)
+    value, areas = metrics.mean_auroc(scores, truth, weights)
     if kind == "classes":
         is_known = ~np.isnan(truth).any(1)
-        is_right = table[is_known].argmax(1) == truth[is_known].argmax(1)
+        is_right = scores[is_known].argmax(1) == truth[is_known].argmax(1)
         value = weighted_mean(is_right, weights[is_known])
     return np.column_stack([value, areas])
 
@@ -197,15 +201,28 @@ def percent(value: float) -> float | None:
     return None if np.isnan(value) else 100 * float(value)
 
 
-def judge(kind: str, labels, table, truth) -> tuple[float | None, dict]:
-    """Judge the rows of finetune.predict. → (the task's metric, {class: AUROC}), percent
+def judge(kind: str, labels, scores, truth) -> tuple[float | None, dict]:
+    """Judge what was predicted of n films. → (the task's metric, {class: AUROC}), percent
 
-    table: the rows (n, c), or (n, 3) of masks. truth (n, c): 0, 1, or NaN: not known. A class
-    without positives or without negatives has no AUROC (None) and counts in no mean. The Dice is
-    also given over the films that have a mask, for where most have none an empty guess is right.
+    scores (n, c): the higher, the more likely the class; of masks the rows (n, 3). truth (n, c): 0,
+    1, or NaN: not known. A class without positives or without negatives has no AUROC (None) and
+    counts in no mean. The Dice is also given over the films that have a mask, for where most have
+    none an empty guess is right.
     """
-    value, *parts = map(percent, measure(kind, table, truth, np.ones((len(table), 1)))[0])
+    value, *parts = map(percent, measure(kind, scores, truth, np.ones((len(scores), 1)))[0])
     return value, dict(zip(parts_of(kind, labels), parts, strict=True))
+
+
+def log_odds(kind: str, logits) -> np.ndarray:
+    """The logarithm of p / (1 - p) of every class, logits (n, c) → (n, c), by which AUROC orders
+    films: of two films that both have p = 1.0000 in floating point it still knows the higher.
+    """
+    if kind == "labels":
+        return logits
+    logits = torch.as_tensor(logits, dtype=torch.float64)
+    is_own = torch.eye(logits.shape[1], dtype=torch.bool)
+    others = logits[:, None].masked_fill(is_own, -torch.inf).logsumexp(2)
+    return (logits - others).numpy()
 
 
 def operating_points(task, scores, truth, examples, thresholds) -> dict:
@@ -243,16 +260,17 @@ def judge_test(task, rows: dict, truth, thresholds) -> dict:
     patients of the test films are drawn anew; None where that is undefined. thresholds (c,): from
     which probability on a class counts as present; without any, no operating_points.
     """
-    table = np.stack(list(rows.values()))
+    scores = np.stack(list(rows.values()))
     points = None
     examples = [task.films["test"].examples[i] for i in rows]
-    if task.kind != "mask":
-        table = probabilities(task.kind, table)
     if thresholds:
-        points = operating_points(task, table, truth, examples, thresholds)
+        likely = probabilities(task.kind, scores)
+        points = operating_points(task, likely, truth, examples, thresholds)
+    if task.kind != "mask":
+        scores = log_odds(task.kind, scores)
     patients = [example.patient for example in examples]
-    value, per_class = judge(task.kind, task.labels, table, truth)
-    bounds = metrics.bootstrap(partial(measure, task.kind, table, truth), patients)
+    value, per_class = judge(task.kind, task.labels, scores, truth)
+    bounds = metrics.bootstrap(partial(measure, task.kind, scores, truth), patients)
     intervals = [None if np.isnan(pair).any() else (100 * pair).tolist() for pair in bounds]
     return {
         "value": value,
@@ -267,7 +285,7 @@ def judge_test(task, rows: dict, truth, thresholds) -> dict:
 def with_interval(value: float | None, interval, patients: int | None = None) -> str:
     """Write a result and its 95 % interval: '91.20 % (95 % interval 88.00 to 94.10)'.
 
-    patients: how many were tested, to tell why there is no interval; see metrics.bootstrap.
+    patients: how many the test films have, to tell why there is no interval; see metrics.bootstrap.
     """
     if value is None:
         return "undefined"
@@ -277,7 +295,7 @@ def with_interval(value: float | None, interval, patients: int | None = None) ->
     elif interval:
         words += f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
     elif patients:
-        why = " with too few positives or negatives" if patients >= 3 else ""
+        why = ", among them too few with it or without it" if patients >= 3 else ""
         words += f" (no interval: {patients} test patients{why})"
     return words
 

@@ -34,7 +34,8 @@ def choose_out(args) -> Path:
 
 
 # Flags that do nothing where no step is trained, and where nothing is trained.
-OF_STEPS = "epochs lr weight_decay layer_decay drop_path warmup patience max_steps head batch"
+OF_STEPS = "epochs lr min_lr weight_decay layer_decay drop_path warmup clip patience max_steps "
+OF_STEPS += "head batch log_every save_every compile"
 OF_TRAINING = f"{OF_STEPS} freeze seed seeds fraction shots draw size image patch pool"
 
 
@@ -149,10 +150,11 @@ def fit_to_model(splits: Splits, saved: dict, path) -> tuple[Splits, frozenset]:
             notes.append(f"not in the data, hence not judged: {', '.join(absent)}")
         if strange:
             notes.append(f"labels that the model was not trained for: {', '.join(strange)}")
-        test = []
-        for example in splits.test:
-            truth = tuple(None if k is None else example.truth[k] for k in places)
-            test.append(example._replace(truth=truth))
+        if kind != "mask":  # a film of segmentation has no labels, only its mask
+            test = []
+            for example in splits.test:
+                truth = tuple(None if k is None else example.truth[k] for k in places)
+                test.append(example._replace(truth=truth))
     unknown = frozenset(i for i, film in enumerate(test) if kind == "mask" and not film.mask)
     if unknown:
         notes.append(f"masks: those of {len(unknown)} of {len(test)} films are not known: no Dice")
@@ -272,7 +274,8 @@ class Steps(NamedTuple):
 
 
 def count_steps(args, kind, films: int) -> Steps:
-    """Count the steps for so many training films. An epoch has whole batches only.
+    """Count the steps for so many training films. An epoch has whole batches only. UserError when
+    there is not a film for every process.
 
     Between two validations lies a fiftieth of all steps or, where that is shorter than an epoch of
     a whole set, an epoch.
@@ -280,6 +283,11 @@ def count_steps(args, kind, films: int) -> Steps:
     if args.freeze and kind != "mask":
         return Steps(0, 0, 0, 0)  # a linear probe is computed, not trained
     per_epoch = films // args.batch
+    if per_epoch == 0:  # share_batch gives every process one film at least
+        raise UserError(
+            f"{films} training films are fewer than the {args.batch} processes: start at most "
+            f"{films} of them (torchrun --nproc_per_node)"
+        )
     total = args.epochs * per_epoch
     end = min(total, args.max_steps or total)
     shortest = 1 if args.is_cut else per_epoch
@@ -367,14 +375,14 @@ def begin_or_finished(folder: Path, recipe: dict, end: int, team) -> dict | None
 class Best:
     """The best validation so far, and how many there were since."""
 
-    value: float = -1.0  # the metric, percent
+    value: float | None = -1.0  # the metric, percent; None: undefined, which counts as 0
     loss: float = math.inf
     step: int = 0
     stale: int = 0  # validations without a new best
 
-    def update(self, value: float, loss: float, step: int) -> bool:
+    def update(self, value: float | None, loss: float, step: int) -> bool:
         """Note a validation. → True if it is the best: a higher metric, or the same, lower loss"""
-        is_best = (value, -loss) > (self.value, -self.loss)
+        is_best = (value or 0.0, -loss) > (self.value or 0.0, -self.loss)
         if is_best:
             self.value = value
             self.loss = loss
@@ -383,7 +391,8 @@ class Best:
         return is_best
 
     def __str__(self):
-        return f"{self.value:.2f} at step {self.step}"
+        value = "undefined" if self.value is None else f"{self.value:.2f}"
+        return f"{value} at step {self.step}"
 
 
 @dataclasses.dataclass

@@ -280,7 +280,7 @@ def draw_few(examples, fraction=1.0, shots: int | None = None, draw=0) -> list[E
     if shots is None:
         if fraction >= 1:
             return examples
-        count = max(1, int(fraction * len(examples)))
+        count = max(1, int(fraction * len(examples) + 1e-9))  # 0.29 · 100 is 28.999999999999996
         chosen = numpy_rng(DRAW_FRACTION, draw).choice(len(examples), count, replace=False)
     else:
         order = numpy_rng(DRAW_SHOTS, draw).permutation(len(examples))
@@ -306,6 +306,8 @@ LACK = {  # what a class suffers from that a split shows on all of its films, or
     "val": "it does not count in model selection",
     "test": "it has no AUROC",
 }
+# Of exclusive classes the model is chosen, and judged, by the share of right guesses.
+NEVER_SHOWN = LACK | {"val": "model selection sees only whether other films are taken for it"}
 
 
 # So few films in the smaller class, and a percentile interval of an AUROC of 0.90 holds the true
@@ -321,26 +323,21 @@ def class_warnings(splits: Splits, which=SPLITS) -> list[str]:
     """One line for every class of which a split has no positive or no negative film, or few."""
     if splits.kind == "mask":
         return []
+    lack = NEVER_SHOWN if splits.kind == "classes" else LACK
     lines = []
     for split in which:
         examples = getattr(splits, split)
         for k, name in enumerate(splits.labels):
             count = tally(examples, k)
-            if count[0] and count[1]:
-                films, has = min((count[1], "with"), (count[0], "without"))
-                if films < 5 and split in FEW:
-                    lines.append(
-                        f"warning: {split} has only {films} films {has} {name}: {FEW[split]}"
-                    )
-                elif films < NARROW and split == "test":
-                    lines.append(
-                        f"warning: test has only {films} films {has} {name}: the 95 % interval of "
-                        "its AUROC is too narrow"
-                    )
-                continue
+            films, has = min((count[1], "with"), (count[0], "without"))
+            only = f"{split} has only {films} films {has} {name}"
             if not (count[0] or count[1]):
-                lines.append(f"warning: of no film of {split} is {name} known: {LACK[split]}")
-                continue
-            missing = "negative" if count[1] else "positive"
-            lines.append(f"warning: {split} has no {missing} film of {name}: {LACK[split]}")
-    return lines
+                lines.append(f"of no film of {split} is {name} known: {lack[split]}")
+            elif films == 0:
+                missing = "negative" if count[1] else "positive"
+                lines.append(f"{split} has no {missing} film of {name}: {lack[split]}")
+            elif films < 5 and split in FEW:
+                lines.append(f"{only}: {FEW[split]}")
+            elif films < NARROW and split == "test":
+                lines.append(f"{only}: the 95 % interval of its AUROC is too narrow")
+    return [f"warning: {line}" for line in lines]

@@ -197,6 +197,7 @@ def test_pixels_and_half_of_the_other_view_on_two_ranks_and_in_two_parts(films, 
     assert float(rows[-1]["loss"]) < 0.9 * float(rows[0]["loss"])
     result = json.loads((tmp_path / "one" / "result.json").read_text())
     result.pop("made_with")
+    assert result.pop("step") == int(rows[-1]["step"])
     assert result == {"domain": {}, "probe": {}, "probe_intervals": {}}
 
     run(films, tmp_path / "two", *flags, "--micro", "2", ranks=2)

@@ -53,7 +53,7 @@ def test_the_closing_table_is_printed_and_written(tmp_path, capsys):
     assert "what --weights saw is unknown" in words and "pre-training saw" not in words
     report.judge_on_held_out(args, tmp_path, world, films, np.array([], int), [])
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result.pop("made_with")["command"]
+    assert result.pop("made_with")["command"] and result.pop("step") == 2
     assert result == {"domain": {}, "probe": {}, "probe_intervals": {}}
 
 

@@ -91,6 +91,43 @@ def test_a_run_that_was_cut_is_no_seed_of_those_that_were_not(tmp_path, capsys):
     assert "CUT at step 4 of 6" in (tmp_path / "out" / "runs.csv").read_text(encoding="utf-8")
 
 
+def test_a_run_that_was_resumed_since_it_was_judged_is_cut(tmp_path, capsys):
+    """Its log has come to the end, its result.json not yet."""
+    write_run(tmp_path / "a", 8, 0)
+    result = read_json(tmp_path / "a" / "result.json")
+    for step, words in ((3, "| all alike, CUT at step 3 of 6 | 1 |"), (6, "| all alike | 1 |")):
+        write_json(tmp_path / "a" / "result.json", result | {"step": step})
+        runs.main(["--runs", f"{tmp_path}/a", "--out", str(tmp_path / "out")])
+        assert words in capsys.readouterr().out
+
+
+def test_a_seed_without_probes_is_told(tmp_path, capsys):
+    """As when a run was killed while it probed."""
+    write_run(tmp_path / "a", 8, 0)
+    write_run(tmp_path / "b", 8, 1)
+    result = read_json(tmp_path / "b" / "result.json")
+    write_json(tmp_path / "b" / "result.json", result | {"probe_intervals": {}})
+    runs.main(["--runs", f"{tmp_path}/*", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "| all alike | 2 | 80.0 (1 of 2 seeds) / 85.0 (1 of 2 seeds) | 50.5 ± 0.7 /" in said
+
+
+def test_random_weights_count_once_per_seed_and_network(tmp_path, capsys, monkeypatch):
+    """Also where two seeds happen to agree, and not with those of another patch."""
+    monkeypatch.setitem(RANDOM, 1, (70.0, 79.0))
+    for name, batch, seed, patch in (("a", 8, 0, 16), ("b", 8, 1, 16), ("c", 32, 0, 8)):
+        write_run(tmp_path / name, batch, seed)
+        config = read_json(tmp_path / name / "config.json") | {"patch": patch}
+        write_json(tmp_path / name / "config.json", config)
+    result = read_json(tmp_path / "c" / "result.json")
+    result["probe_intervals"]["sex"]["all"]["values"]["random initialisation"] = 60.0
+    write_json(tmp_path / "c" / "result.json", result)
+    runs.main(["--runs", f"{tmp_path}/*", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "| random initialisation, patch 16 | 2 | 70.0 ± 0.0 / 79.0 ± 0.0 | – |" in said
+    assert "| random initialisation, patch 8 | 1 | 60.0 / 79.0 | – |" in said
+
+
 def test_an_undefined_number_is_a_dash(tmp_path, capsys):
     """As where redraws of the patients lack the few who have a finding, or all test films do."""
     write_run(tmp_path / "a", 8, 0)

@@ -100,6 +100,19 @@ def clinic():
     return task, scores, truth, examples
 
 
+@pytest.mark.parametrize("kind", ["labels", "classes"])
+def test_films_that_all_have_a_probability_of_one_are_still_ordered(kind):
+    logits = np.random.default_rng(0).normal(size=(50, 3))
+    odds = results.log_odds(kind, logits)
+    likely = results.probabilities(kind, logits)
+    assert odds == pytest.approx(np.log(likely / (1 - likely)))
+    sure = np.array([[40.0, -1, -1], [50.0, -1, -1], [38.0, -1, -1]])
+    assert (results.probabilities(kind, sure)[:, 0] == 1).all()
+    truth = np.array([[1.0, 0, 0], [1, 0, 0], [0, 0, 1]])
+    _, per_class = results.judge(kind, "abc", results.log_odds(kind, sure), truth)
+    assert per_class["a"] == 100
+
+
 def test_operating_points_are_counted_film_by_film_with_intervals_over_patients(clinic):
     task, scores, truth, examples = clinic
     points = results.operating_points(task, scores, truth, examples, [0.45, 0.6])
@@ -172,14 +185,15 @@ def test_it_is_said_whose_recipe_it_is():
     assert "epochs and batch are those of the authors' code" in said["vindr"]
     assert "one epoch is the authors' code's, the batch is ours" in said["chexpert"]
     for task in set(said) - {"vindr", "chexpert", "csv"}:
-        assert said[task] == "The recipe is the paper's, but for epochs and batch, which are ours."
-    assert "epochs, batch, --head and --pool are ours" in said["csv"]
+        words = "What is left open is the paper's, but for epochs and batch, which are ours."
+        assert said[task] == words
+    assert "but for epochs, batch, head and pool" in said["csv"]
 
 
 def test_it_is_said_why_there_is_no_interval():
     assert results.with_interval(91.2, None, 2) == "91.20 % (no interval: 2 test patients)"
     assert results.with_interval(91.2, None, 9).endswith(
-        "9 test patients with too few positives or negatives)"
+        "9 test patients, among them too few with it or without it)"
     )
     assert results.with_interval(100, [100, 100], 56).startswith("100.00 % (no interval: all ")
     assert results.with_interval(91.2, [88, 94.1], 9) == "91.20 % (95 % interval 88.00 to 94.10)"
@@ -213,7 +227,7 @@ def test_drawn_films_that_teach_nothing_are_refused():
         results.refuse_untestable(splits, films(0, 0))
     with pytest.raises(UserError, match="the 2 training films: nothing .* another split"):
         results.refuse_untestable(replace(splits, train=films(1, 1)), films(1, 1))
-    with pytest.raises(UserError, match="the 1 test films: AUROC is undefined"):
+    with pytest.raises(UserError, match="the 1 test films: nothing can be measured"):
         results.refuse_untestable(replace(splits, test=films(1)), splits.train)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,14 @@ from plumbing.seedrun import (
     begin_or_finished,
     choose_out,
     choose_weights,
+    count_steps,
+    fit_to_model,
     recipe_of,
     remember,
+    share_batch,
     warn_of_known_films,
 )
-from plumbing.splits import Example
+from plumbing.splits import Example, Splits
 
 
 def test_newest_pretraining_run_is_found_and_kept_on_resume(tmp_path, monkeypatch):
@@ -58,6 +62,32 @@ def test_a_tie_on_validation_goes_to_the_lower_loss():
     assert best == Best(value=80.0, loss=0.6, step=5, stale=1)
     assert best.update(80.0, 0.5, 7)
     assert best == Best(value=80.0, loss=0.5, step=7, stale=0)
+
+
+def test_an_undefined_validation_counts_as_0_but_is_not_0():
+    best = Best()
+    assert best.update(None, 0.6, 1) and str(best) == "undefined at step 1"
+    assert not best.update(0.0, 0.7, 2) and best.value is None
+    assert best.update(0.0, 0.5, 3) and str(best) == "0.00 at step 3"
+
+
+def test_fewer_films_than_processes_are_refused():
+    args = SimpleNamespace(batch=32, micro=None, freeze=False, epochs=10, max_steps=None)
+    args.is_cut = True
+    share_batch(args, 3, 8)
+    with pytest.raises(UserError, match="3 training films are fewer than the 8 processes: start"):
+        count_steps(args, "labels", 3)
+    args.batch = 32
+    share_batch(args, 3, 2)
+    assert count_steps(args, "labels", 3).total == 10
+
+
+def test_masks_of_another_spelling_are_fitted_to_the_model(tmp_path):
+    masked = Example(tmp_path / "a.png", (), "p1", ("runs", ""))
+    splits = Splits("siim", "mask", ("pneumothorax",), [], [], [masked], [])
+    saved = {"kind": "mask", "labels": ["Pneumothorax"]}
+    fitted, unknown = fit_to_model(splits, saved, "best.pt")
+    assert fitted.labels == ("Pneumothorax",) and fitted.test == [masked] and not unknown
 
 
 def test_names_that_many_films_bear_recognise_none(tmp_path):

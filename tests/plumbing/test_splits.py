@@ -195,6 +195,7 @@ def test_one_film_under_two_names_in_two_splits_is_told(tmp_path):
 
 def test_draws_have_the_wanted_size():
     assert len(draw_few(HUNDRED, 0.1)) == 10
+    assert len(draw_few(HUNDRED, 0.29)) == 29 and 0.29 * 100 < 29
     assert draw_few(HUNDRED) == HUNDRED
     assert len(draw_few(HUNDRED, 1e-9)) == 1
     few = draw_few(HUNDRED, shots=4)
@@ -244,7 +245,7 @@ def test_labels_that_are_not_known_are_counted_and_are_no_negatives():
     assert (
         "train: 5 films, patients unknown: every film counts as one (a 1 and 2 unknown, b" in said
     )
-    with pytest.raises(UserError, match="among the 1 test films: AUROC is undefined"):
+    with pytest.raises(UserError, match="among the 1 test films: nothing can be measured"):
         refuse_untestable(splits, splits.train)
     splits = Splits("csv", "labels", ("a", "b"), films[:1], films, films, [])
     with pytest.raises(UserError, match="among the 1 training films: nothing can be learnt"):
@@ -258,6 +259,14 @@ def test_classes_without_positives_are_named():
         "warning: test has no negative film of rare: it has no AUROC",
         "warning: test has no negative film of third: it has no AUROC",
     ]
+
+
+def test_of_exclusive_classes_the_choice_is_by_right_guesses():
+    splits = Splits("rsna", "classes", ("rare", "third"), HUNDRED, HUNDRED[1:10], HUNDRED, [])
+    assert class_warnings(splits, ["val"])[0] == (
+        "warning: val has no positive film of rare: model selection sees only whether other films "
+        "are taken for it"
+    )
 
 
 def test_few_films_with_a_finding_or_without_it_are_told_where_they_choose_or_judge():
