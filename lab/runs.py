@@ -131,15 +131,13 @@ def lay_out(rows: list[dict]) -> str:
     pixels = {(row["what"], row["features"], row["value"]): row for row in rows}.values()
     pixels = [pair(pixels, table, small, large) for table in tables]
     lines.append([f"{small} / {large}", "–", *pixels, "–"])
-    for shape in dict.fromkeys(map(shape_of, settings)):
-        random = [row for row in rows if row["features"] in (RANDOM, RANDOM + CELLS)]
-        random = [row for row in random if shape_of(row["setting"]) == shape]
-        random = {(row["what"], row["features"], row["seed"]): row for row in random}.values()
-        seeds = count_seeds(random)
-        cells = [pair(random, table, RANDOM, RANDOM + CELLS, seeds=seeds) for table in tables]
-        if random:
-            name = ", ".join(filter(None, (RANDOM, shape)))
-            lines.append([name, str(seeds), *cells, "–"])
+    random = [row for row in rows if row["features"] in (RANDOM, RANDOM + CELLS)]
+    for shape in dict.fromkeys(shape_of(row["setting"]) for row in random):
+        own = [row for row in random if shape_of(row["setting"]) == shape]
+        own = {(row["what"], row["features"], row["seed"]): row for row in own}.values()
+        seeds = count_seeds(own)
+        cells = [pair(own, table, RANDOM, RANDOM + CELLS, seeds=seeds) for table in tables]
+        lines.append([", ".join(filter(None, (RANDOM, shape))), str(seeds), *cells, "–"])
     for setting in settings:
         own = [row for row in rows if row["setting"] == setting]
         seeds = count_seeds(own)

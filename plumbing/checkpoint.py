@@ -391,13 +391,14 @@ FINGERPRINTED = {
 
 
 def refuse_other_recipe(
-    folder, saved: dict, recipe: dict, or_else=", or delete it to start anew", why=None
+    folder, saved: dict, recipe: dict, or_else=", or delete it to start anew", why=None, of=None
 ):
     """Raise UserError when the run in `folder` was started with another recipe than `recipe`.
 
     A recipe is {setting: value} of all that a run's numbers depend on; saved: the old run's.
     or_else: what can be done but for choosing another folder. why: {setting: the reason why it may
-    differ though nobody has changed it, with {old} for the old value}.
+    differ though nobody has changed it, with {old} for the old value}. of: the folder whose
+    result.json tells the old run's command [folder].
     """
     settings = dict.fromkeys([*recipe, *saved])  # each once, in order
     changed = [name for name in settings if saved.get(name) != recipe.get(name)]
@@ -413,21 +414,12 @@ def refuse_other_recipe(
         for name, reason in (why or {}).items()
         if name in changed
     ]
-    command = command_of(folder)
+    command = read_json(Path(of or folder) / "result.json").get("made_with", {}).get("command")
     raise UserError(
         f"{folder} holds a run with another recipe ({'; '.join(differences)}): "
         f"choose another --out{or_else}{''.join(reasons)}"
         + (f". Its command was: {command}" if command else "")
     )
-
-
-def command_of(folder) -> str:
-    """The command whose result lies in a folder or, of one seed, in that above; "" for none."""
-    for place in (Path(folder), Path(folder).parent):
-        made = read_json(place / "result.json").get("made_with")
-        if made:
-            return made["command"]
-    return ""
 
 
 def sources(**paths) -> dict:

@@ -343,7 +343,7 @@ def refuse_other_run(folder: Path, saved: dict, recipe: dict, is_beside: bool):
     or_else = ", or delete it to start anew"
     if is_beside:
         or_else = ", or give its settings: the seeds of one folder share a recipe and a result"
-    checkpoint.refuse_other_recipe(folder, saved, recipe, or_else, UNASKED)
+    checkpoint.refuse_other_recipe(folder, saved, recipe, or_else, UNASKED, of=folder.parent)
 
 
 def begin_or_finished(folder: Path, recipe: dict, end: int, team) -> dict | None:

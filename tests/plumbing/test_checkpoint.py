@@ -290,9 +290,12 @@ def test_another_recipe_is_refused_with_old_and_new():
 
 def test_the_refusal_tells_the_old_command(tmp_path):
     checkpoint.write_json(tmp_path / "result.json", {"made_with": {"command": "finetune.py --a 1"}})
-    for folder in (tmp_path, tmp_path / "seed0"):
+    changed = {"size": "tiny"}, {"size": None}
+    for folder, of in ((tmp_path, None), (tmp_path / "seed0", tmp_path)):
         with pytest.raises(UserError, match=r"\. Its command was: finetune.py --a 1$"):
-            checkpoint.refuse_other_recipe(folder, {"size": "tiny"}, {"size": None})
+            checkpoint.refuse_other_recipe(folder, *changed, of=of)
+    with pytest.raises(UserError, match="start anew$"):  # the folder above is of another program
+        checkpoint.refuse_other_recipe(tmp_path / "decoder", *changed)
 
 
 def trained(steps):
