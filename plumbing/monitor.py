@@ -79,7 +79,7 @@ class Monitor:
         if error is None and self.end <= self.bar.n < self.total:
             self.team.say(
                 f"stopped at step {self.bar.n:,} of {self.total:,} by --max_steps; the same "
-                "command without it resumes"
+                "command without it resumes. What it has learnt so far:"
             )
 
     def timed(self, loader):

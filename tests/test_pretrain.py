@@ -130,7 +130,8 @@ def test_worker_count_changes_nothing(films, reference, tmp_path):
 @pytest.mark.slow
 def test_three_steps_and_the_rest_equal_all_at_once(films, reference, tmp_path):
     said = run(films, tmp_path / "parts", "--max_steps", "3").stdout
-    assert "stopped at step 3 of 8 by --max_steps; the same command without it resumes\n" in said
+    stopped = "stopped at step 3 of 8 by --max_steps; the same command without it resumes. "
+    assert f"{stopped}What it has learnt so far:\n" in said
     assert said.endswith("CUT at step 3 of 8: these numbers are of an unfinished training\n")
     said = run(films, tmp_path / "parts").stdout
     assert "resuming at step 3" in said and "stopped at step" not in said

@@ -106,8 +106,8 @@ def test_rows_are_written_when_due_and_at_the_end(tmp_path, capsys):
         for done in range(1, 6):
             seen.update(done, losses(1.0, 1.0, 1.0), pooled(), NORM, 0.1, 0.9)
     assert [row["step"] for row in read_log(tmp_path / "log.csv")] == ["2", "4", "5"]
-    stopped = "stopped at step 5 of 10 by --max_steps; the same command without it resumes\n"
-    assert capsys.readouterr().out == stopped
+    stopped = "stopped at step 5 of 10 by --max_steps; the same command without it resumes. "
+    assert capsys.readouterr().out == f"{stopped}What it has learnt so far:\n"
 
 
 @pytest.mark.parametrize("end, steps", [(10, 10), (5, 3)])
