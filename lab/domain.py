@@ -27,7 +27,7 @@ from lab import common
 from plumbing import pictures
 from plumbing.keys import DOMAIN_TEST, torch_generator
 from plumbing.launch import run_script
-from plumbing.metrics import recall_at_k
+from plumbing.metrics import bootstrap, recall_at_k
 
 GREEN = "#37d67a"
 KS = (1, 3, 5)  # of Recall@k
@@ -117,9 +117,11 @@ def domain_errors(world, image, actions, candidates):
 def domain_test(world, images, seed=0, has_second_set=False):
     """Domain sensitivity test of films (n, 1, H, W). (Table 4)
 
-    → {action, no_action, random: {recall@1, recall@3, recall@5: percent}, images, candidates,
-    candidates_vary} with the grid of candidates, and, if asked for, the same with the second set
-    below four_parameters; no_action is the same model told the identity, random is chance.
+    → {action, no_action, random: {recall@1, recall@3, recall@5: percent}, intervals, images,
+    candidates, candidates_vary} with the grid of candidates, and, if asked for, the same with the
+    second set below four_parameters; no_action is the same model told the identity, random is
+    chance. intervals {action, no_action: {recall@1, …: [low, high]}} hold 95 % of the redraws of
+    the films; None with fewer than three films.
     """
     result = recalls(world, images, seed, grid_candidates(), GRID)
     if has_second_set:
@@ -133,26 +135,42 @@ def recalls(world, images, seed, candidates, words):
     for k, image in enumerate(tqdm(images, desc=f"domain test, {words}", leave=False)):
         actions = film_actions(len(candidates), seed, k)
         told, untold = domain_errors(world, image[None], actions, candidates)
-        found["action"].append(recall_at_k(told, KS))
-        found["no_action"].append(recall_at_k(untold, KS))
+        found["action"].append(list(recall_at_k(told, KS).values()))
+        found["no_action"].append(list(recall_at_k(untold, KS).values()))
     result = {}
+    intervals = {}
     for way, films in found.items():
-        result[way] = {f"recall@{k}": 100 * float(np.mean([film[k] for film in films])) for k in KS}
-    result["random"] = {f"recall@{k}": 100 * k / len(candidates) for k in KS}
+        films = 100 * np.array(films)  # (films, ks)
+        result[way] = by_k(films.mean(0).tolist())
+        intervals[way] = by_k(redraw(films))
+    result["random"] = by_k([100 * k / len(candidates) for k in KS])
     sizes = {"images": len(images), "candidates": len(candidates)}
-    return result | sizes | {"candidates_vary": words}
+    return result | {"intervals": intervals} | sizes | {"candidates_vary": words}
+
+
+def redraw(films):
+    """The 95 % interval of each mean over films (n, c). → c of [low, high], or of None"""
+    bounds = bootstrap(lambda times: times.T @ films / times.sum(0)[:, None], range(len(films)))
+    return [None if np.isnan(bound).any() else bound.tolist() for bound in bounds]
+
+
+def by_k(numbers):
+    """Name numbers, one for each of KS."""
+    return {f"recall@{k}": number for k, number in zip(KS, numbers, strict=True)}
 
 
 def result_table(result):
     """The result of domain_test in words. → text"""
-    lines = ["domain sensitivity test (Table 4), percent"]
+    lines = ["domain sensitivity test (Table 4), percent; in brackets the 95 % interval over films"]
     parts = [result, result["four_parameters"]] if "four_parameters" in result else [result]
     for part in parts:
         count = f"{part['images']} films × {part['candidates']} candidates"
         lines.append(f"{count}: {part['candidates_vary']}")
         for way, words in WAYS.items():
             numbers = [f"Recall@{k} {part[way][f'recall@{k}']:6.2f}" for k in KS]
-            lines.append("  ".join([f"  {words:22s}", *numbers]))
+            interval = part["intervals"].get(way, {}).get(f"recall@{KS[-1]}")
+            brackets = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+            lines.append("  ".join([f"  {words:22s}", *numbers]) + brackets)
     return "\n".join(lines)
 
 

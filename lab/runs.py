@@ -11,7 +11,8 @@ their numbers are called CUT. Where a run has judged all films of a table, cross
 figure is shown (lab.probe says when), else the one of its test films. Runs of other films or other
 tables are not told apart: compare them in calls of their own.
 
-Writes table.md, and runs.csv with every single number, its interval and its seed.
+Writes table.md, and runs.csv with every single number, its interval and its seed: also those of
+test films that the table does not show, and the differences (column "minus": from what).
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from lab.report import PRETRAINED
 from plumbing.checkpoint import read_json, read_log, write_csv, write_text
 from plumbing.launch import UserError, flag, parse, run_script
 
-COLUMNS = ("run", "setting", "seed", "what", "films", "features", "value", "low", "high")
+COLUMNS = ("run", "setting", "seed", "what", "films", "features", "minus", "value", "low", "high")
 # What may differ between runs of one recipe: where they and their films lie, the seed, what changes
 # no number, and --max_steps, of which cut_words tells.
 NOT_THE_RECIPE = {"out", "seed", "data", "probe", "device", "workers", "micro"}
@@ -99,30 +100,39 @@ def cut_words(run: Path, config: dict) -> str:
 def rows_of_run(run: Path, setting: str) -> list[dict]:
     """Every number that a run ended with, one row each."""
     result = read_json(run / "result.json")
-    found = []  # what, on which films, of which features, value, interval
+    found = []  # what, on which films, of which features, minus which, value, interval
+    domain = result["domain"]
     for way in ("action", "no_action"):
-        if way in result["domain"]:
-            found.append(("Recall@5", "", WAYS[way], result["domain"][way]["recall@5"], ("", "")))
-    for table, judged in result.get("probe_intervals", {}).items():
-        films = "all" if judged.get("all") else "test"
-        for features, value in judged[films]["values"].items():
-            interval = judged[films]["intervals"][features]
-            found.append((table, films, features, value, interval or ("", "")))
+        if way in domain:
+            interval = domain.get("intervals", {}).get(way, {}).get("recall@5")  # older: none
+            found.append(("Recall@5", "", WAYS[way], "", domain[way]["recall@5"], interval))
+    for table, parts in result.get("probe_intervals", {}).items():
+        for films, judged in parts.items():
+            found += [(table, films, *numbers) for numbers in numbers_of(judged)]
     log = read_log(run / "log.csv")
     for column in ("loss", "rankme", "images"):
         values = [row[column] for row in log if row.get(column)]
         if values:
-            found.append((column, "", "at the end", float(values[-1]), ("", "")))
+            found.append((column, "", "at the end", "", float(values[-1]), None))
     seed = read_json(run / "config.json")["seed"]
     rows = []
-    for what, films, features, value, interval in found:
-        cells = (run.name, setting, seed, what, films, features, value, *interval)
+    for *cells, interval in found:
+        cells = (run.name, setting, seed, *cells, *(interval or ("", "")))
         rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows
 
 
+def numbers_of(judged: dict):
+    """What lab.probe.judge says. → (features, minus which, value, interval) of every number"""
+    for features, value in judged["values"].items():
+        yield features, "", value, judged["intervals"][features]
+        for other, told in judged["differences"].get(features, {}).items():
+            yield features, other, told["difference"], told["interval"]
+
+
 def lay_out(rows: list[dict]) -> str:
     """Lay the numbers out: one line per setting, below those of random weights and raw pixels."""
+    rows = shown(rows)
     tables = list(dict.fromkeys(row["what"] for row in rows if row["films"]))
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     small, large = PIXELS
@@ -145,6 +155,17 @@ def lay_out(rows: list[dict]) -> str:
         recall = pair(own, "Recall@5", WAYS["action"], WAYS["no_action"], seeds=seeds)
         lines.append([setting, str(seeds), *probes, recall])
     return markdown(lines)
+
+
+def shown(rows: list[dict]) -> list[dict]:
+    """The numbers that the table shows: no differences, and of a run that has judged all films of a
+    table not those of its test films.
+    """
+    has_all = {(row["run"], row["what"]) for row in rows if row["films"] == "all"}
+    own = [row for row in rows if not row["minus"]]
+    return [
+        row for row in own if row["films"] != "test" or (row["run"], row["what"]) not in has_all
+    ]
 
 
 def shape_of(setting: str) -> str:

@@ -169,6 +169,15 @@ def test_an_oracle_finds_every_candidate_only_when_told():
     assert result["random"] == four["random"]
 
 
+def test_the_interval_is_that_of_a_loop_over_redraws_of_the_films():
+    rng = np.random.default_rng(0)
+    films = rng.uniform(0, 100, (40, 3))
+    means = [films[rng.integers(40, size=40)].mean(0) for _ in range(4000)]
+    expected = np.quantile(means, (0.025, 0.975), axis=0).T
+    assert np.abs(np.array(domain.redraw(films)) - expected).max() < 1.0
+    assert domain.redraw(films[:2]) == [None, None, None]
+
+
 class Blind(Oracle):
     def predictor(self, images, context_coords, target_coords, action):
         return torch.zeros(len(images), images[0].numel(), 1)
@@ -201,5 +210,7 @@ def test_domain(place):
     for part in (result, four):
         for k in (1, 3, 5):
             assert f"Recall@{k} {part['action'][f'recall@{k}']:6.2f}" in words
+        low, high = part["intervals"]["action"]["recall@5"]
+        assert f"Recall@5 {part['action']['recall@5']:6.2f} ({low:.1f} to {high:.1f})" in words
     assert Image.open(place / "d" / "errors.png").width > 600
     assert Image.open(place / "d" / "choices.png").width > 900

@@ -29,9 +29,13 @@ def write_run(folder, batch, seed):
         "raw 64² pixels": 81.5,
     }
     judged = {"values": values, "intervals": {name: [v - 5, v + 5] for name, v in values.items()}}
+    told = {"difference": cells - 81.5, "interval": [-1.0, 4.0], "word": "level with"}
+    judged["differences"] = {"pre-trained, cells": {"raw 64² pixels": told}}
     worse = {name: value - 20 for name, value in values.items()}
     of_test = {"values": worse, "intervals": {name: [v, v] for name, v in worse.items()}}
+    of_test["differences"] = {}
     domain = {"action": {"recall@5": 50.0 + seed}, "no_action": {"recall@5": 25.0}}
+    domain["intervals"] = {"action": {"recall@5": [45.0, 55.0]}, "no_action": {"recall@5": None}}
     result = {"domain": domain, "probe_intervals": {"sex": {"test": of_test, "all": judged}}}
     write_json(folder / "result.json", result)
     config = {"batch": batch, "seed": seed, "out": str(folder), "epochs": 2, "max_steps": None}
@@ -68,12 +72,14 @@ def test_every_number_is_in_the_csv(compared):
     folder, _ = compared
     with open(folder / "runs.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * (6 + 2 + 2)  # probes, Recall@5, loss and RankMe
-    (row,) = [
-        row for row in rows if row["run"] == "b8_1" and row["features"] == "pre-trained, cells"
-    ]
-    assert (row["seed"], row["what"], row["films"], row["value"]) == ("1", "sex", "all", "84.0")
-    assert (row["low"], row["high"]) == ("79.0", "89.0")
+    assert len(rows) == 3 * (6 + 6 + 1 + 2 + 2)  # all, test, difference, Recall@5, loss and RankMe
+    own = [list(row.values())[3:] for row in rows if row["run"] == "b8_1"]
+    cells = "pre-trained, cells"
+    assert ["sex", "all", cells, "", "84.0", "79.0", "89.0"] in own
+    assert ["sex", "all", cells, "raw 64² pixels", "2.5", "-1.0", "4.0"] in own
+    assert ["sex", "test", cells, "", "64.0", "64.0", "64.0"] in own
+    assert ["Recall@5", "", "with the action", "", "51.0", "45.0", "55.0"] in own
+    assert ["Recall@5", "", "without the action", "", "25.0", "", ""] in own
     ends = {row["what"]: row["value"] for row in rows if row["features"] == "at the end"}
     assert ends == {"loss": "0.25", "rankme": "3.0"}
 
@@ -140,8 +146,8 @@ def test_an_undefined_number_is_a_dash(tmp_path, capsys):
     runs.main(["--runs", f"{tmp_path}/a", "--out", str(tmp_path / "out")])
     assert "| raw 8² pixels / raw 64² pixels | – | – / 81.5 | – |" in capsys.readouterr().out
     written = (tmp_path / "out" / "runs.csv").read_text(encoding="utf-8")
-    assert "a,all alike,0,sex,all,raw 8² pixels,,,\n" in written
-    assert "a,all alike,0,sex,all,raw 64² pixels,81.5,,\n" in written
+    assert "a,all alike,0,sex,all,raw 8² pixels,,,,\n" in written
+    assert "a,all alike,0,sex,all,raw 64² pixels,,81.5,,\n" in written
 
 
 def test_without_a_finished_run(tmp_path):
