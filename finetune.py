@@ -688,10 +688,10 @@ def main():
     recipe = vars(args) | checkpoint.sources(data=root, labels=args.labels, weights=weights)
     summary = results.summarise(out, recipe, splits, weights, seed_results, team)
     is_over = all(result["over"] for result in seed_results)
-    is_judged = report.is_judged(splits.kind, task.films)
-    if is_judged and not is_over:
-        team.say("linear probes beside the model are made when the training is over")
-    elif is_judged and team.lead:
+    why_not = report.why_not_beside(splits.kind, task.films, is_over, out)
+    if why_not:
+        team.say(why_not)
+    elif why_not is None and team.lead:
         judge_beside(filled, task, weights, out, summary, team)
     results.conclude(out, summary, team)
     team.leave()

@@ -156,9 +156,21 @@ class Together(ConcatDataset):
         return film
 
 
-def is_judged(kind: str, films: dict) -> bool:
-    """Whether `beside` is for this task: a classification of at most MANY_FILMS films in all."""
-    return kind != "mask" and sum(map(len, films.values())) <= MANY_FILMS
+def why_not_beside(kind: str, films: dict, is_over: bool, out) -> str | None:
+    """Say why a model is not judged by `beside`: None where it is, "" where no word is needed.
+
+    is_over: whether all seeds have ended their training; out: folder with films.csv
+    """
+    if kind == "mask":
+        return ""
+    if sum(map(len, films.values())) > MANY_FILMS:
+        return (
+            f"of more than {MANY_FILMS:,} films no linear probes are made beside the model; they "
+            f"take: python -m lab.probe --weights FILE --data FOLDER --table {out}/films.csv"
+        )
+    if not is_over:
+        return "linear probes beside the model are made when the training is over"
+    return None
 
 
 def beside(films, seed_scores, vit, is_random: bool, seed: int, pool: str, are_few=False) -> dict:

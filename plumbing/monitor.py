@@ -44,6 +44,11 @@ def describe_length(given, args, recipe: dict, films, train, held, total: int, t
             f"warm-up: {args.warmup:.3g} of {args.epochs} epochs, the same share as the recipe's "
             f"{recipe['warmup']:g} of {recipe['epochs']}; --warmup sets another"
         )
+    if args.recipe == "small" and not args.weights:
+        lines.append(
+            "weights of other chest films, where you have any, taught more than to begin anew: "
+            "--weights FILE (docs/results.md, Continue from weights that exist)"
+        )
     if args.recipe == "paper" and args.size in ("base", "large"):
         lines += warn_of_cpu(team, len(train) * args.epochs, "--recipe small is for CPUs")
     return "\n".join(lines)

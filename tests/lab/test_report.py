@@ -125,6 +125,9 @@ def test_a_fine_tuned_model_is_judged_beside_probes_of_the_same_films(capsys, is
 
 def test_masks_and_many_films_are_not_judged_beside():
     films = {"train": range(2000), "val": range(500), "test": range(500)}
-    assert report.is_judged("labels", films) and report.is_judged("classes", films)
-    assert not report.is_judged("mask", films)
-    assert not report.is_judged("labels", films | {"test": range(501)})
+    assert report.why_not_beside("labels", films, True, "o") is None
+    assert report.why_not_beside("classes", films, True, "o") is None
+    assert report.why_not_beside("mask", films, True, "o") == ""
+    assert "when the training is over" in report.why_not_beside("labels", films, False, "o")
+    words = report.why_not_beside("labels", films | {"test": range(501)}, True, "o")
+    assert words.startswith("of more than 3,000 films no") and words.endswith("o/films.csv")

@@ -124,6 +124,7 @@ def test_the_papers_recipe_is_warned_of_on_a_cpu_alone():
     """By hand: 95,040 films × 300 epochs / 1.1 per second are 300 days of 24 hours."""
     given = SimpleNamespace(warmup=None)
     args = dict(recipe="paper", size="base", epochs=300, warmup=40.0, probe=None, holdout=50)
+    args |= dict(weights=None)
 
     def said(device="cpu", **other):
         team = launch.Team(0, 1, torch.device(device))
@@ -134,6 +135,8 @@ def test_the_papers_recipe_is_warned_of_on_a_cpu_alone():
     assert "that is up to 7,200.0 hours; --recipe small is for CPUs" in said()
     for others in (dict(device="cuda"), dict(recipe="small"), dict(size="tiny")):
         assert "warning" not in said(**others)
+    assert "--weights FILE" in said(recipe="small")
+    assert "--weights FILE" not in said() + said(recipe="small", weights="encoder.pt")
     assert "to train on, 50 held out, 6 more of their patients left out; 9 steps" in said()
     assert "50 held out (a tenth of all at most), 6 more" in said(holdout=60)
     assert "50 held out, 6 more" in said(holdout=60, probe="labels.csv")
