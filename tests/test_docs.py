@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from scipy import stats
 
 from lab import runs
 from model import ViT
@@ -337,17 +338,144 @@ def test_the_table_of_small_sets_is_made_from_its_numbers():
     assert runs.lay_out(rows) in (ROOT / "docs" / "results.md").read_text()
 
 
+TASKS = {"local": "tasks local", "local + global": "tasks local,global"}
+TASKS |= {"local + domain": "tasks local,domain"}
+FULL = "batch 8, epochs 25, warmup 2.0, lr 0.00075, ema 0.9975"
+LABELS = {
+    "nih_pneumonia": "pneumonia, NIH",
+    "kermany_pneumonia": "pneumonia, Kermany",
+    "nih_sex": "sex",
+    "nih_view": "view",
+    "nih_age60": "age, 60 or older",
+}
+OWN = (runs.PRETRAINED, runs.PRETRAINED + runs.CELLS)
+
+
+def table_3():
+    """Table 3 in miniature, of both trainings, as results.md shows it."""
+    study = runs.shown(numbers_in("study.csv"))
+    lines = [["AUROC, mean / cells", *LABELS.values(), "Recall@5, with / without a", "seeds"]]
+    for name, features in (("raw 8² / 64² pixels", tuple(runs.PIXELS)), (runs.RANDOM, None)):
+        features = features or (runs.RANDOM, runs.RANDOM + runs.CELLS)
+        own = [row for row in study if row["setting"] == FULL]
+        own = {(row["what"], row["features"], row["value"]): row for row in own}.values()
+        cells = [runs.pair(own, table, *features) for table in LABELS]
+        lines.append([name, *cells, "–", "3" if name == runs.RANDOM else "–"])
+    for name, setting in [*TASKS.items(), ("full", FULL)]:
+        rows = study if name == "full" else runs.shown(numbers_in("table3.csv"))
+        for when in ("", ", earlier"):
+            own = [row for row in rows if row["setting"] == setting + when]
+            cells = [runs.pair(own, table, *OWN) for table in LABELS]
+            recall = runs.pair(own, "Recall@5", runs.WAYS["action"], runs.WAYS["no_action"])
+            lines.append([name + when, *cells, recall, str(runs.count_seeds(own))])
+    return runs.markdown(lines)
+
+
+def by_seed(rows, setting, table, features):
+    """The numbers of a setting: {(seed, training): value}."""
+    return {
+        (row["seed"], when): row["value"]
+        for when in ("", ", earlier")
+        for row in rows
+        if (row["setting"], row["what"], row["features"]) == (setting + when, table, features)
+    }
+
+
+def differences_of_table_3():
+    """Full minus the rows of fewer tasks: over the runs, then over the patients of three seeds."""
+    study, table_3 = runs.shown(numbers_in("study.csv")), numbers_in("table3.csv")
+    lines = [["full minus …", *TASKS]]
+    for table, label in LABELS.items():
+        for features, pooling in zip(OWN, ("mean", "cells"), strict=True):
+            line = [f"{label}, {pooling}"]
+            for setting in TASKS.values():
+                full = by_seed(study, FULL, table, features)
+                less = by_seed(runs.shown(table_3), setting, table, features)
+                apart = [full[run] - less[run] for run in full.keys() & less.keys()]
+                bounds = stats.t.interval(0.95, len(apart) - 1, np.mean(apart), stats.sem(apart))
+                (over_patients,) = [
+                    row
+                    for row in table_3
+                    if (row["setting"], row["what"], row["features"])
+                    == (f"full minus {setting}", table, features)
+                ]
+                again = float(over_patients["low"]), float(over_patients["high"])
+                words = f"{signed(np.mean(apart), bounds)}; {signed(over_patients['value'], again)}"
+                is_sure = bounds[0] * bounds[1] > 0 and again[0] * again[1] > 0
+                line.append(f"**{words}**" if is_sure else words)
+            lines.append(line)
+    return runs.markdown(lines)
+
+
+def signed(value, bounds):
+    """A difference and its interval as the page writes them."""
+    return f"{value:+.1f} ({bounds[0]:.1f} to {bounds[1]:.1f})".replace("-", "−")
+
+
+def marked(row):
+    """A difference of one run; bold where its interval leaves out 0."""
+    bounds = float(row["low"]), float(row["high"])
+    words = signed(row["value"], bounds)
+    return f"**{words}**" if bounds[0] * bounds[1] > 0 else words
+
+
 def test_table_3_is_that_of_its_runs():
-    """docs/table3.csv is what lab.runs wrote of the ablated runs; the page shows their means."""
-    rows = numbers_in("table3.csv")
+    """docs/table3.csv is what lab.runs wrote of the ablated runs; the page shows their means, and
+    what the full model has beyond them."""
     chapter = (ROOT / "docs" / "results.md").read_text().partition("## Ablations")[2]
-    tables = dict.fromkeys(row["what"] for row in rows if row["films"])
-    for tasks in ("local", "local,global", "local,domain"):
-        own = [row for row in rows if row["setting"] == f"tasks {tasks}"]
-        name = tasks.replace(",", " + ")
-        line = next(row for row in chapter.splitlines() if row.startswith(f"| {name} |"))
-        cells = [
-            runs.pair(own, table, runs.PRETRAINED, runs.PRETRAINED + runs.CELLS) for table in tables
-        ]
-        cells.append(runs.pair(own, "Recall@5", runs.WAYS["action"], runs.WAYS["no_action"]))
-        assert " | ".join(cells) in line
+    assert table_3() in chapter
+    assert differences_of_table_3() in chapter
+
+
+def of_seeds(rows, **wanted):
+    """The rows with these values, of which there is one per seed, in the order of the seeds."""
+    own = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    assert [row["seed"] for row in own] == ["0", "1", "2"], wanted
+    return own
+
+
+def test_the_tables_of_120_epochs_are_made_from_their_numbers():
+    """Of all films against raw pixels, and of the films of test."""
+    setting = "batch 8, epochs 120, warmup 9.6, lr 0.00075, ema 0.9975"
+    own = [row for row in numbers_in("study.csv") if row["setting"] == setting]
+    own = sorted(own, key=lambda row: row["seed"])
+    page = (ROOT / "docs" / "results.md").read_text()
+    for table, label in LABELS.items():
+        pixels = [row for row in own if row["minus"] in runs.PIXELS and row["what"] == table]
+        lead = [of_seeds(pixels, films="all", features=features) for features in OWN]
+        cells = [" · ".join(map(marked, rows)) for rows in lead]
+        assert f"| {label} | {cells[0]} | {cells[1]} |\n" in page
+        of_test = [of_seeds(own, films="test", what=table, features=f, minus="") for f in OWN]
+        values = [" · ".join(f"{row['value']:.1f}" for row in rows) for rows in of_test]
+        lead = of_seeds(pixels, films="test", features=OWN[1])
+        (best,) = of_seeds(own, films="test", what=table, features=lead[0]["minus"], minus="")[:1]
+        lead = " · ".join(map(marked, lead))
+        expected = f"| {label} | {values[0]} | {values[1]} | {best['value']:.1f} | {lead} |\n"
+        assert expected in page
+
+
+def test_the_table_of_continuing_is_made_from_its_numbers():
+    rows = numbers_in("continue.csv")
+    rows = [row for row in rows if row["films"] == "all" and row["what"] in LABELS]
+    page = (ROOT / "docs" / "results.md").read_text().partition("### Continue")[2]
+    named = {"from scratch": "from scratch on NIH, 1,525 steps", runs.RANDOM: "random weights"}
+    named |= {"continued": "continued on NIH, 1,525 steps more"}
+    named |= {"other films alone": "the others' films alone, 3,900 to 4,025 steps"}
+    columns = [(table, pooling) for table in LABELS for pooling in ("", runs.CELLS)]
+    columns = columns[:2] + columns[4:]  # no film of Kermany
+    for name, words in named.items():
+        cells = []
+        for table, pooling in columns:
+            own = of_seeds(rows, what=table, features=name + pooling, minus="")
+            cells.append(" · ".join(f"{row['value']:.1f}" for row in own))
+        assert f"| {words} | {' | '.join(cells)} |" in page
+    for other, words in (("from scratch",) * 2, ("other films alone", "the others' films alone")):
+        cells = []
+        for table, pooling in columns:
+            own = of_seeds(rows, what=table, features="continued" + pooling, minus=other + pooling)
+            cells.append(
+                " · ".join(
+                    marked(row).partition(" (")[0] + "**" * ("**" in marked(row)) for row in own
+                )
+            )
+        assert f"| continued − {words} | {' | '.join(cells)} | |" in page
