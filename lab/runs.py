@@ -126,7 +126,7 @@ def numbers_of(judged: dict):
     """What lab.probe.judge says. → (features, minus which, value, interval) of every number"""
     for features, value in judged["values"].items():
         yield features, "", value, judged["intervals"][features]
-        for other, told in judged["differences"].get(features, {}).items():
+        for other, told in judged.get("differences", {}).get(features, {}).items():
             yield features, other, told["difference"], told["interval"]
 
 
@@ -161,11 +161,13 @@ def shown(rows: list[dict]) -> list[dict]:
     """The numbers that the table shows: no differences, and of a run that has judged all films of a
     table not those of its test films.
     """
-    has_all = {(row["run"], row["what"]) for row in rows if row["films"] == "all"}
+
+    def table_of(row):
+        return row["run"], row["setting"], row["seed"], row["what"]
+
+    has_all = {table_of(row) for row in rows if row["films"] == "all"}
     own = [row for row in rows if not row["minus"]]
-    return [
-        row for row in own if row["films"] != "test" or (row["run"], row["what"]) not in has_all
-    ]
+    return [row for row in own if row["films"] != "test" or table_of(row) not in has_all]
 
 
 def shape_of(setting: str) -> str:
