@@ -372,17 +372,20 @@ def table_3():
 
 
 def by_seed(rows, setting, table, features):
-    """The numbers of a setting: {(seed, training): value}."""
-    return {
-        (row["seed"], when): row["value"]
-        for when in ("", ", earlier")
-        for row in rows
-        if (row["setting"], row["what"], row["features"]) == (setting + when, table, features)
-    }
+    """The number of every seed of a setting, the mean of its trainings. → {seed: value}"""
+    found = {}
+    for row in rows:
+        if (row["what"], row["features"]) == (table, features):
+            if row["setting"] in (setting, f"{setting}, earlier"):
+                found.setdefault(row["seed"], []).append(row["value"])
+    return {seed: np.mean(values) for seed, values in found.items()}
 
 
 def differences_of_table_3():
-    """Full minus the rows of fewer tasks: over the runs, then over the patients of three seeds."""
+    """Full minus the rows of fewer tasks, with an interval over seeds and one over patients.
+
+    Over seeds: of both trainings, Student's t. Over patients: the second training's three seeds.
+    """
     study, table_3 = runs.shown(numbers_in("study.csv")), numbers_in("table3.csv")
     lines = [["full minus …", *TASKS]]
     for table, label in LABELS.items():
@@ -391,7 +394,7 @@ def differences_of_table_3():
             for setting in TASKS.values():
                 full = by_seed(study, FULL, table, features)
                 less = by_seed(runs.shown(table_3), setting, table, features)
-                apart = [full[run] - less[run] for run in full.keys() & less.keys()]
+                apart = [full[seed] - less[seed] for seed in ("0", "1", "2")]
                 bounds = stats.t.interval(0.95, len(apart) - 1, np.mean(apart), stats.sem(apart))
                 (over_patients,) = [
                     row
