@@ -30,7 +30,7 @@ import torch
 
 import pretrain
 from lab.domain import GRID
-from lab.probe import in_percent, word
+from lab.probe import bounds, in_percent, word
 from model import SIZES, CheXWorld, error_per_view, swap_views, take
 from plumbing import checkpoint, launch, metrics, phantom, pictures, results
 from plumbing.keys import SEED_DRAWS, numpy_rng
@@ -644,7 +644,7 @@ def from_scratch(config: CompareConfig, row: str, column: Column) -> str:
     value, interval = in_percent([exact, *metrics.bootstrap(statistic, patients)[0]])
     if interval is None:
         return "–" if value is None else f"{value:+.1f}"
-    return f"{value:+.1f} ({interval[0]:.1f} to {interval[1]:.1f}), {word(interval)}"
+    return f"{value:+.1f} ({bounds(interval)}), {word(interval)}"
 
 
 def write_comparison(config: CompareConfig, rows: list[str], has_differences=False) -> str:

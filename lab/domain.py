@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import augment
 from lab import common
+from lab.probe import bounds
 from plumbing import pictures
 from plumbing.keys import DOMAIN_TEST, torch_generator
 from plumbing.launch import run_script
@@ -150,8 +151,8 @@ def recalls(world, images, seed, candidates, words):
 
 def redraw(films):
     """The 95 % interval of each mean over films (n, c). → c of [low, high], or of None"""
-    bounds = bootstrap(lambda times: times.T @ films / times.sum(0)[:, None], range(len(films)))
-    return [None if np.isnan(bound).any() else bound.tolist() for bound in bounds]
+    rows = bootstrap(lambda times: times.T @ films / times.sum(0)[:, None], range(len(films)))
+    return [None if np.isnan(row).any() else row.tolist() for row in rows]
 
 
 def by_k(numbers):
@@ -169,7 +170,7 @@ def result_table(result):
         for way, words in WAYS.items():
             numbers = [f"Recall@{k} {part[way][f'recall@{k}']:6.2f}" for k in KS]
             interval = part["intervals"].get(way, {}).get(f"recall@{KS[-1]}")
-            brackets = f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+            brackets = f" ({bounds(interval)})" if interval else ""
             lines.append("  ".join([f"  {words:22s}", *numbers]) + brackets)
     return "\n".join(lines)
 

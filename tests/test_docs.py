@@ -45,6 +45,7 @@ def text_of(page):
 
 TEXTS = {page.relative_to(ROOT).as_posix(): text_of(page) for page in PAGES}
 README = TEXTS["README.md"]
+RESULTS = TEXTS["docs/results.md"]
 
 
 def lines_of_commands(text):
@@ -335,7 +336,7 @@ def numbers_in(name):
 def test_the_table_of_small_sets_is_made_from_its_numbers():
     """docs/study.csv is what lab.runs wrote; the page shows the table that it makes of it."""
     rows = numbers_in("study.csv")
-    assert runs.lay_out(rows) in (ROOT / "docs" / "results.md").read_text()
+    assert runs.lay_out(rows) in RESULTS
 
 
 TASKS = {"local": "tasks local", "local + global": "tasks local,global"}
@@ -355,12 +356,12 @@ def table_3():
     """Table 3 in miniature, of both trainings, as results.md shows it."""
     study = runs.shown(numbers_in("study.csv"))
     lines = [["AUROC, mean / cells", *LABELS.values(), "Recall@5, with / without a", "seeds"]]
-    for name, features in (("raw 8² / 64² pixels", tuple(runs.PIXELS)), (runs.RANDOM, None)):
-        features = features or (runs.RANDOM, runs.RANDOM + runs.CELLS)
-        own = [row for row in study if row["setting"] == FULL]
-        own = {(row["what"], row["features"], row["value"]): row for row in own}.values()
-        cells = [runs.pair(own, table, *features) for table in LABELS]
-        lines.append([name, *cells, "–", "3" if name == runs.RANDOM else "–"])
+    own = [row for row in study if row["setting"] == FULL]
+    own = {(row["what"], row["features"], row["value"]): row for row in own}.values()
+    pixels = [runs.pair(own, table, *runs.PIXELS) for table in LABELS]
+    lines.append(["raw 8² / 64² pixels", *pixels, "–", "–"])
+    random = [runs.pair(own, table, runs.RANDOM, runs.RANDOM + runs.CELLS) for table in LABELS]
+    lines.append([runs.RANDOM, *random, "–", "3"])
     for name, setting in [*TASKS.items(), ("full", FULL)]:
         rows = study if name == "full" else runs.shown(numbers_in("table3.csv"))
         for when in ("", ", earlier"):
@@ -386,26 +387,26 @@ def differences_of_table_3():
 
     Over seeds: of both trainings, Student's t. Over patients: the second training's three seeds.
     """
-    study, table_3 = runs.shown(numbers_in("study.csv")), numbers_in("table3.csv")
+    study = runs.shown(numbers_in("study.csv"))
+    table_3 = numbers_in("table3.csv")
+    ablated = runs.shown(table_3)
     lines = [["full minus …", *TASKS]]
     for table, label in LABELS.items():
         for features, pooling in zip(OWN, ("mean", "cells"), strict=True):
             line = [f"{label}, {pooling}"]
             for setting in TASKS.values():
                 full = by_seed(study, FULL, table, features)
-                less = by_seed(runs.shown(table_3), setting, table, features)
+                less = by_seed(ablated, setting, table, features)
                 apart = [full[seed] - less[seed] for seed in ("0", "1", "2")]
-                bounds = stats.t.interval(0.95, len(apart) - 1, np.mean(apart), stats.sem(apart))
-                (over_patients,) = [
+                over_seeds = stats.t.interval(0.95, 2, np.mean(apart), stats.sem(apart))
+                about = f"full minus {setting}", table, features
+                (row,) = [
                     row
                     for row in table_3
-                    if (row["setting"], row["what"], row["features"])
-                    == (f"full minus {setting}", table, features)
+                    if (row["setting"], row["what"], row["features"]) == about
                 ]
-                again = float(over_patients["low"]), float(over_patients["high"])
-                words = f"{signed(np.mean(apart), bounds)}; {signed(over_patients['value'], again)}"
-                is_sure = bounds[0] * bounds[1] > 0 and again[0] * again[1] > 0
-                line.append(f"**{words}**" if is_sure else words)
+                words = f"{signed(np.mean(apart), over_seeds)}; {signed(row['value'], bounds(row))}"
+                line.append(bold(words, over_seeds, bounds(row)))
             lines.append(line)
     return runs.markdown(lines)
 
@@ -415,17 +416,26 @@ def signed(value, bounds):
     return f"{value:+.1f} ({bounds[0]:.1f} to {bounds[1]:.1f})".replace("-", "−")
 
 
+def bounds(row):
+    """The interval of a row."""
+    return float(row["low"]), float(row["high"])
+
+
+def bold(words, *intervals):
+    """Words, bold where each of the intervals leaves out 0."""
+    is_sure = all(low * high > 0 for low, high in intervals)
+    return f"**{words}**" if is_sure else words
+
+
 def marked(row):
-    """A difference of one run; bold where its interval leaves out 0."""
-    bounds = float(row["low"]), float(row["high"])
-    words = signed(row["value"], bounds)
-    return f"**{words}**" if bounds[0] * bounds[1] > 0 else words
+    """A difference of one run with its interval; bold where that leaves out 0."""
+    return bold(signed(row["value"], bounds(row)), bounds(row))
 
 
 def test_table_3_is_that_of_its_runs():
     """docs/table3.csv is what lab.runs wrote of the ablated runs; the page shows their means, and
     what the full model has beyond them."""
-    chapter = (ROOT / "docs" / "results.md").read_text().partition("## Ablations")[2]
+    chapter = RESULTS.partition("## Ablations")[2]
     assert table_3() in chapter
     assert differences_of_table_3() in chapter
 
@@ -442,7 +452,7 @@ def test_the_tables_of_120_epochs_are_made_from_their_numbers():
     setting = "batch 8, epochs 120, warmup 9.6, lr 0.00075, ema 0.9975"
     own = [row for row in numbers_in("study.csv") if row["setting"] == setting]
     own = sorted(own, key=lambda row: row["seed"])
-    page = (ROOT / "docs" / "results.md").read_text()
+    page = RESULTS
     for table, label in LABELS.items():
         pixels = [row for row in own if row["minus"] in runs.PIXELS and row["what"] == table]
         lead = [of_seeds(pixels, films="all", features=features) for features in OWN]
@@ -460,7 +470,7 @@ def test_the_tables_of_120_epochs_are_made_from_their_numbers():
 def test_the_table_of_continuing_is_made_from_its_numbers():
     rows = numbers_in("continue.csv")
     rows = [row for row in rows if row["films"] == "all" and row["what"] in LABELS]
-    page = (ROOT / "docs" / "results.md").read_text().partition("### Continue")[2]
+    page = RESULTS.partition("### Continue")[2]
     named = {"from scratch": "from scratch on NIH, 1,525 steps", runs.RANDOM: "random weights"}
     named |= {"continued": "continued on NIH, 1,525 steps more"}
     named |= {"other films alone": "the others' films alone, 3,900 to 4,025 steps"}
@@ -476,9 +486,7 @@ def test_the_table_of_continuing_is_made_from_its_numbers():
         cells = []
         for table, pooling in columns:
             own = of_seeds(rows, what=table, features="continued" + pooling, minus=other + pooling)
-            cells.append(
-                " · ".join(
-                    marked(row).partition(" (")[0] + "**" * ("**" in marked(row)) for row in own
-                )
-            )
+            values = [f"{row['value']:+.1f}".replace("-", "−") for row in own]
+            marks = map(bold, values, map(bounds, own))
+            cells.append(" · ".join(marks))
         assert f"| continued − {words} | {' | '.join(cells)} | |" in page
